@@ -1,0 +1,31 @@
+"""LoRA as a graph-rewriting compiler pass:   y = x·Wᵀ   ⇄   y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ"""
+
+from lora_fx.adapter import Adapter
+from lora_fx.application import activate, adapters, apply, deactivate, remove
+from lora_fx.errors import LoraFxError
+from lora_fx.passes.fold import fold, unfold
+from lora_fx.planning import Plan, plan
+from lora_fx.program import Program, capture
+from lora_fx.rules import Rule
+from lora_fx.verification import Report, verify
+from lora_fx.wiring import show
+
+__all__ = [
+    "Adapter",
+    "LoraFxError",
+    "Plan",
+    "Program",
+    "Report",
+    "Rule",
+    "activate",
+    "adapters",
+    "apply",
+    "capture",
+    "deactivate",
+    "fold",
+    "plan",
+    "remove",
+    "show",
+    "unfold",
+    "verify",
+]

@@ -1,0 +1,90 @@
+"""`apply`: plan, insert, and the small verbs on what was inserted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lora_fx import wiring
+from lora_fx.adapter import Adapter
+from lora_fx.errors import PlanError
+from lora_fx.planning import plan
+
+
+def apply(
+    model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str = "default", check: bool = True
+) -> nn.Module:
+    """Insert trainable low-rank branches where the rules say, in place, and freeze everything else.
+
+    The model keeps its class, its `state_dict` keys and its outputs (B = 0: bit for bit). Adapter parameters stand beside
+    the weights they belong to: ``q_proj.weight`` gains ``q_proj.weight_lora_default.A`` and ``.B``.
+
+    Args:
+        rules: one `Rule` or several; dicts; the path of a TOML file. The first rule that matches a site decides it.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; transformers' models bring their own.
+        name: the adapter's name. Applying again with another name adds a second adapter, with the same name further sites.
+        check: compare the adapted model with the dense W + s·B·A on the example inputs, in train and in eval mode.
+
+    Returns:
+        The same model.
+
+    Raises:
+        LoraFxError: a rule, a site, the inputs or the self-check refuses; the model is bitwise what it was.
+    """
+    from lora_fx.passes.insert import Insert
+
+    return Insert(plan(model, rules, example_inputs, name=name), check)()
+
+
+def adapters(model: nn.Module) -> dict[str, list[str]]:
+    """The adapters in the model: name → names of the weights it adapts."""
+    found: dict[str, list[str]] = {}
+    for path, _, child, adapter in wiring.find_adapters(model):
+        weight = f"{path}.{wiring.attribute_of(child)}".lstrip(".")
+        names = found.setdefault(adapter.name, [])
+        if weight not in names:
+            names.append(weight)
+    return found
+
+
+def activate(model: nn.Module, *names: str) -> nn.Module:
+    """Make exactly these adapters act (and train); all others stay, and do nothing. No name: the base model."""
+    _known(model, names)
+    for adapter in _all(model):
+        adapter.active = adapter.name in names
+        adapter.requires_grad_(adapter.active)
+    wiring.wire_or_dispatch(model)
+    return model
+
+
+def deactivate(model: nn.Module) -> nn.Module:
+    """The base model again, with all adapters kept for `activate`."""
+    return activate(model)
+
+
+def remove(model: nn.Module, *names: str) -> nn.Module:
+    """Take these adapters out for good. When the last one is gone, every module has its original class."""
+    _known(model, names)
+    wiring.unwire(model)
+    for _, owner, child, adapter in list(wiring.find_adapters(model)):
+        if adapter.name in names:
+            wiring.detach(owner, child)
+    if not any(_all(model)):
+        for module in model.modules():
+            wiring.unmark(module)
+    wiring.wire_or_dispatch(model)
+    return model
+
+
+def _all(model: nn.Module) -> list[Adapter]:
+    return list(dict.fromkeys(adapter for *_, adapter in wiring.find_adapters(model)))
+
+
+def _known(model: nn.Module, names: tuple[str, ...]) -> None:
+    have = sorted({adapter.name for adapter in _all(model)})
+    for name in names:
+        if name not in have:
+            raise PlanError(
+                f"there is no adapter named {name!r}", place="the model", remedy=f"it has {', '.join(have) or 'no adapters'}"
+            )

@@ -1,0 +1,54 @@
+"""One error family: every message shows the value, the place, the reason and the remedy."""
+
+from __future__ import annotations
+
+
+class LoraFxError(Exception):
+    """Something lora_fx refuses to do. The model and the files are bitwise what they were before the call.
+
+    Args:
+        reason: what is wrong, with the offending value in it.
+        place: where: a weight, module, rule or file.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, reason: str, *, place: str = "", remedy: str = "") -> None:
+        self.reason, self.place, self.remedy = reason, place, remedy
+        where = f"{place}: " if place else ""
+        cure = f"\n  → {remedy}" if remedy else ""
+        super().__init__(f"{where}{reason}{cure}")
+
+    def __reduce__(self) -> tuple:
+        return _restore, (type(self), self.reason, self.place, self.remedy)
+
+
+def _restore(cls: type[LoraFxError], reason: str, place: str, remedy: str) -> LoraFxError:
+    return cls(reason, place=place, remedy=remedy)
+
+
+class CaptureError(LoraFxError):
+    """The model could not be captured on the example inputs."""
+
+
+class RuleError(LoraFxError):
+    """A rule is malformed, or does not match what it must."""
+
+
+class PlanError(LoraFxError):
+    """A site that a rule asks for cannot be adapted."""
+
+
+class EquivalenceError(LoraFxError):
+    """Two models that must be the same function are not."""
+
+
+class FoldError(LoraFxError):
+    """A fold or unfold cannot be exact."""
+
+
+class FileError(LoraFxError):
+    """A file is damaged, belongs to another model, or says what the format cannot hold."""
+
+
+class ExportError(LoraFxError):
+    """A model cannot be exported, or the exported file is not the model."""

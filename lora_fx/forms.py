@@ -1,0 +1,324 @@
+"""The forms of a matmul with a weight, one row each: how it is recognised, and its low-rank branch.
+
+    y = contract(x, W)     ⇒     branch = up(down(x, A), B) = contract(x, B·A)
+
+The axes of the weight operand take *sides*: ``i`` is contracted with x, ``o`` reaches the output, ``b`` is a batch
+axis that x shares (experts). A row needs three small functions:
+
+* ``parse``: from an op's arguments to a `Call`, or None where the op does not multiply the weight that way;
+* ``down``:  z = x contracted with A, of shape (b…, rank, i…) in the order of the operand's own axes;
+* ``up``:    the branch from z and B, of shape (b…, o…, rank).
+
+The same rows serve the analysis (ATen ops), the generated graphs (`torch.fx` proxies) and the dispatch (tensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Call:
+    """One matmul with a weight, read off an op's arguments."""
+
+    form: Form
+    x: Any
+    weight: Any
+    sides: str
+    """One of ``b``, ``i``, ``o`` for each axis of the weight operand."""
+    out_dims: tuple[int, ...] = (-1,)
+    """The dims of the op's output that the ``o`` axes became, in order."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A row of the table."""
+
+    name: str
+    ops: frozenset[str]
+    parse: Callable[..., Call | None]
+    down: Callable[[Call, Any, Any], Any]
+    up: Callable[[Call, Any, Any], Any]
+    looks_up: bool = False
+    """x holds indices: dropout on the (one-hot) branch input drops whole rows of z."""
+
+
+def op_name(func: Any) -> str:
+    """torch's own name of an op: the same for `F.linear`, `Tensor.matmul`, a property and an ATen overload."""
+    if isinstance(func, str):
+        return func
+    if isinstance(func, torch._ops.OpOverload):
+        return func._schema.name.rpartition("::")[2]
+    name = getattr(func, "__name__", "")
+    if name == "__get__":  # a property of Tensor arrives as the getter of its descriptor
+        return getattr(func.__self__, "__name__", "")
+    return {"__matmul__": "matmul", "__getitem__": "getitem"}.get(name, name)
+
+
+def find(func: Any, args: Sequence[Any], kwargs: dict[str, Any], weight_ndim: Callable[[Any], int | None]) -> Call | None:
+    """The `Call` that an op makes with a weight, or None.
+
+    Args:
+        weight_ndim: the number of axes of a weight operand, None for anything that is no weight.
+    """
+    form = FORMS.get(op_name(func))
+    return None if form is None else form.parse(form, op_name(func), tuple(args), kwargs, weight_ndim)
+
+
+def _bind(names: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = dict(zip(names.split(), args, strict=False))
+    bound.update(kwargs)
+    return bound
+
+
+# ── linear ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _parse_linear(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    a = _bind("input weight bias", args, kwargs)
+    if ndim(a["weight"]) != 2 or ndim(a["input"]) is not None:
+        return None
+    return Call(form, a["input"], a["weight"], "oi")
+
+
+def _linear_down(call: Call, x: Any, A: Any) -> Any:
+    return F.linear(x, A)
+
+
+def _linear_up(call: Call, z: Any, B: Any) -> Any:
+    return F.linear(z, B)
+
+
+# ── matmul, mm, bmm, mv: the weight on either side ───────────────────────────────────────────────────────────────────
+
+
+def _parse_matmul(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    left, right = _bind("left right", args, {})["left"], args[1] if len(args) > 1 else next(iter(kwargs.values()))
+    if op == "__rmatmul__":
+        left, right = right, left
+    return _product(form, left, right, ndim, {})
+
+
+def _product(form: Form, left: Any, right: Any, ndim: Callable, options: dict[str, Any]) -> Call | None:
+    n = ndim(right)
+    if n is not None and n >= 2 and ndim(left) is None:
+        return Call(form, left, right, "b" * (n - 2) + "io", (-1,), {**options, "right": True})
+    n = ndim(left)
+    if n is not None and n >= 2 and ndim(right) is None:
+        return Call(form, right, left, "b" * (n - 2) + "oi", (-2,), {**options, "right": False})
+    return None
+
+
+def _matmul_down(call: Call, x: Any, A: Any) -> Any:
+    if not call.options["right"]:
+        return torch.matmul(A, x)
+    return F.linear(x, A) if len(call.sides) == 2 else torch.matmul(x, A.transpose(-2, -1))
+
+
+def _matmul_up(call: Call, z: Any, B: Any) -> Any:
+    if not call.options["right"]:
+        return torch.matmul(B, z)
+    return F.linear(z, B) if len(call.sides) == 2 else torch.matmul(z, B.transpose(-2, -1))
+
+
+# ── addmm, baddbmm: out = beta·input + alpha·(left @ right) ──────────────────────────────────────────────────────────
+
+
+def _parse_addmm(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    a = _bind("input left right", args, {k: v for k, v in kwargs.items() if k in ("input", "beta", "alpha")})
+    a.setdefault("left", kwargs.get("mat1", kwargs.get("batch1", kwargs.get("vec"))))
+    a.setdefault("right", kwargs.get("mat2", kwargs.get("batch2", kwargs.get("mat"))))
+    return _product(form, a["left"], a["right"], ndim, {"alpha": a.get("alpha", 1)})
+
+
+def _addmm_up(call: Call, z: Any, B: Any) -> Any:
+    alpha = call.options["alpha"]
+    return _matmul_up(call, z if isinstance(alpha, int) and alpha == 1 else z * alpha, B)
+
+
+# ── einsum: any equation that is a matmul over the weight ────────────────────────────────────────────────────────────
+
+
+def _parse_einsum(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    if not args or not isinstance(args[0], str):
+        return None
+    operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+    which = [k for k, operand in enumerate(operands) if ndim(operand) is not None]
+    if len(operands) != 2 or len(which) != 1:
+        return None
+    terms, out = _equation(args[0])
+    w, x = terms[which[0]], terms[1 - which[0]]
+    if "." in w or len(set(w)) != len(w) or len(set(x) - {"."}) != len(x.replace("...", "")):
+        return None
+    sides = "".join(_einsum_side(label, x, out) for label in w)
+    if "?" in sides or "i" not in sides:
+        return None
+    rank = next(c for c in "rRzZyYqQwWvVuU" if c not in w + x + out)
+    kept = "".join(c for c in x.replace("...", "") if c in out)
+    batch = "".join(c for c, side in zip(w, sides, strict=True) if side == "b")
+    contracted, free = (  # labels of A and B beside the batch and the rank
+        "".join(c for c, side in zip(w, sides, strict=True) if side == which_side) for which_side in "io"
+    )
+    z = ("..." if "..." in x else "") + kept + rank
+    options = {"down": f"{x},{batch}{rank}{contracted}->{z}", "up": f"{z},{batch}{free}{rank}->{out}"}
+    after = out.replace("...", ".")  # an ellipsis stands for an unknown number of dims: count from the nearer end
+    at = after.find(".")
+    dims = tuple((k if at < 0 or k < at else k - len(after)) for k in (after.index(c) for c in free))
+    return Call(form, operands[1 - which[0]], operands[which[0]], sides, dims, options)
+
+
+def _equation(equation: str) -> tuple[list[str], str]:
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:  # numpy's implicit output: the ellipsis, then every label that occurs once, in alphabetical order
+        labels = left.replace(",", "").replace(".", "")
+        out = ("..." if "..." in left else "") + "".join(sorted(c for c in set(labels) if labels.count(c) == 1))
+    return terms, out
+
+
+def _einsum_side(label: str, x: str, out: str) -> str:
+    return {(True, True): "b", (True, False): "i", (False, True): "o"}.get((label in x, label in out), "?")
+
+
+def _einsum_down(call: Call, x: Any, A: Any) -> Any:
+    return torch.einsum(call.options["down"], x, A)
+
+
+def _einsum_up(call: Call, z: Any, B: Any) -> Any:
+    return torch.einsum(call.options["up"], z, B)
+
+
+# ── convolutions: A carries the kernel, B is pointwise ───────────────────────────────────────────────────────────────
+
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
+_CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def _parse_conv(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    a = _bind("input weight bias stride padding dilation groups", args, kwargs)
+    n = ndim(a["weight"])
+    if n is None or n != int(op[4]) + 2 or ndim(a["input"]) is not None:
+        return None
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return Call(form, a["input"], a["weight"], "o" + "i" * (n - 1), (1 - n,), {k: a.get(k, v) for k, v in defaults.items()})
+
+
+def _conv_down(call: Call, x: Any, A: Any) -> Any:
+    o = call.options
+    if o["groups"] > 1:  # every group reads its own channels with the same A
+        A = A.repeat(o["groups"], *[1] * (len(call.sides) - 1))
+    conv = _CONV[len(call.sides) - 3]
+    return conv(x, A, None, o["stride"], o["padding"], o["dilation"], o["groups"])
+
+
+def _conv_up(call: Call, z: Any, B: Any) -> Any:
+    conv = _CONV[len(call.sides) - 3]
+    return conv(z, _pointwise(B, len(call.sides) - 2), None, groups=call.options["groups"])
+
+
+def _pointwise(matrix: Any, spatial: int) -> Any:
+    for _ in range(spatial):
+        matrix = matrix.unsqueeze(-1)
+    return matrix
+
+
+# ── transposed convolutions: A is pointwise, B carries the kernel. W: (in, out / groups, k…) ─────────────────────────
+
+
+def _parse_conv_transpose(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    a = _bind("input weight bias stride padding output_padding groups dilation", args, kwargs)
+    n = ndim(a["weight"])
+    if n is None or n != int(op[14]) + 2 or ndim(a["input"]) is not None:
+        return None
+    defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    dims = tuple(range(1 - n, 0))
+    return Call(form, a["input"], a["weight"], "i" + "o" * (n - 1), dims, {k: a.get(k, v) for k, v in defaults.items()})
+
+
+def _conv_transpose_down(call: Call, x: Any, A: Any) -> Any:
+    groups, spatial = call.options["groups"], len(call.sides) - 2
+    if groups > 1:  # (r, in) → (groups·r, in / groups)
+        A = A.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+    return _CONV[spatial - 1](x, _pointwise(A, spatial), None, groups=groups)
+
+
+def _conv_transpose_up(call: Call, z: Any, B: Any) -> Any:
+    o, n = call.options, len(call.sides)
+    B = B.permute(n - 1, *range(n - 1))  # (out / groups, k…, r) → (r, out / groups, k…)
+    if o["groups"] > 1:
+        B = B.repeat(o["groups"], *[1] * (n - 1))
+    conv = _CONV_TRANSPOSE[n - 3]
+    return conv(z, B, None, o["stride"], o["padding"], o["output_padding"], o["groups"], o["dilation"])
+
+
+# ── embedding: a row of W for each index. W: (num, dim) ──────────────────────────────────────────────────────────────
+
+
+def _parse_embedding(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    weight_first = bool(args) and ndim(args[0]) is not None  # ATen's order is (weight, indices, …)
+    names = "weight input padding_idx" if weight_first else "input weight padding_idx max_norm"
+    a = _bind(names, args, {("input" if k == "indices" else k): v for k, v in kwargs.items()})
+    if ndim(a["weight"]) != 2 or ndim(a["input"]) is not None or a.get("max_norm") is not None:
+        return None
+    return Call(form, a["input"], a["weight"], "io")
+
+
+def _embedding_down(call: Call, x: Any, A: Any) -> Any:
+    return F.embedding(x, A.t())
+
+
+# ── grouped_mm: one matmul an expert, rows grouped by `offs`. W: (experts, in, out) ──────────────────────────────────
+
+
+def _parse_grouped_mm(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    a = _bind("x weight offs bias", args, {("x" if k in ("input", "mat_a", "self") else k): v for k, v in kwargs.items()})
+    weight = a.get("weight", a.get("mat_b", a.get("mat2")))
+    if ndim(weight) != 3 or ndim(a["x"]) is not None or a.get("offs") is None:
+        return None
+    return Call(form, a["x"], weight, "bio", (-1,), {"offs": a["offs"], "fallback": op == "grouped_mm_fallback"})
+
+
+def _grouped(call: Call, x: Any, weight: Any) -> Any:
+    if call.options["fallback"]:
+        return torch.ops.transformers.grouped_mm_fallback(x, weight, call.options["offs"])
+    return F.grouped_mm(x, weight, offs=call.options["offs"])
+
+
+# The kernel reads rows of 16 bytes: the rank is padded with zeros to a multiple of 8, which serves every dtype.
+def _grouped_mm_down(call: Call, x: Any, A: Any) -> Any:
+    return _grouped(call, x, F.pad(A, (0, 0, 0, -call.options["rank"] % 8)).transpose(-2, -1))
+
+
+def _grouped_mm_up(call: Call, z: Any, B: Any) -> Any:
+    return _grouped(call, z, F.pad(B, (0, -call.options["rank"] % 8)).transpose(-2, -1))
+
+
+TABLE = (
+    Form("linear", frozenset({"linear"}), _parse_linear, _linear_down, _linear_up),
+    Form("matmul", frozenset({"matmul", "mm", "bmm", "__rmatmul__"}), _parse_matmul, _matmul_down, _matmul_up),
+    Form("addmm", frozenset({"addmm", "baddbmm"}), _parse_addmm, _matmul_down, _addmm_up),
+    Form("einsum", frozenset({"einsum"}), _parse_einsum, _einsum_down, _einsum_up),
+    Form("conv", frozenset({"conv1d", "conv2d", "conv3d"}), _parse_conv, _conv_down, _conv_up),
+    Form("conv_transpose", frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}),
+         _parse_conv_transpose, _conv_transpose_down, _conv_transpose_up),
+    Form("embedding", frozenset({"embedding"}), _parse_embedding, _embedding_down, _linear_up, looks_up=True),
+    Form("grouped_mm", frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}),
+         _parse_grouped_mm, _grouped_mm_down, _grouped_mm_up),
+)  # fmt: skip
+
+FORMS = {op: form for form in TABLE for op in form.ops}
+
+#: ops that multiply with a weight inside, where no branch can be put: they get the dense W + s·B·A
+DENSE_OPS = frozenset({
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+    "bilinear", "embedding_bag", "tensordot", "mv", "inner", "addmv", "addbmm", "chain_matmul", "linalg_multi_dot",
+    "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "multi_head_attention_forward",
+    "conv_tbc", "convolution", "matmul", "mm", "bmm", "einsum", "linear", "addmm", "baddbmm", "embedding",
+})  # fmt: skip
+

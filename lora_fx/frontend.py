@@ -1,0 +1,253 @@
+"""Capture: a model and example inputs become one concrete `torch.fx` graph, for reading.
+
+`make_fx` runs the model once on the example inputs and records what it did at the ATen level, with `linear`, `matmul`
+and `scaled_dot_product_attention` still whole. The run leaves no trace: buffers, random state, train/eval flags and
+gradient mode are what they were, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import CaptureError
+
+MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Example inputs, as the model is called with them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def call(self, model: nn.Module) -> Any:
+        return model(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The whole-model graph and which placeholder is which parameter or buffer."""
+
+    graph: fx.Graph
+    module: fx.GraphModule
+    tensors: dict[fx.Node, torch.Tensor]
+    """Each node that stands for a parameter, buffer or constant of the model → that tensor."""
+    inputs: Inputs
+
+
+def normalize_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+    """A tensor, a tuple or list of positional inputs, or a mapping of keyword inputs; None asks the model."""
+    if isinstance(example_inputs, Inputs):
+        return example_inputs
+    if example_inputs is None:
+        example_inputs = getattr(model, "dummy_inputs", None)
+        if example_inputs is None:
+            raise CaptureError(
+                f"{type(model).__name__} has no example inputs",
+                place="example_inputs",
+                remedy="pass example_inputs: a tensor, a tuple of positional or a dict of keyword inputs",
+            )
+    if isinstance(example_inputs, Mapping):
+        inputs = Inputs((), dict(example_inputs))
+    elif isinstance(example_inputs, tuple | list):
+        inputs = Inputs(tuple(example_inputs), {})
+    else:
+        inputs = Inputs((example_inputs,), {})
+    return _without_cache(model, inputs)
+
+
+def _without_cache(model: nn.Module, inputs: Inputs) -> Inputs:
+    """transformers' models return a cache object by default; it is no part of the function."""
+    if not hasattr(model, "config") or "use_cache" in inputs.kwargs:
+        return inputs
+    try:
+        takes = "use_cache" in inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return inputs
+    if not (takes and getattr(model.config, "use_cache", None) is not None):
+        return inputs
+    return Inputs(inputs.args, {**inputs.kwargs, "use_cache": False})
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside leaves buffers, flags, random state and gradient mode of the model bitwise as they were.
+
+    Only buffers are copied (never a weight), so a model that fills its device can be run in here.
+    """
+    modules = list(model.modules())
+    flags = [(m, m.training) for m in modules]
+    buffers = [(m, dict(m._buffers)) for m in modules if m._buffers]
+    saved = {id(b): (b, b.detach().clone()) for _, own in buffers for b in own.values() if b is not None}
+    devices = {t.device for t in _tensors(model) if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
+        try:
+            yield
+        finally:
+            for module, own in buffers:
+                module._buffers.clear()
+                module._buffers.update(own)
+            with torch.no_grad():
+                for buffer, copy in saved.values():
+                    buffer.copy_(copy)  # batch norm moves its statistics without moving their version counter
+            for module, training in flags:
+                module.training = training
+
+
+@contextlib.contextmanager
+def no_fast_paths() -> Iterator[None]:
+    """torch's fused encoder kernels read weights that no trace shows: switch them off."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def capture_graph(model: nn.Module, example_inputs: Any = None) -> Capture:
+    """Run `model` once, in eval mode, and record the concrete graph of what it did.
+
+    Raises:
+        CaptureError: the model rejects the inputs, is scripted, or returns no tensor.
+    """
+    refuse_unready(model)
+    inputs = normalize_inputs(model, example_inputs)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    flat, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
+    is_tensor = [isinstance(leaf, torch.Tensor) for leaf in flat]
+
+    def run(tensors: list[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+        given = iter(leaves)
+        args, kwargs = pytree.tree_unflatten(
+            [next(given) if is_t else leaf for leaf, is_t in zip(flat, is_tensor, strict=True)], spec
+        )
+        return output_tensors(model(*args, **kwargs))
+
+    leaves = [leaf for leaf, is_t in zip(flat, is_tensor, strict=True) if is_t]
+    with undisturbed(model), no_fast_paths(), torch.no_grad():
+        model.eval()
+        module = _make_fx(model, run, list(state.values()), leaves)
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    tensors = dict(zip(placeholders, state.values(), strict=False))
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(module, node.target, None)
+            if isinstance(value, torch.Tensor):
+                tensors[node] = value
+    return Capture(module.graph, module, tensors, inputs)
+
+
+def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list) -> fx.GraphModule:
+    # Without data, only fake tensors let a model see that it is being traced and leave its data-dependent checks out.
+    mode = "fake" if any(t.is_meta for t in tensors) else "real"
+    with _module_paths(model) as stamp:
+        trace = make_fx(
+            run, tracing_mode=mode, pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
+        )
+        try:
+            with stamp():
+                return trace(tensors, leaves)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}",
+                place="example_inputs",
+                remedy="pass inputs that model(*inputs) or model(**inputs) accepts, on the model's own device",
+            ) from error
+
+
+@contextlib.contextmanager
+def _module_paths(model: nn.Module) -> Iterator[Any]:
+    """Stamp each recorded node with the path of the module whose forward is running."""
+    paths = {module: name for name, module in reversed(list(model.named_modules()))}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(paths.get(module, stack[-1] if stack else ""))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        stack.pop()
+
+    create = fx.Tracer.create_node
+
+    def create_node(tracer: fx.Tracer, *args: Any, **kwargs: Any) -> fx.Node:
+        node = create(tracer, *args, **kwargs)
+        node.meta[MODULE] = stack[-1] if stack else ""
+        return node
+
+    @contextlib.contextmanager
+    def stamp() -> Iterator[None]:
+        handles = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        ]
+        fx.proxy.TracerBase.create_node, original = create_node, fx.proxy.TracerBase.create_node
+        try:
+            yield
+        finally:
+            fx.proxy.TracerBase.create_node = original
+            for handle in handles:
+                handle.remove()
+
+    create = fx.proxy.TracerBase.create_node
+    yield stamp
+
+
+def output_tensors(output: Any) -> list[torch.Tensor]:
+    """The floating-point tensors a model returns, in order, out of any nesting of containers.
+
+    Raises:
+        CaptureError: there is none.
+    """
+    leaves = [t for t in pytree.tree_leaves(_plain(output)) if isinstance(t, torch.Tensor)]
+    floats = [t for t in leaves if t.is_floating_point() or t.is_complex()]
+    if not floats:
+        raise CaptureError(
+            f"the model returns {type(output).__name__} with no floating-point tensor in it",
+            place="output",
+            remedy="adapt a model that returns a tensor, or a tuple, list, dict or dataclass of tensors",
+        )
+    return floats
+
+
+def _plain(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return {k: _plain(v) for k, v in output.items()}
+    if isinstance(output, list | tuple):
+        return [_plain(v) for v in output]
+    if hasattr(output, "__dataclass_fields__"):
+        return [_plain(getattr(output, name)) for name in output.__dataclass_fields__]
+    return output
+
+
+def refuse_unready(model: nn.Module) -> None:
+    """Raise for what no later step could get right: scripted modules and parameters that do not exist yet."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise CaptureError(
+                "the parameter is lazy: it has no shape yet", place=name, remedy="run the model once on real inputs before"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{module.original_name} is a torch.jit.ScriptModule: its graph cannot be rewritten from Python",
+                place=name or "the model",
+                remedy="apply lora_fx to the module before torch.jit.script",
+            )
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

@@ -1,0 +1,260 @@
+"""The rewritten forward of one module: its own forward, traced while its weights read as adapted weights.
+
+Tracing is a partial evaluation: `F.linear(x, self.weight)` meets an `AdaptedWeight` of proxies, which emits the base op
+and the branch. Nothing is matched and patched afterwards, so a second matmul can never read a stale, un-adapted value.
+
+A trace is only used where it cannot bake in a decision. Python code that tests `is None`, `isinstance`, `training` or
+the gradient mode could decide otherwise on the next call: such a forward is left alone, and dispatches at run time.
+"""
+
+from __future__ import annotations
+
+import dis
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.adapter import AdaptedWeight, Adapter, Factors, dispatch
+from lora_fx.forms import op_name
+from lora_fx.views import View
+
+_TORCH = os.path.dirname(torch.__file__)
+_NN_MODULES = os.path.join(_TORCH, "nn", "modules")
+_HERE = os.path.dirname(__file__)
+_DECIDES = frozenset({
+    "isinstance", "issubclass", "hasattr", "type", "training", "is_grad_enabled", "is_inference_mode_enabled",
+    "is_autocast_enabled", "is_tracing", "is_scripting", "is_compiling", "is_dynamo_compiling", "is_exporting",
+    "requires_grad", "is_contiguous", "is_cuda", "is_meta", "device_type", "get_device",
+})  # fmt: skip
+
+
+class Untraceable(Exception):
+    """Why a forward cannot be traced soundly."""
+
+
+class Tracer(fx.Tracer):
+    """Child modules are leaves; an adapted weight among the arguments of any op is dispatched."""
+
+    def __init__(self, inline: Callable[[nn.Module], bool] = lambda m: False) -> None:
+        super().__init__()
+        self.inline = inline
+        self.paths: dict[nn.Module, str] = {}
+
+    def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
+        return not self.inline(m)
+
+    def path_of(self, module: nn.Module) -> str:
+        if not self.paths:
+            self.paths = {m: n for n, m in reversed(list(self.root.named_modules()))}
+        if module not in self.paths:
+            raise Untraceable(f"it reads a weight of {type(module).__name__}, which is none of its children")
+        return self.paths[module]
+
+    def attribute(self, path: str) -> fx.Proxy:
+        return self.create_proxy("get_attr", path, (), {})
+
+    def read(self, owner: nn.Module, attribute: str, children: tuple[str, ...]) -> Any:
+        """`owner.<attribute>` as an adapted weight of proxies."""
+        prefix = self.path_of(owner)
+        prefix = f"{prefix}." if prefix else ""
+        parameter = owner._parameters[attribute]
+        base = self.attribute(prefix + attribute)
+        if any(getattr(owner, child).realised == "dispatch" for child in children):
+            return base  # the attribute itself will read as an adapted weight when the rewritten forward runs
+        factors, cast = [], False
+        for child in children:
+            adapter = getattr(owner, child)
+            A, B = self.attribute(f"{prefix}{child}.A"), self.attribute(f"{prefix}{child}.B")
+            path = f"{prefix}{child}.dropout"
+            drop = (lambda x, path=path: self.create_proxy("call_module", path, (x,), {})) if adapter.dropout.p else None
+            factors.append(Factors(adapter, A, self._whole(adapter, B, f"{prefix}{child}"), drop))
+            cast = cast or adapter.dtype != parameter.dtype
+        return AdaptedWeight(base, View.of(parameter.shape), factors, base, (), cast)
+
+    def _whole(self, adapter: Adapter, B: fx.Proxy, path: str) -> Any:
+        if adapter.rows is None or not hasattr(adapter, "index"):
+            return adapter.whole(B)
+        return adapter.whole(B, self.attribute(f"{path}.index"))
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, AdaptedWeight))
+        if not any(isinstance(leaf, AdaptedWeight) for leaf in leaves):
+            return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if kind == "call_function":
+            return dispatch(target, args, kwargs)
+        if kind == "call_method":
+            return dispatch(getattr(torch.Tensor, target), args, kwargs)
+        raise Untraceable(f"it hands a weight to {target}")
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, AdaptedWeight):
+            raise Untraceable("it returns or stores a weight")
+        return super().create_arg(a)
+
+
+_active: Tracer | None = None
+
+
+def active_tracer() -> Tracer | None:
+    """The tracer that is rewriting a module right now; adapted weights then read as proxies."""
+    return _active
+
+
+@contextmanager
+def _activate(tracer: Tracer) -> Iterator[None]:
+    global _active
+    before, _active = _active, tracer
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def trace_forward(module: nn.Module) -> fx.Graph:
+    """The graph of `module.forward` with its children as leaves and its adapted weights as branches.
+
+    Raises:
+        Untraceable: the forward decides something in Python that a later call could decide otherwise.
+    """
+    if "forward" in module.__dict__:
+        raise Untraceable("its forward is replaced on the instance (as accelerate does)")
+    tracer = Tracer()
+    with _activate(tracer), _watch() as seen:
+        try:
+            graph = tracer.trace(module)
+        except Untraceable:
+            raise
+        except Exception as error:  # control flow on values, unpacking of unknown length, …: fx has many names for it
+            raise Untraceable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    for code in seen:
+        if why := _decides(code):
+            raise Untraceable(f"{code.co_qualname} {why}")
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op != "get_attr" and (n.op != "call_function" or n.is_impure()))
+    return graph
+
+
+def baked_attributes(module: nn.Module) -> frozenset[str]:
+    """Plain attributes of the module that its traced code may have baked in."""
+    names = _names(type(module))
+    own = {name for name in module.__dict__ if not name.startswith("_") and name != "training"}
+    return frozenset(own & names)
+
+
+@lru_cache(maxsize=1024)
+def _names(cls: type) -> frozenset[str]:
+    codes = [
+        function.__code__
+        for base in cls.__mro__
+        if base is not nn.Module and base is not object
+        for function in vars(base).values()
+        if hasattr(function, "__code__")
+    ]
+    return frozenset(name for code in codes for name in code.co_names)
+
+
+@contextmanager
+def _watch() -> Iterator[set[CodeType]]:
+    """The code objects of model code that run inside."""
+    seen: set[CodeType] = set()
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            seen.add(frame.f_code)
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(before)
+        seen -= {code for code in seen if not _is_model_code(code)}
+
+
+@lru_cache(maxsize=4096)
+def _is_model_code(code: CodeType) -> bool:
+    file = code.co_filename
+    if file.startswith(_NN_MODULES):
+        return not file.endswith(("module.py", "container.py", "dropout.py", "utils.py"))
+    if file.startswith("<lora_fx"):
+        return True
+    inside = (_TORCH, _HERE, os.path.dirname(os.__file__) + os.sep)
+    return not (file.startswith("<") or (file.startswith(inside) and "site-packages" not in file.replace(_TORCH, "")))
+
+
+@lru_cache(maxsize=4096)
+def _decides(code: CodeType) -> str:
+    """What in this code could go another way on the next call; empty if nothing."""
+    named = sorted(_DECIDES & set(code.co_names))
+    if named:
+        return f"tests {named[0]}"
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IS_OP" or instruction.opname.endswith("NONE"):
+            return "tests for None"
+    return ""
+
+
+def rewrite_graph(module: fx.GraphModule, adapted: Callable[[nn.Module], bool]) -> fx.Graph:
+    """The graph of a GraphModule with branches: copied node by node, adapted weights dispatched, adapted leaves inlined.
+
+    Args:
+        adapted: true for a child that itself holds an adapted weight; its forward is traced into the graph.
+    """
+    tracer = Tracer(inline=adapted)
+    tracer.root = module
+    tracer.graph = fx.Graph(tracer_cls=getattr(module, "_tracer_cls", None))
+    tracer.graph._codegen = module.graph._codegen
+    tracer.tensor_attrs = {}
+    env: dict[fx.Node, Any] = {}
+    with _activate(tracer):
+        for node in module.graph.nodes:
+            args = fx.node.map_arg(node.args, env.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+            env[node] = _copy(tracer, module, node, args, kwargs, adapted)
+    return tracer.graph
+
+
+def _copy(tracer: Tracer, module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, adapted: Callable) -> Any:
+    if node.op == "get_attr":
+        owner, _, attribute = node.target.rpartition(".")
+        value = getattr(module.get_submodule(owner), attribute)
+        if isinstance(value, AdaptedWeight):
+            return value
+    if node.op == "call_module" and adapted(child := module.get_submodule(node.target)):
+        return _inline(tracer, child, args, kwargs)
+    leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, AdaptedWeight))
+    if any(isinstance(leaf, AdaptedWeight) for leaf in leaves) and node.op in ("call_function", "call_method"):
+        func = node.target if node.op == "call_function" else getattr(torch.Tensor, node.target)
+        return dispatch(func, args, kwargs)
+    if node.op == "call_function" and op_name(node.target) == "getitem" and isinstance(args[0], tuple):
+        return args[0][args[1]]
+    proxy = tracer.create_proxy(node.op, node.target, args, kwargs, name=node.name, type_expr=node.type)
+    proxy.node.meta = dict(node.meta)
+    return proxy
+
+
+def _inline(tracer: Tracer, child: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The child's forward, op by op, in the parent's graph."""
+    prefix = tracer.path_of(child)
+    graph = trace_forward(child)
+    placeholders = iter(args)
+    env: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            default = node.args[0] if node.args else None
+            env[node] = next(placeholders, kwargs.get(node.target, default))
+            continue
+        inner = fx.node.map_arg(node.args, env.__getitem__)
+        inner_kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+        if node.op == "output":
+            return inner[0]
+        target = f"{prefix}.{node.target}" if node.op in ("get_attr", "call_module") else node.target
+        env[node] = tracer.create_proxy(node.op, target, inner, inner_kwargs)
+    raise AssertionError("a graph has an output")

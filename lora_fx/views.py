@@ -1,0 +1,247 @@
+"""Movement ops as stride arithmetic: where each element of a view of a weight sits in the weight.
+
+    W.t()[:, 8:16]   =   View(shape=(in, 8), strides=(1, in), offset=8 * in)     of W: (out, in)
+
+Pure Python integers, so that it means the same under eager, `torch.fx`, Dynamo and on `meta`.
+A movement op that needs a copy to express (a reshape across permuted axes) is not a view: None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class View:
+    """`shape`, `strides` and `offset` in elements of the contiguous weight it looks into."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    @staticmethod
+    def of(shape: Sequence[int]) -> View:
+        shape = tuple(int(n) for n in shape)
+        return View(shape, contiguous_strides(shape))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self, d: int) -> int:
+        return d % self.ndim if self.ndim else 0
+
+    def permute(self, dims: Sequence[int]) -> View:
+        dims = [self.dim(d) for d in dims]
+        return View(tuple(self.shape[d] for d in dims), tuple(self.strides[d] for d in dims), self.offset)
+
+    def transpose(self, a: int, b: int) -> View:
+        dims = list(range(self.ndim))
+        a, b = self.dim(a), self.dim(b)
+        dims[a], dims[b] = dims[b], dims[a]
+        return self.permute(dims)
+
+    def slice(self, d: int, start: int | None, stop: int | None, step: int = 1) -> View:
+        d = self.dim(d)
+        start, stop, step = slice(start, stop, step).indices(self.shape[d])
+        shape, strides = list(self.shape), list(self.strides)
+        shape[d], strides[d] = len(range(start, stop, step)), strides[d] * step
+        return View(tuple(shape), tuple(strides), self.offset + start * self.strides[d])
+
+    def select(self, d: int, index: int) -> View:
+        d = self.dim(d)
+        offset = self.offset + (index % self.shape[d]) * self.strides[d]
+        return View(_drop(self.shape, d), _drop(self.strides, d), offset)
+
+    def unsqueeze(self, d: int) -> View:
+        d = d % (self.ndim + 1)
+        return View(_put(self.shape, d, 1), _put(self.strides, d, 0), self.offset)
+
+    def squeeze(self, dims: Sequence[int] | None = None) -> View:
+        gone = range(self.ndim) if dims is None else [self.dim(d) for d in dims]
+        kept = [d for d in range(self.ndim) if not (d in gone and self.shape[d] == 1)]
+        return self.permute(kept)
+
+    def expand(self, sizes: Sequence[int]) -> View:
+        new = len(sizes) - self.ndim
+        shape = [1] * new + list(self.shape)
+        strides = [0] * new + list(self.strides)
+        for d, size in enumerate(sizes):
+            if size not in (-1, shape[d]):
+                shape[d], strides[d] = size, 0
+        return View(tuple(shape), tuple(strides), self.offset)
+
+    def split(self, sizes: Sequence[int], d: int) -> tuple[View, ...]:
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return tuple(self.slice(d, start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+    def reshape(self, shape: Sequence[int]) -> View | None:
+        """The same elements under another shape, or None where that needs a copy."""
+        shape = list(shape)
+        if -1 in shape:
+            known = math.prod(n for n in shape if n != -1)
+            shape[shape.index(-1)] = math.prod(self.shape) // max(known, 1)
+        old = [(n, s) for n, s in zip(self.shape, self.strides, strict=True) if n != 1]
+        strides: list[int] = []
+        i, left, step = 0, 1, 0  # walk the old axes from the right, splitting and merging them
+        old.reverse()
+        for size in reversed(shape):
+            if size == 1:
+                strides.append(0)
+                continue
+            if left == 1:
+                if i == len(old):
+                    return None
+                left, step = old[i]
+                i += 1
+            while left % size and i < len(old) and old[i][1] == step * left:
+                left *= old[i][0]
+                i += 1
+            if left % size:
+                return None
+            strides.append(step)
+            left, step = left // size, step * size
+        return View(tuple(shape), tuple(reversed(strides)), self.offset) if left == 1 and i == len(old) else None
+
+    def index(self, key: Any) -> View | None:
+        """`view[key]` for integers, slices, None and Ellipsis; None for anything that gathers."""
+        keys = list(key) if isinstance(key, tuple) else [key]
+        if not all(k is None or k is Ellipsis or isinstance(k, int | slice) for k in keys):
+            return None
+        if any(isinstance(k, bool) for k in keys):
+            return None
+        taken = sum(k is not None and k is not Ellipsis for k in keys)
+        if Ellipsis in keys:
+            at = keys.index(Ellipsis)
+            keys[at : at + 1] = [slice(None)] * (self.ndim - taken)
+        view, d = self, 0
+        for k in keys:
+            if isinstance(k, int):
+                view = view.select(d, k)
+                continue
+            view = view.unsqueeze(d) if k is None else view.slice(d, k.start, k.stop, k.step or 1)
+            d += 1
+        return view
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def _drop(items: tuple[int, ...], d: int) -> tuple[int, ...]:
+    return items[:d] + items[d + 1 :]
+
+
+def _put(items: tuple[int, ...], d: int, item: int) -> tuple[int, ...]:
+    return (*items[:d], item, *items[d:])
+
+
+def _sizes(args: Sequence[Any]) -> list[int]:
+    """`f(x, 2, 3)` and `f(x, (2, 3))` mean the same."""
+    flat = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
+    return [int(n) for n in flat]
+
+
+def _transpose(v: View, a: int = 0, b: int = 1, **kw: int) -> View:
+    return v.transpose(kw.get("dim0", a), kw.get("dim1", b))
+
+
+def _matrix_transpose(v: View) -> View:
+    return v.transpose(-2, -1)
+
+
+def _reverse(v: View) -> View:
+    return v.permute(range(v.ndim)[::-1])
+
+
+def _permute(v: View, *dims: Any, **kw: Any) -> View:
+    return v.permute(_sizes((kw["dims"],) if "dims" in kw else dims))
+
+
+def _movedim(v: View, source: Any, destination: Any) -> View:
+    source, destination = _sizes((source,)), _sizes((destination,))
+    order = [d for d in range(v.ndim) if d not in [v.dim(s) for s in source]]
+    for d, s in sorted((v.dim(d), v.dim(s)) for s, d in zip(source, destination, strict=True)):
+        order.insert(d, s)
+    return v.permute(order)
+
+
+def _reshape(v: View, *shape: Any, **kw: Any) -> View | None:
+    return v.reshape(_sizes((kw.get("shape", kw.get("size")),) if kw else shape))
+
+
+def _flatten(v: View, start_dim: int = 0, end_dim: int = -1) -> View | None:
+    a, b = v.dim(start_dim), v.dim(end_dim)
+    return v.reshape([*v.shape[:a], math.prod(v.shape[a : b + 1]), *v.shape[b + 1 :]])
+
+
+def _unflatten(v: View, dim: int, sizes: Sequence[int]) -> View | None:
+    d, sizes = v.dim(dim), list(sizes)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = v.shape[d] // max(math.prod(n for n in sizes if n != -1), 1)
+    return v.reshape([*v.shape[:d], *sizes, *v.shape[d + 1 :]])
+
+
+def _chunk(v: View, chunks: int, dim: int = 0) -> tuple[View, ...]:
+    return _split(v, -(-v.shape[v.dim(dim)] // chunks), dim)
+
+
+def _split(v: View, size: Any, dim: int = 0, **kw: Any) -> tuple[View, ...]:
+    total = v.shape[v.dim(dim)]
+    sizes = [min(size, total - at) for at in range(0, total, size)] if isinstance(size, int) else list(size)
+    return v.split(sizes, dim)
+
+
+def _slice(v: View, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> View:
+    return v.slice(dim, start, end, step)
+
+
+def _narrow(v: View, dim: int, start: int, length: int) -> View:
+    return v.slice(dim, start, start + length)
+
+
+def _squeeze(v: View, dim: Any = None) -> View:
+    return v.squeeze(None if dim is None else _sizes((dim,) if not isinstance(dim, int) else ([dim],)))
+
+
+def _expand(v: View, *sizes: Any, **kw: Any) -> View:
+    return v.expand(_sizes((kw["size"],) if "size" in kw else sizes))
+
+
+def _unbind(v: View, dim: int = 0) -> tuple[View, ...]:
+    return tuple(v.select(dim, i) for i in range(v.shape[v.dim(dim)]))
+
+
+#: movement op → the view it gives. The names are torch's own, the same for functions, methods, properties and ATen.
+MOVES: dict[str, Callable[..., View | tuple[View, ...] | None]] = {
+    "t": _reverse, "T": _reverse, "numpy_T": _reverse, "mT": _matrix_transpose, "adjoint": _matrix_transpose,
+    "H": _reverse, "mH": _matrix_transpose,
+    "transpose": _transpose, "swapaxes": _transpose, "swapdims": _transpose,
+    "permute": _permute, "movedim": _movedim, "moveaxis": _movedim,
+    "view": _reshape, "reshape": _reshape, "_unsafe_view": _reshape, "flatten": _flatten, "unflatten": _unflatten,
+    "select": View.select, "slice": _slice, "narrow": _narrow, "getitem": View.index, "__getitem__": View.index,
+    "unsqueeze": View.unsqueeze, "squeeze": _squeeze, "expand": _expand,
+    "chunk": _chunk, "split": _split, "split_with_sizes": _split, "unbind": _unbind, "__iter__": _unbind,
+}  # fmt: skip
+
+#: ops that give the same elements, perhaps in another dtype, place or memory format
+COPIES = frozenset({
+    "contiguous", "clone", "to", "_to_copy", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda",
+    "alias", "lift_fresh", "lift_fresh_copy", "detach", "detach_", "data", "requires_grad_",
+})  # fmt: skip
+
+
+def move(name: str, view: View, args: Sequence[Any], kwargs: dict[str, Any]) -> View | tuple[View, ...] | None:
+    """What the op called `name` makes of `view`; None if it is no view of the same weight."""
+    if name in COPIES:
+        return view
+    rule = MOVES.get(name)
+    if rule is None:
+        return None
+    try:
+        return rule(view, *args, **kwargs)
+    except (TypeError, ValueError, IndexError, AttributeError):  # arguments that are no plain integers: a gather
+        return None

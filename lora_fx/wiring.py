@@ -1,0 +1,416 @@
+"""How a module comes to read adapted weights, and how it is put back.
+
+A module is wired by giving it a generated subclass of its own class:
+
+* ``graph``: the subclass has a forward of its own, generated from the traced graph with the branches in it;
+* ``dispatch``: the subclass has a property in the place of the parameter, which reads as an `AdaptedWeight`. Whoever
+  reads the weight gets the branches: another module, a fused kernel's Python front, an LSTM.
+
+Modules whose generated code is the same share one class, so `torch.compile` compiles it once. The subclass names what it
+was made from, so instances can be copied and pickled. All state lives in the model: `Adapter` children beside their
+weight, and a mark on each module that is wired by graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import linecache
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import fx, nn
+
+from lora_fx.adapter import AdaptedWeight, Adapter, Factors
+from lora_fx.tracing import Untraceable, active_tracer, baked_attributes, rewrite_graph, trace_forward
+from lora_fx.views import View
+
+_READS = "_lora_fx_reads"  # mark: this module's forward is rewritten as a graph
+_ORIGINAL = "_lora_fx_graph"  # the graph a GraphModule had before
+_CONVERSIONS = "_lora_fx_conversions"  # how transformers would have rewritten the model's keys on saving
+FOLDED = "_lora_fx_folded"  # mark: what unfolding this module needs
+_SEPARATOR = "_lora_"
+_IMPORT = "import "
+
+
+def child_name(attribute: str, adapter: str, part: str = "") -> str:
+    """The name of the `Adapter` child beside its weight: ``weight_lora_default``, ``weight_lora_default_query``."""
+    return f"{attribute}{_SEPARATOR}{adapter}" + (f"_{part.rpartition('.')[2]}" if part else "")
+
+
+def attach(owner: nn.Module, child: str, adapter: Adapter, register: bool = True) -> None:
+    """Put an adapter beside its weight. A tied weight's other owners refer to it without registering it twice."""
+    if register:
+        owner.add_module(child, adapter)
+    else:
+        owner.__dict__[child] = adapter
+
+
+def detach(owner: nn.Module, child: str) -> None:
+    owner._modules.pop(child, None)
+    owner.__dict__.pop(child, None)
+
+
+def adapters_of(owner: nn.Module) -> dict[str, Adapter]:
+    """The adapters beside this module's own weights, by child name."""
+    found = {name: child for name, child in owner._modules.items() if isinstance(child, Adapter)}
+    found.update({name: child for name, child in owner.__dict__.items() if isinstance(child, Adapter)})
+    return found
+
+
+def attribute_of(child: str) -> str:
+    return child.partition(_SEPARATOR)[0]
+
+
+def find_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
+    """(path of the owner, owner, child name, adapter) of every adapter, tied owners included."""
+    for path, module in model.named_modules():
+        if not isinstance(module, Adapter):
+            for child, adapter in adapters_of(module).items():
+                yield path, module, child, adapter
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One weight storage as some of its owners read it: with these adapters."""
+
+    owners: tuple[tuple[nn.Module, str], ...]
+    adapters: tuple[Adapter, ...]
+    split: bool
+    """Other owners of the same storage read it with other adapters, or with none."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        owner, attribute = self.owners[0]
+        return owner._parameters[attribute]  # type: ignore[return-value]
+
+    def replace(self, parameter: nn.Parameter) -> None:
+        """Give these owners another parameter."""
+        for owner, attribute in self.owners:
+            owner._parameters[attribute] = parameter
+
+
+def adapted_storages(model: nn.Module) -> list[Storage]:
+    """Every storage that an active adapter acts on, once for each set of adapters it is read with."""
+    storages: dict[int, dict[tuple[Adapter, ...], list[tuple[nn.Module, str]]]] = {}
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            continue
+        active = _active(module)
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim >= 2:
+                own = tuple(a for child, a in active.items() if attribute_of(child) == attribute)
+                readers = storages.setdefault(parameter.untyped_storage()._cdata, {})
+                readers.setdefault(own, []).append((module, attribute))
+    return [
+        Storage(tuple(owners), own, len(readers) > 1)
+        for readers in storages.values()
+        for own, owners in readers.items()
+        if own
+    ]
+
+
+def mark_reader(module: nn.Module) -> None:
+    """This module's forward is to be rewritten as a graph."""
+    module.__dict__[_READS] = True
+
+
+def is_reader(module: nn.Module) -> bool:
+    return _READS in module.__dict__
+
+
+def unmark(module: nn.Module) -> None:
+    module.__dict__.pop(_READS, None)
+
+
+def wire(model: nn.Module) -> dict[str, str]:
+    """Give every module the class that its active adapters ask for.
+
+    Returns:
+        Marked modules that could not be rewritten as a graph after all, each with the reason.
+    """
+    unwire(model)
+    _agree(model)
+    owners = [(m, active) for m in model.modules() if (active := _active(m))]
+    for module, active in owners:
+        _swap(module, reads=_by_attribute(active))
+    failed, graphs = {}, []
+    for path, module in model.named_modules():
+        if _READS in module.__dict__:
+            try:
+                graphs.append((module, _graph_of(module)))
+            except Untraceable as why:
+                failed[path] = str(why)
+    if failed:
+        return failed
+    for module, active in owners:
+        _swap(module, reads=_by_attribute({c: a for c, a in active.items() if a.realised != "graph"}))
+    for module, graph in graphs:
+        _install(module, graph)
+    keep_keys(model)
+    return {}
+
+
+def keep_keys(model: nn.Module) -> None:
+    """A transformers model is saved under its own keys for as long as it has adapters.
+
+    Otherwise `save_pretrained` renames, splits and merges by patterns over the keys. The factors' keys match them too, but
+    factors cannot be split like their weight (rank 1 raises), and the Trainer, which does not convert them back, would
+    resume with fresh factors. `from_pretrained` reads a model's own keys as well.
+    """
+    for module in model.modules():
+        if not hasattr(module, "save_pretrained"):
+            continue
+        adapted = any(isinstance(child, Adapter) for child in module.modules())
+        if adapted and _CONVERSIONS not in module.__dict__:
+            module.__dict__[_CONVERSIONS] = module.__dict__.get("_weight_conversions")
+            module.__dict__["_weight_conversions"] = []
+        elif not adapted and _CONVERSIONS in module.__dict__:
+            module.__dict__["_weight_conversions"] = module.__dict__.pop(_CONVERSIONS)
+
+
+def _agree(model: nn.Module) -> None:
+    """All adapters of one weight are read in the same way, under whichever of its names."""
+    by_storage: dict[int, list[Adapter]] = {}
+    for _, owner, child, adapter in find_adapters(model):
+        parameter = owner._parameters[attribute_of(child)]
+        by_storage.setdefault(parameter.untyped_storage()._cdata, []).append(adapter)  # type: ignore[union-attr]
+    for group in by_storage.values():
+        if any(adapter.realised == "dispatch" for adapter in group):
+            for adapter in group:
+                adapter.realised = "dispatch"
+
+
+def wire_or_dispatch(model: nn.Module) -> None:
+    """`wire`, and where a marked module cannot be rewritten as a graph after all, every weight it reads dispatches."""
+    while failed := wire(model):
+        for path in failed:
+            reader = model.get_submodule(path)
+            unmark(reader)
+            below = {id(p) for p in reader.parameters()}
+            for _, owner, child, adapter in find_adapters(model):
+                if id(owner._parameters[attribute_of(child)]) in below:
+                    adapter.realised = "dispatch"
+
+
+def unwire(model: nn.Module) -> None:
+    """Give every module its original class and graph back; adapters stay where they are, and do nothing."""
+    for module in model.modules():
+        spec = getattr(type(module), "_lora_fx", None)
+        if spec is not None:
+            module.__class__ = spec.base
+        if _ORIGINAL in module.__dict__:
+            module.graph = module.__dict__.pop(_ORIGINAL)
+            module.recompile()
+
+
+@contextmanager
+def unwired(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the base model."""
+    classes = [(m, type(m)) for m in model.modules()]
+    graphs = [(m, m.graph, m.__dict__[_ORIGINAL]) for m in model.modules() if _ORIGINAL in m.__dict__]
+    unwire(model)
+    try:
+        yield
+    finally:
+        for module, cls in classes:
+            if type(module) is not cls:
+                module.__class__ = cls
+        for module, graph, original in graphs:
+            module.graph = graph
+            module.recompile()
+            module.__dict__[_ORIGINAL] = original
+
+
+def is_wired(model: nn.Module) -> bool:
+    return any(hasattr(type(m), "_lora_fx") or _ORIGINAL in m.__dict__ for m in model.modules())
+
+
+def _active(owner: nn.Module) -> dict[str, Adapter]:
+    if isinstance(owner, Adapter):
+        return {}
+    return {child: a for child, a in adapters_of(owner).items() if a.active}
+
+
+def _by_attribute(active: dict[str, Adapter]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    reads: dict[str, tuple[str, ...]] = {}
+    for child in active:
+        reads[attribute_of(child)] = (*reads.get(attribute_of(child), ()), child)
+    return tuple(reads.items())
+
+
+def _graph_of(module: nn.Module) -> fx.Graph:
+    if isinstance(module, fx.GraphModule):
+        return rewrite_graph(module, adapted=lambda child: bool(_active(child)))
+    return trace_forward(module)
+
+
+def _install(module: nn.Module, graph: fx.Graph) -> None:
+    if isinstance(module, fx.GraphModule):
+        module.__dict__[_ORIGINAL] = module.graph
+        module.graph = graph
+        module.recompile()
+        return
+    code = graph.python_code("self")
+    spec = getattr(type(module), "_lora_fx", None)
+    baked = baked_attributes(module)
+    _swap(module, spec.reads if spec else (), code.src, _used_globals(code.src, code.globals), baked)
+
+
+def _used_globals(source: str, scope: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The globals that the source names, so that a class can be made again from them; modules by their name."""
+    words = set(re.findall(r"\w+", source))
+    used = ((name, value) for name, value in sorted(scope.items()) if name in words)
+    return tuple((name, f"{_IMPORT}{v.__name__}" if isinstance(v, ModuleType) else v) for name, v in used)
+
+
+def _swap(
+    module: nn.Module,
+    reads: tuple[tuple[str, tuple[str, ...]], ...],
+    source: str = "",
+    names: tuple[tuple[str, Any], ...] = (),
+    baked: frozenset[str] = frozenset(),
+) -> None:
+    spec = getattr(type(module), "_lora_fx", None)
+    base = spec.base if spec else type(module)
+    if isinstance(module, fx.GraphModule) and not reads:
+        return
+    module.__class__ = generated_class(Spec(base, reads, source, names, baked)) if reads or source else base
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a generated class is made from; equal specs share one class."""
+
+    base: type
+    reads: tuple[tuple[str, tuple[str, ...]], ...]
+    """(attribute, adapter children) for each weight that reads as an `AdaptedWeight`."""
+    source: str
+    """The generated forward; empty where the base class's own runs."""
+    names: tuple[tuple[str, Any], ...]
+    """The globals of the generated forward."""
+    baked: frozenset[str]
+    """Attributes the generated forward has baked in: setting one gives the base forward back."""
+
+    @property
+    def key(self) -> tuple:
+        return self.base, self.reads, self.source, tuple((n, v if isinstance(v, str) else id(v)) for n, v in self.names), self.baked
+
+    def __deepcopy__(self, memo: dict) -> Spec:
+        return self
+
+
+_classes: WeakValueDictionary[tuple, type] = WeakValueDictionary()
+
+
+def generated_class(spec: Spec) -> type:
+    """The subclass of `spec.base`, one for equal specs."""
+    known = _classes.get(spec.key)
+    if known is not None:
+        return known
+    base = spec.base
+    body: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    body["_lora_fx"] = spec
+    body["__reduce_ex__"] = _reduce
+    for attribute, children in spec.reads:
+        body[attribute] = _adapted_property(attribute, children)
+    if spec.reads and issubclass(base, nn.RNNBase):
+        body["_flat_weights"] = property(_flat_weights, _set_flat_weights)
+    if spec.source:
+        body["forward"] = _forward(spec)
+    if spec.baked:
+        body["__setattr__"] = _guarded_setattr
+    cls = type(base)(base.__name__, (base,), body)
+    _classes[spec.key] = cls
+    return cls
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple:
+    """Copy and pickle by what the class was made from, since the class itself is found in no module."""
+    _, _, *state = object.__reduce_ex__(self, max(int(protocol), 2))
+    return _remake, (self._lora_fx,), *state
+
+
+def _remake(spec: Spec) -> nn.Module:
+    cls = generated_class(spec)
+    return cls.__new__(cls)
+
+
+def _guarded_setattr(self: nn.Module, name: str, value: Any) -> None:
+    spec = type(self)._lora_fx
+    if name in spec.baked and self.__dict__.get(name) != value:
+        # The generated forward assumes the old value; the base forward, which dispatches, reads the new one.
+        own = _by_attribute(_active(self))
+        self.__class__ = generated_class(Spec(spec.base, own, "", (), frozenset()))
+    super(type(self), self).__setattr__(name, value)
+
+
+def _adapted_property(attribute: str, children: tuple[str, ...]) -> property:
+    def read(self: nn.Module) -> Any:
+        return adapted_weight(self, attribute, children)
+
+    return property(read)
+
+
+def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) -> Any:
+    """`owner.<attribute>` with the branches of these adapters."""
+    tracer = active_tracer()
+    if tracer is not None:
+        return tracer.read(owner, attribute, children)
+    parameter = owner._parameters[attribute]
+    if parameter is None or isinstance(parameter, torch.distributed.tensor.DTensor if _dtensor() else ()):
+        return parameter  # sharding code moves the parameter itself; it computes with the gathered one
+    factors = []
+    cast = False
+    for child in children:
+        adapter = getattr(owner, child)
+        drop = adapter.dropout if adapter.dropout.p else None
+        factors.append(Factors(adapter, adapter.A, adapter.whole(adapter.B), drop))
+        cast = cast or adapter.dtype != parameter.dtype
+    return AdaptedWeight(parameter, View.of(parameter.shape), factors, parameter, (), cast)
+
+
+def _dtensor() -> bool:
+    return "torch.distributed.tensor" in sys.modules
+
+
+def _flat_weights(self: nn.RNNBase) -> list[Any]:
+    return [getattr(self, name) for name in self._flat_weights_names]
+
+
+def _set_flat_weights(self: nn.RNNBase, value: list[Any]) -> None:
+    self.__dict__["_flat_weights"] = [self._parameters[name] for name in self._flat_weights_names]
+
+
+def _forward(spec: Spec) -> Any:
+    """Compile the generated forward so that tracebacks and debuggers show its source."""
+    filename = f"<lora_fx {spec.base.__qualname__} {abs(hash((spec.source, spec.base))):x}>"
+    linecache.cache[filename] = (len(spec.source), None, spec.source.splitlines(keepends=True), filename)
+    scope: dict[str, Any] = {
+        name: importlib.import_module(value.removeprefix(_IMPORT)) if isinstance(value, str) else value
+        for name, value in spec.names
+    }
+    exec(compile(spec.source, filename, "exec"), scope)
+    forward = scope["forward"]
+    forward.__qualname__ = f"{spec.base.__qualname__}.forward"
+    return forward
+
+
+def show(module: nn.Module) -> str:
+    """The source of the forward that `module` runs: generated where it was rewritten, its own otherwise."""
+    if isinstance(module, fx.GraphModule):
+        return module.code.strip()
+    spec = getattr(type(module), "_lora_fx", None)
+    if spec is not None and spec.source:
+        return spec.source.strip()
+    notes = [f"# self.{attribute} reads with {', '.join(children)}" for attribute, children in (spec.reads if spec else ())]
+    base = spec.base if spec else type(module)
+    return "\n".join([*notes, textwrap.dedent(inspect.getsource(base.forward)).strip()])

@@ -1,0 +1,29 @@
+"""One thread a worker, Hypothesis profiles, and the laws of one model on one worker."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("deep", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("LORA_FX_PROFILE", "ci"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that share a built model run on one worker, one after the other; everything else goes where there is room."""
+    for item in items:
+        shared = getattr(item, "callspec", None) and item.callspec.params.get("adapted")
+        if shared is not None:
+            item.add_marker(pytest.mark.xdist_group(shared.name))

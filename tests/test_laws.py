@@ -1,0 +1,196 @@
+"""The laws L1 to L9 of the design, for every architecture of the zoo: all its weights adapted, in float64, B ≠ 0."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import lora_fx
+from lora_fx import Rule, wiring
+from lora_fx.frontend import no_fast_paths, normalize_inputs, output_tensors
+from lora_fx.verification import SLACK, compare, run, worst
+from tests import reference
+from tests.zoo import ZOO, Case
+
+#: CPU kernels of grouped_mm take no float64: these run in float32
+FLOAT32_ONLY = {"qwen3-moe-grouped", "gpt-oss-grouped"}
+EVERYTHING = Rule(when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3)
+
+
+class Adapted:
+    """One case, built once: the base, the adapted model with B ≠ 0, and the inputs."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        model, inputs = case.build()
+        if case.name in FLOAT32_ONLY:
+            self.inputs = normalize_inputs(model, inputs)
+        else:
+            model, self.inputs = reference.in_double(model, inputs)
+        self.base = model.requires_grad_(False)  # frozen: some kernels choose another path for trainable weights
+        self.fresh = lora_fx.apply(copy.deepcopy(model), EVERYTHING, self.inputs)
+        self.model = copy.deepcopy(self.fresh)
+        reference.fill(self.model)
+
+
+@pytest.fixture(scope="module", params=ZOO, ids=lambda case: case.name)
+def adapted(request) -> Adapted:
+    return Adapted(request.param)
+
+
+def modes(model: torch.nn.Module, training: bool) -> torch.nn.Module:
+    """In train mode the branch's dropout is 0 here, and equal seeds make the model's own dropout equal."""
+    for module in model.modules():
+        module.training = training
+    return model
+
+
+def assert_same_function(a, b, noise_of) -> None:
+    reports = [compare(x, y, y, noise, y.dtype) for x, y, noise in zip(a, b, noise_of, strict=True)]
+    assert worst(reports), str(worst(reports))
+
+
+def sensitivity(base, weights, inputs) -> list[float]:
+    """How far one rounding step in each adapted weight, where it is read, moves the outputs, relative to their size."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = reference.run_dense(base, weights, inputs)
+    program = lora_fx.capture(base, inputs)
+    moved = {}
+    for name, weight in weights.items():
+        signs = torch.randint(0, 2, weight.shape, generator=generator).double() * 2 - 1
+        moved[name] = weight * (1 + 2 * max(use.rounding for use in program.weight(name).uses) * signs)
+    again = reference.run_dense(base, moved, inputs)
+    return [float((x - y).double().norm() / y.double().norm()) for x, y in zip(again, outputs, strict=True)]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_l1_with_b_zero_insert_is_bitwise_invisible(adapted, training):
+    with no_fast_paths():  # torch's fused encoder rounds differently from its own unfused path
+        before = run(modes(copy.deepcopy(adapted.base), training), adapted.inputs)
+        after = run(modes(copy.deepcopy(adapted.fresh), training), adapted.inputs)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_l2_adapted_is_the_base_with_the_dense_sum(adapted, training):
+    base, model = modes(copy.deepcopy(adapted.base), training), modes(copy.deepcopy(adapted.model), training)
+    weights = reference.dense_weights(model)
+    dense = reference.run_dense(base, weights, adapted.inputs)
+    plain = run(base, adapted.inputs)
+    assert any(not torch.equal(a, b) for a, b in zip(dense, plain, strict=True)), "the adapters have no effect"
+    assert_same_function(run(model, adapted.inputs), dense, sensitivity(base, weights, adapted.inputs))
+
+
+def test_l3_l4_l5_l7_fold_is_the_same_function_the_base_graph_and_undone_bit_for_bit(adapted):
+    model = copy.deepcopy(adapted.model)
+    state, before = reference.bits(model), run(model, adapted.inputs)
+    noise = sensitivity(adapted.base, reference.dense_weights(model), adapted.inputs)
+
+    lora_fx.fold(model)
+    assert_same_function(run(model, adapted.inputs), before, noise)
+    assert reference.classes(model) == reference.classes(adapted.base)
+    assert list(model.state_dict()) == list(adapted.base.state_dict())
+    # Where a router chooses experts, other numbers take another path: then it is the base's path for these numbers.
+    base = copy.deepcopy(adapted.base)
+    if adapted.case.family == "moe" or adapted.case.name == "native-experts":
+        base.load_state_dict(model.state_dict())
+    folded_graph = reference.graph_lines(lora_fx.capture(model, adapted.inputs).graph)
+    assert folded_graph == reference.graph_lines(lora_fx.capture(base, adapted.inputs).graph)
+
+    once = reference.bits(model)
+    assert reference.same_bits(reference.bits(lora_fx.fold(model)), once)
+
+    lora_fx.unfold(model)
+    assert reference.same_bits(reference.bits(model), state)
+    assert all(torch.equal(a, b) for a, b in zip(run(model, adapted.inputs), before, strict=True))
+
+
+def gradients(model: torch.nn.Module, inputs) -> dict[str, bool]:
+    """name → whether a gradient reaches it, for a random cotangent on every output."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = [t for t in output_tensors(inputs.call(model)) if t.requires_grad]
+    sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in outputs).backward()
+    return {name: p.grad is not None and bool((p.grad != 0).any()) for name, p in model.named_parameters()}
+
+
+def test_l6_exactly_the_adapters_get_gradients_and_each_one_does(adapted):
+    base, model = copy.deepcopy(adapted.base).requires_grad_(True), copy.deepcopy(adapted.model)
+    reached = gradients(base, adapted.inputs)  # some models compute positions without gradients: no adapter changes that
+    unreachable = {f"{name}_lora_default.{factor}" for name, does in reached.items() if not does for factor in "AB"}
+    with_gradient = {name for name, does in gradients(model, adapted.inputs).items() if does}
+    adapters = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert adapters == {f"{path}.{child}.{f}".lstrip(".") for path, _, child, _ in _registered(model) for f in "AB"}
+    assert with_gradient == adapters - unreachable
+
+
+def _registered(model):
+    return [found for found in wiring.find_adapters(model) if found[2] in found[1]._modules]
+
+
+def test_l8_the_order_of_disjoint_rules_does_not_matter(adapted):
+    names = [row.weight.name for row in lora_fx.plan(adapted.base, EVERYTHING, adapted.inputs).rows]
+    even = Rule(when=lambda site: site.weight.name in names[::2], rank=2, alpha=5)
+    odd = Rule(when=lambda site: site.weight.name in names[1::2], rank=1)
+    outputs = []
+    for rules in ([even, odd], [odd, even]):
+        model = lora_fx.apply(copy.deepcopy(adapted.base), rules, adapted.inputs, check=False)
+        reference.fill(model)
+        outputs.append(run(model, adapted.inputs))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_l9_untouched_weights_are_bitwise_untouched(adapted):
+    base = adapted.base
+    sites = lora_fx.plan(base, EVERYTHING, adapted.inputs).sites
+    chosen = sites[len(sites) // 2]
+    model = copy.deepcopy(base)
+    rule = Rule(when=lambda site: site.weight.name == chosen.weight.name, rank=1)
+    lora_fx.apply(model, rule, adapted.inputs)
+    reference.fill(model)
+    lora_fx.fold(model, final=True)
+    names = set(chosen.weight.names)
+    after, before = reference.bits(model), reference.bits(base)
+    assert {name for name in after if not torch.equal(after[name], before[name])} == names
+    assert reference.classes(model) == reference.classes(base)
+
+
+def test_the_slack_is_far_below_what_a_lost_branch_makes(adapted):
+    """The bound would not hide a missing site: dropping any single branch is an error many times the bound."""
+    model = copy.deepcopy(adapted.model)
+    weights = reference.dense_weights(model)
+    noise = sensitivity(adapted.base, weights, adapted.inputs)
+    whole = reference.run_dense(adapted.base, weights, adapted.inputs)
+    smallest = min(
+        max(
+            float((x - y).double().norm() / y.double().norm()) / max(n, torch.finfo(y.dtype).eps / 2)
+            for x, y, n in zip(_without(adapted, weights, names), whole, noise, strict=True)
+        )
+        for names in _storages(adapted.base, weights)
+    )
+    assert smallest > 10 * SLACK
+
+
+def _storages(base, weights) -> list[tuple[str, ...]]:
+    by_storage: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if name in weights:
+            by_storage.setdefault(parameter.data_ptr(), []).append(name)
+    return [tuple(names) for names in by_storage.values()][:4]
+
+
+def _without(adapted, weights, names):
+    return reference.run_dense(adapted.base, {n: w for n, w in weights.items() if n not in names}, adapted.inputs)
+
+
+def test_every_name_of_a_tied_weight_is_adapted():
+    owners = {path for path, *_ in wiring.find_adapters(lora_fx.apply(*_gpt2(), check=False))}
+    assert {"transformer.wte", "lm_head"} <= owners
+
+
+def _gpt2():
+    from tests.zoo import case
+
+    model, inputs = case("gpt2").build()
+    return model, EVERYTHING, inputs

@@ -1,0 +1,278 @@
+"""Bad input: one error family, each message with value, place, reason and remedy; the model bitwise as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lora_fx
+from lora_fx import LoraFxError, Rule
+from lora_fx.errors import CaptureError, EquivalenceError, FoldError, PlanError, RuleError
+from tests import reference
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
+        self.head = nn.Linear(12, 7)
+
+    def forward(self, x):
+        return self.head(x + self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return Gated()
+
+
+def snapshot(model: nn.Module) -> tuple:
+    flags = [(m.training, dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+    marks = [sorted(m.__dict__) for m in model.modules()]
+    return reference.classes(model), flags, marks, [p.requires_grad for p in model.parameters()]
+
+
+def refused(call, model: nn.Module, kind: type[LoraFxError], *parts: str) -> LoraFxError:
+    """The call refuses with these texts in its message, and leaves the model bitwise as it was."""
+    before, state = snapshot(model), reference.bits(model)
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    for part in parts:
+        assert part in message, f"{part!r} is not in: {message}"
+    assert caught.value.reason and caught.value.place and caught.value.remedy, "value, place, reason and remedy"
+    assert snapshot(model) == before and reference.same_bits(reference.bits(model), state)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("rule", "parts"),
+    [
+        (dict(where="*.gaet", rank=2), ("matches nothing", "gate.weight (mlp.gate)")),
+        (dict(role="mlp.gaet", rank=2), ("matches nothing", "gate.weight (mlp.gate)")),
+        (dict(where="*", rank=2, expect=3), ("matches 4 sites", "expect=3", "down.weight")),
+        (dict(where="gate", rank=13), ("rank=13", "gate.weight", "at most 12")),
+    ],
+)
+def test_a_rule_that_does_not_fit_the_model(model, rule, parts):
+    refused(lambda: lora_fx.apply(model, Rule(**rule), X), model, LoraFxError, *parts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        (dict(where="*", rank=0), "rank=0"),
+        (dict(where="*", rank=-3), "rank=-3"),
+        (dict(where="*", rank=2.5), "rank=2.5"),
+        (dict(where="*", rank=True), "rank=True"),
+        (dict(where="*", rank=2, alpha=math.inf), "alpha=inf"),
+        (dict(where="*", rank=2, alpha=math.nan), "alpha=nan"),
+        (dict(where="*", rank=2, dropout=1.0), "dropout=1.0"),
+        (dict(where="*", rank=2, dropout=-0.1), "dropout=-0.1"),
+        (dict(where="*", rank=2, scaling="none"), "scaling='none'"),
+        (dict(where="*", rank=2, init="ones"), "init='ones'"),
+        (dict(where=" ", rank=2), "where=' '"),
+        (dict(where=3, rank=2), "where=3"),
+        (dict(layers="1-x", rank=2), "layers='1-x'"),
+        (dict(rank=2), "no key"),
+        (dict(where="*", adapt="gate", rank=2), "adapt='gate'"),
+    ],
+)
+def test_a_rule_that_is_malformed(settings, part):
+    with pytest.raises(RuleError, match=re.escape(part)) as caught:
+        Rule(**settings)
+    assert caught.value.place.startswith("Rule(") and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("rules", "part"),
+    [
+        ([], "no rule"),
+        (17, "17 is no rule"),
+        ({"were": "*", "rank": 2}, "did you mean 'where'"),
+        ([{"where": "*", "rank": 2, "colour": 1}], "unknown key 'colour'"),
+        ("missing.toml", "cannot read it"),
+    ],
+)
+def test_rules_that_are_no_rules(model, rules, part):
+    refused(lambda: lora_fx.apply(model, rules, X), model, RuleError, part)
+
+
+def test_a_toml_file_that_is_no_rules(model, tmp_path):
+    for text, part in (("rule = [", "is no TOML"), ("[lora]\nrank = 2", "['lora']"), ("[[rule]]\nrnk = 2", "'rank'")):
+        file = tmp_path / "rules.toml"
+        file.write_text(text)
+        refused(lambda file=file: lora_fx.apply(model, file, X), model, RuleError, part)
+
+
+def test_a_later_rule_says_that_earlier_ones_took_its_sites(model):
+    rules = [Rule(where="*", rank=2), Rule(where="gate", rank=4)]
+    refused(lambda: lora_fx.apply(model, rules, X), model, RuleError, "1 more are decided by earlier rules")
+
+
+def test_a_role_rule_without_example_inputs(model):
+    refused(lambda: lora_fx.apply(model, Rule(role="mlp.*", rank=2)), model, RuleError, "role='mlp.*'", "example_inputs")
+    lora_fx.apply(model, Rule(where="gate", rank=2))  # a name needs no graph
+
+
+def test_example_inputs_that_the_model_rejects(model):
+    rule = Rule(where="*", rank=2)
+    for inputs in (torch.randn(3, 11), (X, X), {"y": X}, "text"):
+        refused(lambda inputs=inputs: lora_fx.apply(model, rule, inputs), model, CaptureError, "example_inputs", "Gated")
+
+
+def test_a_model_that_returns_no_tensor():
+    class Count(Gated):
+        def forward(self, x):
+            return int(super().forward(x).argmax())
+
+    model = Count()
+    refused(lambda: lora_fx.apply(model, Rule(where="*", rank=2), X), model, CaptureError, "returns int", "output")
+
+
+def test_a_scripted_module():
+    with pytest.warns(DeprecationWarning) if torch.__version__ >= "2.10" else pytest.MonkeyPatch.context():
+        scripted = torch.jit.script(nn.Linear(12, 7))
+    model = nn.Sequential(scripted)
+    for call in (lambda: lora_fx.apply(model, Rule(where="*", rank=2), X), lambda: lora_fx.capture(model, X)):
+        with pytest.raises(CaptureError, match="ScriptModule") as caught:
+            call()
+        assert caught.value.place == "0" and caught.value.remedy
+
+
+def test_a_lazy_module():
+    model = nn.Sequential(nn.LazyLinear(7))
+    with pytest.raises(CaptureError, match="lazy") as caught:
+        lora_fx.apply(model, Rule(where="*", rank=2), X)
+    assert caught.value.place == "0.weight" and caught.value.remedy
+    assert isinstance(model[0].weight, nn.parameter.UninitializedParameter)
+
+
+def test_a_computed_weight():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(12, 20)), nn.Linear(20, 7))
+    error = refused(
+        lambda: lora_fx.apply(model, Rule(where="0", rank=2), X), model, PlanError, "_weight_norm", "remove_parametrizations"
+    )
+    assert error.place.startswith("0.parametrizations.weight")
+    lora_fx.apply(model, [Rule(where="0"), Rule(where="*", rank=2)], X)  # the cure it names
+
+
+def test_a_quantised_weight():
+    class Int8(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randint(-9, 9, (7, 12), dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return F.linear(x, self.weight.to(x.dtype) * 0.1)
+
+    model = Int8()
+    refused(lambda: lora_fx.apply(model, Rule(where="*", rank=2), X), model, PlanError, "quantised", "int8", "weight")
+
+
+def test_a_weight_that_is_not_finite(model):
+    with torch.no_grad():
+        model.up.weight[3, 4] = math.nan
+    refused(lambda: lora_fx.apply(model, Rule(where="up", rank=2), X), model, PlanError, "NaN", "up.weight")
+
+
+def test_an_adapter_applied_twice_under_one_name(model):
+    lora_fx.apply(model, Rule(where="gate", rank=2), X)
+    refused(lambda: lora_fx.apply(model, Rule(where="gate", rank=3), X), model, PlanError, "already", "'default'", "gate.weight")
+    lora_fx.apply(model, Rule(where="up", rank=2), X)  # further sites under the same name
+    lora_fx.apply(model, Rule(where="gate", rank=3), X, name="second")  # another name on the same site
+    assert lora_fx.adapters(model) == {"default": ["gate.weight", "up.weight"], "second": ["gate.weight"]}
+    refused(lambda: lora_fx.apply(model, Rule(where="up", rank=2), X, name="two words"), model, PlanError, "two words")
+
+
+def test_names_of_adapters_that_are_not_there(model):
+    refused(lambda: lora_fx.activate(model, "task"), model, PlanError, "'task'", "no adapters")
+    lora_fx.apply(model, Rule(where="gate", rank=2), X)
+    refused(lambda: lora_fx.remove(model, "task"), model, PlanError, "'task'", "it has default")
+
+
+def test_fold_and_unfold_of_what_is_not_there(model):
+    refused(lambda: lora_fx.fold(model), model, FoldError, "no active adapter", "Gated")
+    refused(lambda: lora_fx.unfold(model), model, FoldError, "not folded", "Gated")
+    lora_fx.apply(model, Rule(where="gate", rank=2), X)
+    lora_fx.fold(model, final=True)
+    refused(lambda: lora_fx.unfold(model), model, FoldError, "final")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_fold_of_factors_that_are_not_finite(model, value, factor):
+    lora_fx.apply(model, Rule(where="*", rank=2), X)
+    reference.fill(model)
+    with torch.no_grad():
+        getattr(model.down.weight_lora_default, factor)[0, 0] = value
+    refused(lambda: lora_fx.fold(model), model, FoldError, factor, "'default'", "down.weight")
+
+
+def test_fold_that_overflows_the_dtype():
+    model = Gated().to(torch.float16)
+    lora_fx.apply(model, Rule(where="up", rank=1), X.half())
+    reference.fill(model)
+    with torch.no_grad():
+        model.up.weight_lora_default.A.fill_(300.0)
+        model.up.weight_lora_default.B.fill_(300.0)
+    refused(lambda: lora_fx.fold(model), model, FoldError, "torch.float16", "up.weight")
+
+
+def test_apply_to_a_folded_model(model):
+    lora_fx.apply(model, Rule(where="gate", rank=2), X)
+    reference.fill(model)
+    lora_fx.fold(model)
+    refused(lambda: lora_fx.apply(model, Rule(where="up", rank=2), X), model, PlanError, "folded", "unfold")
+
+
+def test_one_use_of_a_weight_whose_other_use_reads_the_same_attribute():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(23, 12)
+
+        def forward(self, i):
+            return F.linear(torch.tanh(self.embed(i)), self.embed.weight)
+
+    model = Shared()
+    ids = torch.arange(5)
+    refused(lambda: lora_fx.apply(model, Rule(op="linear", rank=2), ids), model, PlanError, "embed.weight", "embedding")
+    lora_fx.apply(model, Rule(where="embed", rank=2), ids)
+
+
+def test_dropout_where_there_is_no_branch_input():
+    model = nn.LSTM(5, 7)
+    x = torch.randn(4, 2, 5)
+    refused(lambda: lora_fx.apply(model, Rule(where="*ih*", rank=2, dropout=0.1), x), model, PlanError, "dropout=0.1", "lstm")
+
+
+def test_a_weight_that_is_read_behind_every_back():
+    """The parameter is taken out of the dictionary by hand: no graph, property or name serves that; the check tells."""
+
+    class Sneaky(Gated):
+        def forward(self, x):
+            if x.sum() > 1e9:  # control flow on values: no graph can stand for this forward
+                return self.head(x)
+            return self.head(x + self.down(F.silu(F.linear(x, self.gate._parameters["weight"])) * self.up(x)))
+
+    model = Sneaky()
+    error = refused(lambda: lora_fx.apply(model, Rule(where="*", rank=2), X), model, EquivalenceError, "W + s·B·A")
+    assert error.place == "gate.weight"
+
+
+def test_structures_that_cannot_be_compared(model):
+    other = copy.deepcopy(model)
+    other.head = nn.Linear(12, 9)
+    with pytest.raises(EquivalenceError, match=re.escape("(3, 7)")) as caught:
+        lora_fx.verify(model, other, X)
+    assert caught.value.remedy
