@@ -1,8 +1,10 @@
 """LoRA as a graph-rewriting compiler pass:   y = x·Wᵀ   ⇄   y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ"""
 
 from lora_fx.adapter import Adapter
-from lora_fx.application import activate, adapters, apply, deactivate, remove
+from lora_fx.application import activate, adapters, apply, deactivate, remove, switch
 from lora_fx.errors import LoraFxError
+from lora_fx.export.adapter_files import load_adapter, save_adapter
+from lora_fx.export.onnx_files import ExportReport, export_onnx
 from lora_fx.passes.fold import fold, unfold
 from lora_fx.planning import Plan, plan
 from lora_fx.program import Program, capture
@@ -12,6 +14,7 @@ from lora_fx.wiring import show
 
 __all__ = [
     "Adapter",
+    "ExportReport",
     "LoraFxError",
     "Plan",
     "Program",
@@ -22,10 +25,14 @@ __all__ = [
     "apply",
     "capture",
     "deactivate",
+    "export_onnx",
     "fold",
+    "load_adapter",
     "plan",
     "remove",
+    "save_adapter",
     "show",
+    "switch",
     "unfold",
     "verify",
 ]

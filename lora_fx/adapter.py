@@ -169,7 +169,8 @@ class AdaptedWeight:
 
     def placements(self, call: Call) -> list[Placement] | None:
         """Where this use reads each adapter's factors; None where it can only be dense."""
-        found = [place(f.adapter.layout, self.window, call.sides) for f in self.factors]
+        placed = place.__wrapped__ if torch.compiler.is_compiling() else place  # Dynamo warns of caches
+        found = [placed(f.adapter.layout, self.window, call.sides) for f in self.factors]
         return None if any(p is None for p in found) else found  # type: ignore[return-value]
 
     def branch(self, call: Call, factors: Factors, placement: Placement) -> Any:
@@ -322,10 +323,20 @@ def _gathered(func: Any, name: str, weight: AdaptedWeight, args: Sequence[Any]) 
     shape = tuple(base.shape)
     factors = []
     for f in weight.factors:
-        sides = f.adapter.layout.sides if picked.ndim else f.adapter.layout.sides[1:]
-        adapter = _Picked(f.adapter, Layout(sides, shape))
+        adapter = _Picked(f.adapter, _layout_of(f.adapter.layout, picked))
         factors.append(Factors(adapter, f.A[picked], f.B[picked], f.dropout))  # type: ignore[arg-type]
     return AdaptedWeight(base, View.of(shape), factors, base, (), weight.cast)
+
+
+def _layout_of(layout: Layout, picked: torch.Tensor) -> Layout:
+    """The layout of the picked experts: one expert, or as many as there are indices."""
+    first, *rest = layout.axes
+    if picked.ndim:
+        few, axes = Layout(layout.sides, (len(picked), *layout.shape[1:])), (replace(first, size=len(picked)), *rest)
+    else:
+        few, axes = Layout(layout.sides[1:], layout.shape[1:]), tuple(rest)
+    object.__setattr__(few, "axes", axes)  # a cached_property, whose lock Dynamo cannot enter
+    return few
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,27 @@ def adapters(model: nn.Module) -> dict[str, list[str]]:
 
 def activate(model: nn.Module, *names: str) -> nn.Module:
     """Make exactly these adapters act (and train); all others stay, and do nothing. No name: the base model."""
-    _known(model, names)
+    _known({a.name for a in _all(model)}, names)
     for adapter in _all(model):
         adapter.active = adapter.name in names
         adapter.requires_grad_(adapter.active)
     wiring.wire_or_dispatch(model)
     return model
+
+
+def switch(model: nn.Module, *names: str) -> nn.Module:
+    """Fold these adapters in the place of those that are folded now, through the exact base weights.
+
+    Raises:
+        LoraFxError: a name is not there, or a fold is refused; see `fold`, `unfold`.
+    """
+    from lora_fx.passes.fold import fold, is_folded, put_away, unfold
+
+    have = {*(a.name for a in put_away(model)), *(a.name for a in _all(model))}
+    _known(have, names)
+    if is_folded(model):
+        unfold(model)
+    return fold(activate(model, *names))
 
 
 def deactivate(model: nn.Module) -> nn.Module:
@@ -65,7 +80,7 @@ def deactivate(model: nn.Module) -> nn.Module:
 
 def remove(model: nn.Module, *names: str) -> nn.Module:
     """Take these adapters out for good. When the last one is gone, every module has its original class."""
-    _known(model, names)
+    _known({a.name for a in _all(model)}, names)
     wiring.unwire(model)
     for _, owner, child, adapter in list(wiring.find_adapters(model)):
         if adapter.name in names:
@@ -81,10 +96,11 @@ def _all(model: nn.Module) -> list[Adapter]:
     return list(dict.fromkeys(adapter for *_, adapter in wiring.find_adapters(model)))
 
 
-def _known(model: nn.Module, names: tuple[str, ...]) -> None:
-    have = sorted({adapter.name for adapter in _all(model)})
+def _known(have: set[str], names: tuple[str, ...]) -> None:
     for name in names:
         if name not in have:
             raise PlanError(
-                f"there is no adapter named {name!r}", place="the model", remedy=f"it has {', '.join(have) or 'no adapters'}"
+                f"there is no adapter named {name!r}",
+                place="the model",
+                remedy=f"it has {', '.join(sorted(have)) or 'no adapters'}",
             )

@@ -34,13 +34,13 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="adapt, fold and export a small vision transformer on real data, in about a minute",
-        description="Train a small vision transformer on handwritten digits, rotate the digits by 90°, adapt the model to "
-        "them with LoRA, fold the adapter, export to ONNX, and measure what each step did. Needs: pip install 'lora-fx[demo]'",
+        description="Train a small vision transformer on handwritten digits, rotate the digits by 90°, adapt the model "
+        "to them with LoRA, fold the adapter, export to ONNX, and measure what each step did. "
+        "Needs: pip install 'lora-fx[demo]'",
     )
-    demo.add_argument(
-        "--out", type=Path, default=Path("lora_fx_demo"), metavar="FOLDER", help="where the files go (default: ./%(default)s)"
-    )
-    demo.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the split, the weights and the batches (default: 0)")
+    out, seed = "where the files go (default: ./%(default)s)", "of the split, the weights and the batches (default: 0)"
+    demo.add_argument("--out", type=Path, default=Path("lora_fx_demo"), metavar="FOLDER", help=out)
+    demo.add_argument("--seed", type=_seed, default=0, metavar="N", help=seed)
     demo.add_argument("--quick", action="store_true", help="the same path with few training steps, for CI")
     demo.set_defaults(run=_demo)
     return parser

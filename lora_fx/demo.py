@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-RULE = Rule(role="attention.query | attention.value", rank=4, alpha=8)
+RULE = Rule(role="attention.query | attention.value", rank=4, alpha=8, dropout=0.05)
 UPRIGHT, ROTATED = "upright", "rotated 90°"
 MODEL, ADAPTER, PICTURE = "model.onnx", "adapter", "figure.png"
 
@@ -59,8 +59,8 @@ class Settings:
     """How often each ONNX file is timed."""
 
 
-FULL = Settings(Training(30, 6e-3, decay=0.05), Training(40, 2e-2), rounds=3000)
-QUICK = Settings(Training(5, 6e-3, decay=0.05), Training(5, 2e-2), rounds=200)
+FULL = Settings(Training(40, 8e-3, decay=0.05), Training(50, 2e-2), rounds=3000)
+QUICK = Settings(Training(8, 1e-2, decay=0.05), Training(8, 3e-2), rounds=200)
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -100,7 +100,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Images (batch, 1, 8, 8) → logits (batch, 10), by way of sixteen patches of 2×2 pixels."""
 
-    def __init__(self, width: int = 48, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self, width: int = 32, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, kernel_size=2, stride=2)
         self.positions = nn.Parameter(0.02 * torch.randn(16, width))
@@ -307,7 +307,8 @@ def measure(folder: Path, settings: Settings, seed: int, progress: Progress) -> 
 
         lora_fx.apply(model, RULE, test.images[:2])
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        with _stage(progress, "training the adapter on rotated digits", count_steps(train_split, settings.lora)) as step:
+        steps = count_steps(train_split, settings.lora)
+        with _stage(progress, "training the adapter on rotated digits", steps) as step:
             train(model, train_split.rotated(), settings.lora, step)
         save_adapter(model, folder / ADAPTER)
 

@@ -6,8 +6,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lora_fx.demo import ADAPTER, MODEL, PICTURE, ROTATED, RULE, UPRIGHT, Outcome
 
 if TYPE_CHECKING:
@@ -20,7 +18,8 @@ def print_outcome(outcome: Outcome, folder: Path, seconds: float, console: Conso
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"\n{len(outcome.test.labels)} held-out digits, every number from an ONNX file", title_justify="left")
+    title = f"\n{len(outcome.test.labels)} held-out digits, read by three ONNX files"
+    table = Table(title=title, title_justify="left", title_style="bold")
     for name, justify in (("", "left"), ("base", "right"), ("with branches", "right"), ("folded", "right")):
         table.add_column(name, justify=justify)
     for group in rows(outcome):
@@ -28,20 +27,22 @@ def print_outcome(outcome: Outcome, folder: Path, seconds: float, console: Conso
             table.add_row(*cells)
         table.add_section()
     console.print(table)
-    for name, value in facts(outcome):
-        console.print(Text(f"{name}: {value}"), soft_wrap=True)
-    console.print(Text(f"\n{folder.resolve()}  ({seconds:.0f} s)"), soft_wrap=True)
-    for name, what in contents(outcome, folder):
-        console.print(Text(f"  {name:<12}{what}"), soft_wrap=True)
+    for heading, lines in (("", facts(outcome)), (f"\n{folder} ({seconds:.0f} s)", contents(outcome))):
+        if heading:
+            console.print(Text(heading), soft_wrap=True)
+        grid = Table.grid(padding=(0, 2))
+        for line in lines:
+            grid.add_row(*map(Text, line))
+        console.print(grid)
 
 
 def rows(outcome: Outcome) -> list[list[tuple[str, ...]]]:
     """Groups of rows: a name, then base, with branches, folded."""
     low, middle, high = outcome.quartiles.tolist()
     columns = outcome.columns
-    share = f"{outcome.trainable:,} = {outcome.trainable / outcome.parameters:.1%}"
+    share = f"{outcome.trainable:,} = {percent(outcome.trainable / outcome.parameters)}"
     return [
-        [(f"accuracy, {task}", *(f"{column.accuracy[task]:.1%}" for column in columns)) for task in (UPRIGHT, ROTATED)],
+        [(f"accuracy, {task}", *(percent(column.accuracy[task]) for column in columns)) for task in (UPRIGHT, ROTATED)],
         [
             ("trained parameters", f"{outcome.parameters:,}", share, "–"),
             ("ONNX nodes", *(str(column.nodes) for column in columns)),
@@ -56,20 +57,26 @@ def rows(outcome: Outcome) -> list[list[tuple[str, ...]]]:
 
 
 def facts(outcome: Outcome) -> list[tuple[str, str]]:
+    same = outcome.equivalence
+    noise = f"{same.error:.1e} apart, rounding explains {same.bound:.1e}"
     return [
-        ("Adapted", f"{RULE.label}, found by dataflow"),
-        ("Folded graph = base graph, node for node", _yes(outcome.same_graph)),
-        ("Folded model = adapted model", str(outcome.equivalence)),
-        ("Unfold gives back every bit", _yes(outcome.restored)),
+        ("adapted, by dataflow", f"{RULE.role}, rank {RULE.rank}, alpha {RULE.alpha}"),
+        ("folded graph is the base's, node for node", _yes(outcome.same_graph)),
+        ("folded model is the adapted one", f"{_yes(same.equivalent)} ({noise})"),
+        ("unfolding gives back every bit", _yes(outcome.restored)),
     ]
 
 
-def contents(outcome: Outcome, folder: Path) -> list[tuple[str, str]]:
+def contents(outcome: Outcome) -> list[tuple[str, str]]:
     return [
-        (MODEL, f"the folded model, {outcome.folded.bytes / 1024:.0f} KiB"),
-        (f"{ADAPTER}/", f"the adapter in PEFT's format, {outcome.adapter_bytes / 1024:.1f} KiB"),
-        (PICTURE, "the story in one picture"),
+        (f"  {MODEL}", f"the folded model, {outcome.folded.bytes / 1024:.0f} KiB"),
+        (f"  {ADAPTER}/", f"the adapter in PEFT's format, {outcome.adapter_bytes / 1024:.1f} KiB"),
+        (f"  {PICTURE}", "the story in one picture"),
     ]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _yes(value: bool) -> str:
@@ -78,8 +85,11 @@ def _yes(value: bool) -> str:
 
 # ── the picture ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-BASE, LORA, RIGHT, WRONG, INK = "#9aa5b1", "#2f6fb2", "#2e7d4f", "#b3413a", "#26303a"  # colours that differ in grey too
+INK = "#26303a"
+BASE, BRANCHES, LORA = "#9aa5b1", "#a9c7e6", "#2f6fb2"
+RIGHT, WRONG = "#2e7d4f", "#b3413a"
 SHOWN = (2, 3, 4, 7)  # digits that look like none of the ten when they lie on their side
+_BAR = {"ecolor": INK, "capsize": 3, "elinewidth": 1}
 
 
 def draw_figure(outcome: Outcome, path: Path) -> None:
@@ -87,88 +97,94 @@ def draw_figure(outcome: Outcome, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
-             "ytick.color": INK, "axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+    style = {"font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK)
     with rc_context(style):
-        figure = Figure(figsize=(13, 4.9), dpi=150)
-        examples, bars, price = figure.subfigures(1, 3, width_ratios=(4.6, 3.6, 3.2))
+        figure = Figure(figsize=(13, 4.8), dpi=150)
+        figure.text(0.018, 0.935, _headline(outcome), fontsize=14, fontweight="bold")
+        examples, bars, price = figure.subfigures(1, 3, width_ratios=(4.9, 3.6, 3.1))
         _draw_examples(examples, outcome)
         _draw_accuracy(bars, outcome)
         _draw_latency(price, outcome)
         figure.savefig(path)
 
 
-def _title(figure: Any, text: str) -> None:
-    figure.text(0.03, 0.94, text, fontsize=12, fontweight="bold")
+def _headline(outcome: Outcome) -> str:
+    before, after = outcome.base.accuracy[ROTATED], outcome.folded.accuracy[ROTATED]
+    share = percent(outcome.trainable / outcome.parameters)
+    graph = f"the base's {outcome.base.nodes}" if outcome.same_graph else str(outcome.folded.nodes)
+    return (
+        f"Rotated digits: {100 * before:.0f} % → {100 * after:.0f} % right, by training {share} of the parameters; "
+        f"folded, it runs {graph} nodes"
+    )
+
+
+def _title(figure: Any, text: str, below: str = "") -> None:
+    figure.text(0.045, 0.855, text, fontsize=12)
+    figure.text(0.045, 0.805, below, fontsize=9.5)
 
 
 def _draw_examples(figure: Any, outcome: Outcome) -> None:
-    _title(figure, "What the models read")
+    _title(figure, "What they read (the first held-out 2, 3, 4 and 7)")
     axes = figure.subplots(2, len(SHOWN))
-    figure.subplots_adjust(left=0.16, right=0.97, top=0.86, bottom=0.13, hspace=0.42, wspace=0.15)
+    figure.subplots_adjust(left=0.1, right=0.98, top=0.83, bottom=0.12, hspace=0.36, wspace=0.12)
     for row, (task, data) in zip(axes, outcome.test.tasks().items(), strict=True):
-        row[0].text(-0.25, 0.5, task, transform=row[0].transAxes, rotation=90, ha="center", va="center", fontsize=11)
+        row[0].text(-0.17, 0.5, task, transform=row[0].transAxes, rotation=90, ha="center", va="center", fontsize=11)
         for axis, digit in zip(row, SHOWN, strict=True):
-            which = int((data.labels == digit).nonzero()[0])  # the first of its kind, not a chosen one
+            which = int((data.labels == digit).nonzero()[0])
             axis.imshow(data.images[which, 0], cmap="gray_r", vmin=0, vmax=1)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            for spine in axis.spines.values():
-                spine.set_visible(True)
-                spine.set_color(BASE)
-            for height, name, column in ((-0.13, "base", outcome.base), (-0.28, "LoRA", outcome.folded)):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(visible=True, color=BASE)
+            for height, name, column in ((-0.11, "base", outcome.base), (-0.25, "LoRA", outcome.folded)):
                 _write_verdict(axis, height, name, int(column.predictions[task][which]), digit)
 
 
 def _write_verdict(axis: Any, height: float, name: str, read: int, digit: int) -> None:
     mark, colour = ("✓", RIGHT) if read == digit else ("✗", WRONG)
-    axis.text(0.04, height, name, transform=axis.transAxes, fontsize=9.5, va="center")
-    axis.text(0.98, height, f"{read} {mark}", transform=axis.transAxes, fontsize=10.5, va="center", ha="right",
-              color=colour, fontweight="bold")  # fmt: skip
+    shared = dict(transform=axis.transAxes, va="center", fontsize=10.5)
+    axis.text(0.03, height, name, **shared)
+    axis.text(0.98, height, f"{read} {mark}", ha="right", color=colour, fontweight="bold", **shared)
 
 
 def _draw_accuracy(figure: Any, outcome: Outcome) -> None:
-    _title(figure, "How often they are right")
-    axis = figure.subplots()
-    figure.subplots_adjust(left=0.15, right=0.97, top=0.82, bottom=0.13)
     n = len(outcome.test.labels)
-    names = ("base", f"LoRA, {outcome.trainable / outcome.parameters:.1%} of the parameters")
-    for shift, column, colour, name in zip((-0.2, 0.2), (outcome.base, outcome.folded), (BASE, LORA), names, strict=True):
+    _title(figure, f"How often they are right ({n} held-out digits)")
+    axis = figure.subplots()
+    figure.subplots_adjust(left=0.17, right=0.97, top=0.765, bottom=0.1)
+    bars = ((-0.2, outcome.base, BASE, "base"), (0.2, outcome.folded, LORA, "LoRA, folded"))
+    for shift, column, colour, name in bars:
         for place, task in enumerate((UPRIGHT, ROTATED)):
             share = column.accuracy[task]
             low, high = wilson_interval(share, n)
             spread = [[100 * (share - low)], [100 * (high - share)]]
-            axis.bar(place + shift, 100 * share, 0.38, color=colour, label=None if place else name, yerr=spread,
-                     error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1})  # fmt: skip
-            axis.text(place + shift, 100 * high + 1.5, f"{100 * share:.0f} %", ha="center", fontsize=11, fontweight="bold")
-    axis.axhline(10, color=INK, linewidth=0.8, linestyle=":")
-    axis.text(0.5, 11, "chance", fontsize=8.5, ha="center")
+            label = None if place else name
+            axis.bar(place + shift, 100 * share, 0.38, color=colour, label=label, yerr=spread, error_kw=_BAR)
+            axis.text(
+                place + shift, 100 * high + 1.5, f"{100 * share:.0f} %", ha="center", fontsize=12, fontweight="bold"
+            )
+    axis.axhline(10, color=INK, linewidth=0.9, linestyle=":")
+    axis.text(1.46, 11.5, "chance", fontsize=9.5)
     axis.set_xticks([0, 1], [f"digits {UPRIGHT}", f"digits {ROTATED}"], fontsize=11)
     axis.tick_params(axis="x", length=0)
-    axis.set_yticks(range(0, 101, 25))
-    axis.set_ylim(0, 108)
-    axis.set_ylabel(f"accuracy (%) on {n} held-out digits, 95 % interval")
-    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, fontsize=9.5, handlelength=1,
-                columnspacing=1.2, borderpad=0)  # fmt: skip
+    axis.set(yticks=range(0, 101, 25), xlim=(-0.5, 1.75), ylim=(0, 106), ylabel="accuracy (%), with its 95 % interval")
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.175, 1.03), ncols=2, handlelength=1, borderpad=0)
 
 
 def _draw_latency(figure: Any, outcome: Outcome) -> None:
-    _title(figure, "What it costs to run")
+    _title(figure, "One digit in ONNX Runtime", "median and quartiles; ×: paired with the base")
     axis = figure.subplots()
-    figure.subplots_adjust(left=0.19, right=0.95, top=0.82, bottom=0.13)
+    figure.subplots_adjust(left=0.17, right=0.95, top=0.765, bottom=0.14)
     low, middle, high = outcome.quartiles.tolist()
-    names = ("base", "branches", "folded")
-    for place, colour in enumerate((BASE, "#a9c7e6", LORA)):
+    for place, colour in enumerate((BASE, BRANCHES, LORA)):
         spread = [[middle[place] - low[place]], [high[place] - middle[place]]]
-        axis.bar(place, middle[place], 0.62, color=colour, yerr=spread,
-                 error_kw={"ecolor": INK, "capsize": 4, "elinewidth": 1})  # fmt: skip
-        text = f"{outcome.columns[place].nodes} nodes\n{outcome.slowdown[place]:.2f} ×"
-        axis.text(place, high[place] + 0.02 * max(high), text, ha="center", va="bottom", fontsize=10.5)
-    axis.set_xticks(range(3), names, fontsize=11)
+        axis.bar(place, middle[place], 0.66, color=colour, yerr=spread, error_kw=_BAR)
+        text = f"{outcome.slowdown[place]:.2f} ×"
+        axis.text(place, high[place] + 0.02 * max(high), text, ha="center", fontsize=12, fontweight="bold")
+    names = ("base", "branches", "folded")
+    labels = [f"{name}\n{column.nodes} nodes" for name, column in zip(names, outcome.columns, strict=True)]
+    axis.set_xticks(range(3), labels, fontsize=10.5)
     axis.tick_params(axis="x", length=0)
-    axis.set_ylim(0, 1.22 * max(high))
-    axis.set_ylabel("µs for one digit, ONNX Runtime, one thread")
-    figure.text(0.19, 0.855, f"median and quartiles of {len(outcome.times):,} interleaved runs", fontsize=9.5)
+    axis.set(ylim=(0, 1.12 * max(high)), ylabel="µs on one thread")
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -73,6 +73,17 @@ class Layout:
         return grouped.permute([order.index(k) for k in range(len(order))]).reshape(self.shape)
 
 
+    def locate(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(batch, out, in) index of elements of the weight, each flattened over its own axes."""
+        found = []
+        for side in "boi":
+            index = torch.zeros_like(flat)
+            for axis in (axis for axis in self.axes if axis.side == side):
+                index = index * axis.size + (flat // axis.stride) % axis.size
+            found.append(index)
+        return found[0], found[1], found[2]
+
+
 def infer(shape: Sequence[int], view: View, sides: str) -> Layout | None:
     """The layout of a weight of `shape` from one use that reads it through `view` with these operand sides."""
     shape = tuple(shape)

@@ -1,11 +1,11 @@
-"""Roles: what each use of a weight does, read off the dataflow alone; no module, model or parameter name is looked at.
+"""Roles: what each use of a weight does, read off the dataflow alone; no model, module or parameter name is looked at.
 
-    query, key, value  reach an operand of softmax(q·kᵀ)·v or of a fused attention op; attention.output is fed by its result
+    query, key, value  reach an operand of softmax(q·kᵀ)·v or a fused attention; attention.output is fed by its result
     gate, up           reach  f(gate) * up  or  f(up), with f a nonlinearity; mlp.down is fed by that
     router             reaches a top-k; lm_head reaches the model's output with no use after it
 
 One walk over the graph (`_Flow`) notes for every node which uses its value comes from, never looking past a use, and
-whether it runs in the residual stream: the stream is the sum of everything before it, so it says nothing of any one use.
+whether it is in the residual stream: that is the sum of everything before it, so it says nothing of any one use.
 
 A fused weight is split exactly, with no knowledge of its layout: the nodes between the use and a target run on random
 float64 tensors, and the features with a nonzero gradient are the ones that reach the target (`_Splitter`).
@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,17 +60,21 @@ _LIKE = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})  # the seco
 _FUSED_ATTENTION = frozenset({"flex_attention", "_flash_attention_forward", "_efficient_attention_forward"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 _BENDS = frozenset({  # the nonlinearities of MLPs; a clamp with two bounds is none
-    "silu", "gelu", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "mish", "hardswish", "hardsigmoid", "hardtanh",
-    "tanh", "sigmoid", "softplus", "log_sigmoid", "prelu", "threshold", "erf", "softsign", "glu", "expm1",
+    "silu", "gelu", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "mish", "hardswish", "hardsigmoid",
+    "hardtanh", "tanh", "sigmoid", "softplus", "log_sigmoid", "prelu", "threshold", "erf", "softsign", "glu", "expm1",
 })  # fmt: skip
 _ADDS = frozenset({"add", "sub", "rsub", "index_add", "scatter_add", "addcmul", "lerp"})
 _CHOICES = frozenset({"topk", "argmax", "sort", "argsort", "kthvalue"})
-_CUTS = frozenset({"slice", "select", "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "getitem",
-                   "index", "index_select", "gather", "unsafe_chunk", "unsafe_split"})  # fmt: skip
-_RELAYS = frozenset({"transpose", "permute", "t", "mT", "movedim", "swapaxes", "gather", "index", "index_select", "flip",
-                     "roll", "as_strided", "index_put", "take_along_dim", "scatter", "copy"})  # fmt: skip
+_CUTS = frozenset({  # what separates features
+    "slice", "select", "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "getitem", "index",
+    "index_select", "gather", "unsafe_chunk", "unsafe_split",
+})  # fmt: skip
+_RELAYS = frozenset({  # what moves axes or elements to other places
+    "transpose", "permute", "t", "mT", "movedim", "swapaxes", "gather", "index", "index_select", "flip", "roll",
+    "as_strided", "index_put", "take_along_dim", "scatter", "copy",
+})  # fmt: skip
 _RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"})
-_ALIASES = (frozenset(MOVES) | COPIES | {"expand_as", "view_as", "as_strided", "diagonal"}) - {"clone", "lift_fresh_copy"}
+_ALIASES = frozenset({*MOVES, *COPIES, "expand_as", "view_as", "as_strided", "diagonal"} - {"clone", "lift_fresh_copy"})
 _CONVS = frozenset({"conv", "conv_transpose", "conv_tbc", "convolution"})
 _LOOKUPS = frozenset({"embedding", "embedding_bag"})
 _PLAIN_PRODUCTS = _PRODUCTS | {"linear", "mv", "inner", "addmv", "chain_matmul", "linalg_multi_dot", "grouped_mm",
@@ -97,9 +102,15 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
+def _dim(node: fx.Node) -> int:
+    """The dim that a softmax or a glu runs along, counted from the last."""
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
+    return dim - len(_shape(node)) if dim >= 0 else dim
+
+
 def _operands(node: fx.Node, name: str) -> list[fx.Node]:
-    """The factors of a product of activations."""
-    args = node.args
+    """The factors of a product."""
+    args: Any = node.args
     if name == "einsum":
         args = args[1] if isinstance(args[1], list | tuple) else args[1:]
     elif name in ("baddbmm", "addmm", "addbmm"):
@@ -111,15 +122,9 @@ def _written(node: fx.Node) -> list[fx.Node]:
     """The arguments an op writes in place."""
     if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
         return []
-    schema = node.target._schema.arguments
-    by_name = {a.name: node.kwargs.get(a.name) for a in schema} | {
-        a.name: v for a, v in zip(schema, node.args, strict=False)
-    }
-    return [
-        by_name[a.name]
-        for a in schema
-        if a.alias_info is not None and a.alias_info.is_write and isinstance(by_name[a.name], fx.Node)
-    ]
+    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+    writable = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [arg for name in writable if isinstance(arg := given.get(name), fx.Node)]
 
 
 # ── the flow ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -248,15 +253,16 @@ class _Flow:
         if node in self.uses:
             return self._use(node, name, live, above)
         if _is_fused_attention(name):
-            q, k, v = (_Target(node, operand) for operand in node.args[:3])
-            return self._core(_Core(node, (q,), (k,), (v,)), live, above)
+            q, k, v = ((_Target(node, operand),) for operand in _operands(node, name)[:3])
+            return self._core(_Core(node, q, k, v), live, above)
         if name in _CHOICES or (name == "max" and self._picks(node)):
             self.chosen |= self._chosen(node.all_input_nodes)
         if not _is_float(node.meta.get("val")):
             return _Fact(live=live, origin=node)
-        if name in _PRODUCTS and (core := self._product(node, name, live, above)) is not None:
-            return core
-        return self._plain(node, name, live)
+        found = None
+        if name in _PRODUCTS:
+            found = self._attention(node, name, live, above) or self._mix(node, name, live)
+        return found or self._plain(node, name, live)
 
     def _chosen(self, nodes: Iterable[fx.Node]) -> int:
         """The uses that a top-k chooses by, unless it is the stream or a product of activations that it sorts."""
@@ -273,22 +279,20 @@ class _Flow:
     # A use: what is behind it stays behind.
 
     def _use(self, node: fx.Node, name: str, live: bool, above: int) -> _Fact:
-        weights = {u.call.x for u in self.uses[node] if u.call is not None}
-        read = weights or set(node.all_input_nodes)
-        facts = [self.fact(n) for n in read if isinstance(n, fx.Node)]
-        fact = _join(facts) if len(facts) != 1 else facts[0]
-        if name in _PRODUCTS and self._is_core_product(node, name, live, above):
-            fact = _Fact(live=live, frontier=_CORE)  # a weight inside the second product: p, v and W in one einsum
+        read = {u.call.x for u in self.uses[node] if u.call is not None} or set(node.all_input_nodes)
+        fact = _join([self.fact(n) for n in read if isinstance(n, fx.Node)])
+        if name in _PRODUCTS and (core := self._attention(node, name, live, above)) is not None:
+            fact = core  # a weight inside the second product: p, v and W in one einsum
         self.inputs[node] = fact
         self.used |= fact.frontier
         after = _Fact(live=live, frontier=self.bit[node], above=above, origin=node)
         if self._is_depthwise(node) and not fact.stream:  # features stay apart: it is seen through
             after.frontier |= fact.frontier
             after.bent, after.acts = fact.bent, fact.acts
+        if any(self.fact(n).frontier for n in node.all_input_nodes if n not in read):  # addmm(residual, x, W)
+            after.stream = True
+            self.added |= after.frontier
         return after
-
-    def _is_core_product(self, node: fx.Node, name: str, live: bool, above: int) -> bool:
-        return self._product(node, name, live, above, mix=False) is not None
 
     def _is_depthwise(self, node: fx.Node) -> bool:
         use = self.uses[node][0]
@@ -303,20 +307,27 @@ class _Flow:
             self.operands |= 0 if fact.stream else fact.frontier
         return _Fact(live=live, frontier=_CORE, above=above, origin=core.node)
 
-    def _product(self, node: fx.Node, name: str, live: bool, above: int, mix: bool = True) -> _Fact | None:
-        operands = [n for n in _operands(node, name) if self.fact(n).frontier]
-        if len(operands) < 2:
+    def _factors(self, node: fx.Node, name: str) -> list[fx.Node]:
+        return [n for n in _operands(node, name) if self.fact(n).frontier]
+
+    def _attention(self, node: fx.Node, name: str, live: bool, above: int) -> _Fact | None:
+        """softmax(…)·v, where the softmax is one of products of activations."""
+        factors = self._factors(node, name)
+        weights = [n for n in factors if self.fact(n).softmax is not None]
+        if len(factors) < 2 or len(weights) != 1:
             return None
-        weighted = [n for n in operands if self.fact(n).softmax is not None]
-        if len(weighted) == 1:
-            softmax = self.fact(weighted[0]).softmax
-            scores = _Scores(self, softmax)  # type: ignore[arg-type]
-            if scores.found:
-                values = tuple(_Target(node, n) for n in operands if n is not weighted[0])
-                return self._core(_Core(node, scores.query, scores.key, values), live, above)
-        if not mix:
+        scores = _Scores(self, self.fact(weights[0]).softmax)  # type: ignore[arg-type]
+        if not scores.found:
             return None
-        for n in operands:
+        values = tuple(_Target(node, n) for n in factors if n is not weights[0])
+        return self._core(_Core(node, scores.query, scores.key, values), live, above)
+
+    def _mix(self, node: fx.Node, name: str, live: bool) -> _Fact | None:
+        """Another product of activations: what comes out of it is made of tokens, not of features."""
+        factors = self._factors(node, name)
+        if len(factors) < 2:
+            return None
+        for n in factors:
             self.mixed |= self.fact(n).frontier
         fact = self._plain(node, name, live)
         fact.frontier |= _MIX
@@ -337,6 +348,8 @@ class _Flow:
             fact.softmax, fact.weighs, fact.bent, fact.acts = node, True, False, ()
         elif name in _CHOICES:
             fact.weighs, fact.softmax = True, None
+        if name in _PLAIN_PRODUCTS and len(node.all_input_nodes) > len(sources):
+            self.used |= fact.frontier  # by a computed weight, which is no use that could be adapted
         if name in _ADDS and len(sources) > 1:
             self._add(fact, sources)
         elif name in ("mul", "div") and len(sources) == 2 and not fact.stream:
@@ -361,8 +374,8 @@ class _Flow:
     @staticmethod
     def _bends(node: fx.Node, name: str) -> bool:
         if name in ("clamp", "clamp_min"):  # with zero below and nothing above it is a relu
-            bounds = [*node.args[1:], *node.kwargs.values()]
-            return [b for b in bounds if b is not None] == [0] and node.kwargs.get("max") is None and bounds[0] == 0
+            low, high = [*node.args[1:], None, None][:2]
+            return bool(node.kwargs.get("min", low) == 0) and node.kwargs.get("max", high) is None
         return name in _BENDS
 
     def _bend(self, fact: _Fact, node: fx.Node, name: str, source: fx.Node) -> None:
@@ -371,8 +384,7 @@ class _Flow:
         self.bending |= fact.frontier
         fact.bent = True
         if name == "glu":
-            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
-            half = _shape(source)[dim] // 2
+            dim, half = _dim(node), _shape(node)[_dim(node)]
             up, gate = (_Target(node, source, (dim, start, half)) for start in (0, half))
             fact.acts, fact.origin = (_Act(gate, up, fact.frontier),), node
         elif not fact.acts:
@@ -407,7 +419,7 @@ class _Flow:
     def _note_aliases(self, node: fx.Node, name: str) -> None:
         written = _written(node)
         source = written[0] if written else node.args[0] if node.args else None
-        looks = bool(written) or name in _ALIASES or (name == "getitem")
+        looks = bool(written) or name in _ALIASES or name == "getitem"
         root = self.root.get(source, source) if looks and isinstance(source, fx.Node) else node
         self.root[node] = root
         if written:
@@ -440,7 +452,8 @@ class _Flow:
 def _join(facts: list[_Fact]) -> _Fact:
     """What is known of a value computed from all of these."""
     joined = _Fact()
-    softmaxes, origins, acts = set(), set(), []
+    softmaxes, origins = set(), set()
+    acts: list[_Act] = []
     for f in facts:
         joined.live |= f.live
         joined.frontier |= f.frontier
@@ -467,7 +480,7 @@ class _Scores:
     def __init__(self, flow: _Flow, softmax: fx.Node) -> None:
         self.flow, self.softmax = flow, softmax
         self.toward: dict[fx.Node, fx.Node] = {}  # node → the one after it on the way to the softmax
-        pairs = [(p, ops) for p in self._products() if len(ops := self._factors(p)) == 2]
+        pairs = [(p, ops) for p in self._products() if len(ops := flow._factors(p, _base_name(p))) == 2]
         live = [(p, ops) for p, ops in pairs if all(flow.fact(n).live for n in ops)]
         self._note_positions(pairs if live else [])
         query, key = [], []
@@ -479,27 +492,20 @@ class _Scores:
         self.found = bool(query)
         self.query, self.key = tuple(query), tuple(key)
 
-    def _factors(self, product: fx.Node) -> list[fx.Node]:
-        return [n for n in _operands(product, _base_name(product)) if self.flow.fact(n).frontier]
-
     def _products(self) -> list[fx.Node]:
-        found, stack = [], [(self.softmax, self.softmax)]
+        flow, found, stack = self.flow, [], [self.softmax]
         while stack:
-            node, after = stack.pop()
-            self.flow.visits += 1
-            for source in node.all_input_nodes:
-                stack_up = [source, *self.flow.writes_between(source, node)] if self.flow.writes else [source]
-                for n in stack_up:
-                    if n in self.toward or not _is_float(n.meta.get("val")) or n.op != "call_function":
-                        continue
-                    if n in self.flow.uses or not self.flow.fact(n).frontier & ~_CORE:
-                        continue
-                    self.toward[n] = node
-                    name = _base_name(n)
-                    if name in _PRODUCTS and len(self._factors(n)) >= 2:
-                        found.append(n)
-                    elif name not in _SOFTMAX:
-                        stack.append((n, node))
+            node = stack.pop()
+            flow.visits += 1
+            for n in [w for source in node.all_input_nodes for w in (source, *flow.writes_between(source, node))]:
+                if n in self.toward or n.op != "call_function" or n in flow.uses or not flow.fact(n).frontier & ~_CORE:
+                    continue
+                self.toward[n] = node
+                name = _base_name(n)
+                if name in _PRODUCTS and len(flow._factors(n, name)) >= 2:
+                    found.append(n)
+                elif name not in _SOFTMAX:
+                    stack.append(n)
         return found
 
     def _note_positions(self, pairs: list[tuple[fx.Node, list[fx.Node]]]) -> None:
@@ -517,14 +523,11 @@ class _Scores:
         return path
 
     def _key_side(self, product: fx.Node, operands: list[fx.Node]) -> int | None:
-        dim = self.softmax.args[1] if len(self.softmax.args) > 1 else self.softmax.kwargs.get("dim", -1)
-        dim = dim - len(_shape(self.softmax)) if dim >= 0 else dim
-        path = self._path(product)
-        steps = zip(path, path[1:], strict=False)
-        if dim < -2 or not all(_keeps_axes(before, after, dim) for before, after in steps):
+        dim = _dim(self.softmax)
+        if dim < -2 or not all(_keeps_axes(before, after, dim) for before, after in pairwise(self._path(product))):
             return self.flow.splitter.key_side(product, operands, self.softmax, set(self.toward))
         if _base_name(product) == "einsum":
-            terms, _, out = product.args[0].replace(" ", "").partition("->")
+            terms, _, out = str(product.args[0]).replace(" ", "").partition("->")
             owners = [k for k, term in enumerate(terms.split(",")) if out and out[dim] in term]
             return owners[0] if len(owners) == 1 else None
         return 1 if dim == -1 else 0
@@ -537,13 +540,14 @@ def _keeps_axes(before: fx.Node, after: fx.Node, dim: int) -> bool:
         return False
     if name in _RESHAPES:
         return old[-2:] == new[-2:]
-    return len(old) == len(new) and all(n == m for k, (n, m) in enumerate(zip(old, new, strict=True)) if k != dim % len(old))
+    at = len(old) + dim
+    return len(old) == len(new) and old[:at] == new[:at] and old[at + 1 :] == new[at + 1 :]
 
 
 # ── the exact split of a fused weight ────────────────────────────────────────────────────────────────────────────────
 
+_FEW_ELEMENTS = 1 << 20  # above it, a run on shorter sequences is tried first
 _MOST_ELEMENTS = 1 << 24  # float64 elements that one run may hold: 128 MiB, and as much again for the gradients
-_MOST_NODES = 2000
 _FRESH = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
 _SAME = frozenset({  # what says nothing of which feature depends on which: seen as the identity
     "dropout", "alpha_dropout", "feature_dropout", "masked_fill", "clamp", "clamp_min", "clamp_max", "hardtanh", "relu",
@@ -581,15 +585,15 @@ class _Splitter:
             raise _Undecided(found)
         return found
 
-    def key_side(self, product: fx.Node, operands: list[fx.Node], softmax: fx.Node, between: set[fx.Node]) -> int | None:
-        """0 or 1: the operand that owns the softmaxed axis, so that a whole row of scores sees more of it than one score."""
+    def key_side(self, product: fx.Node, factors: list[fx.Node], softmax: fx.Node, between: set[fx.Node]) -> int | None:
+        """0 or 1: the factor that owns the softmaxed axis, so that a whole row of scores sees more of it than one."""
         mine = {n for n in between if _base_name(n) not in _PRODUCTS} | {product}
         region = sorted(mine, key=self.flow.order.__getitem__)
         target = _Target(softmax, softmax.all_input_nodes[0])
-        key = ("side", self._structure(operands, region, target), repr(softmax.args[1:]), repr(softmax.kwargs))
+        key = ("side", self._structure(factors, region, target), repr(softmax.args[1:]), repr(softmax.kwargs))
         if key not in self.known:
             try:
-                self.known[key] = self._key_side(operands, region, target)
+                self.known[key] = self._key_side(factors, region, target)
             except _Undecided:
                 self.known[key] = None
         return self.known[key]
@@ -615,55 +619,62 @@ class _Splitter:
 
         def name(node: fx.Node) -> str:
             if node not in slots:
-                value = node.meta.get("val")
+                value: Any = node.meta.get("val")
                 same = isinstance(value, torch.Tensor) and _is_float(value)
                 slots[node] = f"{tuple(value.shape)} {value.dtype}" if same else node.name
             return slots[node]
 
-        parts = [tuple(_shape(node) for node in starts)]
-        for node in region:
-            parts.append((node.target, repr(fx.node.map_arg((node.args, node.kwargs), name))))
-        return (*parts, name(target.node), target.part)
+        shapes = tuple(_shape(node) for node in starts)
+        steps = tuple((node.target, repr(fx.node.map_arg((node.args, node.kwargs), name))) for node in region)
+        return shapes, steps, name(target.node), target.part
 
     def _features(self, start: fx.Node, region: list[fx.Node], target: _Target, dims: tuple[int, ...]) -> Any:
         if target.node is start:
             region = []
         elif target.node not in region:
             return frozenset()
-        try:
-            run = _Run(self, [start], region, self._shrink(start, region, dims))
-            (gradient,) = run.gradients(target, [run.noise(run.values[target.node])])
-        except _Undecided as problem:
-            return str(problem)
-        except Exception as problem:  # any op of any model may be in there
-            return f"the nodes behind it cannot be run alone: {type(problem).__name__}: {problem}".partition("\n")[0]
-        rest = [d for d in range(gradient.ndim) if d not in dims]
-        reached = (gradient != 0).permute(*rest, *dims).reshape(-1, math.prod(gradient.shape[d] for d in dims)).any(0)
-        return frozenset(reached.nonzero().flatten().tolist())
+        problem = ""
+        for smaller in self._sizes(start, region, dims):
+            try:
+                run = _Run(self, [start], region, smaller)
+                (gradient,) = run.gradients(target, [run.noise(run.values[target.node])])
+            except _Undecided as why:
+                problem = str(why)
+            except Exception as why:  # any op of any model may be in there
+                problem = f"the nodes behind it cannot be run alone: {type(why).__name__}: {why}".partition("\n")[0]
+            else:
+                rest = [d for d in range(gradient.ndim) if d not in dims]
+                width = math.prod(gradient.shape[d] for d in dims)
+                reached = (gradient != 0).permute(*rest, *dims).reshape(-1, width).any(0)
+                return frozenset(reached.nonzero().flatten().tolist())
+        return problem or f"that takes {self._elements(start, region) * 8 / 2**30:.1f} GiB: pass shorter example inputs"
 
-    def _shrink(self, start: fx.Node, region: list[fx.Node], dims: tuple[int, ...]) -> dict[int, int]:
-        """Smaller batch and sequence sizes, where the real ones would take too much memory."""
-        total = sum(math.prod(_shape(node)) for node in (start, *region))
-        if total <= _MOST_ELEMENTS:
-            return {}
+    def _elements(self, start: fx.Node, region: list[fx.Node]) -> int:
+        made = [node for node in region if _base_name(node) not in _ALIASES]
+        return sum(math.prod(_shape(node)) for node in (start, *made))
+
+    def _sizes(self, start: fx.Node, region: list[fx.Node], dims: tuple[int, ...]) -> Iterator[dict[int, int]]:
+        """What to make smaller: nothing, or the batch and sequence sizes, if no feature axis has the same size."""
+        total = self._elements(start, region)
         shape = _shape(start)
         rest = [n for d, n in enumerate(shape) if d not in dims]
         smaller = {n: 2 for n in rest if n > 2}
-        smaller[math.prod(rest)] = math.prod(min(n, 2) for n in rest)
-        scale = math.prod(rest) // math.prod(min(n, 2) for n in rest)
-        if any(shape[d] in smaller for d in dims) or total // max(scale, 1) > _MOST_ELEMENTS:
-            raise _Undecided(f"telling its parts apart takes {total * 8 / 2**30:.1f} GiB: pass shorter example inputs")
-        return smaller
+        if total > _FEW_ELEMENTS and smaller and not any(shape[d] in smaller for d in dims):
+            yield smaller
+            flat = math.prod(rest), math.prod(min(n, 2) for n in rest)
+            if flat[0] not in shape:
+                yield {**smaller, flat[0]: flat[1]}
+        if total <= _MOST_ELEMENTS:
+            yield {}
 
-    def _key_side(self, operands: list[fx.Node], region: list[fx.Node], target: _Target) -> int | None:
+    def _key_side(self, factors: list[fx.Node], region: list[fx.Node], target: _Target) -> int | None:
         if sum(math.prod(_shape(node)) for node in region) > _MOST_ELEMENTS:
             return None
-        softmax = target.reader
-        dim = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim", -1)
+        dim = _dim(target.reader)
         try:
-            run = _Run(self, operands, region, {})
-            for place in run.places(run.values[target.node], 4):
-                counts = [run.count(target, place), run.count(target, place, dim)]
+            run = _Run(self, factors, region, {})
+            for element in run.places(run.values[target.node], 4):
+                counts = [run.count(target, element), run.count(target, element, dim)]
                 if all(counts[0]):
                     break
         except Exception:  # any op of any model may be in there
@@ -691,16 +702,18 @@ class _Splitter:
         unknown = _Undecided("an index that decides it has no value here (a model on the meta device)")
         capture = self.flow.capture
         if node in capture.tensors:
-            if capture.tensors[node].is_meta:
+            tensor = capture.tensors[node]
+            if tensor.is_meta or tensor.numel() > _FEW_ELEMENTS:
                 raise unknown
-            return capture.tensors[node].detach().cpu()
-        if node.op != "call_function" or depth > 50 or self.flow.fact(node).frontier:
+            return tensor.detach().cpu().clone()
+        written = _written(node) or self.flow.root.get(node) in self.flow.writes
+        if node.op != "call_function" or depth > 50 or written or self.flow.fact(node).frontier:
             raise unknown
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.value(n, depth + 1))
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "cpu"}
         try:
-            return node.target(*args, **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception as problem:
             raise unknown from problem
 
@@ -708,7 +721,9 @@ class _Splitter:
 class _Run:
     """`region` run once on random float64 tensors, with gradients for the values of `starts`."""
 
-    def __init__(self, splitter: _Splitter, starts: list[fx.Node], region: list[fx.Node], smaller: dict[int, int]) -> None:
+    def __init__(
+        self, splitter: _Splitter, starts: list[fx.Node], region: list[fx.Node], smaller: dict[int, int]
+    ) -> None:
         splitter.runs += 1
         self.splitter, self.smaller = splitter, smaller
         self.random = torch.Generator().manual_seed(0)
@@ -739,11 +754,12 @@ class _Run:
         return [int((g != 0).sum()) for g in self.gradients(target, [cotangent])]
 
     def noise(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(like.shape, dtype=like.dtype, generator=self.random)
+        return torch.randn(like.shape, dtype=like.dtype, device="cpu", generator=self.random)
 
     def _draw(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
         dtype = torch.complex128 if dtype.is_complex else torch.float64
-        return torch.randn([self.smaller.get(n, n) for n in shape], dtype=dtype, generator=self.random)
+        sizes = [self.smaller.get(n, n) for n in shape]
+        return torch.randn(sizes, dtype=dtype, device="cpu", generator=self.random)
 
     def _step(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._input)
@@ -756,7 +772,7 @@ class _Run:
             return args[0] if list(args[0].shape) == wanted else args[0].expand(wanted)
         if name == "where" and len(args) == 3:
             return args[1] + args[2]
-        return self._check(node, _in_double(node.target(*args, **kwargs)))
+        return self._check(node, _in_double(node.target(*args, **kwargs)))  # type: ignore[operator]
 
     def _check(self, node: fx.Node, result: Any) -> Any:
         wanted = tuple(self.smaller.get(n, n) for n in _shape(node))
@@ -772,8 +788,10 @@ class _Run:
             return torch.float64 if arg.is_floating_point else torch.complex128 if arg.is_complex else arg
         if isinstance(arg, dict):
             return {k: self._localise(v) for k, v in arg.items()}
-        if isinstance(arg, list | tuple):
-            return type(arg)(self._localise(self.smaller.get(a, a) if type(a) is int else a) for a in arg)
+        if isinstance(arg, list):  # sizes come in lists; a single integer may be a dim or an index
+            return [self._localise(self.smaller.get(a, a) if type(a) is int else a) for a in arg]
+        if isinstance(arg, tuple):
+            return tuple(self._localise(a) for a in arg)
         return arg
 
     def _input(self, node: fx.Node) -> Any:
@@ -782,7 +800,7 @@ class _Run:
         return self.values[node]
 
     def _outside(self, node: fx.Node) -> Any:
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         if _is_float(value):
             many = isinstance(value, list | tuple)
             drawn = [self._draw(v.shape, v.dtype) if _is_float(v) else v for v in (value if many else [value])]
@@ -793,7 +811,7 @@ class _Run:
             if not isinstance(value, torch.Tensor) or not self.splitter.flow.fact(node).live:
                 raise
         # Which token goes where is up to the data; which feature goes where never is.
-        return torch.zeros([self.smaller.get(n, n) for n in value.shape], dtype=value.dtype)
+        return torch.zeros([self.smaller.get(n, n) for n in value.shape], dtype=value.dtype, device="cpu")
 
 
 def _in_double(value: Any) -> Any:
@@ -817,6 +835,7 @@ class _Labeller:
         self.targets: dict[fx.Node, dict[str, list[_Target]]] = {}
         self.downs: set[fx.Node] = set()
         self.unclear: set[fx.Node] = set()
+        self.gates = 0  # bits of the uses that gate an attention's result
         self.layouts = {use.weight: use.weight.layout for uses in self.flow.uses.values() for use in uses}
         self.rows: dict[Any, list[int] | None] = {}
         for core in self.flow.cores:
@@ -834,11 +853,11 @@ class _Labeller:
         self._share_with_positions(found)
         return found
 
-    def _aim(self, role: str, target: _Target) -> None:
+    def _aim(self, role: str, target: _Target, but: int = 0) -> None:
         fact = self.flow.fact(target.node)
         if fact.stream:  # the residual stream itself is read: it is nobody's projection
             return
-        for node in self.flow.uses_in(fact.frontier):
+        for node in self.flow.uses_in(fact.frontier & ~but):
             if self._multiplies_plainly(node):
                 self.targets.setdefault(node, {}).setdefault(role, []).append(target)
 
@@ -847,18 +866,22 @@ class _Labeller:
 
     def _mlp(self, node: fx.Node, fact: _Fact) -> None:
         flow, bit = self.flow, self.flow.bit[node]
-        if fact.stream or not fact.acts or fact.frontier & (_CORE | _MIX) or not self._multiplies_plainly(node):
+        if fact.stream or not fact.acts or not self._multiplies_plainly(node):
+            return
+        if fact.frontier & (_CORE | _MIX):
+            for act in fact.acts if fact.frontier & _CORE else ():
+                self.gates |= act.origins
             return
         origins = 0
         for act in fact.acts:
             origins |= act.origins
-        convs = [n for n in flow.uses_in(origins) if flow.uses[n][0].form in _CONVS or "conv" in _base_name(n)]
+        other = [n for n in flow.uses_in(origins) if not self._multiplies_plainly(n)]
         if bit & flow.added:
-            fits = all(flow._is_depthwise(n) for n in convs)
+            fits = all(flow._is_depthwise(n) for n in other)
         else:  # a block on its own, as between two towers: heads, poolers and scalar gates look much like it
             own = {use.weight for use in flow.uses[node]}
             repeats = any(use.weight in own for n in flow.uses_in(origins) for use in flow.uses[n])
-            fits = bool(bit & flow.used) and not bit & (flow.bending | flow.chosen) and not convs and not repeats
+            fits = bool(bit & flow.used) and not bit & (flow.bending | flow.chosen) and not other and not repeats
         if not fits:
             return
         if not all(act.clear for act in fact.acts):
@@ -867,8 +890,9 @@ class _Labeller:
         self.downs.add(node)
         for act in fact.acts:
             self._aim(GATE if act.up else UP, act.gate)
-            if act.up:
-                self._aim(UP, act.up)
+            if act.up:  # in `up * x * sigmoid(x)` the factor beside the sigmoid holds the gate too
+                gate, up = flow.fact(act.gate.node).frontier, flow.fact(act.up.node).frontier
+                self._aim(UP, act.up, but=gate if up & ~gate & -_FIRST_USE else 0)
 
     # One use.
 
@@ -879,7 +903,7 @@ class _Labeller:
         if role or not aims or (inner == OUTPUT and not set(aims) & set(_ATTENTION)):
             return self._whole(use, role or inner or self._by_end(node))
         if inner and (inner == OUTPUT or not set(aims) & set(_ATTENTION)):
-            return self._whole(use, OTHER, f"it looks like {inner} by what feeds it and like {min(aims)} by what it feeds")
+            return self._whole(use, OTHER, f"it looks like {inner} by what feeds it, like {min(aims)} by what it feeds")
         if len(aims) == 1 and not self._may_be_a_part(node, aims):
             return self._whole(use, *aims)
         return self._split(use, aims)
@@ -966,6 +990,8 @@ class _Labeller:
             return f"{use.form} multiplies inside one op, where no role can be seen"
         if node in self.unclear:
             return "it belongs to a gated block of which either factor could be the gate"
+        if bit & self.gates:
+            return "it gates the result of an attention"
         if bit & flow.positions:
             return "it multiplies a table of positions, no activations"
         if bit & flow.mixed:
@@ -983,7 +1009,8 @@ class _Labeller:
         for use, labels in found.items():
             if labels[0].role != OTHER or not self.flow.bit[use.node] & self.flow.positions:
                 continue
-            same = {found[u] for u in use.weight.uses if u in found and u.view == use.view and found[u][0].role != OTHER}
+            others = [found[u] for u in use.weight.uses if u in found and u.view == use.view]
+            same = {labels for labels in others if labels[0].role != OTHER}
             if len(same) == 1:
                 found[use] = same.pop()
 
@@ -993,6 +1020,8 @@ def _disjoint(reached: dict[str, frozenset[int]]) -> tuple[dict[str, frozenset[i
     reached = dict(reached)
     if GATE in reached and reached[GATE] == reached.get(UP):  # x * f(x) on the same features gates with nothing else
         del reached[GATE]
+    elif GATE in reached and reached[GATE] < reached.get(UP, frozenset()):  # up * x * f(x)
+        reached[UP] -= reached[GATE]
     attention = frozenset().union(*(features for role, features in reached.items() if role in _ATTENTION))
     reached = {r: f if r in _ATTENTION else f - attention for r, f in reached.items()}
     claims = Counter(k for features in reached.values() for k in features)

@@ -13,6 +13,7 @@ weight, and a mark on each module that is wired by graph.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import linecache
@@ -174,7 +175,7 @@ def keep_keys(model: nn.Module) -> None:
             module.__dict__[_CONVERSIONS] = module.__dict__.get("_weight_conversions")
             module.__dict__["_weight_conversions"] = []
         elif not adapted and _CONVERSIONS in module.__dict__:
-            module.__dict__["_weight_conversions"] = module.__dict__.pop(_CONVERSIONS)
+            module.__dict__["_weight_conversions"] = module.__dict__.pop(_CONVERSIONS)  # None is transformers' default
 
 
 def _agree(model: nn.Module) -> None:
@@ -399,7 +400,14 @@ def _forward(spec: Spec) -> Any:
         for name, value in spec.names
     }
     exec(compile(spec.source, filename, "exec"), scope)
-    forward = scope["forward"]
+    generated = scope["forward"]
+
+    @functools.wraps(generated)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if getattr(type(self), "_lora_fx", None) is not spec:  # whoever wrapped this forward kept it beyond its time
+            return type(self).forward(self, *args, **kwargs)
+        return generated(self, *args, **kwargs)
+
     forward.__qualname__ = f"{spec.base.__qualname__}.forward"
     return forward
 

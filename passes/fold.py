@@ -2,20 +2,20 @@
 
     W' = round(W + Σ s·B·A)
 
-Product and sum are float64, in row blocks of bounded memory; the sum is rounded once to W's own dtype, in place, once for
-each storage. After it every module has its original class, and the model is its base graph with other numbers in it.
+Each storage once, in place, in row blocks of bounded memory; every element is the real sum rounded once to W's own dtype
+(`lora_fx.rounding`). After it every module has its original class, and the model is its base graph with other numbers in it.
 A storage of which only some uses are adapted is split: those uses get a copy of their own.
 
-Unfolding is exact, bit for bit: the fold keeps the original weights (as many bytes as the folded weights have) unless it
-is final.
+Unfolding is exact, bit for bit. The fold keeps what rounding took away, unless it is final: some tenths of a byte for each
+element, at most one where the delta is no larger than the weights (`kept_bytes` tells).
 """
 
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from lora_fx import wiring
 from lora_fx.adapter import Adapter
 from lora_fx.errors import FoldError
 from lora_fx.layout import Layout
+from lora_fx.rounding import Remainder, checksum, remember, round_once, round_sum
 
 _BLOCK = 2**20  # elements of a weight that are folded at a time: 8 MiB in float64
 
@@ -34,8 +35,75 @@ class _Kept:
 
     children: dict[str, tuple[Adapter, bool]]
     """Its adapters, and whether they were registered as children."""
-    originals: dict[str, nn.Parameter | torch.Tensor]
-    """attribute → the original parameter (split) or its original elements."""
+    originals: dict[str, nn.Parameter | _Way]
+    """attribute → the original parameter (of a split storage), or the way back to its elements."""
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One adapter's share of the sum, as it was when it was folded."""
+
+    layout: Layout
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+
+    @staticmethod
+    def of(adapter: Adapter) -> _Term:
+        A, B = adapter.A.detach(), adapter.whole(adapter.B.detach())
+        return _Term(adapter.layout, A.clone(), B.clone(), adapter.scale)
+
+    def rows(self, start: int, stop: int) -> _Term:
+        """The term of the indices start:stop of the weight's first axis."""
+        layout, A, B = self.layout, self.A, self.B
+        side = layout.sides[0]
+        per_row = (layout.axes[0].size if side == "b" else layout.size(side)) // layout.shape[0]
+        rows = slice(start * per_row, stop * per_row)
+        if side == "o":
+            B = B[..., rows, :]
+        elif side == "i":
+            A = A[..., :, rows]
+        else:
+            A, B = A[rows], B[rows]
+        return _Term(Layout(layout.sides, (stop - start, *layout.shape[1:])), A, B, self.scale)
+
+    def delta(self) -> torch.Tensor:
+        """s·B·A in float64 and the weight's axes: products and sums in one order, the same bits wherever it runs."""
+        A, B = self.A.to(torch.float64), self.B.to(torch.float64) * self.scale
+        total = B[..., :, 0:1] * A[..., 0:1, :]
+        product = torch.empty_like(total)
+        for k in range(1, A.shape[-2]):
+            total += torch.mul(B[..., :, k : k + 1], A[..., k : k + 1, :], out=product)
+        return self.layout.to_weight(total)
+
+    def bound(self) -> float:
+        """An upper bound of |s·B·A|, elementwise."""
+        largest = [float(t.abs().max()) if t.numel() else 0.0 for t in (self.A, self.B)]
+        return abs(self.scale) * self.A.shape[-2] * largest[0] * largest[1]
+
+    def exact(self, flat: torch.Tensor) -> list[Fraction]:
+        """s·B·A of single elements, as fractions."""
+        batch, out, inner = self.layout.locate(flat)
+        A = self.A.reshape(-1, *self.A.shape[-2:])[batch, :, inner].tolist()
+        B = self.B.reshape(-1, *self.B.shape[-2:])[batch, out, :].tolist()
+        scale = Fraction(self.scale)
+        return [scale * sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)) for a, b in zip(A, B, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The way from the folded weight back to the original one, block by block."""
+
+    terms: tuple[_Term, ...]
+    remainders: tuple[Remainder, ...]
+    folded: int
+    """Checksum of the folded weight: it must still be what it was."""
+    original: int
+    """Checksum of the original weight: it must be what comes out."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(r.bytes for r in self.remainders)
 
 
 @dataclass(frozen=True)
@@ -61,10 +129,12 @@ class Fold:
         for storage in storages:
             _check(storage, _name(model, storage))
         wiring.unwire(model)
-        originals: dict[int, dict[str, Any]] = {}
+        originals: dict[int, dict[str, nn.Parameter | _Way]] = {}
         with torch.no_grad():
             for storage in storages:
                 old = _fold_storage(storage, self.final)
+                if old is None:
+                    continue
                 for owner, attribute in storage.owners if storage.split else storage.owners[:1]:
                     originals.setdefault(id(owner), {})[attribute] = old
         for module in list(model.modules()):
@@ -84,10 +154,13 @@ class Unfold:
                 place=type(model).__name__,
                 remedy="only fold(model) without final=True can be undone",
             )
-        for module in list(model.modules()):
-            kept = module.__dict__.pop(wiring.FOLDED, None)
-            if kept is not None:
-                _take_back(module, kept)
+        kept = [(m, m.__dict__[wiring.FOLDED]) for m in model.modules() if wiring.FOLDED in m.__dict__]
+        for path, module in model.named_modules():
+            if wiring.FOLDED in module.__dict__:
+                _check_unchanged(path, module, module.__dict__[wiring.FOLDED])
+        for module, what in kept:
+            _take_back(module, what)
+            del module.__dict__[wiring.FOLDED]
         wiring.wire_or_dispatch(model)
         return model
 
@@ -97,7 +170,7 @@ def fold(model: nn.Module, *, copy: bool = False, final: bool = False) -> nn.Mod
 
     Args:
         copy: fold a copy, and leave `model` alone.
-        final: keep nothing for `unfold`. Otherwise the original weights are kept: as many bytes as the folded weights.
+        final: keep nothing for `unfold`. Otherwise what rounding took away is kept: see `kept_bytes`.
 
     Returns:
         The model, or its copy: its original classes, the base model's `state_dict` keys, other numbers.
@@ -122,6 +195,18 @@ def is_folded(model: nn.Module) -> bool:
     return any(wiring.FOLDED in module.__dict__ for module in model.modules())
 
 
+def put_away(model: nn.Module) -> list[Adapter]:
+    """The adapters that a folded model keeps for `unfold`."""
+    kept = [m.__dict__[wiring.FOLDED] for m in model.modules() if wiring.FOLDED in m.__dict__]
+    return list(dict.fromkeys(adapter for k in kept for adapter, _ in k.children.values()))
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """The memory a folded model keeps to be unfolded, in bytes; the adapters themselves not counted."""
+    kept = [m.__dict__[wiring.FOLDED] for m in model.modules() if wiring.FOLDED in m.__dict__]
+    return sum(way.bytes for k in kept for way in k.originals.values() if isinstance(way, _Way))
+
+
 def _name(model: nn.Module, storage: wiring.Storage) -> str:
     owner, attribute = storage.owners[0]
     path = next(name for name, module in model.named_modules() if module is owner)
@@ -144,11 +229,13 @@ def _check(storage: wiring.Storage, name: str) -> None:
                     place=name,
                     remedy="load an earlier checkpoint of the adapter",
                 )
-        largest += _bound(adapter)
-    if largest <= torch.finfo(parameter.dtype).max:
+    terms = [_Term.of(adapter) for adapter in storage.adapters]
+    if largest + sum(term.bound() for term in terms) <= torch.finfo(parameter.dtype).max:
         return
-    for start, stop in _blocks(parameter):  # only the exact sums can tell
-        if not bool(_sum(parameter, storage.adapters, start, stop).isfinite().all()):
+    for start, stop in _blocks(parameter):  # only the sums themselves can tell
+        delta = _delta([term.rows(start, stop) for term in terms], parameter.device)
+        total = parameter.detach()[start:stop].to(torch.float64) + delta
+        if not bool(round_once(total, parameter.dtype).isfinite().all()):
             raise FoldError(
                 f"W + s·B·A does not fit into {parameter.dtype}",
                 place=name,
@@ -156,23 +243,58 @@ def _check(storage: wiring.Storage, name: str) -> None:
             )
 
 
-def _bound(adapter: Adapter) -> float:
-    """An upper bound of |s·B·A|, elementwise."""
-    A, B = adapter.A.detach().double(), adapter.B.detach().double()
-    return abs(adapter.scale) * adapter.rank * float(A.abs().max()) * float(B.abs().max())
-
-
-def _fold_storage(storage: wiring.Storage, final: bool) -> Any:
+def _fold_storage(storage: wiring.Storage, final: bool) -> nn.Parameter | _Way | None:
     """Write the folded weight; what comes back restores the old one."""
-    old = storage.parameter
-    new = old
+    old, terms = storage.parameter, tuple(_Term.of(adapter) for adapter in storage.adapters)
     if storage.split:
-        new = nn.Parameter(old.detach().clone(), old.requires_grad)
-        storage.replace(new)
-    kept = None if final else (old if storage.split else old.detach().clone())
-    for start, stop in _blocks(new):
-        new.detach()[start:stop] = _sum(new, storage.adapters, start, stop)
-    return kept
+        storage.replace(nn.Parameter(old.detach().clone(), old.requires_grad))
+    weight = storage.parameter.detach()
+    before, remainders = checksum(weight), []
+    for start, stop in _blocks(weight):
+        block, parts = weight[start:stop], [term.rows(start, stop) for term in terms]
+        delta = _delta(parts, weight.device)
+        new = _rounded(block, delta, parts)
+        if not final and not storage.split:
+            remainders.append(remember(block, _guess(new, delta)))
+        block.copy_(new)
+    if storage.split:
+        return old
+    return None if final else _Way(terms, tuple(remainders), checksum(weight), before)
+
+
+def _unfold_weight(weight: torch.Tensor, way: _Way) -> None:
+    for (start, stop), remainder in zip(_blocks(weight), way.remainders, strict=True):
+        delta = _delta([term.rows(start, stop) for term in way.terms], weight.device)
+        block = weight[start:stop]
+        block.copy_(remainder.restore(_guess(block, delta)))
+
+
+def _delta(terms: Sequence[_Term], device: torch.device) -> torch.Tensor:
+    total = terms[0].delta()
+    for term in terms[1:]:
+        total = total + term.delta()
+    return total.to(device)
+
+
+def _guess(folded: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """W' − D, rounded: the original weight, give or take a few steps."""
+    return round_once(folded.to(torch.float64) - delta, folded.dtype)
+
+
+def _rounded(block: torch.Tensor, delta: torch.Tensor, terms: Sequence[_Term]) -> torch.Tensor:
+    """round(W + Σ s·B·A), to the nearest number of W's dtype."""
+    total = block.to(torch.float64) + delta
+    largest = (float(block.abs().max()) if block.numel() else 0.0) + sum(term.bound() for term in terms)
+    operations = sum(2 * term.A.shape[-2] + 2 for term in terms)  # each rounds by at most 2⁻⁵³ of what is there at most
+    error = operations * 2.0**-53 * largest
+
+    def exact(flat: torch.Tensor) -> list[Fraction]:
+        sums = [Fraction(w) for w in block.reshape(-1)[flat].double().tolist()]
+        for term in terms:
+            sums = [a + b for a, b in zip(sums, term.exact(flat), strict=True)]
+        return sums
+
+    return round_sum(total, error, block.dtype, exact)
 
 
 def _blocks(parameter: torch.Tensor) -> Iterator[tuple[int, int]]:
@@ -182,49 +304,7 @@ def _blocks(parameter: torch.Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def _sum(parameter: torch.Tensor, adapters: tuple[Adapter, ...], start: int, stop: int) -> torch.Tensor:
-    """round(W + Σ s·B·A) of these rows of W."""
-    total = parameter.detach()[start:stop].to(torch.float64)
-    for adapter in adapters:
-        total = total + _delta_rows(adapter, start, stop).to(total.device)
-    return round_once(total, parameter.dtype)
-
-
-def _delta_rows(adapter: Adapter, start: int, stop: int) -> torch.Tensor:
-    """s·B·A in float64, only for the indices start:stop of the weight's first axis."""
-    layout = adapter.layout
-    A, B = adapter.A.detach().to(torch.float64), adapter.whole(adapter.B.detach()).to(torch.float64)
-    side = layout.sides[0]
-    per_row = (layout.axes[0].size if side == "b" else layout.size(side)) // layout.shape[0]
-    rows = slice(start * per_row, stop * per_row)
-    if side == "o":
-        B = B[..., rows, :]
-    elif side == "i":
-        A = A[..., :, rows]
-    else:
-        A, B = A[rows], B[rows]
-    block = Layout(layout.sides, (stop - start, *layout.shape[1:]))
-    return block.delta(A, B) * adapter.scale
-
-
-def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float64 values rounded to nearest-even in `dtype`.
-
-    torch converts float64 to bfloat16 and float16 by way of float32, which rounds twice. Rounding to odd in between (the
-    last bit of float32 set whenever something was lost) makes the second rounding see that (Boldo and Melquiond 2008).
-    """
-    if dtype in (torch.float64, torch.float32):
-        return values.to(dtype)
-    near = values.to(torch.float32)
-    back = near.to(torch.float64)
-    bits = near.view(torch.int32)
-    away = back.abs() > values.abs()  # one step towards zero where float32 rounded away from it
-    inexact = (back != values) & near.isfinite()
-    odd = torch.where(inexact, (bits - away.to(torch.int32)) | 1, bits)
-    return odd.view(torch.float32).to(dtype)
-
-
-def _put_away(module: nn.Module, originals: dict[str, Any], final: bool) -> None:
+def _put_away(module: nn.Module, originals: dict[str, nn.Parameter | _Way], final: bool) -> None:
     children = {
         child: (adapter, child in module._modules)
         for child, adapter in ({} if isinstance(module, Adapter) else wiring.adapters_of(module)).items()
@@ -237,15 +317,27 @@ def _put_away(module: nn.Module, originals: dict[str, Any], final: bool) -> None
         module.__dict__[wiring.FOLDED] = _Kept(children, originals)
 
 
+def _check_unchanged(path: str, module: nn.Module, kept: _Kept) -> None:
+    """Refuse before anything is written."""
+    for attribute, original in kept.originals.items():
+        weight = module._parameters[attribute]
+        if isinstance(original, _Way) and (weight is None or checksum(weight) != original.folded):
+            raise FoldError(
+                "the folded weight has been written to or cast since it was folded",
+                place=f"{path}.{attribute}".lstrip("."),
+                remedy="unfold before training, loading or casting; or keep the folded model: its adapters are gone for good",
+            )
+
+
 def _take_back(module: nn.Module, kept: _Kept) -> None:
     with torch.no_grad():
         for attribute, original in kept.originals.items():
-            current = module._parameters[attribute]
-            assert current is not None
             if isinstance(original, nn.Parameter):
                 module._parameters[attribute] = original
-            else:
-                current.detach().copy_(original)
+                continue
+            weight = module._parameters[attribute].detach()  # type: ignore[union-attr]
+            _unfold_weight(weight, original)
+            assert checksum(weight) == original.original, "unfolding is exact"
     for child, (adapter, registered) in kept.children.items():
         parameter = module._parameters[wiring.attribute_of(child)]
         assert parameter is not None

@@ -14,7 +14,7 @@ HEAVY = ("onnx", "onnxruntime", "onnxscript", "transformers", "peft", "sklearn",
 
 #: from the bottom up; a module imports only from modules before it
 LAYERS = [
-    {"errors", "tables", "views"},
+    {"errors", "rounding", "tables", "views"},
     {"forms", "layout", "frontend"},
     {"adapter"},
     {"tracing"},
@@ -25,8 +25,11 @@ LAYERS = [
     {"planning"},
     {"passes.fold", "passes.insert"},
     {"passes"},
+    {"export.adapter_folder"},
+    {"export.peft_format"},
     {"application", "export.adapter_files", "export.onnx_files"},
     {"export", "demo"},
+    {"demo_report"},
     {"cli"},
 ]
 

@@ -1,0 +1,263 @@
+"""The folder of an adapter: adapter_config.json and adapter_model.safetensors, read with suspicion, written as one.
+
+Nothing in a file is trusted: types, numbers and shapes are checked before anyone uses them, no pickle is ever opened,
+and no name in a file is taken for a path. Our header in the tensor file carries a digest over itself and the numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from lora_fx.errors import FileError
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PEFT, OWN = "LORA", "LORA_FX"  # peft_type: PEFT's own, and what only lora_fx can read
+HEADER, DIGEST, VERSION = "lora_fx", "lora_fx_sha256", 1
+
+
+def refuse(place: str, reason: str, remedy: str, cause: BaseException | None = None) -> NoReturn:
+    raise FileError(reason, place=place, remedy=remedy) from cause
+
+
+def find_folder(path: Path) -> Path:
+    """The folder with the adapter: this one, or its only subfolder that holds one."""
+    if not path.is_dir():
+        refuse(str(path), "there is no such folder", "pass the folder that save_adapter or save_pretrained wrote")
+    if (path / CONFIG).is_file():
+        return path
+    inside = sorted(p.parent for p in path.glob(f"*/{CONFIG}"))
+    if len(inside) != 1:
+        found = f"; it holds {', '.join(p.name for p in inside)}" if inside else ""
+        refuse(str(path), f"it has no {CONFIG}{found}", "pass the folder of one adapter")
+    return inside[0]
+
+
+# ── adapter_config.json ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _are(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(test(v) for v in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _table_of(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(test(v) for v in value.values())
+
+
+#: option → (what it may be, in words)
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda v: _is_int(v) and v > 0, "a positive integer"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a probability below 1"),
+    "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "rank_pattern": (_table_of(lambda v: _is_int(v) and v > 0), "a table of positive integers"),
+    "alpha_pattern": (_table_of(_is_number), "a table of finite numbers"),
+    "target_modules": (lambda v: _is_text(v) or _are(_is_text)(v), "a pattern or a list of names"),
+    "exclude_modules": (lambda v: _is_text(v) or _are(_is_text)(v), "a pattern or a list of names"),
+    "target_parameters": (_are(_is_text), "a list of names"),
+    "layers_to_transform": (lambda v: _is_int(v) or _are(_is_int)(v), "an integer or a list of integers"),
+    "layers_pattern": (lambda v: _is_text(v) or _are(_is_text)(v), "a name or a list of names"),
+}
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    remedy = "restore the file from where the adapter was saved"
+    try:
+        config = json.loads(file.read_bytes().decode("utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        refuse(str(file), f"it cannot be read: {error}", remedy, error)
+    if not isinstance(config, dict):
+        refuse(str(file), f"it holds a {type(config).__name__}, not a table", remedy)
+    kind = config.get("peft_type")
+    if kind not in (PEFT, OWN):
+        refuse(f"{file}, peft_type", f"{kind!r} is no LoRA adapter", "load it with the library that wrote it")
+    for key, (test, wanted) in _TYPES.items():
+        if config.get(key) is not None and not test(config[key]):
+            refuse(f"{file}, {key}", f"{config[key]!r} is not {wanted}", remedy)
+    for key in _PATTERNS:
+        for pattern in _patterns(key, config.get(key)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                refuse(f"{file}, {key}", f"{pattern!r} is no pattern: {error}", remedy, error)
+    return config
+
+
+def _patterns(key: str, value: Any) -> list[str]:
+    """The regular expressions in an option's value; the lists of modules hold plain names."""
+    if isinstance(value, list) and key != "layers_pattern":
+        return []
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def to_json(value: Any, indent: int | None = None) -> bytes:
+    return json.dumps(value, indent=indent, sort_keys=True, allow_nan=False).encode()
+
+
+# ── adapter_model.safetensors ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pack(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
+    """A safetensors file with our header in it, and a digest over the header and the numbers."""
+    from safetensors.torch import save
+
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    text = to_json(header).decode()
+    plain = save(tensors)
+    return save(tensors, {"format": "pt", HEADER: text, DIGEST: _digest(text, plain)})
+
+
+def _digest(text: str, file: bytes) -> str:
+    """Over the header's text and the numbers: everything behind the 8 bytes of length and the JSON header."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    return hashlib.sha256(text.encode() + file[start:]).hexdigest()
+
+
+def unpack(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """The tensors, all floating point and finite, and our header where there is one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    file = folder / TENSORS
+    if not file.is_file() and (folder / PICKLE).is_file():
+        refuse(
+            str(folder / PICKLE),
+            "it is a pickle, which can run any code when it is opened",
+            f"save the adapter as {TENSORS} with PEFT, where you trust it",
+        )
+    try:
+        data = file.read_bytes()
+        tensors = load(data)
+        meta = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+        refuse(str(file), f"it cannot be read: {error}", "restore the file from where the adapter was saved", error)
+    for key, tensor in tensors.items():
+        _check_tensor(tensor, f"{file}, {key}")
+    return tensors, _read_header(meta, data, tensors, file)
+
+
+def _check_tensor(tensor: torch.Tensor, place: str) -> None:
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        refuse(place, f"its dtype is {tensor.dtype}", "factors are float16, bfloat16, float32 or float64: save them so")
+    if not bool(tensor.float().isfinite().all()):
+        refuse(place, "it holds NaN, Inf or numbers beyond float32", "load an earlier checkpoint of the adapter")
+
+
+def _read_header(meta: dict, data: bytes, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, Any] | None:
+    if HEADER not in meta:
+        return None
+    place, remedy = f"{file}, {HEADER}", "restore the file from where the adapter was saved"
+    if meta.get(DIGEST) != _digest(meta[HEADER], data):
+        refuse(place, "its numbers are not the ones that were saved: the file is damaged", remedy)
+    try:
+        header = json.loads(meta[HEADER])
+        version, entries = header["version"], header["adapters"]
+        names = [list(map(str, entry["weights"])) for entry in entries]
+        known = isinstance(header["config"], dict) and isinstance(header["name"], str) and all(names)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        refuse(place, f"it cannot be read: {error!r}", remedy, error)
+    if version != VERSION or not known or not entries:
+        reason = f"it is of version {version!r} with {len(entries)} adapters"
+        refuse(place, reason, f"this lora_fx reads version {VERSION}: use the one that wrote it")
+    return header
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_folder(folder: Path, config: bytes, tensors: bytes) -> None:
+    """Both files, or neither. A new folder, and one that holds an adapter alone, changes in a single step.
+
+    In a folder with other files too, the config goes first and comes last: in between there is no adapter to read.
+    """
+    if folder.exists() and not folder.is_dir():
+        refuse(str(folder), "it is a file", "pass the path of a folder")
+    folder = folder.resolve()
+    fresh = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    try:
+        fresh.mkdir(parents=True)
+        for name, data in ((TENSORS, tensors), (CONFIG, config)):
+            _write_file(fresh / name, data)
+        _sync_folder(fresh)
+        _publish(fresh, folder)
+        _sync_folder(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        remedy = "choose a folder on a disk with space and permission"
+        refuse(str(folder), f"it cannot be written: {error}", remedy, error)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _publish(fresh: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.replace(fresh, folder)
+        return
+    alone = {entry.name for entry in folder.iterdir()} <= {CONFIG, TENSORS}
+    if alone and _exchange(fresh, folder):
+        return
+    old = [name for name in (CONFIG, TENSORS) if (folder / name).is_file()]
+    if old == [CONFIG, TENSORS] and (folder / CONFIG).read_bytes() == (fresh / CONFIG).read_bytes():
+        os.replace(fresh / TENSORS, folder / TENSORS)
+        return
+    aside: list[tuple[Path, Path]] = []
+    try:
+        for name in old:
+            os.replace(folder / name, fresh / f"old_{name}")
+            aside.append((fresh / f"old_{name}", folder / name))
+        for name in (TENSORS, CONFIG):
+            os.replace(fresh / name, folder / name)
+    except BaseException:
+        for kept, place in reversed(aside):
+            os.replace(kept, place)
+        raise
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step, as Linux can; False where the system cannot."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make renames in a folder survive a power cut, where the system can open folders."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
