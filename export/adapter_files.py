@@ -122,14 +122,12 @@ def _held(model: nn.Module, name: str) -> list[_Held]:
     found: dict[Adapter, list[str]] = {}
     parts: dict[Adapter, str] = {}
     names = []
-    for path, owner, child, adapter in wiring.find_adapters(model):
+    for path, _, child, adapter in wiring.find_adapters(model):
         names.append(adapter.name)
         if adapter.name != name:
             continue
         attribute = wiring.attribute_of(child)
-        weights = found.setdefault(adapter, [])
-        at = 0 if child in owner._modules else len(weights)  # the name that state_dict shows comes first
-        weights.insert(at, f"{path}.{attribute}".lstrip("."))
+        found.setdefault(adapter, []).append(f"{path}.{attribute}".lstrip("."))
         parts[adapter] = child.removeprefix(wiring.child_name(attribute, name)).lstrip("_")
     if not found:
         refuse(

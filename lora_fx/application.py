@@ -17,13 +17,13 @@ def apply(
 ) -> nn.Module:
     """Insert trainable low-rank branches where the rules say, in place, and freeze everything else.
 
-    The model keeps its class, its `state_dict` keys and its outputs (B = 0: bit for bit). Adapter parameters stand beside
-    the weights they belong to: ``q_proj.weight`` gains ``q_proj.weight_lora_default.A`` and ``.B``.
+    The model keeps its class, its `state_dict` keys and its outputs (B = 0: bit for bit). Adapter parameters stand
+    beside the weights they belong to: ``q_proj.weight`` gains ``q_proj.weight_lora_default.A`` and ``.B``.
 
     Args:
         rules: one `Rule` or several; dicts; the path of a TOML file. The first rule that matches a site decides it.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; transformers' models bring their own.
-        name: the adapter's name. Applying again with another name adds a second adapter, with the same name further sites.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; transformers' models have their own.
+        name: the adapter's name. Applying again adds a second adapter under another name, further sites under the same.
         check: compare the adapted model with the dense W + s·B·A on the example inputs, in train and in eval mode.
 
     Returns:

@@ -60,7 +60,7 @@ class Settings:
 
 
 FULL = Settings(Training(40, 8e-3, decay=0.05), Training(50, 2e-2), rounds=3000)
-QUICK = Settings(Training(8, 1e-2, decay=0.05), Training(8, 3e-2), rounds=200)
+QUICK = Settings(Training(6, 1e-2, decay=0.05, batch=64), Training(6, 3e-2, batch=64), rounds=200)
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -52,7 +52,7 @@ def rows(outcome: Outcome) -> list[list[tuple[str, ...]]]:
             ("  quartiles µs", *(f"{a:.1f}–{b:.1f}" for a, b in zip(low, high, strict=True))),
             ("  paired with base", *(f"{ratio:.2f} ×" for ratio in outcome.slowdown)),
         ],
-        [("torch ↔ ONNX Runtime", *(f"{column.largest:.1e}" for column in columns))],
+        [("max |torch − runtime|", *(f"{column.largest:.1e}" for column in columns))],
     ]
 
 

@@ -61,7 +61,9 @@ def op_name(func: Any) -> str:
     return {"__matmul__": "matmul", "__getitem__": "getitem"}.get(name, name)
 
 
-def find(func: Any, args: Sequence[Any], kwargs: dict[str, Any], weight_ndim: Callable[[Any], int | None]) -> Call | None:
+def find(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], weight_ndim: Callable[[Any], int | None]
+) -> Call | None:
     """The `Call` that an op makes with a weight, or None.
 
     Args:
@@ -206,7 +208,9 @@ def _parse_conv(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) 
     if n is None or n != int(op[4]) + 2 or ndim(a["input"]) is not None:
         return None
     defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return Call(form, a["input"], a["weight"], "o" + "i" * (n - 1), (1 - n,), {k: a.get(k, v) for k, v in defaults.items()})
+    return Call(
+        form, a["input"], a["weight"], "o" + "i" * (n - 1), (1 - n,), {k: a.get(k, v) for k, v in defaults.items()}
+    )
 
 
 def _conv_down(call: Call, x: Any, A: Any) -> Any:
@@ -277,7 +281,9 @@ def _embedding_down(call: Call, x: Any, A: Any) -> Any:
 
 
 def _parse_grouped_mm(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
-    a = _bind("x weight offs bias", args, {("x" if k in ("input", "mat_a", "self") else k): v for k, v in kwargs.items()})
+    a = _bind(
+        "x weight offs bias", args, {("x" if k in ("input", "mat_a", "self") else k): v for k, v in kwargs.items()}
+    )
     weight = a.get("weight", a.get("mat_b", a.get("mat2")))
     if ndim(weight) != 3 or ndim(a["x"]) is not None or a.get("offs") is None:
         return None
@@ -321,4 +327,3 @@ DENSE_OPS = frozenset({
     "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "multi_head_attention_forward",
     "conv_tbc", "convolution", "matmul", "mm", "bmm", "einsum", "linear", "addmm", "baddbmm", "embedding",
 })  # fmt: skip
-

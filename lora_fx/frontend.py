@@ -237,7 +237,9 @@ def refuse_unready(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise CaptureError(
-                "the parameter is lazy: it has no shape yet", place=name, remedy="run the model once on real inputs before"
+                "the parameter is lazy: it has no shape yet",
+                place=name,
+                remedy="run the model once on real inputs before",
             )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):

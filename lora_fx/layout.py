@@ -2,8 +2,8 @@
 
     delta[b…, o…, i…] = scale · Σ_r B[b…, o…, r] · A[b…, r, i…]      permuted into the weight's own axes
 
-A `Linear` weight (out, in) has the layout ``oi``; transformers' `Conv1D` (in, out) ``io``; experts (E, out, in) ``boi``;
-a convolution (out, in, kh, kw) ``oiii``; an einsum weight (in, heads, dim) ``ioo``.
+A `Linear` weight (out, in) has the layout ``oi``; transformers' `Conv1D` (in, out) ``io``; experts (E, out, in)
+``boi``; a convolution (out, in, kh, kw) ``oiii``; an einsum weight (in, heads, dim) ``ioo``.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ class Layout:
         order = [k for side in "boi" for k, axis in enumerate(self.axes) if axis.side == side]
         return grouped.permute([order.index(k) for k in range(len(order))]).reshape(self.shape)
 
-
     def locate(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(batch, out, in) index of elements of the weight, each flattened over its own axes."""
         found = []
@@ -100,7 +99,9 @@ def infer(shape: Sequence[int], view: View, sides: str) -> Layout | None:
                 found[k] = side
     if view.shape == shape:
         found = [side if was is None else was for was, side in zip(found, sides, strict=True)]
-    for k, n in enumerate(shape):  # an axis the view fixed to one index is a batch axis; one of size 1 is what is missing
+    for k, n in enumerate(
+        shape
+    ):  # an axis the view fixed to one index is a batch axis; one of size 1 is what is missing
         if found[k] is None:
             found[k] = "b" if n > 1 else next((s for s in "oi" if s not in found), "b")
     return Layout("".join(s or "b" for s in found), shape) if {"o", "i"} <= set(found) else None
@@ -197,7 +198,10 @@ class Placement:
         order += [where.index(p) for p, side in enumerate(self.sides) if side == form_side and p in where]
         if order != sorted(order):
             factor = factor.permute(order)
-        wanted = [p for p, s in enumerate(self.sides) if s == "b"], [p for p, s in enumerate(self.sides) if s == form_side]
+        wanted = (
+            [p for p, s in enumerate(self.sides) if s == "b"],
+            [p for p, s in enumerate(self.sides) if s == form_side],
+        )
         for at, p in enumerate([*wanted[0], None, *wanted[1]]):  # operand axes of size 1, and broadcast batch axes
             if p is not None and p not in where:
                 factor = factor.unsqueeze(at)

@@ -53,7 +53,7 @@ def _trace(pattern: Callable[..., Any], place: str) -> tuple[fx.Graph, frozenset
         raise RuleError(
             f"the pattern cannot be traced: {error}",
             place=place,
-            remedy="write a function of tensors that only makes torch calls, such as lambda x, w: F.relu(F.linear(x, w))",
+            remedy="write a function of tensors that only makes torch calls: lambda x, w: F.relu(F.linear(x, w))",
         ) from error
     names = set()
     for node in graph.nodes:
@@ -93,7 +93,9 @@ def _skip(node: Any) -> Any:
     return node
 
 
-def _match(want: fx.Node, have: Any, bound: dict[str, Any], uses: dict[fx.Node, Use], weights: frozenset[str]) -> Iterator[dict[str, Any]]:
+def _match(
+    want: fx.Node, have: Any, bound: dict[str, Any], uses: dict[fx.Node, Use], weights: frozenset[str]
+) -> Iterator[dict[str, Any]]:
     """Every way to read `have` as `want`, each with the arguments it binds."""
     want, have = _skip(want), _skip(have)
     if want.op == "placeholder":
@@ -115,7 +117,9 @@ def _match(want: fx.Node, have: Any, bound: dict[str, Any], uses: dict[fx.Node, 
             yield from _match_all(list(zip(ours, order, strict=False)), bound, uses, weights)
 
 
-def _match_matmul(want: fx.Node, have: fx.Node, bound: dict, uses: dict, weights: frozenset[str]) -> Iterator[dict[str, Any]]:
+def _match_matmul(
+    want: fx.Node, have: fx.Node, bound: dict, uses: dict, weights: frozenset[str]
+) -> Iterator[dict[str, Any]]:
     use = uses.get(have)
     if use is None or use.call is None:
         return
@@ -126,7 +130,9 @@ def _match_matmul(want: fx.Node, have: fx.Node, bound: dict, uses: dict, weights
     yield from _match(x, use.x, {**bound, argument.target: use.weight}, uses, weights)
 
 
-def _match_all(pairs: list[tuple[fx.Node, Any]], bound: dict, uses: dict, weights: frozenset[str]) -> Iterator[dict[str, Any]]:
+def _match_all(
+    pairs: list[tuple[fx.Node, Any]], bound: dict, uses: dict, weights: frozenset[str]
+) -> Iterator[dict[str, Any]]:
     if not pairs:
         yield bound
         return

@@ -129,7 +129,9 @@ def plan(model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str 
     rules = read_rules(rules)
     refuse_unready(model)
     if not name.isidentifier():
-        raise PlanError(f"{name!r} is no identifier", place="name", remedy="name the adapter with letters, digits and _")
+        raise PlanError(
+            f"{name!r} is no identifier", place="name", remedy="name the adapter with letters, digits and _"
+        )
     if any(wiring.FOLDED in module.__dict__ for module in model.modules()):
         raise PlanError(
             "the model is folded: what would be adapted is W + s·B·A, and unfolding would lose it",
@@ -150,7 +152,9 @@ def plan(model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str 
         return found
 
 
-def plan_rows(program: Program, rules: tuple[Rule, ...], name: str, rows: list[Row], sites: tuple[Site, ...] = ()) -> Plan:
+def plan_rows(
+    program: Program, rules: tuple[Rule, ...], name: str, rows: list[Row], sites: tuple[Site, ...] = ()
+) -> Plan:
     """The plan of these rows: each is checked, and it is decided how each is realised.
 
     Raises:
@@ -174,7 +178,9 @@ def _pattern_weights(program: Program, rule: Rule) -> list[int]:
     wanted = None if rule.adapt is None else {name.strip() for name in rule.adapt.split("|")}
     named = {name for bound in found for name in bound}
     if wanted is not None and found and not wanted <= named:
-        raise rule._error(f"adapt={rule.adapt!r} names no weight of the pattern", f"its weights are {', '.join(sorted(named))}")
+        raise rule._error(
+            f"adapt={rule.adapt!r} names no weight of the pattern", f"its weights are {', '.join(sorted(named))}"
+        )
     return [id(w) for bound in found for name, w in bound.items() if wanted is None or name in wanted]
 
 
@@ -191,7 +197,9 @@ def _rows(program: Program, sites: Sequence[Site], chosen: dict[Site, Rule]) -> 
     for (_, rule, _), group in groups.items():
         weight = group[0].weight
         uses = tuple(dict.fromkeys(use for site in group for use in site.uses))
-        covered = None if any(s.rows is None for s in group) else tuple(sorted({r for s in group for r in s.rows or ()}))
+        covered = (
+            None if any(s.rows is None for s in group) else tuple(sorted({r for s in group for r in s.rows or ()}))
+        )
         if covered is not None and len(covered) == weight.layout.size("o"):
             covered = None
         role = ", ".join(dict.fromkeys(site.role for site in group))
@@ -244,18 +252,20 @@ def _check(row: Row, model: nn.Module, name: str) -> None:
         raise PlanError(
             f"the weight {weight.problem}",
             place=weight.name,
-            remedy=f"exclude it with a rule before {rule.label}: Rule(where={weight.name!r}); a computed weight can be made "
-            "a plain one first (torch.nn.utils.parametrize.remove_parametrizations)",
+            remedy=f"exclude it with a rule before {rule.label}: Rule(where={weight.name!r}); a computed weight can "
+            "be made a plain one first (torch.nn.utils.parametrize.remove_parametrizations)",
         )
     if rule.dropout and any(_is_dense(u) for u in row.uses):
         raise PlanError(
-            f"dropout={rule.dropout} on a weight that {', '.join(u.form for u in row.uses if _is_dense(u))} reads whole: "
-            "there is no branch input to drop",
+            f"dropout={rule.dropout} on a weight that {', '.join(u.form for u in row.uses if _is_dense(u))} reads "
+            "whole: there is no branch input to drop",
             place=weight.name,
             remedy="set dropout=0 in the rule for this weight",
         )
     if not bool(weight.parameter.is_meta) and not bool(weight.parameter.detach().isfinite().all()):
-        raise PlanError("the weight holds NaN or Inf", place=weight.name, remedy="repair the checkpoint, or exclude the weight")
+        raise PlanError(
+            "the weight holds NaN or Inf", place=weight.name, remedy="repair the checkpoint, or exclude the weight"
+        )
     for path, attribute in row.owners:
         for child, adapter in wiring.adapters_of(model.get_submodule(path)).items():
             same = wiring.attribute_of(child) == attribute and adapter.name == name
@@ -346,7 +356,9 @@ def _trace(module: nn.Module) -> _Trace:
 def _notes(program: Program, rows: Sequence[Row]) -> tuple[str, ...]:
     notes = []
     if program.capture is None:
-        notes.append("Without example inputs nothing was captured: roles are unknown, and the adapted model is not checked.")
+        notes.append(
+            "Without example inputs nothing was captured: roles are unknown, and the adapted model is not checked."
+        )
         return tuple(notes)
     if any(row.weight.parameter.is_meta for row in rows):
         notes.append("On meta tensors the adapted model is not checked: lora_fx.verify it once it is materialised.")
@@ -355,5 +367,3 @@ def _notes(program: Program, rows: Sequence[Row]) -> tuple[str, ...]:
         shown = ", ".join(names[:5]) + (f", … {len(names) - 5} more" if len(names) > 5 else "")
         notes.append(f"Unseen by the example inputs: {shown}")
     return tuple(notes)
-
-

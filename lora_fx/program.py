@@ -263,9 +263,13 @@ class _Reader:
                 continue
             if name in DENSE_OPS or name.startswith(("conv", "grouped", "_grouped")):
                 for source in sources:
-                    source.problem = source.problem or f"is computed before it multiplies (by {op}, as weight_norm does)"
+                    source.problem = (
+                        source.problem or f"is computed before it multiplies (by {op}, as weight_norm does)"
+                    )
         if all(n in self.constant or n in self.computed or n in self.views for n in read) and call is None:
-            sources = {self.views[n][0] for n in weights}.union(*(self.computed[n][1] for n in read if n in self.computed))
+            sources = {self.views[n][0] for n in weights}.union(
+                *(self.computed[n][1] for n in read if n in self.computed)
+            )
             self.computed[node] = name, sources
             if not any(u.node is node for w in sources for u in w.uses):
                 self._add(node, weights, None, multiplies=False)
@@ -275,6 +279,8 @@ class _Reader:
     def _add(self, node: fx.Node, weights: list[fx.Node], call: Call | None, multiplies: bool) -> None:
         for n in dict.fromkeys(weights):
             weight, view = self.views[n]
-            own = call if call is not None and call.weight is n else None  # it may also be the other summand of an addmm
+            own = (
+                call if call is not None and call.weight is n else None
+            )  # it may also be the other summand of an addmm
             does = own is not None or (multiplies and call is None)
             weight.uses.append(Use(weight, node, view, node.meta.get(MODULE, ""), own, does))

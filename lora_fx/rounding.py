@@ -24,8 +24,9 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """float64 values rounded to nearest-even in `dtype`.
 
-    torch converts float64 to bfloat16 and float16 by way of float32, which rounds twice. Rounding to odd in between (the
-    last bit of float32 set whenever something was lost) lets the second rounding see that (Boldo and Melquiond 2008).
+    torch converts float64 to bfloat16 and float16 by way of float32, which rounds twice. Rounding to odd in between
+    (the last bit of float32 set whenever something was lost) lets the second rounding see that (Boldo and Melquiond
+    2008).
     """
     if dtype not in _NARROW:
         return values.to(dtype)
@@ -141,7 +142,7 @@ class Remainder:
 
 
 def remember(numbers: torch.Tensor, guess: torch.Tensor) -> Remainder:
-    """The fewest bytes that give `numbers` back from `guess`: nothing but exceptions, four bits each, or all of them."""
+    """The fewest bytes that give `numbers` back from `guess`: only exceptions, four bits each, or all of them."""
     flat = numbers.detach().reshape(-1)
     steps = (ordinal(flat).to(torch.int64) - ordinal(guess.reshape(-1)).to(torch.int64)).contiguous()
     each = 4 + numbers.element_size()

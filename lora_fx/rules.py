@@ -1,9 +1,9 @@
 """Rules: which sites, and what they get. The first rule that matches a site decides; one without a rank excludes.
 
-    Rule(role="attention.query | attention.value", rank=8, alpha=16)
-    Rule(where="*.mlp.*", layers="4-11", rank=4)
-    Rule(pattern=lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down), rank=4)
-    Rule(where="lm_head")                                                    # leave it alone
+Rule(role="attention.query | attention.value", rank=8, alpha=16)
+Rule(where="*.mlp.*", layers="4-11", rank=4)
+Rule(pattern=lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down), rank=4)
+Rule(where="lm_head")                                                    # leave it alone
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Rule:
         for key in ("where", "role", "op", "adapt"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not all(_globs(value))):
-                raise self._error(f"{key}={value!r} is no glob", "write a glob such as '*.mlp.*', several joined by ' | '")
+                raise self._error(
+                    f"{key}={value!r} is no glob", "write a glob such as '*.mlp.*', several joined by ' | '"
+                )
         if all(getattr(self, key) is None for key in ("where", "role", "op", "layers", "pattern", "when")):
             raise self._error("the rule has no key", "say which sites: where, role, op, layers, pattern or when")
         if self.adapt is not None and self.pattern is None:
@@ -86,7 +88,9 @@ class Rule:
         if self.scaling not in SCALINGS:
             raise self._error(f"scaling={self.scaling!r} is unknown", f"one of {', '.join(SCALINGS)}")
         if not callable(self.init) and self.init not in INITS:
-            raise self._error(f"init={self.init!r} is unknown", f"one of {', '.join(INITS)}, or a function (A, B) -> None")
+            raise self._error(
+                f"init={self.init!r} is unknown", f"one of {', '.join(INITS)}, or a function (A, B) -> None"
+            )
 
     def _error(self, reason: str, remedy: str) -> RuleError:
         return RuleError(reason, place=self.label, remedy=remedy)
@@ -148,7 +152,9 @@ def read_rules(rules: Any) -> tuple[Rule, ...]:
     if isinstance(rules, Mapping):
         return tuple(_from_dict(r) for r in rules["rule"]) if set(rules) == {"rule"} else (_from_dict(rules),)
     if not isinstance(rules, Iterable):
-        raise RuleError(f"{rules!r} is no rule", place="rules", remedy="pass Rule objects, dicts or the path of a TOML file")
+        raise RuleError(
+            f"{rules!r} is no rule", place="rules", remedy="pass Rule objects, dicts or the path of a TOML file"
+        )
     found = tuple(rule for item in rules for rule in read_rules(item))
     if not found:
         raise RuleError("there is no rule", place="rules", remedy="pass at least one Rule")
@@ -172,15 +178,21 @@ def _from_toml(path: Path) -> tuple[Rule, ...]:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RuleError(f"cannot read it: {error.strerror}", place=str(path), remedy="pass the path of a TOML file") from error
+        raise RuleError(
+            f"cannot read it: {error.strerror}", place=str(path), remedy="pass the path of a TOML file"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RuleError(f"is no TOML: {error}", place=str(path), remedy="write [[rule]] tables") from error
     if set(data) != {"rule"} or not isinstance(data["rule"], list):
-        raise RuleError(f"has the tables {sorted(data)}", place=str(path), remedy="write one [[rule]] table for each rule")
+        raise RuleError(
+            f"has the tables {sorted(data)}", place=str(path), remedy="write one [[rule]] table for each rule"
+        )
     return tuple(_from_dict(rule) for rule in data["rule"])
 
 
-def select(rules: Sequence[Rule], sites: Sequence[Site], found: Mapping[Rule, frozenset[int]], seen: bool) -> dict[Site, Rule]:
+def select(
+    rules: Sequence[Rule], sites: Sequence[Site], found: Mapping[Rule, frozenset[int]], seen: bool
+) -> dict[Site, Rule]:
     """The rule that decides each site.
 
     Args:

@@ -43,13 +43,12 @@ class Untraceable(Exception):
 class Tracer(fx.Tracer):
     """Child modules are leaves; an adapted weight among the arguments of any op is dispatched."""
 
-    def __init__(self, inline: Callable[[nn.Module], bool] = lambda m: False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.inline = inline
         self.paths: dict[nn.Module, str] = {}
 
     def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
-        return not self.inline(m)
+        return True
 
     def path_of(self, module: nn.Module) -> str:
         if not self.paths:
@@ -67,14 +66,16 @@ class Tracer(fx.Tracer):
         prefix = f"{prefix}." if prefix else ""
         parameter = owner._parameters[attribute]
         base = self.attribute(prefix + attribute)
-        if any(getattr(owner, child).realised == "dispatch" for child in children):
+        if not isinstance(owner, fx.GraphModule) and any(getattr(owner, c).realised == "dispatch" for c in children):
             return base  # the attribute itself will read as an adapted weight when the rewritten forward runs
         factors, cast = [], False
         for child in children:
             adapter = getattr(owner, child)
             A, B = self.attribute(f"{prefix}{child}.A"), self.attribute(f"{prefix}{child}.B")
             path = f"{prefix}{child}.dropout"
-            drop = (lambda x, path=path: self.create_proxy("call_module", path, (x,), {})) if adapter.dropout.p else None
+            drop = (
+                (lambda x, path=path: self.create_proxy("call_module", path, (x,), {})) if adapter.dropout.p else None
+            )
             factors.append(Factors(adapter, A, self._whole(adapter, B, f"{prefix}{child}"), drop))
             cast = cast or adapter.dtype != parameter.dtype
         return AdaptedWeight(base, View.of(parameter.shape), factors, base, (), cast)
@@ -137,7 +138,9 @@ def trace_forward(module: nn.Module) -> fx.Graph:
     for code in seen:
         if why := _decides(code):
             raise Untraceable(f"{code.co_qualname} {why}")
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op != "get_attr" and (n.op != "call_function" or n.is_impure()))
+    graph.eliminate_dead_code(
+        is_impure_node=lambda n: n.op != "get_attr" and (n.op != "call_function" or n.is_impure())
+    )
     return graph
 
 
@@ -201,13 +204,13 @@ def _decides(code: CodeType) -> str:
     return ""
 
 
-def rewrite_graph(module: fx.GraphModule, adapted: Callable[[nn.Module], bool]) -> fx.Graph:
-    """The graph of a GraphModule with branches: copied node by node, adapted weights dispatched, adapted leaves inlined.
+def rewrite_graph(module: fx.GraphModule, inlined: Callable[[nn.Module], bool]) -> fx.Graph:
+    """The graph of a GraphModule with branches: copied node by node, weights dispatched, adapted leaves inlined.
 
     Args:
-        adapted: true for a child that itself holds an adapted weight; its forward is traced into the graph.
+        inlined: true for a called module that multiplies with an adapted weight; its forward is traced into the graph.
     """
-    tracer = Tracer(inline=adapted)
+    tracer = Tracer()
     tracer.root = module
     tracer.graph = fx.Graph(tracer_cls=getattr(module, "_tracer_cls", None))
     tracer.graph._codegen = module.graph._codegen
@@ -217,17 +220,17 @@ def rewrite_graph(module: fx.GraphModule, adapted: Callable[[nn.Module], bool]) 
         for node in module.graph.nodes:
             args = fx.node.map_arg(node.args, env.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
-            env[node] = _copy(tracer, module, node, args, kwargs, adapted)
+            env[node] = _copy(tracer, module, node, args, kwargs, inlined)
     return tracer.graph
 
 
-def _copy(tracer: Tracer, module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, adapted: Callable) -> Any:
+def _copy(tracer: Tracer, module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, inlined: Callable) -> Any:
     if node.op == "get_attr":
         owner, _, attribute = node.target.rpartition(".")
         value = getattr(module.get_submodule(owner), attribute)
         if isinstance(value, AdaptedWeight):
             return value
-    if node.op == "call_module" and adapted(child := module.get_submodule(node.target)):
+    if node.op == "call_module" and inlined(child := module.get_submodule(node.target)):
         return _inline(tracer, child, args, kwargs)
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, AdaptedWeight))
     if any(isinstance(leaf, AdaptedWeight) for leaf in leaves) and node.op in ("call_function", "call_method"):

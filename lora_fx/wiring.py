@@ -36,6 +36,7 @@ from lora_fx.views import View
 
 _READS = "_lora_fx_reads"  # mark: this module's forward is rewritten as a graph
 _ORIGINAL = "_lora_fx_graph"  # the graph a GraphModule had before
+_PRESERVED = "_user_preserved_attributes"  # in a GraphModule's meta: attributes that torch gives to its copies
 _CONVERSIONS = "_lora_fx_conversions"  # how transformers would have rewritten the model's keys on saving
 FOLDED = "_lora_fx_folded"  # mark: what unfolding this module needs
 _SEPARATOR = "_lora_"
@@ -119,9 +120,24 @@ def adapted_storages(model: nn.Module) -> list[Storage]:
     ]
 
 
+def remember(module: nn.Module, key: str, value: Any) -> None:
+    """Keep something of ours on a module. A GraphModule's copies only have what its meta names."""
+    module.__dict__[key] = value
+    if isinstance(module, fx.GraphModule):
+        module.meta.setdefault(_PRESERVED, {})[key] = value
+
+
+def forget(module: nn.Module, key: str) -> Any:
+    if isinstance(module, fx.GraphModule) and key in module.meta.get(_PRESERVED, {}):
+        del module.meta[_PRESERVED][key]
+        if not module.meta[_PRESERVED]:
+            del module.meta[_PRESERVED]
+    return module.__dict__.pop(key, None)
+
+
 def mark_reader(module: nn.Module) -> None:
     """This module's forward is to be rewritten as a graph."""
-    module.__dict__[_READS] = True
+    remember(module, _READS, True)
 
 
 def is_reader(module: nn.Module) -> bool:
@@ -129,7 +145,7 @@ def is_reader(module: nn.Module) -> bool:
 
 
 def unmark(module: nn.Module) -> None:
-    module.__dict__.pop(_READS, None)
+    forget(module, _READS)
 
 
 def wire(model: nn.Module) -> dict[str, str]:
@@ -145,7 +161,7 @@ def wire(model: nn.Module) -> dict[str, str]:
         _swap(module, reads=_by_attribute(active))
     failed, graphs = {}, []
     for path, module in model.named_modules():
-        if _READS in module.__dict__:
+        if _is_rewritten(module) or _calls_rewritten(module):
             try:
                 graphs.append((module, _graph_of(module)))
             except Untraceable as why:
@@ -153,7 +169,8 @@ def wire(model: nn.Module) -> dict[str, str]:
     if failed:
         return failed
     for module, active in owners:
-        _swap(module, reads=_by_attribute({c: a for c, a in active.items() if a.realised != "graph"}))
+        graph = isinstance(module, fx.GraphModule)  # reads its own weights in its graph, however others read theirs
+        _swap(module, reads=_by_attribute({c: a for c, a in active.items() if a.realised != "graph" and not graph}))
     for module, graph in graphs:
         _install(module, graph)
     keep_keys(model)
@@ -195,7 +212,8 @@ def wire_or_dispatch(model: nn.Module) -> None:
     while failed := wire(model):
         for path in failed:
             reader = model.get_submodule(path)
-            unmark(reader)
+            for module in reader.modules() if isinstance(reader, fx.GraphModule) else [reader]:
+                unmark(module)
             below = {id(p) for p in reader.parameters()}
             for _, owner, child, adapter in find_adapters(model):
                 if id(owner._parameters[attribute_of(child)]) in below:
@@ -209,8 +227,7 @@ def unwire(model: nn.Module) -> None:
         if spec is not None:
             module.__class__ = spec.base
         if _ORIGINAL in module.__dict__:
-            module.graph = module.__dict__.pop(_ORIGINAL)
-            module.recompile()
+            module.graph = forget(module, _ORIGINAL)
 
 
 @contextmanager
@@ -227,8 +244,7 @@ def unwired(model: nn.Module) -> Iterator[None]:
                 module.__class__ = cls
         for module, graph, original in graphs:
             module.graph = graph
-            module.recompile()
-            module.__dict__[_ORIGINAL] = original
+            remember(module, _ORIGINAL, original)
 
 
 def is_wired(model: nn.Module) -> bool:
@@ -250,15 +266,31 @@ def _by_attribute(active: dict[str, Adapter]) -> tuple[tuple[str, tuple[str, ...
 
 def _graph_of(module: nn.Module) -> fx.Graph:
     if isinstance(module, fx.GraphModule):
-        return rewrite_graph(module, adapted=lambda child: bool(_active(child)))
+        return rewrite_graph(module, inlined=_is_inlined)
     return trace_forward(module)
+
+
+def _is_rewritten(module: nn.Module) -> bool:
+    """A reader with something to add: where no adapter is active the original forward stays."""
+    return is_reader(module) and any(_active(below) for below in module.modules())
+
+
+def _calls_rewritten(module: nn.Module) -> bool:
+    """A GraphModule whose graph calls a module that is rewritten: its branches belong into that graph."""
+    if not isinstance(module, fx.GraphModule):
+        return False
+    return any(n.op == "call_module" and _is_inlined(module.get_submodule(n.target)) for n in module.graph.nodes)
+
+
+def _is_inlined(child: nn.Module) -> bool:
+    """Hooks would be lost: a child with hooks stays a call, and is rewritten where it is."""
+    return _is_rewritten(child) and not child._forward_hooks and not child._forward_pre_hooks
 
 
 def _install(module: nn.Module, graph: fx.Graph) -> None:
     if isinstance(module, fx.GraphModule):
-        module.__dict__[_ORIGINAL] = module.graph
+        remember(module, _ORIGINAL, module.graph)
         module.graph = graph
-        module.recompile()
         return
     code = graph.python_code("self")
     spec = getattr(type(module), "_lora_fx", None)
@@ -282,8 +314,6 @@ def _swap(
 ) -> None:
     spec = getattr(type(module), "_lora_fx", None)
     base = spec.base if spec else type(module)
-    if isinstance(module, fx.GraphModule) and not reads:
-        return
     module.__class__ = generated_class(Spec(base, reads, source, names, baked)) if reads or source else base
 
 

@@ -2,12 +2,12 @@
 
     W' = round(W + Σ s·B·A)
 
-Each storage once, in place, in row blocks of bounded memory; every element is the real sum rounded once to W's own dtype
-(`lora_fx.rounding`). After it every module has its original class, and the model is its base graph with other numbers in it.
-A storage of which only some uses are adapted is split: those uses get a copy of their own.
+Each storage once, in place, in row blocks of bounded memory; every element is the real sum rounded once to W's own
+dtype (`lora_fx.rounding`). After it every module has its original class, and the model is its base graph with other
+numbers in it. A storage of which only some uses are adapted is split: those uses get a copy of their own.
 
-Unfolding is exact, bit for bit. The fold keeps what rounding took away, unless it is final: some tenths of a byte for each
-element, at most one where the delta is no larger than the weights (`kept_bytes` tells).
+Unfolding is exact, bit for bit. The fold keeps what rounding took away, unless it is final: some tenths of a byte for
+each element, at most one where the delta is no larger than the weights (`kept_bytes` tells).
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class _Term:
         A = self.A.reshape(-1, *self.A.shape[-2:])[batch, :, inner].tolist()
         B = self.B.reshape(-1, *self.B.shape[-2:])[batch, out, :].tolist()
         scale = Fraction(self.scale)
-        return [scale * sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)) for a, b in zip(A, B, strict=True)]
+        return [
+            scale * sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)) for a, b in zip(A, B, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Unfold:
                 _check_unchanged(path, module, module.__dict__[wiring.FOLDED])
         for module, what in kept:
             _take_back(module, what)
-            del module.__dict__[wiring.FOLDED]
+            wiring.forget(module, wiring.FOLDED)
         wiring.wire_or_dispatch(model)
         return model
 
@@ -314,7 +316,7 @@ def _put_away(module: nn.Module, originals: dict[str, nn.Parameter | _Way], fina
     if final:
         wiring.unmark(module)
     elif children:
-        module.__dict__[wiring.FOLDED] = _Kept(children, originals)
+        wiring.remember(module, wiring.FOLDED, _Kept(children, originals))
 
 
 def _check_unchanged(path: str, module: nn.Module, kept: _Kept) -> None:
@@ -325,7 +327,7 @@ def _check_unchanged(path: str, module: nn.Module, kept: _Kept) -> None:
             raise FoldError(
                 "the folded weight has been written to or cast since it was folded",
                 place=f"{path}.{attribute}".lstrip("."),
-                remedy="unfold before training, loading or casting; or keep the folded model: its adapters are gone for good",
+                remedy="unfold before training, loading or casting; or keep the model as it is: it cannot be unfolded",
             )
 
 

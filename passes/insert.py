@@ -1,7 +1,7 @@
 """Insert the branches of a plan:   y = x·Wᵀ   ⇒   y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ,   W frozen.
 
-Requires a plan of this very model. Ensures that every use of every planned weight reads W + s·B·A: either by measurement
-(`check=True` runs the adapted model against the dense sum), or the model is bitwise what it was.
+Requires a plan of this very model. Ensures that every use of every planned weight reads W + s·B·A: `check=True` runs
+the adapted model against the dense sum, and where they differ the model is bitwise what it was.
 """
 
 from __future__ import annotations

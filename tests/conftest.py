@@ -7,9 +7,9 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
@@ -22,7 +22,7 @@ settings.load_profile(os.environ.get("LORA_FX_PROFILE", "ci"))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests that share a built model run on one worker, one after the other; everything else goes where there is room."""
+    """Tests that share a built model run on one worker, one after the other."""
     for item in items:
         shared = getattr(item, "callspec", None) and item.callspec.params.get("adapted")
         if shared is not None:

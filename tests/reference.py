@@ -78,7 +78,10 @@ def graph_lines(graph: fx.Graph) -> list[str]:
     def shown(value: object) -> str:
         return str(fx.node.map_arg(value, index.__getitem__))
 
-    return [f"{index[n]} {n.op} {n.target if n.op != 'placeholder' else ''} {shown(n.args)} {shown(n.kwargs)}" for n in graph.nodes]
+    return [
+        f"{index[n]} {n.op} {n.target if n.op != 'placeholder' else ''} {shown(n.args)} {shown(n.kwargs)}"
+        for n in graph.nodes
+    ]
 
 
 def in_double(model: nn.Module, example_inputs) -> tuple[nn.Module, Inputs]:
@@ -102,8 +105,10 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().flatten().view(torch.uint8).equal(
-        b.contiguous().flatten().view(torch.uint8)
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.contiguous().flatten().view(torch.uint8).equal(b.contiguous().flatten().view(torch.uint8))
     )
 
 

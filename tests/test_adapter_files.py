@@ -31,14 +31,14 @@ torch.set_num_threads(1)
 
 
 class Linears(nn.Module):
-    """`lin` is also how the path of `block.lin` ends."""
+    """`lin` is also how the path of `tower.lin` ends."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lin, self.block, self.head = nn.Linear(6, 9), nn.ModuleDict({"lin": nn.Linear(9, 7)}), nn.Linear(7, 3)
+        self.lin, self.tower, self.head = nn.Linear(6, 9), nn.ModuleDict({"lin": nn.Linear(9, 7)}), nn.Linear(7, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.block["lin"](self.lin(x).relu()).relu())
+        return self.head(self.tower["lin"](self.lin(x).relu()).relu())
 
 
 class Text(nn.Module):
@@ -204,17 +204,17 @@ CASES = {
     "patterns": Case(
         Linears,
         numbers(4, 6),
-        [Rule(where="lin", rank=3, alpha=1.7), Rule(where="block.lin", rank=1, alpha=2), Rule(where="head", **TWO)],
-        dict(target_modules=r".*lin|head", rank_pattern={"^lin": 3, r"block\.lin": 1}, alpha_pattern={"lin": 5}),
+        [Rule(where="lin", rank=3, alpha=1.7), Rule(where="*", rank=1, alpha=2)],
+        dict(target_modules=r".*lin|head", rank_pattern={"^lin": 3, r"tower\.lin": 1}, alpha_pattern={"lin": 5}),
     ),
-    "one of two": Case(Linears, numbers(4, 6), [Rule(where="lin", **TWO)], dict(target_modules="block.lin")),
+    "one of two": Case(Linears, numbers(4, 6), [Rule(where="lin", **TWO)], dict(target_modules="tower.lin")),
     "rslora": Case(
         Linears, numbers(4, 6), [Rule(where="*", scaling="rslora", **TWO)],
         dict(target_modules="all-linear", use_rslora=True),
     ),
     "two scalings": Case(
         Linears, numbers(4, 6), [Rule(where="head", scaling="rslora", **TWO), Rule(where="*", rank=3)],
-        dict(target_modules=["lin"], exclude_modules=["block.lin"]),
+        dict(target_modules=["lin"], exclude_modules=["tower.lin"]),
     ),
     "text": Case(
         Text, IDS, [Rule(where="table", rank=3), Rule(where="*", **TWO)], dict(target_modules=["table", "mix", "out"])
@@ -265,9 +265,14 @@ def test_peft_reads_what_we_save(case: Case, tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(fresh(case.make), tmp_path / "a").eval()
     assert lora_fx.verify(ours, theirs, case.x)
     assert not lora_fx.verify(fresh(case.make), theirs, case.x)
+    written, read = load_file(tmp_path / "a" / TENSORS), peft.get_peft_model_state_dict(theirs)
+    assert set(written) == {key for key in read if "lora_" in key}
+    assert all(torch.equal(value, read[key]) for key, value in written.items())
     again = load_adapter(fresh(case.make), tmp_path / "a", case.x)
     assert_same(ours, again)
     assert lora_fx.verify(ours, again, case.x).error == 0
+    retensor(tmp_path / "a", lambda tensors: None)
+    assert lora_fx.verify(ours, load_adapter(fresh(case.make), tmp_path / "a"), case.x)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES.values() if c.config], ids=[n for n, c in CASES.items() if c.config])
@@ -278,6 +283,26 @@ def test_we_read_what_peft_saves(case: Case, tmp_path: Path) -> None:
     ours = load_adapter(fresh(case.make), tmp_path / "a", case.x)
     assert lora_fx.verify(theirs, ours, case.x)
     assert not lora_fx.verify(theirs, fresh(case.make), case.x)
+
+
+@pytest.mark.parametrize("name", ["text", "attention"])
+def test_dropout_that_peft_ignores(name: str, tmp_path: Path) -> None:
+    """PEFT drops nothing on embeddings and attention, whatever the config says."""
+    case = CASES[name]
+    config = peft.LoraConfig(r=2, lora_dropout=0.25, **case.config)
+    peft.get_peft_model(fresh(case.make), config).save_pretrained(tmp_path)
+    model = load_adapter(fresh(case.make), tmp_path)
+    dropped = {f"{path}.{child}" for path, _, child, a in wiring.find_adapters(model) if a.dropout.p == 0.25}
+    assert dropped == {n for n in adapters(model) if not n.startswith(("table", "attention"))}
+
+
+def test_equal_adapters_on_a_tied_weight_are_one(tmp_path: Path) -> None:
+    ours = adapted(Tied, CASES["tied"].rules, IDS)
+    save_adapter(ours, tmp_path)
+    retensor(tmp_path, lambda tensors: None)  # as PEFT would write it
+    again = load_adapter(fresh(Tied), tmp_path, IDS)
+    assert list(again.state_dict()) == list(ours.state_dict())
+    assert again.table.weight_lora_default is again.head.weight_lora_default
 
 
 @pytest.mark.parametrize("version, trained", [("0.22.0", True), ("0.22.0", False), ("0.18.1", True), (None, True)])
@@ -524,7 +549,7 @@ DAMAGE = {
     "a missing key": (drop(HEAD), "missing", HEAD),
     "an extra key": (put("base_model.model.extra.lora_A.weight", torch.ones(2, 3)), "no layer", "extra"),
     "another place": (put("../../etc/passwd", torch.ones(2)), "no layer", "../../etc/passwd"),
-    "another layer": (put("base_model.model.block.lora_A.weight", torch.ones(2, 3)), "no layer", "block"),
+    "another layer": (put("base_model.model.tower.lora_A.weight", torch.ones(2, 3)), "no layer", "tower"),
     "magnitudes": (put("base_model.model.head.lora_magnitude_vector", torch.ones(3)), "DoRA", "magnitude"),
     "a bias": (put("base_model.model.head.lora_B.bias", torch.ones(3)), "bias of its own", "lora_B.bias"),
     "another base": (put("base_model.model.head.base_layer.weight", torch.ones(3, 7)), "base weight", "base_layer"),

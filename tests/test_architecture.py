@@ -61,7 +61,9 @@ def test_imports_go_downwards(name):
     level = next((k for k, layer in enumerate(LAYERS) if name in layer), None)
     assert level is not None, f"{name} has no place in LAYERS"
     below = set().union(*LAYERS[:level])
-    used = {n.removeprefix("lora_fx.") for n in imports(known[name], top_level=True) if n.startswith("lora_fx.")} & set(known)
+    used = {n.removeprefix("lora_fx.") for n in imports(known[name], top_level=True) if n.startswith("lora_fx.")} & set(
+        known
+    )
     assert used <= below, f"{name} imports {sorted(used - below)}"
 
 

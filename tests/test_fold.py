@@ -31,7 +31,9 @@ def neighbours(value: torch.Tensor) -> list[torch.Tensor]:
 @given(st.lists(st.floats(-60000, 60000, width=64), min_size=1, max_size=20), st.floats(0, 1, exclude_max=True))
 def test_float64_is_rounded_to_the_nearest_even_once(dtype, values, between):
     exact = torch.tensor(values, dtype=torch.float64)
-    grid = exact.to(dtype).double()  # and points a hair beside the midpoint of two grid numbers, where rounding twice fails
+    grid = exact.to(
+        dtype
+    ).double()  # and points a hair beside the midpoint of two grid numbers, where rounding twice fails
     step = (neighbours(exact.to(dtype))[2].double() - grid) * (0.5 + (between - 0.5) * 2**-30)
     exact = torch.cat([exact, grid + step])
     exact = exact[exact.abs() < torch.finfo(dtype).max]

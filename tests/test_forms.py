@@ -1,4 +1,4 @@
-"""Each form of the table: the branch is the form with the delta in the weight's place, and what must not fire does not."""
+"""Each form of the table: the branch is the op on the delta alone, and what must not fire does not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ FIRES = {
     "linear-of-transpose": (Layout("io", (8, 6)), [("t", ())], F.linear, (draw(2, 5, 8), W)),
     "linear-third-chunk": (Layout("oi", (18, 8)), [("chunk", (3, 0), 2)], F.linear, (draw(2, 8), W)),
     "linear-slice-of-in": (Layout("oi", (6, 8)), [("narrow", (1, 2, 5))], F.linear, (draw(2, 5), W)),
-    "linear-every-other-row": (Layout("oi", (6, 8)), [("__getitem__", (slice(1, None, 2),))], F.linear, (draw(2, 8), W)),
+    "linear-every-other-row": (
+        Layout("oi", (6, 8)),
+        [("__getitem__", (slice(1, None, 2),))],
+        F.linear,
+        (draw(2, 8), W),
+    ),
     "one-expert": (Layout("boi", (3, 4, 8)), [("select", (0, 1))], F.linear, (draw(5, 8), W)),
     "matmul-right": (Layout("io", (8, 6)), [], torch.matmul, (draw(2, 5, 8), W)),
     "matmul-left": (Layout("oi", (6, 8)), [], torch.matmul, (W, draw(2, 8, 5))),

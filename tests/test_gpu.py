@@ -20,8 +20,21 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 
-CASES = ["llama", "gpt2", "t5", "bert", "vit", "mixtral-eager", "qwen3-moe-grouped", "native-mha", "native-conv2d", "native-lstm"]
-EVERYTHING = Rule(when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3)
+CASES = [
+    "llama",
+    "gpt2",
+    "t5",
+    "bert",
+    "vit",
+    "mixtral-eager",
+    "qwen3-moe-grouped",
+    "native-mha",
+    "native-conv2d",
+    "native-lstm",
+]
+EVERYTHING = Rule(
+    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
+)
 
 
 def on_device(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Inputs]:

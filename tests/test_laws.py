@@ -16,7 +16,9 @@ from tests.zoo import ZOO, Case
 
 #: CPU kernels of grouped_mm take no float64: these run in float32
 FLOAT32_ONLY = {"qwen3-moe-grouped", "gpt-oss-grouped"}
-EVERYTHING = Rule(when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3)
+EVERYTHING = Rule(
+    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
+)
 
 
 class Adapted:
@@ -117,7 +119,9 @@ def gradients(model: torch.nn.Module, inputs) -> dict[str, bool]:
 
 def test_l6_exactly_the_adapters_get_gradients_and_each_one_does(adapted):
     base, model = copy.deepcopy(adapted.base).requires_grad_(True), copy.deepcopy(adapted.model)
-    reached = gradients(base, adapted.inputs)  # some models compute positions without gradients: no adapter changes that
+    reached = gradients(
+        base, adapted.inputs
+    )  # some models compute positions without gradients: no adapter changes that
     unreachable = {f"{name}_lora_default.{factor}" for name, does in reached.items() if not does for factor in "AB"}
     with_gradient = {name for name, does in gradients(model, adapted.inputs).items() if does}
     adapters = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -120,14 +120,18 @@ def test_a_later_rule_says_that_earlier_ones_took_its_sites(model):
 
 
 def test_a_role_rule_without_example_inputs(model):
-    refused(lambda: lora_fx.apply(model, Rule(role="mlp.*", rank=2)), model, RuleError, "role='mlp.*'", "example_inputs")
+    refused(
+        lambda: lora_fx.apply(model, Rule(role="mlp.*", rank=2)), model, RuleError, "role='mlp.*'", "example_inputs"
+    )
     lora_fx.apply(model, Rule(where="gate", rank=2))  # a name needs no graph
 
 
 def test_example_inputs_that_the_model_rejects(model):
     rule = Rule(where="*", rank=2)
     for inputs in (torch.randn(3, 11), (X, X), {"y": X}, "text"):
-        refused(lambda inputs=inputs: lora_fx.apply(model, rule, inputs), model, CaptureError, "example_inputs", "Gated")
+        refused(
+            lambda inputs=inputs: lora_fx.apply(model, rule, inputs), model, CaptureError, "example_inputs", "Gated"
+        )
 
 
 def test_a_model_that_returns_no_tensor():
@@ -160,7 +164,11 @@ def test_a_lazy_module():
 def test_a_computed_weight():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(12, 20)), nn.Linear(20, 7))
     error = refused(
-        lambda: lora_fx.apply(model, Rule(where="0", rank=2), X), model, PlanError, "_weight_norm", "remove_parametrizations"
+        lambda: lora_fx.apply(model, Rule(where="0", rank=2), X),
+        model,
+        PlanError,
+        "_weight_norm",
+        "remove_parametrizations",
     )
     assert error.place.startswith("0.parametrizations.weight")
     lora_fx.apply(model, [Rule(where="0"), Rule(where="*", rank=2)], X)  # the cure it names
@@ -187,7 +195,14 @@ def test_a_weight_that_is_not_finite(model):
 
 def test_an_adapter_applied_twice_under_one_name(model):
     lora_fx.apply(model, Rule(where="gate", rank=2), X)
-    refused(lambda: lora_fx.apply(model, Rule(where="gate", rank=3), X), model, PlanError, "already", "'default'", "gate.weight")
+    refused(
+        lambda: lora_fx.apply(model, Rule(where="gate", rank=3), X),
+        model,
+        PlanError,
+        "already",
+        "'default'",
+        "gate.weight",
+    )
     lora_fx.apply(model, Rule(where="up", rank=2), X)  # further sites under the same name
     lora_fx.apply(model, Rule(where="gate", rank=3), X, name="second")  # another name on the same site
     assert lora_fx.adapters(model) == {"default": ["gate.weight", "up.weight"], "second": ["gate.weight"]}
@@ -253,7 +268,13 @@ def test_one_use_of_a_weight_whose_other_use_reads_the_same_attribute():
 def test_dropout_where_there_is_no_branch_input():
     model = nn.LSTM(5, 7)
     x = torch.randn(4, 2, 5)
-    refused(lambda: lora_fx.apply(model, Rule(where="*ih*", rank=2, dropout=0.1), x), model, PlanError, "dropout=0.1", "lstm")
+    refused(
+        lambda: lora_fx.apply(model, Rule(where="*ih*", rank=2, dropout=0.1), x),
+        model,
+        PlanError,
+        "dropout=0.1",
+        "lstm",
+    )
 
 
 def test_a_weight_that_is_read_behind_every_back():

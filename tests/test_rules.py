@@ -163,7 +163,9 @@ def test_a_pattern_that_cannot_match_says_why(llama, pattern, part):
 def test_rules_come_from_dicts_and_toml(llama, tmp_path):
     model, inputs = llama
     file = tmp_path / "rules.toml"
-    file.write_text('[[rule]]\nwhere = "lm_head"\n[[rule]]\nrole = "mlp.up | lm_head"\nrank = 2\nalpha = 5.0\nexpect = 2\n')
+    file.write_text(
+        '[[rule]]\nwhere = "lm_head"\n[[rule]]\nrole = "mlp.up | lm_head"\nrank = 2\nalpha = 5.0\nexpect = 2\n'
+    )
     same = [{"where": "lm_head"}, {"role": "mlp.up | lm_head", "rank": 2, "alpha": 5.0, "expect": 2}]
     plans = [lora_fx.plan(model, rules, inputs) for rules in (file, str(file), same, {"rule": same})]
     assert len({tuple((r.weight.name, r.rank, r.rule.alpha) for r in p.rows) for p in plans}) == 1

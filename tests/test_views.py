@@ -49,7 +49,9 @@ OPS = {
     "flatten": lambda r, t: (0, dim(r, t)),
     "unflatten": lambda r, t: (d := dim(r, t), (r.choice(divisors(t.shape[d])), -1)),
     "expand": lambda r, t: ([2, *t.shape],),
-    "__getitem__": lambda r, t: (r.choice([0, slice(1, None, 2), (None, ...), (..., slice(None, None, 2)), (slice(0, 1), ...)]),),
+    "__getitem__": lambda r, t: (
+        r.choice([0, slice(1, None, 2), (None, ...), (..., slice(None, None, 2)), (slice(0, 1), ...)]),
+    ),
 }
 
 
