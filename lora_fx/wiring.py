@@ -180,9 +180,9 @@ def wire(model: nn.Module) -> dict[str, str]:
 def keep_keys(model: nn.Module) -> None:
     """A transformers model is saved under its own keys for as long as it has adapters.
 
-    Otherwise `save_pretrained` renames, splits and merges by patterns over the keys. The factors' keys match them too, but
-    factors cannot be split like their weight (rank 1 raises), and the Trainer, which does not convert them back, would
-    resume with fresh factors. `from_pretrained` reads a model's own keys as well.
+    Otherwise `save_pretrained` renames, splits and merges by patterns over the keys. The factors' keys match them too,
+    but factors cannot be split like their weight (rank 1 raises), and the Trainer, which does not convert them back,
+    would resume with fresh factors. `from_pretrained` reads a model's own keys as well.
     """
     for module in model.modules():
         if not hasattr(module, "save_pretrained"):

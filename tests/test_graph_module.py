@@ -239,7 +239,9 @@ def pickled(module: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(module))
 
 
-@pytest.mark.parametrize("duplicate", [copied, pickled, lambda m: copied(copied(m))], ids=["deepcopy", "pickle", "twice"])
+@pytest.mark.parametrize(
+    "duplicate", [copied, pickled, lambda m: copied(copied(m))], ids=["deepcopy", "pickle", "twice"]
+)
 @pytest.mark.parametrize("state", ["adapted", "deactivated", "folded"])
 def test_a_copy_in_any_state_goes_on_by_itself(model, state, duplicate, request):
     if duplicate is pickled and "exported" in request.node.name:
