@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import fx, nn
 from lora_fx.errors import LoraFxError
 from lora_fx.forms import FORMS, Call, find, op_name
 from lora_fx.layout import Layout, Placement, place
-from lora_fx.views import COPIES, View, move
+from lora_fx.views import CASTS, View, move
 
 
 class Adapter(nn.Module):
@@ -161,11 +161,12 @@ class AdaptedWeight:
             weight = step(weight)
         return weight
 
-    def moved(self, base: Any, view: View, step: Callable[[Any], Any], detach: bool = False) -> AdaptedWeight:
+    def moved(self, base: Any, view: View, step: Callable[[Any], Any], detach: bool, cast: bool) -> AdaptedWeight:
+        """A view or a copy of it: the same factors, seen through `view`."""
         factors = self.factors
         if detach:
             factors = tuple(replace(f, A=f.A.detach(), B=f.B.detach()) for f in factors)
-        return AdaptedWeight(base, view, factors, self.root, (*self.chain, step), self.cast)
+        return AdaptedWeight(base, view, factors, self.root, (*self.chain, step), self.cast or cast)
 
     def placements(self, call: Call) -> list[Placement] | None:
         """Where this use reads each adapter's factors; None where it can only be dense."""
@@ -223,8 +224,8 @@ class AdaptedWeight:
 
 
 _PLAIN = (  # read off the base weight, which has the same
-    "dtype", "device", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_leaf", "is_quantized", "is_sparse", "layout",
-    "is_nested", "is_mkldnn", "names", "itemsize",
+    "dtype", "device", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_leaf", "is_quantized", "is_sparse",
+    "layout", "is_nested", "is_mkldnn", "names", "itemsize",
 )  # fmt: skip
 
 
@@ -301,20 +302,19 @@ def _moved(func: Any, name: str, weight: AdaptedWeight, args: Sequence[Any], kwa
         return _gathered(func, name, weight, args)
     detach = name in ("detach", "detach_", "data")
     base = step(weight.base)
-    if name in COPIES and name not in ("detach", "alias", "contiguous", "clone"):
-        return AdaptedWeight(base, view, weight.factors, weight.root, (*weight.chain, step), cast=True)
     if isinstance(view, tuple):
         return tuple(
-            weight.moved(base[k], v, lambda t, k=k: step(t)[k], detach)  # type: ignore[misc]
+            weight.moved(base[k], v, lambda t, k=k: step(t)[k], detach, False)  # type: ignore[misc]
             for k, v in enumerate(view)
         )
-    return weight.moved(base, view, step, detach)
+    return weight.moved(base, view, step, detach, cast=name in CASTS)
 
 
 def _gathered(func: Any, name: str, weight: AdaptedWeight, args: Sequence[Any]) -> AdaptedWeight | None:
     """`W[indices]` of expert weights picks the experts' own A and B."""
     layouts = [f.adapter.layout for f in weight.factors]
-    if name not in ("getitem", "index") or weight.chain or any(x.sides[0] != "b" or x.sides.count("b") > 1 for x in layouts):
+    experts = all(x.sides[0] == "b" and x.sides.count("b") == 1 for x in layouts)
+    if name not in ("getitem", "index") or weight.chain or not experts:
         return None
     picked = args[0][0] if isinstance(args[0], list | tuple) and len(args[0]) == 1 else args[0]
     if not isinstance(picked, torch.Tensor) or picked.dtype not in (torch.int64, torch.int32) or picked.ndim > 1:
@@ -407,10 +407,9 @@ def _refuse_dropout(factors: Factors) -> None:
 
 def _without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:
     """A Python-level torch function as its own body, so that the ops inside it are dispatched one by one."""
-    opened = {name: (lambda *_: False) for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")}
-    copy = types.FunctionType(
-        function.__code__, {**function.__globals__, **opened}, function.__name__, function.__defaults__, function.__closure__
-    )
+    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = {**function.__globals__, **{name: (lambda *_: False) for name in checks}}
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 

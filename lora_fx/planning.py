@@ -16,6 +16,7 @@ from lora_fx.patterns import find_pattern
 from lora_fx.program import Program, Use, Weight, capture, find_weights
 from lora_fx.rules import Rule, read_rules, select
 from lora_fx.sites import Site, find_sites
+from lora_fx.tables import table
 
 GRAPH, DISPATCH = "graph", "dispatch"
 
@@ -41,6 +42,11 @@ class Row:
     realised: str = DISPATCH
     why: str = ""
     """Why it dispatches instead of being rewritten as a graph."""
+
+    @property
+    def name(self) -> str:
+        """The weight's name where it is read with the branch."""
+        return ".".join(filter(None, self.owners[0]))
 
     @property
     def layout(self) -> Layout:
@@ -91,23 +97,23 @@ class Plan:
         return self.parameters / max(self.model_parameters, 1)
 
     def __str__(self) -> str:
-        from lora_fx.tables import table
-
         header = ("weight", "role", "form", "shape", "rank", "trainable", "realised", "shared storage")
-        body = [self._cells(row) for row in self.rows]
+        reasons = list(dict.fromkeys(row.why for row in self.rows if row.why))
+        body = [self._cells(row, reasons) for row in self.rows]
         total = f"{len(self.rows)} adapters, {self.parameters:,} trainable parameters: "
         total += f"{self.share:.3%} of {self.model_parameters:,}"
-        return "\n".join([table(header, body, right=(4, 5)), total, *self.notes])
+        footnotes = [f"({n}) {why}" for n, why in enumerate(reasons, 1)]
+        return "\n".join([table(header, body, right=(4, 5)), *footnotes, total, *self.notes])
 
-    def _cells(self, row: Row) -> tuple[str, ...]:
+    def _cells(self, row: Row, reasons: list[str]) -> tuple[str, ...]:
         part = f"[{len(row.rows)} rows]" if row.rows is not None else ""
         shared = " = ".join(row.weight.names) if len(row.weight.names) > 1 else ""
         if row.split:
             shared += f"; split off, {row.copied_bytes / 2**20:.2f} MiB when folded"
-        realised = row.realised if row.realised == GRAPH else f"{row.realised}: {row.why}"
+        realised = f"{row.realised} ({reasons.index(row.why) + 1})" if row.why else row.realised
         forms = ", ".join(dict.fromkeys(use.form for use in row.uses))
         return (
-            row.weight.name + part, row.role or "?", forms, "×".join(map(str, row.weight.shape)), str(row.rank),
+            row.name + part, row.role or "?", forms, "×".join(map(str, row.weight.shape)), str(row.rank),
             f"{row.parameters:,}", realised, shared,
         )  # fmt: skip
 

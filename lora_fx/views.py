@@ -227,10 +227,12 @@ MOVES: dict[str, Callable[..., View | tuple[View, ...] | None]] = {
     "chunk": _chunk, "split": _split, "split_with_sizes": _split, "unbind": _unbind, "__iter__": _unbind,
 }  # fmt: skip
 
-#: ops that give the same elements, perhaps in another dtype, place or memory format
-COPIES = frozenset({
-    "contiguous", "clone", "to", "_to_copy", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda",
-    "alias", "lift_fresh", "lift_fresh_copy", "detach", "detach_", "data", "requires_grad_",
+#: ops that may give the same elements in another dtype or place
+CASTS = frozenset({"to", "_to_copy", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"})
+
+#: ops that give the same elements
+COPIES = CASTS | frozenset({
+    "contiguous", "clone", "alias", "lift_fresh", "lift_fresh_copy", "detach", "detach_", "data", "requires_grad_",
 })  # fmt: skip
 
 
