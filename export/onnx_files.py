@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lora_fx.passes.fold import fold
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx import wiring
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.frontend import Inputs, no_fast_paths, normalize_inputs, refuse_unready, undisturbed
+from lora_fx.passes.fold import fold
 from lora_fx.verification import Report, _dither, _relative, _rounding, _to, compare
 
 OPSETS = range(18, 25)

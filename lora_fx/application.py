@@ -22,7 +22,7 @@ def apply(
 
     Args:
         rules: one `Rule` or several; dicts; the path of a TOML file. The first rule that matches a site decides it.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; transformers' models have their own.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; transformers' models have some.
         name: the adapter's name. Applying again adds a second adapter under another name, further sites under the same.
         check: compare the adapted model with the dense W + s·B·A on the example inputs, in train and in eval mode.
 

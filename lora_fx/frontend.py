@@ -233,13 +233,20 @@ def _plain(output: Any) -> Any:
 
 
 def refuse_unready(model: nn.Module) -> None:
-    """Raise for what no later step could get right: scripted modules and parameters that do not exist yet."""
+    """Raise for what no later step could get right: scripted and exported modules, parameters that do not exist yet."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise CaptureError(
                 "the parameter is lazy: it has no shape yet",
                 place=name,
                 remedy="run the model once on real inputs before",
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, fx.GraphModule) and "eval" in module.__dict__:  # torch.export replaces train and eval
+            raise CaptureError(
+                "the module comes from torch.export: it shares its parameters with the model it was exported from",
+                place=name or "the model",
+                remedy="apply lora_fx to that model, or to copy.deepcopy(exported.module())",
             )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):

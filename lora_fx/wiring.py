@@ -6,8 +6,8 @@ A module is wired by giving it a generated subclass of its own class:
 * ``dispatch``: the subclass has a property in the place of the parameter, which reads as an `AdaptedWeight`. Whoever
   reads the weight gets the branches: another module, a fused kernel's Python front, an LSTM.
 
-Modules whose generated code is the same share one class, so `torch.compile` compiles it once. The subclass names what it
-was made from, so instances can be copied and pickled. All state lives in the model: `Adapter` children beside their
+Modules whose generated code is the same share one class, so `torch.compile` compiles it once. The subclass names what
+it was made from, so instances can be copied and pickled. All state lives in the model: `Adapter` children beside their
 weight, and a mark on each module that is wired by graph.
 """
 
@@ -333,7 +333,8 @@ class Spec:
 
     @property
     def key(self) -> tuple:
-        return self.base, self.reads, self.source, tuple((n, v if isinstance(v, str) else id(v)) for n, v in self.names), self.baked
+        names = tuple((name, value if isinstance(value, str) else id(value)) for name, value in self.names)
+        return self.base, self.reads, self.source, names, self.baked
 
     def __deepcopy__(self, memo: dict) -> Spec:
         return self
@@ -449,6 +450,7 @@ def show(module: nn.Module) -> str:
     spec = getattr(type(module), "_lora_fx", None)
     if spec is not None and spec.source:
         return spec.source.strip()
-    notes = [f"# self.{attribute} reads with {', '.join(children)}" for attribute, children in (spec.reads if spec else ())]
+    reads = spec.reads if spec else ()
+    notes = [f"# self.{attribute} reads with {', '.join(children)}" for attribute, children in reads]
     base = spec.base if spec else type(module)
     return "\n".join([*notes, textwrap.dedent(inspect.getsource(base.forward)).strip()])

@@ -1,4 +1,4 @@
-"""One ONNX file, and it is right: the folded graph is the base's, ONNX Runtime gives torch's numbers, errors write nothing."""
+"""One ONNX file, and it is right: the base's own graph, torch's numbers in ONNX Runtime, and nothing after an error."""
 
 from __future__ import annotations
 
