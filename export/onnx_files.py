@@ -5,8 +5,8 @@
 
 Adapters are folded into a copy first, so the file is the base graph with other numbers in it. For that the graph must
 not depend on the numbers, and torch's optimizer drops zero biases and merges equal initializers. So the graph is
-optimized *blind*, while parameters and floating-point buffers have no values; then the values enter by name, and only
-what is computed from weights alone (a transposed weight, a batch norm behind a convolution) is evaluated.
+optimized *blind*, while parameters have no values; then the values enter by name, and only what is computed from
+weights alone (a transposed weight, a batch norm behind a convolution) is evaluated.
 
 The file is written beside its target, checked, run, compared, and only then moved into place.
 """
@@ -17,15 +17,17 @@ import copy
 import importlib
 import importlib.metadata
 import inspect
+import io
 import json
 import logging
 import math
 import os
+import sys
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,8 +184,8 @@ def export_onnx(
         program = _translate(subject, call, opset)
         _optimize(program.model, _storages(model))
         _describe(program.model, form, names)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            files = _save(program.model, Path(folder) / target.name, external_data)
+        with _folder_beside(target) as folder:
+            files = _save(program.model, folder / target.name, external_data)
             _check_file(files[0])
             session, not_run = _session(files[0])
             comparisons = _compare_runs(model, session, program, call, expected) if session else ()
@@ -241,7 +243,7 @@ def _writable(path: str | os.PathLike[str]) -> Path:
         reason = f"lies in a folder that does not exist: {target.parent}"
     else:
         try:
-            with tempfile.TemporaryFile(dir=target.parent):
+            with tempfile.TemporaryFile(dir=target.parent, prefix=f".{target.name}.data"):
                 pass
         except OSError as error:
             reason = f"cannot be written: {error.strerror}"
@@ -264,7 +266,7 @@ class _Call:
     shapes: dict[str, Any] | None
     """torch.export's dynamic_shapes for every argument, without names."""
     labels: dict[tuple[int, int], str]
-    """(number of the input tensor, axis) → the name of the dynamic axis, where it has one."""
+    """(number of the input tensor, axis) → the name of an axis that must be dynamic; "" where it was given none."""
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> _Call:
@@ -287,10 +289,14 @@ def _bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
         return inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
     except TypeError as error:
         raise CaptureError(
-            f"{type(model).__name__}.forward does not take these inputs: {error}",
+            f"{type(model).__name__}.forward does not take {_described(inputs)}: {error}",
             place="example_inputs",
             remedy="pass inputs that model(*inputs) or model(**inputs) accepts",
         ) from error
+
+
+def _described(inputs: Inputs) -> str:
+    return f"{len(inputs.args)} positional inputs" + "".join(f", {name}=…" for name in inputs.kwargs)
 
 
 def _keyed(model: nn.Module, bound: dict[str, Any], given: Any) -> dict[str, Any]:
@@ -330,8 +336,12 @@ def _spread(spec: Any, value: Any, place: str, labels: list[dict[int, str]]) -> 
         spec = (None,) * len(value) if spec is None else spec
         if not isinstance(spec, tuple | list) or len(spec) != len(value):
             raise _misfit(spec, place, f"{len(value)} entries")
-        return [_spread(s, part, f"{place}[{n}]", labels) for n, (s, part) in enumerate(zip(spec, value, strict=True))]
-    labels += [{} for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        parts = [_spread(s, part, f"{place}[{n}]", labels) for n, (s, part) in enumerate(zip(spec, value, strict=True))]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    if spec is not None and not tensors:
+        raise _misfit(spec, place, f"None: {value!r} is no tensor, and stays what it is")
+    labels += [{} for _ in tensors]  # a container of another kind: torch.export knows how it wants its shapes
     return spec
 
 
@@ -344,9 +354,10 @@ def _axes(spec: Any, tensor: torch.Tensor, place: str, labels: dict[int, str]) -
     if not isinstance(spec, Mapping) or not all(isinstance(a, int) and 0 <= a < tensor.ndim for a in spec):
         raise _misfit(spec, place, f'axis numbers from 0 to {tensor.ndim - 1} as keys: {{0: "batch"}}')
     for axis, size in spec.items():
+        if size in (None, torch.export.Dim.AUTO, torch.export.Dim.STATIC) or isinstance(size, int):
+            continue  # the exporter may decide
         name = size if isinstance(size, str) else getattr(size, "__name__", "")
-        if name.isidentifier():
-            labels[axis] = name
+        labels[axis] = name if name.isidentifier() else ""
     return {axis: torch.export.Dim.DYNAMIC if isinstance(size, str) else size for axis, size in spec.items()}
 
 
@@ -397,8 +408,9 @@ def _storages(model: nn.Module) -> dict[str, int]:
 def _translate(model: nn.Module, call: _Call, opset: int) -> Any:
     """torch.onnx's program, not optimized yet."""
     inputs = call.inputs
+    shown = io.StringIO()  # where it fails, torch prints the graph so far; the exception says more
     try:
-        with torch.no_grad(), no_fast_paths():
+        with torch.no_grad(), no_fast_paths(), redirect_stderr(shown):
             program = torch.onnx.export(
                 model.eval(),
                 inputs.args,
@@ -413,8 +425,9 @@ def _translate(model: nn.Module, call: _Call, opset: int) -> Any:
         raise ExportError(
             f"torch.onnx.export refuses the model: {_essence(error)}",
             place=type(model).__name__,
-            remedy="the exception this one was raised from says more; torch.export.export(model, ...) shows it alone",
+            remedy=_remedy(model),
         ) from error
+    sys.stderr.write(shown.getvalue())
     assert program is not None
     version = program.model.opset_imports.get("", opset)
     if version != opset:
@@ -426,6 +439,12 @@ def _translate(model: nn.Module, call: _Call, opset: int) -> Any:
     if call.labels:
         program.rename_axes(_axis_names(program, call))
     return program
+
+
+def _remedy(model: nn.Module) -> str:
+    if hasattr(model, "set_experts_implementation"):
+        return 'if the model is a mixture of experts, call model.set_experts_implementation("batched_mm") before'
+    return "the exception this one was raised from says more; torch.export.export(model, ...) shows it alone"
 
 
 def _essence(error: BaseException) -> str:
@@ -443,8 +462,15 @@ def _axis_names(program: Any, call: _Call) -> dict[str, str]:
     names: dict[str, str] = {}
     for n, (value, _) in enumerate(_graph_inputs(program, call.inputs)):
         for axis, size in enumerate(value.shape):
-            if (n, axis) in call.labels and not isinstance(size, int):
-                names.setdefault(str(size.value), call.labels[n, axis])
+            name = call.labels.get((n, axis))
+            if isinstance(size, int) and name is not None:
+                raise ExportError(
+                    f"axis {axis} must be {size}: the model works with no other size, so the axis cannot be dynamic",
+                    place=f"input {value.name!r}",
+                    remedy="leave that axis out of dynamic_shapes",
+                )
+            if name:
+                names.setdefault(str(size.value), name)
     return names
 
 
@@ -459,17 +485,19 @@ def _graph_inputs(program: Any, inputs: Inputs) -> list[tuple[Any, torch.Tensor]
 
 def _optimize(model: Any, storages: dict[str, int]) -> None:
     """Optimize blind, then let the values in and evaluate what depends on weights alone."""
+    import numpy
     from onnx_ir.passes import common
 
     values = _blind(model)
-    _optimize_blind(model)
-    shared = _shared(model, storages)
-    transposed = _transposed_weights(model, values)
-    large = {name for name in shared if values[name].size > _FOLDABLE}
-    with _hidden(model, values, large):
-        _evaluate_weights(model)
-    with _hidden(model, values, shared):
-        _fuse_batch_norms(model)
+    with numpy.errstate(all="ignore"):  # a constant log(0) is evaluated whatever the user's warning filters are
+        _optimize_blind(model)
+        shared = _shared(model, storages)
+        transposed = _transposed_weights(model, values)
+        large = {name for name in shared if values[name].size > _FOLDABLE}
+        with _hidden(model, values, large):
+            _evaluate_weights(model)
+        with _hidden(model, values, shared):
+            _fuse_batch_norms(model)
     common.RemoveUnusedNodesPass()(model)
     _rename(model, transposed)
     missing = [name for name, value in model.graph.initializers.items() if value.const_value is None]
@@ -477,11 +505,10 @@ def _optimize(model: Any, storages: dict[str, int]) -> None:
 
 
 def _blind(model: Any) -> dict[str, Any]:
-    """Take the values of all parameters and floating-point buffers out of the graph."""
+    """Take the values of all parameters out of the graph. Buffers (masks, positions) are what they are in the base."""
     values = {}
     for name, value in model.graph.initializers.items():
-        kind = value.metadata_props.get("pkg.torch.export.graph_signature.InputSpec.kind")
-        if kind == "PARAMETER" or (kind == "BUFFER" and value.dtype.is_floating_point()):
+        if value.metadata_props.get("pkg.torch.export.graph_signature.InputSpec.kind") == "PARAMETER":
             values[name], value.const_value = value.const_value, None
     return values
 
@@ -615,6 +642,18 @@ def _version() -> str:
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _folder_beside(target: Path) -> Iterator[Path]:
+    """A folder on the disk of the target, gone in the end with all that was not moved out of it."""
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ExportError(
+            f"the file cannot be written: {error}", place=str(target), remedy="make room, or pass another path"
+        ) from error
 
 
 def _save(model: Any, path: Path, external_data: bool | None) -> list[Path]:
@@ -925,8 +964,12 @@ def _info(value: Any) -> TensorInfo:
 _NOISE = {
     "torch.onnx._internal.exporter._registration": "torchvision is not installed",
     "onnx_ir.passes.common.initializer_deduplication": "Skipped deduplication of initializer",
+    "onnxscript.optimizer._constant_folding": "Skipping constant folding for op Split",
 }
-_WARNINGS = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)
+_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"The tensor attributes? self\.[\w.]*_flat_weights\[0\]",  # nn.RNNBase lists its own parameters there
+)
 
 
 @contextmanager

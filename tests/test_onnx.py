@@ -1,0 +1,520 @@
+"""The ONNX file is the model: the same numbers as torch, the same graph as the base, or nothing is written."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import lora_fx
+from lora_fx import Rule, wiring
+from lora_fx.errors import CaptureError, ExportError
+from lora_fx.export import onnx_files
+from lora_fx.export.onnx_files import export_onnx
+from tests import reference
+from tests.zoo import case
+
+pytestmark = pytest.mark.onnx
+pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+EVERYTHING = Rule(
+    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_registry():
+    """torch parses its 500 ONNX functions anew for each export: here once."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    original = ONNXRegistry.__dict__["from_torchlib"]
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    yield
+    ONNXRegistry.from_torchlib = original
+
+
+# ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Net(nn.Module):
+    """Convolutions, a batch norm, a zero bias and two equal norms: all that an optimizer likes to merge or drop."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+        )
+        self.norms = nn.ModuleList([nn.LayerNorm(24), nn.LayerNorm(24)])
+        self.hidden, self.head = nn.Linear(24, 10), nn.Linear(10, 7)
+        nn.init.zeros_(self.hidden.bias)
+
+    def forward(self, x):
+        x = self.body(x)
+        for norm in self.norms:
+            x = norm(x)
+        return self.head(self.hidden(x).tanh())
+
+
+class Nested(nn.Module):
+    """A tuple and a dict as inputs, integers and booleans as outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 9), nn.Linear(5, 9)
+
+    def forward(self, pair, extra, scale=None):
+        y = self.left(pair[0]) + self.right(pair[1]) + extra["bias"]
+        y = y if scale is None else y * scale
+        return {"y": y, "best": y.argmax(-1), "positive": y > 0}
+
+
+def net():
+    torch.manual_seed(0)
+    return Net().eval(), torch.randn(2, 3, 8, 6)
+
+
+def nested():
+    torch.manual_seed(0)
+    inputs = {"pair": (torch.randn(3, 6), torch.randn(3, 5)), "extra": {"bias": torch.randn(9)}}
+    return Nested().eval(), inputs
+
+
+def zoo(name):
+    return case(name).build
+
+
+TOKENS = {"input_ids": {0: "batch", 1: "tokens"}}
+BOTH, ALL = ("base", "folded"), ("base", "folded", "unfolded")
+MODELS = {
+    "net": (net, ({0: "batch"},), ALL),
+    "encoder": (zoo("native-encoder"), {"input": {0: Dim("batch", max=64), 1: Dim.DYNAMIC}}, ALL),
+    "gpt2": (zoo("gpt2"), TOKENS, ALL),
+    "llama": (zoo("llama"), TOKENS, BOTH),
+    "bert": (zoo("bert"), None, BOTH),
+}
+
+
+def adapted(model, inputs, rule=EVERYTHING):
+    model = lora_fx.apply(copy.deepcopy(model), rule, inputs)
+    reference.fill(model)
+    return model
+
+
+class Exported:
+    """One architecture in several files: base, folded, unfolded."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        build, self.dynamic, forms = MODELS[name]
+        self.base, self.inputs = build()
+        self.model = adapted(self.base, self.inputs)
+        self.before = reference.bits(self.model), reference.classes(self.model)
+        self.paths = {form: folder / f"{form}.onnx" for form in forms}
+        self.reports = {form: self.export(form) for form in forms}
+
+    def export(self, form):
+        model = self.base if form == "base" else self.model
+        options = dict(adapters="unfolded") if form == "unfolded" else {}
+        return export_onnx(model, self.inputs, self.paths[form], dynamic_shapes=self.dynamic, **options)
+
+    def file(self, form):
+        return onnx.load(self.paths[form])
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(f"onnx-{n}")) for n in MODELS])
+def exported(request, tmp_path_factory) -> Exported:
+    return Exported(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def adapted_net():
+    model, x = net()
+    return adapted(model, x), x
+
+
+def structure(file) -> list[tuple]:
+    """The nodes with their wiring and attributes: all of a graph but the numbers in its initializers."""
+    attributes = [sorted(a.SerializeToString() for a in node.attribute) for node in file.graph.node]
+    return [
+        (node.op_type, node.domain, tuple(node.input), tuple(node.output), *own)
+        for node, own in zip(file.graph.node, attributes, strict=True)
+    ]
+
+
+def values(file) -> dict[str, torch.Tensor]:
+    return {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in file.graph.initializer}
+
+
+def run(path, **feeds):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    return session.run(None, {name: feeds[name].numpy() for name in names})
+
+
+# ── the same graph, the same numbers ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_folded_file_has_the_graph_of_the_base_file(exported):
+    base, folded = exported.file("base"), exported.file("folded")
+    assert structure(folded) == structure(base)
+    assert {n: v.shape for n, v in values(folded).items()} == {n: v.shape for n, v in values(base).items()}
+    assert exported.reports["folded"].operators == exported.reports["base"].operators
+    assert any(not torch.equal(v, values(base)[n]) for n, v in values(folded).items())
+
+
+def test_the_reports_say_what_is_in_the_files(exported):
+    for form, report in exported.reports.items():
+        assert report.form == form and report.adapters == (() if form == "base" else ("default",))
+        assert report.nodes == len(exported.file(form).graph.node)
+        assert report.initializers == len(exported.file(form).graph.initializer)
+        assert report.bytes == exported.paths[form].stat().st_size
+
+
+@pytest.mark.parametrize("exported", ["net", "encoder"], indirect=True)
+def test_an_unfolded_branch_is_four_nodes(exported):
+    branches = len(reference.distinct_adapters(exported.model))
+    assert exported.reports["unfolded"].nodes == exported.reports["base"].nodes + 4 * branches
+
+
+def test_the_files_are_compared_with_torch_on_every_dynamic_shape(exported):
+    for report in exported.reports.values():
+        assert len(report.comparisons) == (1 if exported.dynamic is None else 2)
+        assert all(comparison.equivalent for comparison in report.comparisons) and not report.not_run
+        assert 0 <= report.largest < math.inf
+        shapes = [comparison.shapes[0] for comparison in report.comparisons]
+        if exported.dynamic is not None:
+            assert shapes[0][0] != shapes[1][0]
+        assert str(report.nodes) in str(report) and "equivalent" in str(report)
+
+
+def test_the_users_model_is_bitwise_what_it_was(exported):
+    bits, classes = exported.before
+    assert reference.same_bits(reference.bits(exported.model), bits)
+    assert reference.classes(exported.model) == classes
+
+
+def test_a_folded_weight_in_the_file_is_bitwise_the_folded_weight(exported):
+    folded = lora_fx.fold(exported.model, copy=True, final=True)
+    file, found = values(exported.file("folded")), 0
+    fused = {"body.0.weight", "body.0.bias"}  # the batch norm behind it is in them
+    for name, weight in folded.named_parameters():
+        if name in file and name not in fused:
+            assert torch.equal(file[name], weight.detach()), name
+            found += 1
+        elif f"{name}.transposed" in file:
+            assert torch.equal(file[f"{name}.transposed"], weight.detach().mT), name
+            found += 1
+    assert found > 3
+
+
+def test_the_file_says_who_made_it_and_not_where(exported):
+    for form, path in exported.paths.items():
+        raw, file = path.read_bytes(), exported.file(form)
+        assert b"site-packages" not in raw and b"stack_trace" not in raw and os.getcwd().encode() not in raw
+        assert file.producer_name == "lora_fx" and not any(node.doc_string for node in file.graph.node)
+        about = {p.key: p.value for p in file.metadata_props}
+        assert about["torch.version"] == torch.__version__ and about["lora_fx.form"] == form
+        assert json.loads(about["lora_fx.adapters"]) == ([] if form == "base" else ["default"])
+
+
+def test_dynamic_axes_have_the_names_they_were_given(exported):
+    shape = exported.reports["folded"].inputs[0].shape
+    if exported.dynamic is None:
+        assert all(isinstance(size, int) for size in shape)
+    else:
+        assert shape[0] == "batch"
+        assert exported.reports["folded"].outputs[0].shape[0] == "batch"
+
+
+# ── the graph cannot depend on the numbers ───────────────────────────────────────────────────────────────────────────
+
+
+def test_zeros_ones_and_equal_weights_leave_the_graph_alone(tmp_path):
+    model, x = net()
+    plain = export_onnx(model, x, tmp_path / "plain.onnx")
+    with torch.no_grad():
+        for n, parameter in enumerate(model.parameters()):
+            parameter.fill_(n % 2)
+    constant = export_onnx(model, x, tmp_path / "constant.onnx")
+    assert constant.operators == plain.operators and constant.initializers == plain.initializers
+    assert structure(onnx.load(constant.path)) == structure(onnx.load(plain.path))
+
+
+class Tied(nn.Module):
+    """One table as embedding and head, large enough for torch not to evaluate its transpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(300, 40), nn.Linear(40, 300, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.embed(ids).tanh())
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["folded here", "folded before"])
+def test_a_tied_weight_that_a_fold_splits_keeps_the_graph(tmp_path, early):
+    torch.manual_seed(0)
+    model, ids = Tied().eval(), torch.randint(0, 300, (2, 5))
+    base = export_onnx(model, ids, tmp_path / "base.onnx")
+    model = adapted(model, ids, Rule(op="linear", rank=2))
+    (storage,) = wiring.adapted_storages(model)
+    assert storage.split
+    folded = export_onnx(lora_fx.fold(model, copy=True) if early else model, ids, tmp_path / "folded.onnx")
+    assert folded.operators == base.operators and folded.form == "folded"
+
+
+# ── ways to call ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_nested_keyword_inputs_and_integer_outputs(tmp_path):
+    model, inputs = nested()
+    axes = {"pair": ({0: "rows"}, {0: "rows"})}
+    report = export_onnx(adapted(model, inputs), inputs, tmp_path / "m.onnx", dynamic_shapes=axes)
+    assert [o.dtype for o in report.outputs] == ["float", "int64", "bool"]
+    assert [r.dtype for r in report.comparisons[0].reports] == ["float32", "int64", "bool"]
+    assert report.comparisons[1].shapes[0][0] != 3
+    assert [i.shape[0] for i in report.inputs] == ["rows", "rows", 9]
+
+
+def test_keyword_inputs_in_another_order_than_the_signature(tmp_path):
+    model, inputs = nested()
+    swapped = {"extra": inputs["extra"], "pair": inputs["pair"]}
+    report = export_onnx(model, swapped, tmp_path / "m.onnx", dynamic_shapes={"extra": None})
+    assert [i.shape for i in report.inputs] == [(3, 6), (3, 5), (9,)]
+
+
+def test_a_folded_model_is_exported_as_it_is(tmp_path, adapted_net):
+    model, x = adapted_net
+    folded = lora_fx.fold(model, copy=True)
+    first = export_onnx(model, x, tmp_path / "a.onnx")
+    second = export_onnx(folded, x, tmp_path / "b.onnx")
+    assert first.path.read_bytes() == second.path.read_bytes() and second.adapters == ("default",)
+    assert lora_fx.unfold(folded) is folded  # and what unfolding needs is still there
+
+
+def test_flags_gradients_and_random_state_stay(tmp_path, adapted_net):
+    model, x = copy.deepcopy(adapted_net[0]), adapted_net[1]
+    model.train()
+    model.body.eval()
+    flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    bits, state = reference.bits(model), torch.get_rng_state()
+    export_onnx(model, x, tmp_path / "m.onnx", adapters="unfolded")
+    assert flags == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
+    assert reference.same_bits(bits, reference.bits(model)) and torch.equal(state, torch.get_rng_state())
+    assert torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("opset", [18, 24])
+def test_the_first_and_the_last_opset(tmp_path, adapted_net, opset):
+    report = export_onnx(*adapted_net, tmp_path / "m.onnx", opset=opset)
+    assert report.opset == opset == onnx.load(report.path).opset_import[0].version
+
+
+def test_weights_in_a_file_of_their_own(tmp_path, adapted_net):
+    model, x = adapted_net
+    for _ in range(2):  # the second one replaces the first
+        report = export_onnx(model, x, tmp_path / "m.onnx", external_data=True)
+    assert report.data == tmp_path / "m.onnx.data" and sorted(p.name for p in tmp_path.iterdir()) == [
+        "m.onnx",
+        "m.onnx.data",
+    ]
+    assert report.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    (got,) = run(report.path, x=x)
+    with torch.no_grad():
+        assert (torch.from_numpy(got) - model(x)).abs().max() <= 1.01 * report.largest + 1e-6
+
+
+def test_the_console_stays_clean(tmp_path, adapted_net, capfd):
+    export_onnx(*adapted_net, tmp_path / "m.onnx")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bfloat16_is_checked_but_not_run_and_says_so(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5)).bfloat16().eval()
+    report = export_onnx(model, torch.randn(2, 6, dtype=torch.bfloat16), tmp_path / "m.onnx")
+    assert report.path.exists() and report.comparisons == () and math.isnan(report.largest)
+    assert "CPUExecutionProvider has no kernel" in report.not_run and "NOT RUN" in str(report)
+
+
+def test_float16_is_run(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 7)).half().eval()
+    report = export_onnx(adapted(model, torch.randn(3, 12).half()), torch.randn(3, 12).half(), tmp_path / "m.onnx")
+    assert report.comparisons[0].reports[0].dtype == "float16" and report.comparisons[0].equivalent
+
+
+# ── a wrong file is caught, and nothing is half-written ──────────────────────────────────────────────────────────────
+
+
+def untouched(folder: Path, kept: bytes = b"the old file") -> bool:
+    return [p.name for p in folder.iterdir()] == ["m.onnx"] and (folder / "m.onnx").read_bytes() == kept
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    (tmp_path / "m.onnx").write_bytes(b"the old file")
+    return tmp_path / "m.onnx"
+
+
+def test_a_wrong_weight_in_the_file_is_caught(old, monkeypatch, adapted_net):
+    save = onnx_files._save
+
+    def corrupt(model, path, external):
+        files = save(model, path, external)
+        file = onnx.load(path)
+        weight = next(i for i in file.graph.initializer if i.name == "head.weight")
+        array = onnx.numpy_helper.to_array(weight).copy()
+        array[0, 0] += 0.01
+        weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+        onnx.save(file, path)
+        return files
+
+    monkeypatch.setattr(onnx_files, "_save", corrupt)
+    with pytest.raises(ExportError, match=r"ONNX Runtime is not the model(.|\n)*DIFFERENT"):
+        export_onnx(*adapted_net, old)
+    assert untouched(old.parent)
+
+
+def test_a_file_without_its_adapters_is_caught(old, monkeypatch, adapted_net):
+    model, x = adapted_net
+    base = net()[0]
+    monkeypatch.setattr(onnx_files, "_subject", lambda *_: (base, "folded", ("default",)))
+    with pytest.raises(ExportError, match="ONNX Runtime is not the model"):
+        export_onnx(model, x, old)
+    assert untouched(old.parent)
+
+
+def test_a_wrong_integer_is_caught(old, monkeypatch):
+    original = onnx_files._run_session
+
+    def shifted(*args):
+        y, best, positive = original(*args)
+        return [y, (best + 1) % 9, positive]
+
+    monkeypatch.setattr(onnx_files, "_run_session", shifted)
+    with pytest.raises(ExportError, match="ONNX Runtime is not the model(.|\n)*int64"):
+        export_onnx(*nested(), old)
+    assert untouched(old.parent)
+
+
+def test_an_integer_that_rounding_decides_may_differ():
+    one, two = torch.tensor([1, 5]), torch.tensor([2, 5])
+    assert onnx_files._judge(one, two, one, two)  # float64 with rounded weights is undecided itself
+    assert not onnx_files._judge(one, two, one, one)
+
+
+@pytest.mark.parametrize("step", ["_check_file", "_session", "_report"])
+def test_an_error_on_the_way_leaves_the_old_file(old, monkeypatch, adapted_net, step):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnx_files, step, fail)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(*adapted_net, old)
+    assert untouched(old.parent)
+
+
+def test_an_error_between_the_two_files_brings_the_old_data_back(tmp_path, monkeypatch):
+    new, place = tmp_path / "new", tmp_path / "place"
+    for folder, text in ((new, "new"), (place, "old")):
+        folder.mkdir()
+        (folder / "m.onnx").write_text(text)
+        (folder / "m.onnx.data").write_text(text)
+    replace = os.replace
+
+    def fail(source, target):
+        if Path(target).name == "m.onnx":
+            raise OSError("no space")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        onnx_files._move([new / "m.onnx", new / "m.onnx.data"], place / "m.onnx")
+    assert {p.name: p.read_text() for p in place.iterdir()} == {"m.onnx": "old", "m.onnx.data": "old"}
+
+
+# ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x) if x.sum() > 0 else self.linear(-x)
+
+
+X = torch.zeros(2, 4)
+LINEAR = nn.Linear(4, 3)
+REFUSED = {
+    "opset 17": (LINEAR, X, dict(opset=17), ExportError, "opset 17 is not supported(.|\n)*18 to 24"),
+    "opset 25": (LINEAR, X, dict(opset=25), ExportError, "opset 25 is not supported"),
+    "opset True": (LINEAR, X, dict(opset=True), ExportError, "opset True"),
+    "adapters": (LINEAR, X, dict(adapters="merged"), ExportError, "'merged'(.|\n)*folded"),
+    "no module": (torch.tanh, X, {}, ExportError, "no torch.nn.Module"),
+    "meta": (nn.Linear(4, 3, device="meta"), X, {}, ExportError, "weight: the tensor is on meta"),
+    "shape": (LINEAR, torch.zeros(2, 5), {}, CaptureError, "does not run on the example inputs"),
+    "keyword": (LINEAR, {"wrong": X}, {}, CaptureError, "wrong"),
+    "branching": (Branching(), torch.ones(2, 4), {}, ExportError, "torch.onnx.export refuses the model"),
+    "axis": (LINEAR, X, dict(dynamic_shapes={"input": {2: "batch"}}), ExportError, "axis numbers from 0 to 1"),
+    "input": (LINEAR, X, dict(dynamic_shapes={"inputs": {0: "batch"}}), ExportError, "inputs(.|\n)*input"),
+    "too many": (LINEAR, X, dict(dynamic_shapes=(None, None)), ExportError, "2 entries for 1 inputs"),
+    "static": (LINEAR, X, dict(dynamic_shapes={"input": {1: Dim("width")}}), ExportError, "axis 1 must be 4"),
+    "no tensor": (Nested(), nested()[1] | {"scale": 2.0}, dict(dynamic_shapes={"scale": {0: "a"}}), ExportError, "2.0"),
+    "bfloat16 conv": (nn.Conv1d(4, 3, 1).bfloat16(), X.bfloat16()[None], {}, ExportError, "onnx.checker refuses"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_value_and_the_remedy_and_write_nothing(name, old, capfd):
+    model, inputs, options, error, text = REFUSED[name]
+    with pytest.raises(error, match=text) as caught:
+        export_onnx(model, inputs, old, **options)
+    assert caught.value.place and caught.value.remedy
+    assert untouched(old.parent)
+
+
+@pytest.mark.parametrize("path", ["missing/m.onnx", ".", "m.onnx/inside.onnx"])
+def test_a_path_that_cannot_be_written(path, old):
+    with pytest.raises(ExportError, match="the path") as caught:
+        export_onnx(LINEAR, X, old.parent / path)
+    assert caught.value.remedy and untouched(old.parent)
+
+
+def test_a_folder_without_permission(old, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(onnx_files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ExportError, match="Permission denied"):
+        export_onnx(LINEAR, X, old)
+
+
+def test_a_full_disk(old, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx_files, "_save", full)
+    with pytest.raises(ExportError, match="No space left"):
+        export_onnx(LINEAR, X, old)
+    assert untouched(old.parent)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_names_the_extra(package, old, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ExportError, match=rf"{package} cannot be imported(.|\n)*lora-fx\[onnx\]"):
+        export_onnx(LINEAR, X, old)
+    assert untouched(old.parent)
