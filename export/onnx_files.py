@@ -354,7 +354,8 @@ def _axes(spec: Any, tensor: torch.Tensor, place: str, labels: dict[int, str]) -
     if not isinstance(spec, Mapping) or not all(isinstance(a, int) and 0 <= a < tensor.ndim for a in spec):
         raise _misfit(spec, place, f'axis numbers from 0 to {tensor.ndim - 1} as keys: {{0: "batch"}}')
     for axis, size in spec.items():
-        if size in (None, torch.export.Dim.AUTO, torch.export.Dim.STATIC) or isinstance(size, int):
+        hint = getattr(getattr(size, "type", None), "name", "")
+        if size is None or isinstance(size, int) or hint in ("AUTO", "STATIC"):
             continue  # the exporter may decide
         name = size if isinstance(size, str) else getattr(size, "__name__", "")
         labels[axis] = name if name.isidentifier() else ""
