@@ -458,9 +458,9 @@ def _essence(error: BaseException) -> str:
     return "\n  ".join(lines)[:1000]
 
 
-def _axis_names(program: Any, call: _Call) -> dict[str, str]:
+def _axis_names(program: Any, call: _Call) -> dict[Any, str]:
     """torch's symbols → the names of the axes."""
-    names: dict[str, str] = {}
+    names: dict[Any, str] = {}
     for n, (value, _) in enumerate(_graph_inputs(program, call.inputs)):
         for axis, size in enumerate(value.shape):
             name = call.labels.get((n, axis))
@@ -883,9 +883,9 @@ def _symbol_sizes(shapes: list[tuple[Any, ...]], inputs: Inputs) -> dict[Any, in
     tensors = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
     for shape, tensor in zip(shapes, tensors, strict=True):
         for expression, size in zip(shape, tensor.shape, strict=True):
-            free = getattr(expression, "free_symbols", ())
+            free = list(getattr(expression, "free_symbols", ()))
             if len(free) == 1:
-                (symbol,) = free
+                symbol = free[0]
                 solutions = [s for s in sympy.solve(expression - size, symbol) if s.is_integer]
                 if solutions:
                     sizes.setdefault(symbol, int(solutions[0]))
