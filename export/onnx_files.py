@@ -40,7 +40,7 @@ from lora_fx import wiring
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.frontend import Inputs, no_fast_paths, normalize_inputs, refuse_unready, undisturbed
 from lora_fx.passes.fold import fold
-from lora_fx.verification import Report, _dither, _relative, _rounding, _to, compare
+from lora_fx.verification import Report, cast_inputs, compare, dither, relative_error, rounding_step
 
 OPSETS = range(18, 25)
 PROVIDER = "CPUExecutionProvider"
@@ -737,9 +737,9 @@ def _compare_runs(
     runs = [(call.inputs, expected), *_other_shape(model, program, call)]
     actual = [_run_session(session, program, inputs) for inputs, _ in runs]
     reference = copy.deepcopy(model).to(torch.float64)
-    wide = [_run(reference, _to(inputs, torch.float64)) for inputs, _ in runs]
+    wide = [_run(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
     _move_weights(reference, _step(model, call.inputs))
-    moved = [_run(reference, _to(inputs, torch.float64)) for inputs, _ in runs]
+    moved = [_run(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
     comparisons = []
     for (inputs, outputs), got, exact, shifted in zip(runs, actual, wide, moved, strict=True):
         shapes = tuple(tuple(tensor.shape) for _, tensor in _graph_inputs(program, inputs))
@@ -771,7 +771,7 @@ def _judge(expected: torch.Tensor, got: torch.Tensor, exact: torch.Tensor, moved
             remedy="nothing was written; an axis that changes may be missing in dynamic_shapes",
         )
     if expected.is_floating_point():
-        noise = max(_relative(moved, exact, exact), _relative(expected, exact, exact))
+        noise = max(relative_error(moved, exact, exact), relative_error(expected, exact, exact))
         return compare(expected, got, exact, noise, expected.dtype)
     undecided = (expected != exact) | (exact != moved)
     wrong = (expected != got) & ~undecided
@@ -787,7 +787,7 @@ def _share(mask: torch.Tensor) -> float:
 def _step(model: nn.Module, inputs: Inputs) -> float:
     """The coarsest rounding step of a weight, casts inside the model included where it can be captured."""
     try:
-        return _rounding(model, inputs)
+        return rounding_step(model, inputs)
     except CaptureError:  # it returns integers only
         return max((torch.finfo(p.dtype).eps / 2 for p in model.parameters() if p.is_floating_point()), default=0.0)
 
@@ -798,7 +798,7 @@ def _move_weights(model: nn.Module, step: float) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                parameter.mul_(_dither(parameter, step, generator))
+                parameter.mul_(dither(parameter, step, generator))
 
 
 def _run(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:

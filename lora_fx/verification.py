@@ -74,10 +74,13 @@ def verify(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> R
     a, b = run(before, inputs), run(after, inputs)
     _same_structure(a, b)
     reference = copy.deepcopy(before).to(torch.float64)
-    wide = [t.to(torch.float64) for t in run(reference, _to(inputs, torch.float64))]
-    floor = _sensitivity(reference, _to(inputs, torch.float64), wide, _rounding(before, inputs))
+    wide = [t.to(torch.float64) for t in run(reference, cast_inputs(inputs, torch.float64))]
+    floor = _sensitivity(reference, cast_inputs(inputs, torch.float64), wide, rounding_step(before, inputs))
     return worst(
-        [compare(x, y, w, max(f, _relative(x, w, w)), x.dtype) for x, y, w, f in zip(a, b, wide, floor, strict=True)]
+        [
+            compare(x, y, w, max(f, relative_error(x, w, w)), x.dtype)
+            for x, y, w, f in zip(a, b, wide, floor, strict=True)
+        ]
     )
 
 
@@ -86,7 +89,7 @@ def compare(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor, noise: fl
     noise = max(noise, torch.finfo(dtype).eps / 2)
     difference = (a.to(torch.float64) - b.to(torch.float64)).abs()
     largest = float(difference.max()) if difference.numel() else 0.0
-    error = _relative(a, b, reference)
+    error = relative_error(a, b, reference)
     return Report(error, largest, noise, SLACK * noise, str(dtype).removeprefix("torch."), 1)
 
 
@@ -102,7 +105,7 @@ def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> list[torch.Tensor]:
         return [t.detach().clone() for t in output_tensors(inputs.call(model))]
 
 
-def _relative(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor) -> float:
+def relative_error(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor) -> float:
     a, b, reference = a.to(torch.float64), b.to(torch.float64), reference.to(torch.float64)
     same = (a == b) | (a.isnan() & b.isnan())  # infinities of a mask on both sides are no difference
     difference = torch.where(same, 0.0, a - b)
@@ -123,7 +126,7 @@ def _same_structure(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
         )
 
 
-def _to(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     def cast(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
@@ -131,7 +134,7 @@ def _to(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return Inputs(args, kwargs)
 
 
-def _rounding(model: nn.Module, inputs: Inputs) -> float:
+def rounding_step(model: nn.Module, inputs: Inputs) -> float:
     """The coarsest rounding step at which the model multiplies with a weight."""
     steps = [torch.finfo(p.dtype).eps / 2 for p in model.parameters() if p.is_floating_point()]
     return max([*steps, *(use.rounding for use in capture(model, inputs).uses if use.multiplies)], default=0.0)
@@ -143,11 +146,11 @@ def _sensitivity(model: nn.Module, inputs: Inputs, outputs: list[torch.Tensor], 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                parameter.mul_(_dither(parameter, step, generator))
-    return [_relative(t, out, out) for t, out in zip(run(model, inputs), outputs, strict=True)]
+                parameter.mul_(dither(parameter, step, generator))
+    return [relative_error(t, out, out) for t, out in zip(run(model, inputs), outputs, strict=True)]
 
 
-def _dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> torch.Tensor:
+def dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> torch.Tensor:
     """1 ± step, a sign for each element: whole rows or columns could be scaled without effect before a norm."""
     signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
     return 1 + step * signs.to(weight.device, torch.float64)
@@ -193,7 +196,9 @@ def _check_once(model: nn.Module, inputs: Inputs, training: bool, rounding: Mapp
             with _dense_weights(model, rounding):
                 moved = run(model, inputs)
     _same_structure(adapted, dense)
-    return worst([compare(a, d, d, _relative(m, d, d), a.dtype) for a, d, m in zip(adapted, dense, moved, strict=True)])
+    return worst(
+        [compare(a, d, d, relative_error(m, d, d), a.dtype) for a, d, m in zip(adapted, dense, moved, strict=True)]
+    )
 
 
 @contextmanager
@@ -267,7 +272,7 @@ def _dense_weights(model: nn.Module, rounding: Mapping[int, float] | None = None
                 new = parameter.detach().to(torch.float64) + delta
                 if rounding is not None:
                     step = rounding.get(storage.parameter.untyped_storage()._cdata, 0.0)
-                    new *= _dither(parameter, max(step, torch.finfo(parameter.dtype).eps / 2), generator)
+                    new *= dither(parameter, max(step, torch.finfo(parameter.dtype).eps / 2), generator)
                 parameter.detach()[changed] = new.to(parameter.dtype)[changed]
         yield
     finally:

@@ -404,11 +404,15 @@ def test_a_convolution_that_keeps_features_apart_is_looked_through():
 
 # ── abstention: `other`, and why ─────────────────────────────────────────────────────────────────────────────────────
 
-LINEAR_ATTENTION = lambda m, x: m.d(F.elu(m.a(x)) @ (m.b(x).mT @ m.c(x)))  # noqa: E731
+
+def linear_attention(m, x):
+    return m.d(F.elu(m.a(x)) @ (m.b(x).mT @ m.c(x)))
+
+
 ABSTENTIONS = {
     "one matrix is query and key": ("a", "same features feed", lambda m, x: m.d(attend(y := m.a(x), y, m.c(x)))),
-    "attention without a softmax": ("a", "no softmax attention", LINEAR_ATTENTION),
-    "behind it": ("d", "comes out of a product of activations", LINEAR_ATTENTION),
+    "attention without a softmax": ("a", "no softmax attention", linear_attention),
+    "behind it": ("d", "comes out of a product of activations", linear_attention),
     "both factors are bent": ("d", "either factor", lambda m, x: m.d(torch.sigmoid(m.a(x)) * torch.tanh(m.b(x)))),
     "a gate on an attention": (
         "c", "gates the result", lambda m, x: m.d(torch.sigmoid(m.c(x)) * attend(m.a(x), m.b(x), m.b(x)))),
