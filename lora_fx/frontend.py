@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """While it traces, torch hands a bfloat16 LSTM to oneDNN on CPUs whose oneDNN has none; eager mode does not."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextlib.contextmanager
 def no_fast_paths() -> Iterator[None]:
     """torch's fused encoder kernels read weights that no trace shows: switch them off."""
     before = torch.backends.mha.get_fastpath_enabled()
@@ -156,7 +168,7 @@ def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list) -> fx.Grap
             run, tracing_mode=mode, pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
         )
         try:
-            with stamp():
+            with stamp(), _without_onednn():
                 return trace(tensors, leaves)
         except CaptureError:
             raise
@@ -173,12 +185,15 @@ def _module_paths(model: nn.Module) -> Iterator[Any]:
     """Stamp each recorded node with the path of the module whose forward is running."""
     paths = {module: name for name, module in reversed(list(model.named_modules()))}
     stack: list[str] = []
+    here = threading.get_ident()  # the hooks are global: other threads may be running other models
 
     def enter(module: nn.Module, args: Any) -> None:
-        stack.append(paths.get(module, stack[-1] if stack else ""))
+        if threading.get_ident() == here:
+            stack.append(paths.get(module, stack[-1] if stack else ""))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        stack.pop()
+        if threading.get_ident() == here:
+            stack.pop()
 
     create = fx.Tracer.create_node
 

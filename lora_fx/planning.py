@@ -219,7 +219,7 @@ def _owners(weight: Weight, rows: Any, uses: tuple[Use, ...], rule: Rule) -> tup
     """Where the weight must be read with the branch: everywhere, or only where the chosen uses read it."""
     owners = tuple((name.rpartition(".")[0], name.rpartition(".")[2]) for name in weight.names)
     others = [u for u in weight.uses if u not in uses and _reads_rows(u, rows)]
-    if not others:
+    if not any(u.multiplies for u in others):  # whoever else reads the weight, a penalty on it say, reads the sum
         return owners, False
     inside = tuple(o for o in owners if o[0] in {u.module for u in uses})
     reads_inside = {o[0] for o in inside}

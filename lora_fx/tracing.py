@@ -12,6 +12,7 @@ from __future__ import annotations
 import dis
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -28,7 +29,11 @@ from lora_fx.views import View
 
 _TORCH = os.path.dirname(torch.__file__)
 _NN_MODULES = os.path.join(_TORCH, "nn", "modules")
-_HERE = os.path.dirname(__file__)
+_STANDARD = os.path.dirname(os.__file__) + os.sep
+_OWN = frozenset(  # what of lora_fx runs while a model is traced
+    os.path.join(os.path.dirname(__file__), f"{name}.py")
+    for name in ("adapter", "forms", "layout", "tracing", "views", "wiring")
+)
 _DECIDES = frozenset({
     "isinstance", "issubclass", "hasattr", "type", "training", "is_grad_enabled", "is_inference_mode_enabled",
     "is_autocast_enabled", "is_tracing", "is_scripting", "is_compiling", "is_dynamo_compiling", "is_exporting",
@@ -46,9 +51,20 @@ class Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.paths: dict[nn.Module, str] = {}
+        self.thread = threading.get_ident()  # forwards of other models may be running in others
 
     def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
         return True
+
+    # While fx traces, every module of the process calls these two: models that run in other threads go their own way.
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return super().call_module(m, forward, args, kwargs) if self._is_here() else forward(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self._is_here() else attr_val
+
+    def _is_here(self) -> bool:
+        return threading.get_ident() == self.thread
 
     def path_of(self, module: nn.Module) -> str:
         if not self.paths:
@@ -105,8 +121,8 @@ _active: Tracer | None = None
 
 
 def active_tracer() -> Tracer | None:
-    """The tracer that is rewriting a module right now; adapted weights then read as proxies."""
-    return _active
+    """The tracer that is rewriting a module in this thread right now; adapted weights then read as proxies."""
+    return _active if _active is not None and _active.thread == threading.get_ident() else None
 
 
 @contextmanager
@@ -178,18 +194,19 @@ def _watch() -> Iterator[set[CodeType]]:
         yield seen
     finally:
         sys.setprofile(before)
-        seen -= {code for code in seen if not _is_model_code(code)}
+        seen -= {code for code in seen if not _is_model_file(code.co_filename)}
 
 
 @lru_cache(maxsize=4096)
-def _is_model_code(code: CodeType) -> bool:
-    file = code.co_filename
+def _is_model_file(file: str) -> bool:
+    """Whether code of this file belongs to a model, and not to what runs it."""
     if file.startswith(_NN_MODULES):
         return not file.endswith(("module.py", "container.py", "dropout.py", "utils.py"))
     if file.startswith("<lora_fx"):
         return True
-    inside = (_TORCH, _HERE, os.path.dirname(os.__file__) + os.sep)
-    return not (file.startswith("<") or (file.startswith(inside) and "site-packages" not in file.replace(_TORCH, "")))
+    if file.startswith(("<", _TORCH + os.sep)) or file in _OWN:
+        return False
+    return not file.startswith(_STANDARD) or "site-packages" in file  # those lie inside the standard library's folder
 
 
 @lru_cache(maxsize=4096)

@@ -422,12 +422,17 @@ def _set_flat_weights(self: nn.RNNBase, value: list[Any]) -> None:
     self.__dict__["_flat_weights"] = [self._parameters[name] for name in self._flat_weights_names]
 
 
+def _is_import(value: Any) -> bool:
+    """Other strings are annotations, which a file with postponed annotations keeps as text."""
+    return isinstance(value, str) and value.startswith(_IMPORT)
+
+
 def _forward(spec: Spec) -> Any:
     """Compile the generated forward so that tracebacks and debuggers show its source."""
     filename = f"<lora_fx {spec.base.__qualname__} {abs(hash((spec.source, spec.base))):x}>"
     linecache.cache[filename] = (len(spec.source), None, spec.source.splitlines(keepends=True), filename)
     scope: dict[str, Any] = {
-        name: importlib.import_module(value.removeprefix(_IMPORT)) if isinstance(value, str) else value
+        name: importlib.import_module(value.removeprefix(_IMPORT)) if _is_import(value) else value
         for name, value in spec.names
     }
     exec(compile(spec.source, filename, "exec"), scope)

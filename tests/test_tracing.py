@@ -1,0 +1,77 @@
+"""What a traced forward may bake in, whose code is watched for that, and what generated code needs to run."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lora_fx
+from lora_fx import Rule, tracing
+
+
+class Annotated(nn.Module):
+    """This file postpones annotations: fx keeps them as strings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+def test_a_forward_with_postponed_annotations_is_rewritten():
+    model, x = Annotated(), torch.randn(4, 5)
+    before = model(x)
+    lora_fx.apply(model, Rule(where="*", rank=2), x)
+    assert model.weight_lora_default.realised == "graph"
+    assert torch.equal(model(x), before)
+
+
+STANDARD, TORCH = os.path.dirname(os.__file__), os.path.dirname(torch.__file__)
+SITE = os.path.join(STANDARD, "site-packages")
+
+
+@pytest.mark.parametrize(
+    ("file", "watched"),
+    [
+        (os.path.join(SITE, "transformers", "models", "llama", "modeling_llama.py"), True),
+        (os.path.join("anywhere", "model.py"), True),
+        (os.path.join(TORCH, "nn", "modules", "transformer.py"), True),
+        (os.path.join(TORCH, "nn", "modules", "module.py"), False),
+        (os.path.join(TORCH, "functional.py"), False),
+        (os.path.join(STANDARD, "contextlib.py"), False),
+        ("<string>", False),
+        ("<lora_fx Linear 1f>", True),
+    ],
+)
+def test_whose_code_is_watched_for_decisions(file, watched):
+    assert tracing._is_model_file(file) is watched
+
+
+def test_our_own_code_is_not_watched_wherever_it_is_installed(monkeypatch):
+    """Installed from a wheel it lies in site-packages, as models do: then every module would have dispatched."""
+    assert all(map(os.path.isfile, tracing._OWN))
+    own = frozenset(os.path.join(SITE, "lora_fx", os.path.basename(file)) for file in tracing._OWN)
+    monkeypatch.setattr(tracing, "_OWN", own)
+    assert not any(map(tracing._is_model_file, own))
+
+
+def test_a_weight_that_is_also_read_whole_is_adapted_in_both_reads():
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x):
+            return F.linear(x, self.weight) * (1 + self.weight.square().mean())
+
+    model, x = Penalised(), torch.randn(4, 5)
+    lora_fx.apply(model, Rule(where="*", rank=2), x)
+    certificate = lora_fx.certify(model, x)
+    assert certificate, str(certificate)
+    assert {row.realised for row in certificate.rows} == {"dispatch", "dense"}
