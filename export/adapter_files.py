@@ -30,6 +30,7 @@ from torch import nn
 
 from lora_fx import wiring
 from lora_fx.adapter import Adapter
+from lora_fx.changes import changing
 from lora_fx.export.adapter_folder import (
     CONFIG,
     HEADER,
@@ -413,14 +414,14 @@ def load_adapter(
     folder = find_folder(Path(path))
     config = read_config(folder / CONFIG)
     tensors, header = unpack(folder)
-    with wiring.unwired(model):
-        saved = (
-            _read_own(model, folder, config, tensors, header) if header else _read_peft(model, folder, config, tensors)
-        )
-        name = name or (header["name"] if header else "default")
-        _refuse_name(model, name)
-        plan = _plan(model, saved, example_inputs, name)
-    return Insert(plan, check)()
+    read = _read_own if header else _read_peft
+    with changing(model, "load_adapter"):
+        with wiring.unwired(model):
+            saved = read(model, folder, config, tensors, header)
+            name = name or (header["name"] if header else "default")
+            _refuse_name(model, name)
+            plan = _plan(model, saved, example_inputs, name)
+        return Insert(plan, check)()
 
 
 def _refuse_name(model: nn.Module, name: str) -> None:
@@ -569,7 +570,7 @@ def _read_own(
     raw = [name for name in names if not own and modules.is_raw(name)]
     try:
         return [_entry(modules, entry, tensors, raw, config, folder) for entry in header["adapters"]]
-    except (KeyError, IndexError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         refuse(place, f"its header does not describe its tensors: {error!r}", "save the adapter again", error)
 
 
@@ -578,7 +579,7 @@ def _entry(
 ) -> _Saved:
     name, rank = entry["weights"][0], int(entry["rank"])
     ranges = None if entry["rows"] is None else tuple((int(a), int(b)) for a, b in entry["rows"])
-    sides = entry["sides"]
+    sides = str(entry["sides"])
     if "keys" in entry:
         key = entry["keys"][0]
         A, B = (tensors[k] for k in entry["keys"])
@@ -595,6 +596,8 @@ def _entry(
         A, B = factors
         if ranges is not None:
             B = torch.cat([B[..., a:b, :] for a, b in ranges], dim=-2)
+    parameter = modules.by_path[name.rpartition(".")[0]]._parameters[name.rpartition(".")[2]]
+    assert set(sides) <= set("boi") and Layout(sides, tuple(parameter.shape)), f"{sides!r} are no axes of {name}"
     assert B.shape[-1] == rank, f"{name} has rank {B.shape[-1]}, not {rank}"
     assert re.fullmatch(r"\w*", entry["part"]), f"{entry['part']!r} is no part"
     return _Saved(
@@ -606,7 +609,9 @@ def _entry(
 # ── what PEFT wrote ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_peft(model: nn.Module, folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> list[_Saved]:
+def _read_peft(
+    model: nn.Module, folder: Path, config: dict, tensors: dict[str, torch.Tensor], header: None
+) -> list[_Saved]:
     """The adapters that PEFT's config puts into this model, with their tensors."""
     if config["peft_type"] == OWN:
         refuse(f"{folder / TENSORS}, {HEADER}", "the header is missing", "save the adapter again")

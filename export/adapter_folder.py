@@ -1,7 +1,9 @@
 """The folder of an adapter: adapter_config.json and adapter_model.safetensors, read with suspicion, written as one.
 
 Nothing in a file is trusted: types, numbers and shapes are checked before anyone uses them, no pickle is ever opened,
-and no name in a file is taken for a path. Our header in the tensor file carries a digest over itself and the numbers.
+and no name in a file is taken for a path. Our header in the tensor file carries a digest over itself, the names and
+shapes of the tensors, and the numbers. The two files may be symbolic links, as in the caches of model hubs, which keep
+files under their digests: whoever made the folder chose where they point. Saving never writes through a link.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -38,7 +39,7 @@ def find_folder(path: Path) -> Path:
         refuse(str(path), "there is no such folder", "pass the folder that save_adapter or save_pretrained wrote")
     if (path / CONFIG).is_file():
         return path
-    inside = sorted(p.parent for p in path.glob(f"*/{CONFIG}"))
+    inside = sorted(p.parent for p in path.glob(f"[!.]*/{CONFIG}"))  # a save that was killed leaves hidden ones
     if len(inside) != 1:
         found = f"; it holds {', '.join(p.name for p in inside)}" if inside else ""
         refuse(str(path), f"it has no {CONFIG}{found}", "pass the folder of one adapter")
@@ -53,7 +54,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
 def _are(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -82,6 +83,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_to_transform": (lambda v: _is_int(v) or _are(_is_int)(v), "an integer or a list of integers"),
     "layers_pattern": (lambda v: _is_text(v) or _are(_is_text)(v), "a name or a list of names"),
 }
+_NEEDED = ("r", "lora_alpha")  # PEFT has no null there
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 
 
@@ -97,7 +99,8 @@ def read_config(file: Path) -> dict[str, Any]:
     if kind not in (PEFT, OWN):
         refuse(f"{file}, peft_type", f"{kind!r} is no LoRA adapter", "load it with the library that wrote it")
     for key, (test, wanted) in _TYPES.items():
-        if config.get(key) is not None and not test(config[key]):
+        default = key not in config or (config[key] is None and key not in _NEEDED)
+        if not default and not test(config[key]):
             refuse(f"{file}, {key}", f"{config[key]!r} is not {wanted}", remedy)
     for key in _PATTERNS:
         for pattern in _patterns(key, config.get(key)):
@@ -133,9 +136,11 @@ def pack(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
 
 
 def _digest(text: str, file: bytes) -> str:
-    """Over the header's text and the numbers: everything behind the 8 bytes of length and the JSON header."""
+    """Over our header's text, what safetensors says of each tensor (name, dtype, shape, place), and the numbers."""
     start = 8 + int.from_bytes(file[:8], "little")
-    return hashlib.sha256(text.encode() + file[start:]).hexdigest()
+    table = json.loads(file[8:start])
+    table.pop("__metadata__", None)
+    return hashlib.sha256(b"\0".join((text.encode(), to_json(table), file[start:]))).hexdigest()
 
 
 def unpack(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
@@ -150,6 +155,8 @@ def unpack(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None
             "it is a pickle, which can run any code when it is opened",
             f"save the adapter as {TENSORS} with PEFT, where you trust it",
         )
+    if file.exists() and not file.is_file():
+        refuse(str(file), "it is no regular file", "restore the file from where the adapter was saved")
     try:
         data = file.read_bytes()
         tensors = load(data)
@@ -177,8 +184,12 @@ def _read_header(meta: dict, data: bytes, tensors: dict[str, torch.Tensor], file
     try:
         header = json.loads(meta[HEADER])
         version, entries = header["version"], header["adapters"]
-        names = [list(map(str, entry["weights"])) for entry in entries]
-        known = isinstance(header["config"], dict) and isinstance(header["name"], str) and all(names)
+        names = [entry["weights"] for entry in entries]
+        known = (
+            isinstance(header["config"], dict)
+            and _is_text(header["name"])
+            and all(n and _are(_is_text)(n) for n in names)
+        )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         refuse(place, f"it cannot be read: {error!r}", remedy, error)
     if version != VERSION or not known or not entries:
@@ -191,9 +202,10 @@ def _read_header(meta: dict, data: bytes, tensors: dict[str, torch.Tensor], file
 
 
 def write_folder(folder: Path, config: bytes, tensors: bytes) -> None:
-    """Both files, or neither. A new folder, and one that holds an adapter alone, changes in a single step.
+    """Both files, or neither, in one step: a new folder takes the place of the old one, and has its other files too.
 
-    In a folder with other files too, the config goes first and comes last: in between there is no adapter to read.
+    Where folders cannot be exchanged (systems other than Linux), or a file can have no second name (no hard links), the
+    config goes first and comes last: a kill in between leaves no adapter to read, and the old one in a hidden folder.
     """
     if folder.exists() and not folder.is_dir():
         refuse(str(folder), "it is a file", "pass the path of a folder")
@@ -218,12 +230,12 @@ def _publish(fresh: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(fresh, folder)
         return
-    alone = {entry.name for entry in folder.iterdir()} <= {CONFIG, TENSORS}
-    if alone and _exchange(fresh, folder):
-        return
     old = [name for name in (CONFIG, TENSORS) if (folder / name).is_file()]
     if old == [CONFIG, TENSORS] and (folder / CONFIG).read_bytes() == (fresh / CONFIG).read_bytes():
         os.replace(fresh / TENSORS, folder / TENSORS)
+        return
+    if _link_others(folder, fresh) and _exchange(fresh, folder):
+        _rescue(fresh, folder)
         return
     aside: list[tuple[Path, Path]] = []
     try:
@@ -236,6 +248,32 @@ def _publish(fresh: Path, folder: Path) -> None:
         for kept, place in reversed(aside):
             os.replace(kept, place)
         raise
+
+
+def _link_others(folder: Path, fresh: Path) -> bool:
+    """Give every other file of the folder a second name in the fresh one; False where that cannot be."""
+    try:
+        shutil.copytree(
+            folder,
+            fresh,
+            symlinks=True,
+            ignore=lambda at, names: {CONFIG, TENSORS} & {*names} if Path(at) == folder else (),
+            copy_function=os.link,
+            dirs_exist_ok=True,
+        )
+    except (OSError, shutil.Error):
+        return False
+    return True
+
+
+def _rescue(old: Path, folder: Path) -> None:
+    """What somebody put into the old folder since its files were linked."""
+    for at, _, names in os.walk(old):
+        for name in names:
+            place = folder / Path(at).relative_to(old) / name
+            if not os.path.lexists(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(Path(at) / name, place)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -22,6 +22,9 @@ import json
 import logging
 import math
 import os
+import re
+import secrets
+import shutil
 import sys
 import tempfile
 import warnings
@@ -37,6 +40,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx import wiring
+from lora_fx.certification import Certificate, certify_adapted
+from lora_fx.changes import alone
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.frontend import Inputs, no_fast_paths, normalize_inputs, refuse_unready, undisturbed
 from lora_fx.passes.fold import fold
@@ -111,6 +116,8 @@ class ExportReport:
     """ONNX Runtime against torch: the example inputs, then another shape where axes are dynamic."""
     not_run: str = ""
     """Why ONNX Runtime did not run the file, where its CPU provider cannot: then only `onnx.checker` has seen it."""
+    certificate: Certificate | None = None
+    """Where a model with branches was exported: that every use of every adapted weight was W + s·B·A; see `certify`."""
 
     @property
     def largest(self) -> float:
@@ -126,6 +133,8 @@ class ExportReport:
             f"  outputs  {'; '.join(map(str, self.outputs))}",
         ]
         lines += [f"  ONNX Runtime on {comparison}" for comparison in self.comparisons]
+        if self.certificate is not None:
+            lines.append(f"  {str(self.certificate).splitlines()[-1]}")
         lines += [f"  NOT RUN, only checked by onnx.checker: {self.not_run}"] if self.not_run else []
         return "\n".join(lines)
 
@@ -161,8 +170,9 @@ def export_onnx(
             ``{"input_ids": {0: "batch", 1: Dim("tokens", max=512)}}``. Inputs left out are static.
         opset: 18 to 24.
         adapters: "folded", or "unfolded" to keep the branches as nodes of the graph.
-        external_data: weights in a file of their own, ``<path>.data``; None where they need it, above 2 GB. Of the two
-            files the data is moved first: a kill between the two moves leaves new weights beside the old graph.
+        external_data: weights in a file of their own, ``<path>.data``; None where they need it, above 2 GB. A kill at
+            any moment leaves the old graph with the old weights or the new one with the new (they may then have the
+            name ``<path>.<8 digits>.data``, which the next export clears away).
 
     Returns:
         What was written, and by how much ONNX Runtime differs from torch.
@@ -176,10 +186,11 @@ def export_onnx(
     _check_arguments(model, opset, adapters)
     target = _writable(path)
     inputs = normalize_inputs(model, example_inputs)
-    with undisturbed(model), _quiet():
+    with alone(model, "export_onnx"), undisturbed(model), _quiet():
         model.eval()
         call = _Call.of(model, inputs, dynamic_shapes)
         expected = _run(model, inputs)
+        certificate = certify_adapted(model, inputs, gradients=False) if wiring.adapted_storages(model) else None
         subject, form, names = _subject(model, adapters)
         program = _translate(subject, call, opset)
         _optimize(program.model, _storages(model))
@@ -189,7 +200,7 @@ def export_onnx(
             _check_file(files[0])
             session, not_run = _session(files[0])
             comparisons = _compare_runs(model, session, program, call, expected) if session else ()
-            report = _report(program.model, target, files, opset, form, names, comparisons, not_run)
+            report = _report(program.model, target, files, opset, form, names, comparisons, not_run, certificate)
             del session
             _move(files, target)
     return report
@@ -690,23 +701,49 @@ def _check_file(path: Path) -> None:
 
 
 def _move(files: list[Path], target: Path) -> None:
-    """Put the checked files in place: the old file stays until the new one is whole."""
-    if len(files) == 1:
-        os.replace(files[0], target)
-        return
-    data = target.with_name(files[1].name)
-    old = files[1].with_name("old")
-    if data.exists():
-        os.replace(data, old)
+    """Put the checked files in place, the graph last. At every moment the graph there has its own weights beside it."""
+    places = [target.with_name(file.name) for file in files]
+    taken = len(files) > 1 and places[1].exists()
+    if taken:
+        _pass(files[0], files[1], target)
     try:
-        os.replace(files[1], data)
-        os.replace(files[0], target)
+        for file, place in reversed([*zip(files, places, strict=True)]):
+            os.replace(file, place)
     except BaseException:
-        if old.exists():
-            os.replace(old, data)
-        else:
-            data.unlink(missing_ok=True)
+        if len(files) > 1 and not taken:
+            places[1].unlink(missing_ok=True)
         raise
+    for stale in target.parent.iterdir():
+        if re.fullmatch(rf"{re.escape(target.name)}\.[0-9a-f]{{8}}\.data", stale.name):
+            stale.unlink()
+
+
+def _pass(graph: Path, data: Path, target: Path) -> None:
+    """An old graph may have its weights under the data's name. Put one in its place that has a copy of the new ones
+    under a name that was free: from then on nothing needs the old weights. (No hard link: onnx refuses those.)"""
+    aside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
+    passing = _reading_from(graph, aside.name)
+    try:
+        shutil.copyfile(data, aside)
+        os.replace(passing, target)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _reading_from(graph: Path, data: str) -> Path:
+    """A copy of the graph that has its weights in the file of this name."""
+    import onnx
+    from onnx.external_data_helper import _get_all_tensors
+
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in _get_all_tensors(model):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data
+    path = graph.with_name("passing")
+    path.write_bytes(model.SerializeToString())
+    return path
 
 
 # ── ONNX Runtime against torch ───────────────────────────────────────────────────────────────────────────────────────
@@ -934,6 +971,7 @@ def _report(
     adapters: tuple[str, ...],
     comparisons: tuple[Comparison, ...],
     not_run: str,
+    certificate: Certificate | None,
 ) -> ExportReport:
     graphs = (model.graph, *model.functions.values())
     operators = Counter(node.op_type for graph in graphs for node in graph.all_nodes())
@@ -951,6 +989,7 @@ def _report(
         outputs=tuple(map(_info, model.graph.outputs)),
         comparisons=comparisons,
         not_run=not_run,
+        certificate=certificate,
     )
 
 

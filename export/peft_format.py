@@ -334,10 +334,8 @@ def release(config: dict) -> tuple[int, ...]:
 
 
 def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the config decides what the tensors mean."""
-    scale = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-    keys = ("peft_type", "target_modules", "target_parameters", *scale)
-    return {key: config[key] for key in keys if key in config}
+    """What of the config decides what the tensors mean: null where it says nothing."""
+    return {key: config.get(key) for key in sorted(_READ)}
 
 
 def check_shapes(layer: Layer, rank: int, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -1,7 +1,8 @@
 """LoRA as a graph-rewriting compiler pass:   y = x·Wᵀ   ⇄   y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ"""
 
 from lora_fx.adapter import Adapter
-from lora_fx.application import activate, adapters, apply, deactivate, remove, switch
+from lora_fx.application import activate, adapters, apply, certify, deactivate, remove, switch
+from lora_fx.certification import Certificate
 from lora_fx.errors import LoraFxError
 from lora_fx.export.adapter_files import load_adapter, save_adapter
 from lora_fx.export.onnx_files import ExportReport, export_onnx
@@ -14,6 +15,7 @@ from lora_fx.wiring import show
 
 __all__ = [
     "Adapter",
+    "Certificate",
     "ExportReport",
     "LoraFxError",
     "Plan",
@@ -24,6 +26,7 @@ __all__ = [
     "adapters",
     "apply",
     "capture",
+    "certify",
     "deactivate",
     "export_onnx",
     "fold",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fx import wiring
 from lora_fx.adapter import Adapter
+from lora_fx.certification import Certificate, certify_adapted
+from lora_fx.changes import changing
 from lora_fx.errors import PlanError
+from lora_fx.oracles import active_adapters, misrounded, parameters
 from lora_fx.planning import plan
 
 
@@ -34,7 +39,55 @@ def apply(
     """
     from lora_fx.passes.insert import Insert
 
-    return Insert(plan(model, rules, example_inputs, name=name), check)()
+    with changing(model, "apply"):
+        return Insert(plan(model, rules, example_inputs, name=name), check)()
+
+
+def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = True) -> Certificate:
+    """Measure every use of every adapted weight: is it W + s·B·A, and how is it realised?
+
+    Each use is held against the same op on the dense sum, on the x that reaches it, with random factors (B ≠ 0), in the
+    recorded program of the adapted model; then the whole model against the model with the dense sums, in eval and in
+    train mode. Of a folded model the branches are put back for that, every folded element is checked to be the sum
+    rounded once, and the model is folded again. Afterwards the model is bitwise what it was.
+
+    Takes two captures and some ten runs of the model, the dense sum of one weight at a time in float64, and, for a
+    folded model, a second copy of its folded weights.
+
+    Args:
+        example_inputs: as in `apply`. What they do not reach is listed as unseen, never as covered.
+        gradients: also run backward once, and name the adapters that no gradient reaches.
+
+    Returns:
+        A certificate, true where every use was seen and is W + s·B·A: `print` it, or keep its `to_json()`.
+
+    Raises:
+        PlanError: the model has no active adapter, or its fold was final.
+        CaptureError: the model does not run on the inputs, or is on meta.
+        LoraFxError: a thread is inside a forward of the model.
+    """
+    from lora_fx.passes.fold import fold, is_folded, unfold
+
+    with changing(model, "certify"):
+        if not is_folded(model):
+            return certify_adapted(model, example_inputs, gradients=gradients)
+        folded = _folded_weights(model)
+        unfold(model)
+        certificate = certify_adapted(model, example_inputs, gradients=gradients)
+        plain, acting = parameters(model), active_adapters(model)
+        wrong = {name: misrounded(plain[name], weight, acting[name]).numel() for name, weight in folded.items()}
+        fold(model)
+    return replace(certificate, folded=wrong)
+
+
+def _folded_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """name → a copy of each weight that a fold has written."""
+    return {
+        f"{path}.{attribute}".lstrip("."): module._parameters[attribute].detach().clone()
+        for path, module in model.named_modules()
+        if wiring.FOLDED in module.__dict__
+        for attribute in module.__dict__[wiring.FOLDED].originals
+    }
 
 
 def adapters(model: nn.Module) -> dict[str, list[str]]:
@@ -51,10 +104,11 @@ def adapters(model: nn.Module) -> dict[str, list[str]]:
 def activate(model: nn.Module, *names: str) -> nn.Module:
     """Make exactly these adapters act (and train); all others stay, and do nothing. No name: the base model."""
     _known({a.name for a in _all(model)}, names)
-    for adapter in _all(model):
-        adapter.active = adapter.name in names
-        adapter.requires_grad_(adapter.active)
-    wiring.wire_or_dispatch(model)
+    with changing(model, "activate"):
+        for adapter in _all(model):
+            adapter.active = adapter.name in names
+            adapter.requires_grad_(adapter.active)
+        wiring.wire_or_dispatch(model)
     return model
 
 
@@ -68,9 +122,10 @@ def switch(model: nn.Module, *names: str) -> nn.Module:
 
     have = {*(a.name for a in put_away(model)), *(a.name for a in _all(model))}
     _known(have, names)
-    if is_folded(model):
-        unfold(model)
-    return fold(activate(model, *names))
+    with changing(model, "switch"):
+        if is_folded(model):
+            unfold(model)
+        return fold(activate(model, *names))
 
 
 def deactivate(model: nn.Module) -> nn.Module:
@@ -81,14 +136,15 @@ def deactivate(model: nn.Module) -> nn.Module:
 def remove(model: nn.Module, *names: str) -> nn.Module:
     """Take these adapters out for good. When the last one is gone, every module has its original class."""
     _known({a.name for a in _all(model)}, names)
-    wiring.unwire(model)
-    for _, owner, child, adapter in list(wiring.find_adapters(model)):
-        if adapter.name in names:
-            wiring.detach(owner, child)
-    if not any(_all(model)):
-        for module in model.modules():
-            wiring.unmark(module)
-    wiring.wire_or_dispatch(model)
+    with changing(model, "remove"):
+        wiring.unwire(model)
+        for _, owner, child, adapter in list(wiring.find_adapters(model)):
+            if adapter.name in names:
+                wiring.detach(owner, child)
+        if not any(_all(model)):
+            for module in model.modules():
+                wiring.unmark(module)
+        wiring.wire_or_dispatch(model)
     return model
 
 

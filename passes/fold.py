@@ -8,25 +8,34 @@ numbers in it. A storage of which only some uses are adapted is split: those use
 
 Unfolding is exact, bit for bit. The fold keeps what rounding took away, unless it is final: some tenths of a byte for
 each element, at most one where the delta is no larger than the weights (`kept_bytes` tells).
+
+A fold, unfold or switch that is cut short (no memory, Ctrl-C) goes back, block by block, to the bits that were. A final
+fold does so too, with what it keeps until it is whole, up to `_UNDOABLE` elements. The larger ones keep nothing: all
+that can be refused has been refused before they write, then they go forward only. Ctrl-C waits for their end, and a
+block that finds no memory is folded in halves, down to a row. Either way the weights are the old ones or the new ones.
 """
 
 from __future__ import annotations
 
 import copy as copying
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import nn
 
 from lora_fx import wiring
 from lora_fx.adapter import Adapter
+from lora_fx.changes import Undo, changing, in_turn, uninterrupted
 from lora_fx.errors import FoldError
 from lora_fx.layout import Layout
 from lora_fx.rounding import Remainder, checksum, remember, round_once, round_sum
 
 _BLOCK = 2**20  # elements of a weight that are folded at a time: 8 MiB in float64
+_UNDOABLE = 2**25  # elements up to which a final fold can be undone until it is whole: that takes 32 MiB or less
 
 
 @dataclass
@@ -119,8 +128,10 @@ class Fold:
     final: bool = False
 
     def __call__(self, model: nn.Module) -> nn.Module:
-        if is_folded(model):
-            return model
+        with ExitStack() as held, changing(model, "fold") as undo:
+            return model if is_folded(model) else self._fold(model, undo, held)
+
+    def _fold(self, model: nn.Module, undo: list[Undo], held: ExitStack) -> nn.Module:
         storages = wiring.adapted_storages(model)
         if not storages:
             raise FoldError(
@@ -130,18 +141,21 @@ class Fold:
             )
         for storage in storages:
             _check(storage, _name(model, storage))
+        for_good = self.final and sum(s.parameter.numel() for s in storages) > _UNDOABLE
         wiring.unwire(model)
         originals: dict[int, dict[str, nn.Parameter | _Way]] = {}
         with torch.no_grad():
-            for storage in storages:
-                old = _fold_storage(storage, self.final)
-                if old is None:
-                    continue
-                for owner, attribute in storage.owners if storage.split else storage.owners[:1]:
-                    originals.setdefault(id(owner), {})[attribute] = old
-        for module in list(model.modules()):
-            _put_away(module, originals.get(id(module), {}), self.final)
-        wiring.keep_keys(model)
+            begun = [(storage, *_begin(storage)) for storage in storages]
+            if for_good:
+                held.enter_context(uninterrupted())
+            with _for_good(model) if for_good else nullcontext():
+                for storage, old, terms in begun:
+                    way = _fold_weight(storage.parameter.detach(), terms, undo, storage.split or for_good)
+                    for owner, attribute in storage.owners if storage.split else storage.owners[:1]:
+                        originals.setdefault(id(owner), {})[attribute] = old if storage.split else way
+                for module in list(model.modules()):
+                    _put_away(module, originals.get(id(module), {}), self.final)
+                wiring.keep_keys(model)
         return model
 
 
@@ -150,6 +164,10 @@ class Unfold:
     """Take the adapters out of the weights again; every weight is bitwise what it was before the fold."""
 
     def __call__(self, model: nn.Module) -> nn.Module:
+        with changing(model, "unfold") as undo:
+            return self._unfold(model, undo)
+
+    def _unfold(self, model: nn.Module, undo: list[Undo]) -> nn.Module:
         if not is_folded(model):
             raise FoldError(
                 "the model is not folded, or its fold was final",
@@ -161,7 +179,7 @@ class Unfold:
             if wiring.FOLDED in module.__dict__:
                 _check_unchanged(path, module, module.__dict__[wiring.FOLDED])
         for module, what in kept:
-            _take_back(module, what)
+            _take_back(module, what, undo)
             wiring.forget(module, wiring.FOLDED)
         wiring.wire_or_dispatch(model)
         return model
@@ -179,8 +197,12 @@ def fold(model: nn.Module, *, copy: bool = False, final: bool = False) -> nn.Mod
 
     Raises:
         FoldError: there is no active adapter, or a factor or sum is not finite; nothing has been written then.
+        LoraFxError: a thread is inside a forward of the model.
     """
-    return Fold(final)(copying.deepcopy(model) if copy else model)
+    if not copy:
+        return Fold(final)(model)
+    with in_turn():
+        return Fold(final)(copying.deepcopy(model))
 
 
 def unfold(model: nn.Module) -> nn.Module:
@@ -188,6 +210,7 @@ def unfold(model: nn.Module) -> nn.Module:
 
     Raises:
         FoldError: the model is not folded, or its fold was final.
+        LoraFxError: a thread is inside a forward of the model.
     """
     return Unfold()(model)
 
@@ -207,6 +230,19 @@ def kept_bytes(model: nn.Module) -> int:
     """The memory a folded model keeps to be unfolded, in bytes; the adapters themselves not counted."""
     kept = [m.__dict__[wiring.FOLDED] for m in model.modules() if wiring.FOLDED in m.__dict__]
     return sum(way.bytes for k in kept for way in k.originals.values() if isinstance(way, _Way))
+
+
+@contextmanager
+def _for_good(model: nn.Module) -> Iterator[None]:
+    """Inside, there is no way back."""
+    try:
+        yield
+    except Exception as error:
+        raise FoldError(
+            f"a final fold ended before it was whole: {error}",
+            place=type(model).__name__,
+            remedy="some of its weights are folded, and nothing is kept to undo that: load the base weights again",
+        ) from error
 
 
 def _name(model: nn.Module, storage: wiring.Storage) -> str:
@@ -245,30 +281,81 @@ def _check(storage: wiring.Storage, name: str) -> None:
             )
 
 
-def _fold_storage(storage: wiring.Storage, final: bool) -> nn.Parameter | _Way | None:
-    """Write the folded weight; what comes back restores the old one."""
+def _begin(storage: wiring.Storage) -> tuple[nn.Parameter, tuple[_Term, ...]]:
+    """All that folding it keeps in memory: the old parameter, a copy where others still read that, the factors."""
     old, terms = storage.parameter, tuple(_Term.of(adapter) for adapter in storage.adapters)
     if storage.split:
         storage.replace(nn.Parameter(old.detach().clone(), old.requires_grad))
-    weight = storage.parameter.detach()
-    before, remainders = checksum(weight), []
+    return old, terms
+
+
+def _fold_weight(weight: torch.Tensor, terms: tuple[_Term, ...], undo: list[Undo], for_good: bool) -> _Way:
+    """Write the folded weight; what comes back leads to the old one, unless it is folded for good."""
+    before, remainders = 0 if for_good else _checksum(weight), []
     for start, stop in _blocks(weight):
         block, parts = weight[start:stop], [term.rows(start, stop) for term in terms]
+        if for_good:
+            _fold_for_good(block, parts)
+            continue
         delta = _delta(parts, weight.device)
         new = _rounded(block, delta, parts)
-        if not final and not storage.split:
-            remainders.append(remember(block, _guess(new, delta)))
-        block.copy_(new)
-    if storage.split:
-        return old
-    return None if final else _Way(terms, tuple(remainders), checksum(weight), before)
+        remainders.append(remember(block, _guess(new, delta)))
+        _write(block, new, undo, partial(_unfold_block, block, parts, remainders[-1]))
+    return _Way(terms, tuple(remainders), 0 if for_good else _checksum(weight), before)
 
 
-def _unfold_weight(weight: torch.Tensor, way: _Way) -> None:
+def _checksum(weight: torch.Tensor) -> int:
+    return sum(checksum(weight[start:stop]) for start, stop in _blocks(weight))
+
+
+def _unfold_weight(weight: torch.Tensor, way: _Way, undo: list[Undo]) -> None:
     for (start, stop), remainder in zip(_blocks(weight), way.remainders, strict=True):
-        delta = _delta([term.rows(start, stop) for term in way.terms], weight.device)
-        block = weight[start:stop]
-        block.copy_(remainder.restore(_guess(block, delta)))
+        block, parts = weight[start:stop], [term.rows(start, stop) for term in way.terms]
+        old = remainder.restore(_guess(block, _delta(parts, weight.device)))
+        _write(block, old, undo, partial(_fold_for_good, block, parts))
+
+
+def _write(block: torch.Tensor, new: torch.Tensor, undo: list[Undo], way_back: Undo) -> None:
+    """Into the weight. Cut short at whichever line, what stands on the list gives back the block that was."""
+    undo.append(partial(block.copy_, block.clone()))
+    block.copy_(new)
+    undo[-1] = way_back
+
+
+def _unfold_block(block: torch.Tensor, terms: Sequence[_Term], remainder: Remainder) -> None:
+    """The way back of a fold that is cut short, maybe for want of memory: then in halves."""
+    try:
+        block.copy_(remainder.restore(_guess(block, _delta(terms, block.device))))
+        return
+    except Exception:
+        if len(block) < 4:
+            raise
+    middle, width = len(block) // 4 * 2, block[0].numel()
+    for start, stop in (0, middle), (middle, len(block)):
+        part = _part(remainder, start * width, stop * width)
+        _unfold_block(block[start:stop], [term.rows(start, stop) for term in terms], part)
+
+
+def _part(remainder: Remainder, start: int, stop: int) -> Remainder:
+    """The remainder of the flat elements start:stop; start is even, for two steps lie in a byte."""
+    if remainder.places is None:
+        return Remainder(None, None, remainder.numbers[start:stop])
+    inside = (remainder.places >= start) & (remainder.places < stop)
+    nibbles = None if remainder.nibbles is None else remainder.nibbles[start // 2 : (stop + 1) // 2]
+    return Remainder(nibbles, remainder.places[inside] - start, remainder.numbers[inside])
+
+
+def _fold_for_good(block: torch.Tensor, terms: Sequence[_Term]) -> None:
+    """Keeping nothing. Where memory is short, in halves: some of the weight may have been folded before."""
+    try:
+        block.copy_(_rounded(block, _delta(terms, block.device), terms))
+        return
+    except Exception:
+        if len(block) == 1:
+            raise
+    middle = len(block) // 2
+    for rows in (0, middle), (middle, len(block)):
+        _fold_for_good(block[slice(*rows)], [term.rows(*rows) for term in terms])
 
 
 def _delta(terms: Sequence[_Term], device: torch.device) -> torch.Tensor:
@@ -323,7 +410,7 @@ def _check_unchanged(path: str, module: nn.Module, kept: _Kept) -> None:
     """Refuse before anything is written."""
     for attribute, original in kept.originals.items():
         weight = module._parameters[attribute]
-        if isinstance(original, _Way) and (weight is None or checksum(weight) != original.folded):
+        if isinstance(original, _Way) and (weight is None or _checksum(weight) != original.folded):
             raise FoldError(
                 "the folded weight has been written to or cast since it was folded",
                 place=f"{path}.{attribute}".lstrip("."),
@@ -331,15 +418,15 @@ def _check_unchanged(path: str, module: nn.Module, kept: _Kept) -> None:
             )
 
 
-def _take_back(module: nn.Module, kept: _Kept) -> None:
+def _take_back(module: nn.Module, kept: _Kept, undo: list[Undo]) -> None:
     with torch.no_grad():
         for attribute, original in kept.originals.items():
             if isinstance(original, nn.Parameter):
                 module._parameters[attribute] = original
                 continue
             weight = module._parameters[attribute].detach()  # type: ignore[union-attr]
-            _unfold_weight(weight, original)
-            assert checksum(weight) == original.original, "unfolding is exact"
+            _unfold_weight(weight, original, undo)
+            assert _checksum(weight) == original.original, "unfolding is exact"
     for child, (adapter, registered) in kept.children.items():
         parameter = module._parameters[wiring.attribute_of(child)]
         assert parameter is not None

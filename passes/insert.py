@@ -13,9 +13,10 @@ from torch import nn
 
 from lora_fx import wiring
 from lora_fx.adapter import Adapter
+from lora_fx.certification import check_adapted
+from lora_fx.changes import changing
 from lora_fx.errors import EquivalenceError
 from lora_fx.planning import DISPATCH, GRAPH, Plan, Row
-from lora_fx.verification import check_adapted
 
 
 @dataclass(frozen=True)
@@ -32,27 +33,14 @@ class Insert:
 
     def __call__(self) -> nn.Module:
         model = self.plan.program.model
-        trainable = [(p, p.requires_grad) for p in model.parameters()]
-        readers = {id(m) for m in model.modules() if wiring.is_reader(m)}
         new: list[tuple[nn.Module, str]] = []
-        try:
+        with changing(model, "apply"):
             for row in self.plan.rows:
                 new += _attach(model, row, self.plan.name)
             _freeze(model)
             _mark(model, self.plan)
             wiring.wire_or_dispatch(model)
             self._check([getattr(owner, child) for owner, child in new])
-        except BaseException:
-            wiring.unwire(model)
-            for owner, child in new:
-                wiring.detach(owner, child)
-            for module in model.modules():
-                if wiring.is_reader(module) and id(module) not in readers:
-                    wiring.unmark(module)
-            for parameter, was in trainable:
-                parameter.requires_grad_(was)
-            wiring.wire(model)
-            raise
         return model
 
     def _check(self, adapters: list[Adapter]) -> None:

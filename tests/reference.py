@@ -61,14 +61,19 @@ def run_dense(base: nn.Module, weights: dict[str, torch.Tensor], inputs: Inputs,
     """The base model with these weights in the place of its own."""
     dtypes = {name: p.dtype for name, p in base.named_parameters(remove_duplicate=False)}
     weights = {name: w.to(dtypes[name]) for name, w in weights.items()}
-    with undisturbed(base), torch.no_grad():
-        torch.manual_seed(seed)
-        return [t.clone() for t in _called(base, weights, inputs)]
+    kept = [(module, dict(module._parameters)) for module in base.modules()]
+    try:
+        with undisturbed(base), torch.no_grad():
+            torch.manual_seed(seed)
+            return [t.clone() for t in _called(base, weights, inputs)]
+    finally:
+        for module, own in kept:  # torch's functional_call leaves other numbers in a module that has two names
+            module._parameters.update(own)
 
 
 def _called(base: nn.Module, weights: dict[str, torch.Tensor], inputs: Inputs) -> list[torch.Tensor]:
     # Each owner is named on its own. (With tie_weights=True a module under two names is left with a plain tensor.)
-    return output_tensors(functional_call(base, weights, inputs.args, inputs.kwargs, tie_weights=False))
+    return output_tensors(functional_call(base, dict(weights), inputs.args, inputs.kwargs, tie_weights=False))
 
 
 def graph_lines(graph: fx.Graph) -> list[str]:

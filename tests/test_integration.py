@@ -443,6 +443,10 @@ def test_bfloat16_is_as_near_the_exact_model_as_the_dense_one_is(name, how):
     dtype = torch.bfloat16 if how == "cast after apply" else torch.float32
     assert {p.dtype for p in factors(model).values()} == {dtype}
     with context:
+        try:
+            run(base, inputs)
+        except RuntimeError as error:
+            pytest.skip(f"the base model itself does not run so on this CPU: {error}")
         got, full = run(model, inputs), run(dense(base, model), inputs)
     wide, wide_inputs = reference.in_double(copy.deepcopy(base), inputs)
     exact = reference.run_dense(wide, reference.dense_weights(model), wide_inputs)
@@ -577,7 +581,8 @@ def test_a_plain_attribute_and_a_parameter_set_after_apply_take_effect():
     model.gain = 2.0
     assert torch.equal(model(x), 2 * before)
     model.shift = nn.Parameter(torch.ones(7))
-    assert torch.allclose(model(x), 2 * (before + 1))
+    after, wanted = model(x).detach(), 2 * (before + 1).detach()
+    assert compare(after, wanted, wanted, 0.0, wanted.dtype)  # one rounding of float32 is the floor
 
 
 def test_hooks_on_adapted_modules_run():

@@ -14,6 +14,8 @@ from lora_fx.verification import SLACK, compare, run, worst
 from tests import reference
 from tests.zoo import ZOO, Case
 
+pytestmark = pytest.mark.laws
+
 #: CPU kernels of grouped_mm take no float64: these run in float32
 FLOAT32_ONLY = {"qwen3-moe-grouped", "gpt-oss-grouped"}
 EVERYTHING = Rule(

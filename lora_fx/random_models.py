@@ -1,0 +1,914 @@
+"""Random models out of a table of blocks, one row for each way a model multiplies with a weight.
+
+    RandomModel(Linear(inputs=3, outputs=2), Again(0), head="linear", dtype=torch.float32, seed=7)
+
+A model is what its `repr` says: that line, pasted, builds the same bits. Between two blocks stands glue without
+parameters, which fits the features and keeps the numbers near 1, so every block follows every other. The strategies
+that draw such models are in `lora_fx.testing`; nothing in here needs Hypothesis.
+"""
+
+from __future__ import annotations
+
+# mypy: ignore-errors
+# (These are ordinary models; what an nn.Module holds has no type.)
+import copy
+import itertools
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = {"none": nn.Identity(), "tanh": torch.tanh, "gelu": F.gelu}
+
+#: What every block can have around it; the first choice of each is the plain one.
+GLUE: dict[str, tuple] = {
+    "activation": tuple(ACTIVATIONS),
+    "residual": (False, True),
+    "dropout": (0.0, 0.25),
+    "opaque": (False, True),
+}
+
+_IN, _OUT, _HEADS = (3, 2, 5, 7, 1), (2, 3, 7, 5, 1), (2, 3, 1)  # the first choices are not square
+_BOTH = (True, False)
+
+
+class Block(nn.Module):
+    """One step of a model: (batch, tokens, inputs) → (batch, some tokens, outputs).
+
+    A subclass is a row of the table: `choices` are its options, simplest first; `build` makes the parameters and sets
+    `inputs` and `outputs`; `compute` multiplies.
+
+    Args:
+        activation: what follows the block.
+        residual: add the block's input to its output.
+        dropout: probability, after the activation.
+        opaque: decide something by value, as eager code does: no trace can stand for that forward.
+    """
+
+    choices: ClassVar[dict[str, tuple]] = {}
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
+    """Where the CPU has a kernel."""
+    keeps_length: ClassVar[bool] = True
+    reads_ids: ClassVar[bool] = False
+    inputs: int
+    outputs: int
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        every = {**self.choices, **GLUE}
+        if unknown := options.keys() - every.keys():
+            raise TypeError(f"{type(self).__name__} has no option {sorted(unknown)}; it has {', '.join(every)}")
+        self._options = {**{name: values[0] for name, values in self.choices.items()}, **options}
+        glue = {name: options.get(name, values[0]) for name, values in GLUE.items()}
+        self.activation, self.residual, self.opaque = glue["activation"], glue["residual"], glue["opaque"]
+        self.drop = nn.Dropout(glue["dropout"])
+        self.build(**{name: self._options[name] for name in self.choices})
+
+    def build(self, **options: Any) -> None:
+        raise NotImplementedError
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.opaque and x.shape[0] == 0:
+            return x.new_zeros(0, 1, self.outputs)
+        return self.compute(x)
+
+    def __repr__(self) -> str:
+        plain = {name: values[0] for name, values in GLUE.items()}
+        shown = {name: value for name, value in self._options.items() if name not in plain or value != plain[name]}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def weight(*shape: int) -> nn.Parameter:
+    """A parameter whose values `draw_parameters` draws."""
+    return nn.Parameter(torch.zeros(*shape))
+
+
+# ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Linear(Block):
+    """x·Wᵀ + b, in a module of its own or as a function on a raw parameter."""
+
+    choices: ClassVar = {"inputs": _IN, "outputs": _OUT, "bias": _BOTH, "module": _BOTH}
+
+    def build(self, inputs, outputs, bias, module):
+        self.inputs, self.outputs, self.module = inputs, outputs, module
+        if module:
+            self.linear = nn.Linear(inputs, outputs, bias)
+        else:
+            self.weight, self.bias = weight(outputs, inputs), weight(outputs) if bias else None
+
+    def compute(self, x):
+        return self.linear(x) if self.module else F.linear(x, self.weight, self.bias)
+
+
+class Matmul(Block):
+    """`@` with a raw weight on either side, straight or transposed."""
+
+    choices: ClassVar = {"inputs": _IN, "outputs": _OUT, "how": ("right", "left", "transposed", "reversed", "mm")}
+
+    def build(self, inputs, outputs, how):
+        self.inputs, self.outputs, self.how = inputs, outputs, how
+        self.weight = weight(*((outputs, inputs) if how in ("left", "transposed") else (inputs, outputs)))
+
+    def compute(self, x):
+        if self.how == "left":
+            return (self.weight @ x.mT).mT
+        if self.how == "transposed":
+            return x @ self.weight.t()
+        if self.how == "reversed":
+            return torch.matmul(self.weight.t(), x.transpose(1, 2)).transpose(1, 2)
+        if self.how == "mm":
+            return torch.mm(x.flatten(0, 1), self.weight).unflatten(0, (x.shape[0], x.shape[1]))
+        return x @ self.weight
+
+
+class Bmm(Block):
+    """A batch of weights, one for each head; or one weight, expanded over the batch."""
+
+    choices: ClassVar = {
+        "heads": _HEADS,
+        "head_inputs": _IN,
+        "head_outputs": _OUT,
+        "how": ("bmm", "bmm_left", "matmul", "matmul_left", "expanded"),
+    }
+
+    def build(self, heads, head_inputs, head_outputs, how):
+        self.heads, self.how = heads, how
+        self.inputs, self.outputs = heads * head_inputs, heads * head_outputs
+        sizes = (head_outputs, head_inputs) if how.endswith("left") else (head_inputs, head_outputs)
+        self.weight = weight(*sizes) if how == "expanded" else weight(heads, *sizes)
+
+    def compute(self, x):
+        x = x.unflatten(-1, (self.heads, -1))
+        if self.how.startswith("matmul"):
+            x = x.transpose(1, 2)  # (batch, heads, tokens, head_inputs)
+            y = (self.weight @ x.mT).mT if self.how == "matmul_left" else x @ self.weight
+            return y.transpose(1, 2).flatten(2)
+        batch, tokens = x.shape[0], x.shape[1]
+        x = x.movedim(2, 0).flatten(1, 2)  # (heads, batch · tokens, head_inputs)
+        if self.how == "bmm_left":
+            y = torch.bmm(self.weight, x.mT).mT
+        elif self.how == "expanded":
+            y = torch.bmm(x, self.weight.expand(self.heads, -1, -1))
+        else:
+            y = torch.bmm(x, self.weight)
+        return y.unflatten(1, (batch, tokens)).movedim(0, 2).flatten(2)
+
+
+class Addmm(Block):
+    """beta·bias + alpha·(x @ W), with two axes or three, the weight on either side."""
+
+    choices: ClassVar = {
+        "heads": _HEADS,
+        "head_inputs": _IN,
+        "head_outputs": _OUT,
+        "how": ("addmm", "addmm_left", "baddbmm", "baddbmm_left"),
+        "beta_alpha": ((1, 1), (0.5, 2), (1, 0.7)),
+    }
+
+    def build(self, heads, head_inputs, head_outputs, how, beta_alpha):
+        self.heads, self.how = heads, how
+        self.beta, self.alpha = beta_alpha
+        self.inputs, self.outputs = heads * head_inputs, heads * head_outputs
+        if how.startswith("addmm"):
+            sizes, batch, summand = (self.outputs, self.inputs), (), (self.outputs,)
+        else:
+            sizes, batch, summand = (head_outputs, head_inputs), (heads,), (heads, 1, head_outputs)
+        self.weight = weight(*batch, *(sizes if how.endswith("left") else sizes[::-1]))
+        self.bias = weight(*summand)
+
+    def compute(self, x):
+        batch, tokens = x.shape[0], x.shape[1]
+        if self.how.startswith("addmm"):
+            x = x.flatten(0, 1)
+            if self.how == "addmm":
+                y = torch.addmm(self.bias, x, self.weight, beta=self.beta, alpha=self.alpha)
+            else:
+                y = torch.addmm(self.bias[:, None], self.weight, x.t(), beta=self.beta, alpha=self.alpha).t()
+            return y.unflatten(0, (batch, tokens))
+        x = x.unflatten(-1, (self.heads, -1)).movedim(2, 0).flatten(1, 2)
+        if self.how == "baddbmm":
+            y = torch.baddbmm(self.bias, x, self.weight, beta=self.beta, alpha=self.alpha)
+        else:
+            y = torch.baddbmm(self.bias.mT, self.weight, x.mT, beta=self.beta, alpha=self.alpha).mT
+        return y.unflatten(1, (batch, tokens)).movedim(0, 2).flatten(2)
+
+
+class Einsum(Block):
+    """A matmul as an equation: b batch, t tokens, h heads, i in, o out; the term without b is the weight's."""
+
+    choices: ClassVar = {
+        "equation": (
+            "bti,io->bto", "oi,bti->bto", "...i,oi->...o", "bti,io", "bti,iho->btho", "bti,hio->bhto",
+            "bthi,hio->bto", "bthi,ohi->bto", "bthi,hio->btho",
+        ),
+        "heads": _HEADS,
+        "head_inputs": _IN,
+        "head_outputs": _OUT,
+    }  # fmt: skip
+
+    def build(self, equation, heads, head_inputs, head_outputs):
+        sizes = {"h": heads, "i": head_inputs, "o": head_outputs}
+        left, _, out = equation.replace("...", "bt").partition("->")
+        first, second = left.split(",")
+        w, x = (first, second) if "b" in second else (second, first)
+        self.equation, self.weight_first = equation, w == first
+        out = out or "".join(sorted(set(w) ^ set(x)))
+        self.heads = heads if "h" in x else 1
+        self.order = tuple(out.index(label) for label in "btho" if label in out)
+        self.inputs = head_inputs * (heads if "h" in x else 1)
+        self.outputs = head_outputs * (heads if "h" in out else 1)
+        self.weight = weight(*(sizes[label] for label in w))
+
+    def compute(self, x):
+        if "h" in self.equation.partition(",")[0]:
+            x = x.unflatten(-1, (self.heads, -1))
+        operands = (self.weight, x) if self.weight_first else (x, self.weight)
+        return torch.einsum(self.equation, *operands).permute(self.order).flatten(2)
+
+
+#: Sizes of the spatial axes beside the tokens, and of the kernel along them.
+_BESIDE, _KERNEL_BESIDE = (3, 2), (3, 1)
+
+
+def _spatial(first: Any, beside: tuple, spatial: int) -> tuple:
+    return (first, *beside)[:spatial]
+
+
+class Conv(Block):
+    """Convolutions along the tokens, and along axes made of the features."""
+
+    choices: ClassVar = {
+        "spatial": (1, 2, 3),
+        "groups": (1, 2),
+        "group_inputs": (3, 1, 2),
+        "group_outputs": (2, 3, 1),
+        "geometry": (  # kernel, stride, padding, dilation
+            (3, 1, 0, 1), (1, 1, 0, 1), (2, 2, 0, 1), (3, 1, 1, 1), (3, 2, 2, 2), (3, 1, "same", 2), (4, 1, "same", 2),
+            (2, 1, "valid", 3),
+        ),
+        "mode": ("zeros", "circular", "reflect", "replicate"),
+        "bias": _BOTH,
+    }  # fmt: skip
+    keeps_length = False
+
+    def build(self, spatial, groups, group_inputs, group_outputs, geometry, mode, bias):
+        kernel, stride, padding, dilation = geometry
+        self.beside, self.least = _spatial(1, _BESIDE, spatial)[1:], dilation * (kernel - 1)
+        channels, out = groups * group_inputs, groups * group_outputs
+        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1](
+            channels,
+            out,
+            _spatial(kernel, _KERNEL_BESIDE, spatial),
+            stride=_spatial(stride, (1, 1), spatial),
+            padding=padding if isinstance(padding, str) else _spatial(padding, (1, 0), spatial),
+            dilation=_spatial(dilation, (1, 1), spatial),
+            groups=groups,
+            bias=bias,
+            padding_mode=mode,
+        )
+        self.inputs, self.outputs = channels, out
+        for size, extent in zip(self.beside, _KERNEL_BESIDE, strict=False):
+            self.inputs *= size
+            self.outputs *= size - (extent - 1 if padding == "valid" else 0)
+
+    def compute(self, x):
+        return _convolve(self.conv, F.pad(x, (0, 0, 0, self.least)), self.beside)
+
+
+class ConvTranspose(Block):
+    """Transposed convolutions; torch's module decides too much to be traced, so there is the function as well."""
+
+    choices: ClassVar = {
+        "spatial": (1, 2, 3),
+        "groups": (1, 2),
+        "group_inputs": (3, 1, 2),
+        "group_outputs": (2, 3, 1),
+        "geometry": (  # kernel, stride, padding, output padding, dilation
+            (3, 1, 0, 0, 1), (1, 1, 0, 0, 1), (2, 2, 0, 0, 1), (3, 2, 1, 1, 1), (2, 1, 1, 1, 2),
+        ),
+        "bias": _BOTH,
+        "module": _BOTH,
+    }  # fmt: skip
+    keeps_length = False
+
+    def build(self, spatial, groups, group_inputs, group_outputs, geometry, bias, module):
+        kernel, stride, padding, output_padding, dilation = geometry
+        self.beside = _spatial(1, _BESIDE, spatial)[1:]
+        channels, out = groups * group_inputs, groups * group_outputs
+        self.conv = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[spatial - 1](
+            channels,
+            out,
+            _spatial(kernel, _KERNEL_BESIDE, spatial),
+            stride=_spatial(stride, (1, 1), spatial),
+            padding=_spatial(padding, (1, 0), spatial),
+            output_padding=_spatial(output_padding, (0, 0), spatial),
+            groups=groups,
+            bias=bias,
+            dilation=_spatial(dilation, (1, 1), spatial),
+        )
+        if not module:
+            self.conv = _FunctionalTranspose(self.conv)
+        self.inputs, self.outputs = channels, out
+        for size in self.beside:
+            self.inputs *= size
+            self.outputs *= size
+
+    def compute(self, x):
+        return _convolve(self.conv, F.pad(x, (0, 0, 0, 1)), self.beside)
+
+
+class _FunctionalTranspose(nn.Module):
+    """The function of a transposed convolution, on its parameters."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias, self.spatial = conv.weight, conv.bias, conv.weight.ndim - 2
+        self.geometry = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+
+    def forward(self, x):
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]
+        return function(x, self.weight, self.bias, *self.geometry)
+
+
+def _convolve(conv: nn.Module, x: torch.Tensor, beside: tuple[int, ...]) -> torch.Tensor:
+    y = conv(x.unflatten(-1, (-1, *beside)).transpose(1, 2))
+    return y.transpose(1, 2).flatten(2)
+
+
+class Embedding(Block):
+    """A lookup: as a module, as a function on a raw parameter, with a padding index, a bag of all the tokens."""
+
+    choices: ClassVar = {"rows": (5, 2, 7), "outputs": (3, 2, 4, 1), "how": ("module", "function", "padding", "bag")}
+    reads_ids = True
+
+    def build(self, rows, outputs, how):
+        self.inputs, self.outputs, self.how, self.rows = 1, outputs, how, rows
+        if how == "function":
+            self.weight = weight(rows, outputs)
+        elif how == "bag":
+            self.table = nn.EmbeddingBag(rows, outputs, mode="mean")
+        else:
+            self.table = nn.Embedding(rows, outputs, padding_idx=0 if how == "padding" else None)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.weight if self.how == "function" else self.table.weight
+
+    def compute(self, x):
+        if self.how == "function":
+            return F.embedding(x, self.weight)
+        if self.how == "bag":
+            return self.table(x).unsqueeze(1)
+        return self.table(x)
+
+
+class Experts(Block):
+    """(experts, …) weights: a loop over the experts, a gather of some, a slice of them."""
+
+    choices: ClassVar = {
+        "experts": (2, 3),
+        "expert_inputs": _IN,
+        "expert_outputs": _OUT,
+        "how": ("loop", "picked", "picked_one", "unbound"),
+    }
+
+    def build(self, experts, expert_inputs, expert_outputs, how):
+        self.experts, self.how = experts, how
+        self.inputs, self.outputs = experts * expert_inputs, expert_outputs
+        self.weight = weight(experts, expert_outputs, expert_inputs)
+        self.register_buffer("order", torch.arange(experts).flip(0))
+
+    def compute(self, x):
+        parts = x.unflatten(-1, (self.experts, -1)).unbind(2)
+        if self.how == "picked":
+            x = torch.stack([part.flatten(0, 1) for part in parts])  # (experts, tokens, expert_inputs)
+            y = torch.bmm(x, self.weight[self.order].transpose(1, 2))
+            return y.sum(0).unflatten(0, (x.shape[1] // parts[0].shape[1], parts[0].shape[1]))
+        if self.how == "unbound":
+            weights = self.weight.unbind(0)
+        elif self.how == "picked_one":
+            weights = [self.weight[self.order[e]] for e in range(self.experts)]
+        else:
+            weights = [self.weight[e] for e in range(self.experts)]
+        return sum(F.linear(part, w) for part, w in zip(parts, weights, strict=True))
+
+
+class GroupedExperts(Block):
+    """`grouped_mm`: rows in groups, a weight for each; the kernel wants rows of 16 bytes."""
+
+    choices: ClassVar = {
+        "experts": (2, 3),
+        "expert_inputs": (16, 8),
+        "expert_outputs": (8, 16),
+        "layout": ("in-out", "out-in"),
+    }
+    dtypes = (torch.float32, torch.bfloat16)
+
+    def build(self, experts, expert_inputs, expert_outputs, layout):
+        self.experts, self.layout = experts, layout
+        self.inputs, self.outputs = experts * expert_inputs, expert_outputs
+        sizes = (expert_inputs, expert_outputs)
+        self.weight = weight(experts, *(sizes if layout == "in-out" else sizes[::-1]))
+
+    def compute(self, x):
+        batch, tokens = x.shape[0], x.shape[1]
+        rows = x.unflatten(-1, (self.experts, -1)).movedim(2, 0).flatten(0, 2)
+        ends = torch.arange(1, self.experts + 1, dtype=torch.int32, device=x.device) * (batch * tokens)
+        w = self.weight if self.layout == "in-out" else self.weight.transpose(1, 2)
+        y = F.grouped_mm(rows, w, offs=ends.to(torch.int32))
+        return y.unflatten(0, (self.experts, batch, tokens)).sum(0)
+
+
+class Sliced(Block):
+    """One weight read through several views."""
+
+    choices: ClassVar = {
+        "inputs": (3, 2, 5, 7),
+        "half": (2, 1, 3),
+        "how": ("columns", "rows", "chunk", "part", "every_other", "inputs", "viewed"),
+    }
+
+    def build(self, inputs, half, how):
+        self.inputs, self.half, self.how = inputs, half, how
+        self.outputs = half
+        shape = (inputs, 2 * half) if how == "columns" else (2 * half, inputs)
+        self.weight = weight(*shape)
+
+    def compute(self, x):
+        w, n = self.weight, self.half
+        if self.how == "columns":
+            return torch.tanh(x @ w[:, :n]) * (1 + x @ w[:, n:])
+        if self.how == "rows":
+            return F.linear(x, w[n:]) - torch.tanh(F.linear(x, w[:n]))
+        if self.how == "chunk":
+            a, b = w.chunk(2)
+            return F.linear(x, a) * torch.sigmoid(F.linear(x, b))
+        if self.how == "part":
+            return F.linear(x, w[n:])
+        if self.how == "every_other":
+            return F.linear(x, w[::2]) - torch.tanh(F.linear(x, w[1::2]))
+        if self.how == "inputs":
+            return sum(y.tanh() for y in (F.linear(x[..., :1], w[:n, :1]), F.linear(x[..., 1:], w[n:, 1:])))
+        return torch.einsum("bti,poi->btpo", x, w.view(2, n, self.inputs)).prod(2)
+
+
+class _Alone(nn.Module):
+    """Multiplies with its child's weight in the place of the child."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.child = nn.Linear(inputs, outputs)
+
+    def forward(self, x):
+        return F.linear(x, self.child.weight, self.child.bias)
+
+
+class _Beside(_Alone):
+    """Multiplies with its child's weight beside calling it."""
+
+    def forward(self, x):
+        return self.child(x) - F.linear(x.flip(-1), self.child.weight).tanh()
+
+
+class _There(_Alone):
+    """There and back through one weight, as a tied autoencoder goes."""
+
+    def forward(self, x):
+        return F.linear(self.child(x).tanh(), self.child.weight.t())
+
+
+class _Multiply(nn.Module):
+    """Multiplies with a weight that it is handed."""
+
+    def forward(self, x, weight):
+        return F.linear(x, weight)
+
+
+class _Handed(_Alone):
+    """Hands its child's weight to another module."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.multiply = _Multiply()
+
+    def forward(self, x):
+        return self.multiply(x, self.child.weight)
+
+
+_BORROWERS = {"alone": _Alone, "beside": _Beside, "back": _There, "handed": _Handed}
+
+
+class Borrowed(Block):
+    """A parent that multiplies with its child's weight: in its place, beside it, back through it, or handing it on."""
+
+    choices: ClassVar = {"inputs": _IN, "outputs": _OUT, "how": tuple(_BORROWERS)}
+
+    def build(self, inputs, outputs, how):
+        self.inputs, self.outputs = inputs, inputs if how == "back" else outputs
+        self.parent = _BORROWERS[how](inputs, outputs)
+
+    def compute(self, x):
+        return self.parent(x)
+
+
+class Chain(Block):
+    """Raw matmuls in a row, one reading what the other made: the trap of stale inputs."""
+
+    choices: ClassVar = {"sizes": ((3, 2, 5), (2, 3, 4, 7), (5, 1, 3)), "listed": (False, True)}
+
+    def build(self, sizes, listed):
+        self.inputs, self.outputs, self.listed = sizes[0], sizes[-1], listed
+        weights = [weight(a, b) for a, b in itertools.pairwise(sizes)]
+        self.first, self.second, *more = weights if not listed else (None, None)
+        self.more = nn.ParameterList(weights if listed else more)
+
+    def compute(self, x):
+        if not self.listed:
+            x = x @ self.first @ self.second
+        for w in self.more:
+            x = x @ w
+        return x
+
+
+class Repeated(Block):
+    """One module called three times in one forward, its output its next input."""
+
+    choices: ClassVar = {"size": (3, 2, 5, 1)}
+
+    def build(self, size):
+        self.inputs = self.outputs = size
+        self.again = nn.Linear(size, size)
+
+    def compute(self, x):
+        return self.again(self.again(self.again(x).tanh()))
+
+
+class Gated(Block):
+    """A gated MLP, its gate and up projections apart or fused."""
+
+    choices: ClassVar = {"inputs": (3, 2, 5), "hidden": (4, 2, 7, 1), "fused": (False, True), "bias": _BOTH}
+
+    def build(self, inputs, hidden, fused, bias):
+        self.inputs = self.outputs = inputs
+        self.fused = fused
+        if fused:
+            self.gate_up = nn.Linear(inputs, 2 * hidden, bias)
+        else:
+            self.gate, self.up = nn.Linear(inputs, hidden, bias), nn.Linear(inputs, hidden, bias)
+        self.down = nn.Linear(hidden, inputs, bias)
+
+    def compute(self, x):
+        if self.fused:
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate(x), self.up(x)
+        return self.down(F.silu(gate) * up)
+
+
+def _mirrored(x: torch.Tensor) -> torch.Tensor:
+    """The tokens and their mirror images: two different keys even for one token."""
+    return torch.cat([x, x.flip(-1)], dim=1)
+
+
+class Attention(Block):
+    """Attention: q, k, v apart, fused one after the other, fused head by head, or only k and v fused."""
+
+    choices: ClassVar = {
+        "inputs": (3, 2, 5),
+        "heads": (2, 1, 3),
+        "head_size": (2, 3),
+        "fused": ("apart", "blocks", "interleaved", "key_value"),
+        "core": ("sdpa", "softmax"),
+        "bias": _BOTH,
+    }
+
+    def build(self, inputs, heads, head_size, fused, core, bias):
+        self.inputs = self.outputs = inputs
+        self.heads, self.head_size, self.fused, self.core = heads, head_size, fused, core
+        size = heads * head_size
+        if fused in ("blocks", "interleaved"):
+            self.qkv = nn.Linear(inputs, 3 * size, bias)
+        else:
+            self.query = nn.Linear(inputs, size, bias)
+        if fused == "key_value":
+            self.key_value = nn.Linear(inputs, 2 * size, bias)
+        if fused == "apart":
+            self.key, self.value = nn.Linear(inputs, size, bias), nn.Linear(inputs, size, bias)
+        self.output = nn.Linear(size, inputs, bias)
+
+    def compute(self, x):
+        x = _mirrored(x)
+        if self.fused == "interleaved":
+            q, k, v = self.qkv(x).unflatten(-1, (self.heads, 3 * self.head_size)).transpose(1, 2).chunk(3, dim=-1)
+        else:
+            if self.fused == "blocks":
+                q, k, v = self.qkv(x).chunk(3, dim=-1)
+            elif self.fused == "key_value":
+                q = self.query(x)
+                k, v = self.key_value(x).chunk(2, dim=-1)
+            else:
+                q, k, v = self.query(x), self.key(x), self.value(x)
+            q, k, v = self._split(q), self._split(k), self._split(v)
+        if self.core == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = (q @ k.mT * self.head_size**-0.5).softmax(-1) @ v
+        one, other = self.output(y.transpose(1, 2).flatten(2)).chunk(2, dim=1)
+        return one - other.tanh()
+
+    def _split(self, t):
+        return t.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
+
+
+class TorchAttention(Block):
+    """`nn.MultiheadAttention`, whose projections are read by a function, not by their modules."""
+
+    choices: ClassVar = {
+        "heads": (2, 1),
+        "head_size": (2, 3),
+        "kdim": (False, True),
+        "bias": _BOTH,
+        "weights": (False, True),
+    }
+
+    def build(self, heads, head_size, kdim, bias, weights):
+        self.inputs = self.outputs = heads * head_size
+        self.kdim, self.weights = kdim, weights
+        keys = self.inputs + 1 if kdim else None
+        self.attention = nn.MultiheadAttention(self.inputs, heads, bias=bias, kdim=keys, vdim=keys, batch_first=True)
+
+    def compute(self, x):
+        x = _mirrored(x)
+        keys = F.pad(x, (0, 1), value=0.5) if self.kdim else x
+        one, other = self.attention(x, keys, keys, need_weights=self.weights)[0].chunk(2, dim=1)
+        return one - other.tanh()
+
+
+class TorchEncoder(Block):
+    """`nn.TransformerEncoderLayer`, whose fused path in eval mode reads its children's weights."""
+
+    choices: ClassVar = {"heads": (2, 1), "head_size": (3, 4), "hidden": (5, 3), "norm_first": (False, True)}
+
+    def build(self, heads, head_size, hidden, norm_first):
+        self.inputs = self.outputs = heads * head_size
+        self.layer = nn.TransformerEncoderLayer(
+            self.inputs, heads, hidden, dropout=0.0, norm_first=norm_first, batch_first=True
+        )
+
+    def compute(self, x):
+        one, other = self.layer(_mirrored(x)).chunk(2, dim=1)
+        return one - other.tanh()
+
+
+class Recurrent(Block):
+    """Kernels that take their weights whole."""
+
+    choices: ClassVar = {
+        "kind": ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"),
+        "inputs": _IN,
+        "hidden": (2, 3, 5, 1),
+        "layers": (1, 2),
+        "bidirectional": (False, True),
+        "bias": _BOTH,
+    }
+
+    def build(self, kind, inputs, hidden, layers, bidirectional, bias):
+        self.inputs, self.outputs, self.kind = inputs, hidden, kind
+        if kind.endswith("Cell"):
+            self.cell = getattr(nn, kind)(inputs, hidden, bias)
+            return
+        self.outputs = hidden * (2 if bidirectional else 1)
+        self.net = getattr(nn, kind)(inputs, hidden, layers, bias=bias, batch_first=True, bidirectional=bidirectional)
+
+    def compute(self, x):
+        x = _mirrored(x)  # two steps at least: in the first one the hidden state is zero
+        if not self.kind.endswith("Cell"):
+            y = self.net(x)[0]
+        else:
+            state, steps = None, []
+            for token in x.unbind(1):
+                state = self.cell(token, state)
+                steps.append(state[0] if self.kind == "LSTMCell" else state)
+            y = torch.stack(steps, dim=1)
+        one, other = y.chunk(2, dim=1)
+        return one - other.tanh()
+
+
+class Whole(Block):
+    """Ops beside which no branch can stand, and a matmul's weight that something else reads as well."""
+
+    choices: ClassVar = {
+        "inputs": _IN,
+        "outputs": _OUT,
+        "how": ("bilinear", "inner", "tensordot", "conv_tbc", "addbmm", "also_read"),
+    }
+
+    def build(self, inputs, outputs, how):
+        self.inputs, self.outputs, self.how = inputs, outputs, how
+        shape = {
+            "bilinear": (outputs, inputs, inputs),
+            "tensordot": (inputs, outputs),
+            "conv_tbc": (2, inputs, outputs),
+            "addbmm": (1, inputs, outputs),
+        }
+        self.weight, self.bias = weight(*shape.get(how, (outputs, inputs))), weight(outputs)
+
+    def compute(self, x):
+        if self.how == "bilinear":
+            return F.bilinear(x, x.flip(-1) + 1, self.weight, self.bias)
+        if self.how == "inner":
+            return torch.inner(x, self.weight) + self.bias
+        if self.how == "tensordot":
+            return torch.tensordot(x, self.weight, 1) + self.bias
+        if self.how == "conv_tbc":
+            x = F.pad(x, (0, 0, 0, 1)).transpose(0, 1).contiguous()
+            return torch.conv_tbc(x, self.weight, self.bias, 0).transpose(0, 1)
+        if self.how == "addbmm":
+            y = torch.addbmm(self.bias, x.flatten(0, 1).unsqueeze(0), self.weight)
+            return y.unflatten(0, (x.shape[0], x.shape[1]))
+        return F.linear(x, self.weight, self.bias) * (1 + self.weight.square().mean())
+
+
+class Normed(Block):
+    """A linear between norms with parameters; the batch norm also counts, in train mode."""
+
+    choices: ClassVar = {"inputs": _IN, "outputs": (3, 5, 4), "norm": ("layer", "rms", "batch")}
+
+    def build(self, inputs, outputs, norm):
+        self.inputs, self.outputs, self.batch = inputs, outputs, norm == "batch"
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+        self.norm = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm2d}[norm](
+            1 if self.batch else outputs
+        )
+
+    def compute(self, x):
+        y = self.linear(x)
+        return self.norm(y.unsqueeze(1)).squeeze(1) if self.batch else self.norm(y)
+
+
+class Computed(Block):
+    """A weight that is computed before it multiplies, which no rule can adapt, beside one that a rule can."""
+
+    choices: ClassVar = {"inputs": _IN, "outputs": _OUT}
+
+    def build(self, inputs, outputs):
+        self.inputs, self.outputs = inputs, outputs
+        self.direction, self.gain = weight(outputs, inputs), weight(outputs, 1)
+        self.plain = nn.Linear(inputs, outputs)
+
+    def compute(self, x):
+        return F.linear(x, self.direction * (1 + self.gain)) - self.plain(x).tanh()
+
+
+#: The rows, those with the most common forms first.
+BLOCKS: tuple[type[Block], ...] = (
+    Linear, Matmul, Bmm, Addmm, Einsum, Conv, ConvTranspose, Embedding, Experts, GroupedExperts, Sliced, Borrowed,
+    Chain, Repeated, Gated, Attention, TorchAttention, TorchEncoder, Recurrent, Whole, Normed, Computed,
+)  # fmt: skip
+
+
+# ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Again:
+    """In the place of a block: the block at `index` once more, one module under two names."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.index})"
+
+
+class Tied(Again):
+    """In the place of a block: another module like the block at `index`, with its weights, and its own biases."""
+
+
+HEADS = ("none", "linear", "parameter", "tied", "borrowed")
+"""What ends a model: nothing; a module; a raw parameter of the model itself; a linear tied to the embedding; the
+embedding's weight, which the model reads out of its child."""
+
+
+class RandomModel(nn.Module):
+    """Blocks in a row, with glue between them: an ordinary module that can be copied, pickled, trained and exported.
+
+    Args:
+        steps: blocks, and `Again` or `Tied` with the index of an earlier one.
+        head: one of `HEADS`; the last two want an `Embedding` first.
+        outputs: features of a head of its own.
+        seed: every parameter and buffer is drawn from it.
+        training: train mode.
+    """
+
+    def __init__(
+        self,
+        *steps: Block | Again,
+        head: str = "none",
+        outputs: int = 2,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        training: bool = False,
+    ) -> None:
+        super().__init__()
+        self._lines, self._seed, self.head = tuple(map(repr, steps)), seed, head
+        self.blocks = nn.ModuleList()
+        for step in steps:
+            self.blocks.append(step if isinstance(step, Block) else _shared(self.blocks[step.index], step))
+        self._shown = dict(head=head, outputs=outputs, dtype=dtype, seed=seed, training=training)
+        width = self.blocks[-1].outputs
+        if head == "linear":
+            self.last = nn.Linear(width, outputs)
+        elif head == "parameter":
+            self.weight = weight(width, outputs)
+        elif head == "tied":
+            table = self.blocks[0].parameter
+            self.last = nn.Linear(table.shape[1], table.shape[0], bias=False)
+            self.last.weight = table
+        draw_parameters(self, seed)
+        self.to(dtype)
+        self.train(training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        width = self.blocks[0].inputs
+        for block in self.blocks:
+            y = block(x if block.reads_ids else fit(x, width, block.inputs))
+            y = block.drop(ACTIVATIONS[block.activation](y))
+            if block.residual and block.keeps_length and not block.reads_ids:
+                y = y + fit(x, width, block.outputs)
+            x, width = tame(y), block.outputs
+        if self.head in ("linear", "tied"):
+            return self.last(fit(x, width, self.last.in_features))
+        if self.head == "parameter":
+            return x @ self.weight
+        if self.head == "borrowed":
+            first = self.blocks[0]
+            return F.linear(fit(x, width, first.outputs), first.parameter)
+        return x
+
+    def example(self, batch: int = 2, tokens: int = 3) -> tuple[torch.Tensor]:
+        """Example inputs: indices where the first block looks up, else numbers of the model's own dtype."""
+        first = self.blocks[0]
+        if first.reads_ids:
+            ids = (torch.arange(batch * tokens) + 1) % first.rows
+            return (ids.reshape(batch, tokens),)
+        generator = torch.Generator().manual_seed(self._seed)
+        x = torch.randn(batch, tokens, first.inputs, generator=generator, dtype=torch.float64)
+        return (x.to(self._shown["dtype"]),)
+
+    def __repr__(self) -> str:
+        plain = dict(head="none", outputs=2, dtype=torch.float32, seed=0, training=False)
+        shown = [f"{name}={value!r}" for name, value in self._shown.items() if value != plain[name]]
+        lines = [f"    {line}," for line in self._lines]
+        return "\n".join(["RandomModel(", *lines, *([f"    {', '.join(shown)},"] if shown else []), ")"])
+
+
+def _shared(block: nn.Module, step: Again) -> nn.Module:
+    if not isinstance(step, Tied):
+        return block
+    twin = copy.deepcopy(block)
+    for name, parameter in block.named_parameters(remove_duplicate=False):
+        if parameter.ndim >= 2:
+            path, _, attribute = name.rpartition(".")
+            owner = twin.get_submodule(path)
+            setattr(owner, attribute, parameter)
+    return twin
+
+
+def fit(x: torch.Tensor, have: int, want: int) -> torch.Tensor:
+    """(…, have) → (…, want) features: repeated in turn, or added up in turn; every one of them still counts."""
+    if have < want:
+        return x.repeat(1, 1, -(-want // have))[..., :want]
+    if have > want:
+        return F.pad(x, (0, -have % want)).unflatten(-1, (-1, want)).sum(-2)
+    return x
+
+
+def tame(x: torch.Tensor) -> torch.Tensor:
+    """The sample scaled to a size below 1; unlike a layer norm it forgets nothing, not even of one feature."""
+    return x * torch.rsqrt(1 + x.square().mean((-2, -1), keepdim=True))
+
+
+@torch.no_grad()
+def draw_parameters(model: nn.Module, seed: int) -> None:
+    """Matrices of std 1/sqrt(fan in), vectors moved off 0 and 1: no channel is dead, and no zero bias hides a bug."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: torch.Size, std: float) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * std
+
+    norms = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            centre = 1.0 if isinstance(module, norms) and name == "weight" else 0.0
+            fan = parameter[0].numel() if parameter.ndim >= 2 else 10
+            parameter.copy_(centre + normal(parameter.shape, fan**-0.5))
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(normal(module.running_mean.shape, 0.1))
+            module.running_var.copy_(1 + normal(module.running_var.shape, 0.1).abs())

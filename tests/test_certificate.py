@@ -1,0 +1,260 @@
+"""The coverage certificate sees every use, and does not certify what is wrong, missed or unmeasurable."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from torch import fx, nn
+
+import lora_fx
+from lora_fx import Rule
+from lora_fx.adapter import AdaptedWeight
+from lora_fx.errors import CaptureError, PlanError
+from tests import reference
+from tests.zoo import case
+
+#: each kind of realisation, tied and split weights, gathered experts, a module called three times
+CERTIFIED = (
+    "llama", "gpt2", "native-einsum-attention", "native-sliced-attention", "native-mha", "native-encoder",
+    "native-lstm", "native-called-thrice", "native-two-names", "native-shared-parameter", "native-tied",
+    "native-bypassed-linear", "native-deconv", "native-conv2d", "native-experts", "native-bmm", "native-addmm",
+    "native-bilinear", "mixtral-eager", "olmoe-batched", "gpt-oss-grouped",
+)  # fmt: skip
+EVERYTHING = Rule(
+    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
+)
+
+
+class Chain(nn.Module):
+    """Two matmuls in a row, a tied table, and a layer that only some inputs reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 6)
+        self.rare = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, i):
+        x = self.second(self.first(self.embed(i)))
+        return self.head(self.rare(x) if i.sum() > 40 else x)
+
+
+IDS = torch.arange(8)
+
+
+def adapted(rules=EVERYTHING, **options) -> nn.Module:
+    torch.manual_seed(0)
+    return lora_fx.apply(Chain(), rules, IDS, **options)
+
+
+@pytest.mark.parametrize("name", CERTIFIED)
+def test_every_use_of_the_zoo_is_certified(name):
+    model, inputs = case(name).build()
+    base = sum(len(w.uses) for w in lora_fx.capture(model, inputs).weights if w.multiplied and not w.problem)
+    lora_fx.apply(model, EVERYTHING, inputs)
+    reference.fill(model)
+    state, flags = reference.bits(model), [m.training for m in model.modules()]
+    certificate = lora_fx.certify(model, inputs)
+    assert certificate, str(certificate)
+    assert len(certificate.rows) == base
+    assert not certificate.gradient_free and all(certificate.whole) and len(certificate.whole) == 2
+    assert all(row.effect > row.bound >= row.error for row in certificate.rows)
+    assert reference.same_bits(reference.bits(model), state) and [m.training for m in model.modules()] == flags
+
+
+def test_how_each_use_is_realised():
+    def realised(name, rule=EVERYTHING):
+        model, inputs = case(name).build()
+        certificate = lora_fx.certify(lora_fx.apply(model, rule, inputs), inputs)
+        return {(row.form, row.realised) for row in certificate.rows}
+
+    assert realised("native-tied") == {("embedding", "graph"), ("linear", "graph")}
+    assert realised("native-lstm") == {("lstm", "dense"), ("linear", "graph")}
+    assert realised("native-mha") == {("linear", "dispatch")}
+    assert realised("native-tied", Rule(role="lm_head", rank=2)) == {("embedding", "split off"), ("linear", "graph")}
+
+
+def test_a_weight_that_the_inputs_do_not_reach_is_unseen_and_not_certified():
+    model = adapted(Rule(where="first", rank=2))
+    lora_fx.apply(model, Rule(where="rare", rank=2), torch.arange(10), name="default")
+    certificate = lora_fx.certify(model, IDS)
+    assert [(row.weight, row.realised) for row in certificate.rows] == [
+        ("first.weight", "graph"), ("rare.weight", "unseen")]  # fmt: skip
+    assert not certificate and [row.weight for row in certificate.unseen] == ["rare.weight"]
+    assert certificate.problems == () and "do not reach it" in str(certificate)
+    assert certificate.gradient_free == ("rare.weight (default)",)
+
+
+def test_a_use_whose_output_does_not_depend_on_the_adapter_is_not_certified():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.lin(x * 0) + x.sum()
+
+    model = lora_fx.apply(Masked(), Rule(where="lin", rank=2), torch.randn(4, 5))
+    certificate = lora_fx.certify(model, torch.randn(4, 5))
+    assert not certificate and "nothing to measure" in certificate.rows[0].problem
+
+
+def broken(monkeypatch, change) -> lora_fx.Certificate:
+    """The certificate of a model whose branches are computed otherwise; every use dispatches, so that it counts."""
+    model = adapted()
+    for adapter in reference.distinct_adapters(model):
+        adapter.realised = "dispatch"
+    lora_fx.wiring.wire_or_dispatch(model)
+    assert lora_fx.certify(model, torch.arange(10)), "right before it is broken"
+    honest = AdaptedWeight.branch
+    monkeypatch.setattr(AdaptedWeight, "branch", lambda self, *args: change(honest, self, *args))
+    return lora_fx.certify(model, torch.arange(10))
+
+
+def wrong_uses(certificate: lora_fx.Certificate) -> list[tuple[str, str]]:
+    assert not certificate
+    return [(row.module, row.problem) for row in certificate.problems]
+
+
+def test_one_lost_use_is_named_and_the_others_are_not(monkeypatch):
+    def lost(branch, weight, call, factors, placement):
+        out = branch(weight, call, factors, placement)
+        return out * 0 if call.form.name == "linear" and weight.window.shape == (11, 6) else out
+
+    certificate = broken(monkeypatch, lost)
+    assert wrong_uses(certificate) == [("head", "the adapters have no effect here")]
+
+
+def test_a_wrong_scale_is_named_at_the_use_where_it_happens(monkeypatch):
+    def scaled(branch, weight, call, factors, placement):
+        return branch(weight, call, factors, placement) * (1.01 if weight.window.shape == (9, 6) else 1.0)
+
+    assert wrong_uses(broken(monkeypatch, scaled)) == [("first", "it is not the use of W + s·B·A")]
+
+
+def test_an_effect_that_rounding_could_hide_is_not_certified():
+    torch.manual_seed(0)
+    model, x = nn.LSTM(3, 2, batch_first=True).bfloat16(), torch.randn(2, 3, 3).bfloat16()
+    lora_fx.apply(model, Rule(where="*", rank=2), x)
+    certificate = lora_fx.certify(model, x)
+    assert not certificate and all(certificate.whole)
+    assert [row.problem for row in certificate.problems] == [
+        "rounding in bfloat16 could hide its effect: certify a copy in float32 or float64"]  # fmt: skip
+    assert lora_fx.certify(model.float(), x.float())
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 4)
+
+    def forward(self, x):
+        return self.second(self.first(x) + self.first(x + 1))
+
+
+def rewritten() -> tuple[fx.GraphModule, list[fx.Node]]:
+    """An adapted graph, to be damaged by hand, and the nodes that add its branches."""
+    torch.manual_seed(0)
+    model = fx.symbolic_trace(Twice())
+    lora_fx.apply(model, Rule(where="first | second", rank=2), torch.randn(5, 6))
+    assert lora_fx.certify(model, torch.randn(5, 6))
+    return model, [n for n in model.graph.nodes if str(n.args).count("linear") == 2]
+
+
+def test_a_value_that_is_read_before_its_branch_is_added():
+    model, (first, again, _) = rewritten()
+    with model.graph.inserting_after(again):
+        stale = model.graph.call_function(torch.sub, (again, first.args[0]))
+    again.replace_all_uses_with(stale, delete_user_cb=lambda user: user is not stale)
+    model.recompile()
+    rows = lora_fx.certify(model, torch.randn(5, 6)).problems
+    assert [row.problem for row in rows] == ["sub in the model reads its output without the branch"]
+
+
+def test_a_use_that_is_gone_is_missed():
+    model, (first, again, _) = rewritten()
+    again.replace_all_uses_with(first)
+    model.graph.eliminate_dead_code()
+    model.recompile()
+    certificate = lora_fx.certify(model, torch.randn(5, 6))
+    assert [(row.weight, row.realised) for row in certificate.problems] == [("first.weight", "missed")]
+    assert "reads it 2 times, the adapted one 1 times" in str(certificate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_folded_model_is_certified_through_its_exact_weights(dtype):
+    torch.manual_seed(0)
+    model = Chain().to(dtype)
+    lora_fx.apply(model, [Rule(role="lm_head", rank=2), Rule(where="first", rank=3)], IDS)
+    reference.fill(model)
+    lora_fx.fold(model)
+    state = reference.bits(model)
+    certificate = lora_fx.certify(model, IDS)
+    assert certificate and certificate.folded == {"first.weight": 0, "head.weight": 0}
+    assert reference.same_bits(reference.bits(model), state)
+    assert "every element of 2 weights is W + s·B·A rounded once" in str(certificate)
+    assert lora_fx.passes.fold.is_folded(model)
+
+
+def test_a_folded_element_that_is_off_by_one_step_is_counted(monkeypatch):
+    def off_by_one(*args):
+        folded = honest(*args)
+        folded[2, 3] = torch.nextafter(folded[2, 3], torch.tensor(torch.inf))
+        return folded
+
+    honest = lora_fx.passes.fold._rounded
+    model = adapted(Rule(where="first", rank=2))
+    reference.fill(model)
+    monkeypatch.setattr(lora_fx.passes.fold, "_rounded", off_by_one)
+    certificate = lora_fx.certify(lora_fx.fold(model), IDS)
+    assert not certificate and certificate.folded == {"first.weight": 1}
+    assert "folded first.weight: 1 elements not rounded once" in str(certificate)
+
+
+def test_several_adapters_act_together_and_inactive_ones_are_named():
+    model = adapted(Rule(where="first", rank=2))
+    lora_fx.apply(model, Rule(where="first | second", rank=1), IDS, name="task")
+    lora_fx.apply(model, Rule(where="first", rank=1), IDS, name="idle")
+    lora_fx.activate(model, "default", "task")
+    certificate = lora_fx.certify(model, IDS)
+    assert certificate, str(certificate)
+    assert {row.weight: row.adapters for row in certificate.rows} == {
+        "first.weight": ("default", "task"), "second.weight": ("task",)}  # fmt: skip
+    assert certificate.inactive == ("idle",) and "inactive: idle" in str(certificate)
+
+
+def test_it_is_read_as_a_table_and_as_json():
+    certificate = lora_fx.certify(adapted(), torch.arange(10))
+    content = json.loads(certificate.to_json())
+    assert content["certified"] is True and content["gradient_free"] == []
+    assert [row["weight"] for row in content["rows"]] == [row.weight for row in certificate.rows]
+    assert all(isinstance(row["effect"], float) for row in content["rows"])
+    assert pickle.loads(pickle.dumps(certificate)) == certificate
+    assert str(certificate).endswith(f"certified: {len(certificate.rows)} of {len(certificate.rows)} uses are covered")
+
+
+def test_models_that_cannot_be_certified():
+    with pytest.raises(PlanError, match="no active adapter") as caught:
+        lora_fx.certify(Chain(), IDS)
+    assert caught.value.place and caught.value.remedy
+    model = adapted(Rule(where="first", rank=2))
+    with pytest.raises(PlanError, match="no active adapter"):
+        lora_fx.certify(lora_fx.fold(model, copy=True, final=True), IDS)
+    with pytest.raises(CaptureError, match="does not run on the example inputs"):
+        lora_fx.certify(model, torch.randn(3))
+    with pytest.raises(CaptureError, match="on meta"):
+        lora_fx.certify(model.to("meta"), IDS)
+
+
+def test_a_refused_certificate_leaves_a_folded_model_folded():
+    model = adapted(Rule(where="first", rank=2))
+    reference.fill(model)
+    state = reference.bits(lora_fx.fold(model))
+    with pytest.raises(CaptureError):
+        lora_fx.certify(model, torch.randn(3))
+    assert reference.same_bits(reference.bits(model), state)
