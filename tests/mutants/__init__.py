@@ -1,0 +1,740 @@
+"""Deliberate defects of the library, a row each: the tests must turn red on every one of them.
+
+A row names a defect, the file, a text that occurs in it exactly once, what stands there instead, and the defect in a
+sentence. Nothing on disk is ever changed: `tests.mutants.hook` replaces the text while the module is imported.
+
+    python -m tests.mutants                      all of them, and which law or test caught which
+    python -m tests.mutants unfold_off_by_one    one
+    LORA_FX_MUTANT=unfold_off_by_one python -m pytest -p tests.mutants.plugin -n 0 tests/test_fold.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Area:
+    """What is run against the mutants of one part of the library, beside the laws over random models."""
+
+    tests: tuple[str, ...]
+    """pytest's arguments: files, or single tests of slow files."""
+    zoo: str = ""
+    """The architectures of the zoo whose laws (tests/test_laws.py) are run, joined by commas."""
+    laws: str = ""
+    """The laws that are run over random models (tests/test_random_laws.py), joined by commas."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One defect."""
+
+    name: str
+    area: str
+    file: str
+    """Relative to the repository."""
+    old: str
+    """Occurs exactly once in the file."""
+    new: str
+    what: str
+    """The defect, in a sentence."""
+    tests: tuple[str, ...] = ()
+    """Instead of the area's."""
+    zoo: str = ""
+    """Instead of the area's."""
+    laws: str = ""
+    """Instead of the area's."""
+
+    @property
+    def module(self) -> str:
+        """The name it is imported under."""
+        path = self.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        return path if path.startswith("lora_fx") else f"lora_fx.{path}"
+
+    @property
+    def suite(self) -> Area:
+        area = AREAS[self.area]
+        return Area(self.tests or area.tests, self.zoo or area.zoo, self.laws or area.laws)
+
+    def applied(self, source: str) -> str:
+        """The source with the defect.
+
+        Raises:
+            ValueError: the text to replace does not occur exactly once.
+        """
+        times = source.count(self.old)
+        if times != 1:
+            raise ValueError(f"{self.name}: {self.file} has {self.old!r} {times} times, not once: mend this row")
+        return source.replace(self.old, self.new)
+
+
+def mutant(name: str) -> Mutant:
+    """The row of that name."""
+    for row in MUTANTS:
+        if row.name == name:
+            return row
+    raise KeyError(f"no mutant {name!r}; there are {', '.join(row.name for row in MUTANTS)}")
+
+
+GAPS = "tests/test_mutant_gaps.py"
+
+AREAS = {
+    "algebra": Area((GAPS, "tests/test_forms.py"), "native-chain", "l2"),
+    "layouts": Area((GAPS, "tests/test_views.py", "tests/test_forms.py"), "native-conv1d", "l2"),
+    "wiring": Area((GAPS, "tests/test_graph_module.py"), "native-two-names", "l2"),
+    "insert": Area((GAPS, "tests/test_refusals.py", "tests/test_rules.py"), "native-tied", "l6"),
+    "capture": Area((GAPS, "tests/test_refusals.py"), "native-batchnorm", "l13"),
+    "fold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l3"),
+    "rounding": Area(("tests/test_fold.py", GAPS), "native-chain", "l3"),
+    "unfold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l5"),
+    "roles": Area(("tests/test_roles.py",)),
+    "rules": Area(("tests/test_rules.py", GAPS)),
+    "plan": Area(("tests/test_rules.py", "tests/test_refusals.py", GAPS)),
+    "verification": Area((GAPS, "tests/test_refusals.py"), "native-tied", "l1"),
+    "export": Area(("tests/test_onnx.py",), laws="l10"),
+    "files": Area(("tests/test_adapter_files.py", GAPS)),
+}
+
+MUTANTS = (
+    # ── the algebra: factors, scale, forms ───────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "factors_swapped", "algebra", "lora_fx/adapter.py",
+        "A, B = placement.down(factors.A, factors.B), placement.up(factors.A, factors.B)",
+        "B, A = placement.down(factors.A, factors.B).mT, placement.up(factors.A, factors.B).mT",
+        "The branch contracts x with B and makes the output with A; only square weights take it.",
+    ),
+    Mutant(
+        "scale_dropped", "algebra", "lora_fx/adapter.py",
+        "if factors.adapter.scale != 1:", "if False:",
+        "The branch is x·A·B, without its scale.",
+    ),
+    Mutant(
+        "alpha_for_scale", "algebra", "lora_fx/adapter.py",
+        'return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)', "return self.alpha",
+        "The scale is alpha, in branch and fold alike, so that both agree on the wrong number.",
+    ),
+    Mutant(
+        "rslora_is_standard", "algebra", "lora_fx/adapter.py",
+        '(math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)', "self.rank",
+        "rslora divides alpha by the rank instead of its root.",
+    ),
+    Mutant(
+        "dense_without_scale", "algebra", "lora_fx/adapter.py",
+        "own = f.adapter.layout.delta(f.A, f.B) * f.adapter.scale", "own = f.adapter.layout.delta(f.A, f.B)",
+        "Only ops that take the weight whole (LSTM, bilinear) lose the scale.",
+        zoo="native-bilinear,native-lstm",
+    ),
+    Mutant(
+        "second_adapter_lost", "algebra", "lora_fx/adapter.py",
+        "for factors, placement in zip(weight.factors, placements, strict=True):",
+        "for factors, placement in list(zip(weight.factors, placements, strict=True))[:1]:",
+        "Of two adapters on one weight only the first acts.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "stale_input", "algebra", "lora_fx/adapter.py",
+        "x, drop = call.x, factors.dropout\n",
+        "x, drop = call.x, factors.dropout\n"
+        "        if isinstance(x, fx.Proxy) and getattr(x.node.target, '__name__', '') == 'add':\n"
+        "            x = fx.Proxy(x.node.args[0], x.tracer)\n",
+        "The branch of the second of two chained matmuls reads what the first one gave before its own branch.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "dropout_in_eval", "algebra", "lora_fx/adapter.py",
+        "            x = drop(x)", "            x = F.dropout(x, factors.adapter.dropout.p)",
+        "Dropout of the branch acts in eval mode too.",
+    ),
+    Mutant(
+        "dropout_missing_in_train", "algebra", "lora_fx/adapter.py",
+        "            x = drop(x)", "            pass",
+        "Dropout of the branch never acts: training overfits, and no output in eval mode tells.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "dropout_missing_on_embeddings", "algebra", "lora_fx/adapter.py",
+        "z = z * drop(torch.ones_like(z[..., :1]))", "pass",
+        "Dropout of the branch never acts where the weight is looked up.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "dropout_on_the_output", "algebra", "lora_fx/adapter.py",
+        "            x = drop(x)", "            x = drop(torch.ones_like(x[..., :1])) * x",
+        "Whole tokens are dropped from the branch input instead of single features.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "rows_shifted", "algebra", "lora_fx/adapter.py",
+        "F.pad(B, (0, 0, self.rows[0], out - self.rows[-1] - 1))",
+        "F.pad(B, (0, 0, self.rows[0] + 1, out - self.rows[-1] - 2))",
+        "A part of a fused weight acts one row further down.",
+        zoo="native-chain",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "scattered_rows_in_a_block", "algebra", "lora_fx/adapter.py",
+        "return zeros.index_copy(len(self.layout.batch), self.index if index is None else index, B)",
+        "return F.pad(B, (0, 0, self.rows[0], out - self.rows[0] - len(self.rows)))",
+        "Rows that are no contiguous range (q, k, v interleaved by head) are taken for one that starts at the first.",
+    ),
+    Mutant(
+        "experts_swap_b", "algebra", "lora_fx/adapter.py",
+        "factors.append(Factors(adapter, f.A[picked], f.B[picked], f.dropout))",
+        "factors.append(Factors(adapter, f.A[picked], f.B[picked.flip(0) if picked.ndim else picked], f.dropout))",
+        "Experts that are picked by an index tensor get each other's B.",
+        zoo="olmoe-batched",
+    ),
+    Mutant(
+        "conv_dilation_ignored", "algebra", "lora_fx/forms.py",
+        'o["padding"], o["dilation"], o["groups"])', 'o["padding"], 1, o["groups"])',
+        'The branch of a convolution has no dilation; with padding="same" no shape tells.',
+        tests=("tests/test_forms.py",),
+    ),
+    Mutant(
+        "conv_groups_interleaved", "algebra", "lora_fx/forms.py",
+        'A = A.repeat(o["groups"], *[1] * (len(call.sides) - 1))', 'A = A.repeat_interleave(o["groups"], 0)',
+        "Each group of a convolution reads one row of A several times; rank 1 and a single group show nothing.",
+        tests=("tests/test_forms.py",),
+    ),
+    Mutant(
+        "conv_transpose_groups_mixed", "algebra", "lora_fx/forms.py",
+        "A = A.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)",
+        "A = A.unflatten(1, (-1, groups)).permute(2, 0, 1).flatten(0, 1)",
+        "The input channels of a grouped transposed convolution go to the wrong groups.",
+        zoo="native-deconv",
+    ),
+    Mutant(
+        "addmm_alpha_ignored", "algebra", "lora_fx/forms.py",
+        "z if isinstance(alpha, int) and alpha == 1 else z * alpha", "z",
+        "addmm(..., alpha=a) multiplies the weight by a, and its branch not.",
+        tests=("tests/test_forms.py",),
+    ),
+    Mutant(
+        "delta_transposed_where_square", "algebra", "lora_fx/layout.py",
+        "return self.to_weight(B @ A)",
+        "return self.to_weight((B @ A).mT if self.size('i') == self.size('o') else B @ A)",
+        "The dense delta of square weights is transposed; no shape tells.",
+        zoo="native-lstm,native-bilinear,native-mha",
+    ),
+    # ── layouts and views ────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "view_step_ignored", "layouts", "lora_fx/views.py",
+        "strides[d] * step\n", "strides[d]\n",
+        "Every second row of a weight reads as the rows in front.",
+    ),
+    Mutant(
+        "chunks_rounded_down", "layouts", "lora_fx/views.py",
+        "-(-v.shape[v.dim(dim)] // chunks)", "max(v.shape[v.dim(dim)] // chunks, 1)",
+        "chunk() of a size that does not divide evenly cuts elsewhere than torch does.",
+    ),
+    Mutant(
+        "select_forgets_the_offset", "layouts", "lora_fx/views.py",
+        "offset = self.offset + (index % self.shape[d]) * self.strides[d]",
+        "offset = (index % self.shape[d]) * self.strides[d]",
+        "W[8:][0] reads as W[0].",
+    ),
+    Mutant(
+        "element_located_by_the_wrong_axis", "layouts", "lora_fx/layout.py",
+        "index = index * axis.size + (flat // axis.stride) % axis.size",
+        "index = index + (flat // axis.stride) % axis.size",
+        "The exact sum of a doubtful element takes the factors of another one, where a side has several axes (heads).",
+    ),
+    # ── tracing and wiring ───────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "tied_owner_not_registered", "insert", "passes/insert.py",
+        "for n, (path, attribute) in enumerate(row.owners):", "for n, (path, attribute) in enumerate(row.owners[:1]):",
+        "A tied weight is adapted under its first name only; the self-check takes that for a split.",
+        tests=("tests/test_laws.py::test_every_name_of_a_tied_weight_is_adapted", "tests/test_rules.py", GAPS),
+    ),
+    Mutant(
+        "use_skipped", "insert", "passes/insert.py",
+        "for use in row.weight.uses:", "for use in row.weight.uses[:1]:",
+        "A weight that several modules read is rewritten in the first of them.",
+        zoo="native-shared-parameter,native-tied",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "site_skipped", "insert", "passes/insert.py",
+        "for row in self.plan.rows:\n                new",
+        "for row in self.plan.rows[:-1] or self.plan.rows:\n                new",
+        "The last site of a plan with several gets no adapter.",
+    ),
+    Mutant(
+        "weights_left_trainable", "insert", "passes/insert.py",
+        "parameter.requires_grad_(False)", "parameter.requires_grad_(parameter.requires_grad)",
+        "The base weights train along with the adapters.",
+    ),
+    Mutant(
+        "adapters_not_trainable", "insert", "passes/insert.py",
+        "module.requires_grad_(True)", "module.requires_grad_(False)",
+        "Nothing trains.",
+    ),
+    Mutant(
+        "factors_in_the_weights_dtype", "insert", "passes/insert.py",
+        "dtype = parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32", "dtype = parameter.dtype",
+        "The factors of a bfloat16 model are bfloat16: small updates vanish.",
+        tests=("tests/test_adapter_files.py::test_dtypes", GAPS),
+    ),
+    Mutant(
+        "adapter_starts_in_eval", "insert", "passes/insert.py",
+        "adapter.train(owner.training)", "adapter.eval()",
+        "apply on a model in train mode: dropout waits for the next model.train().",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "refusal_leaves_the_weights_frozen", "insert", "lora_fx/changes.py",
+        "parameter.requires_grad_(was)", "pass",
+        "After a refused apply the base weights do not train any more.",
+    ),
+    Mutant(
+        "refusal_leaves_the_adapters", "insert", "lora_fx/changes.py",
+        "for table, was in tables:", "for table, was in ():",
+        "After a refused apply the adapters are still there.",
+    ),
+    Mutant(
+        "decisions_baked_in", "wiring", "lora_fx/tracing.py",
+        "if why := _decides(code):", "if why := '':",
+        "A forward that tests for None or for train mode is rewritten as the path it took once.",
+        tests=("tests/test_integration.py::test_a_plain_attribute_and_a_parameter_set_after_apply_take_effect", GAPS),
+    ),
+    Mutant(
+        "attributes_baked_in", "wiring", "lora_fx/wiring.py",
+        "if spec.baked:", "if False:",
+        "Stride, dilation or padding mode of a convolution set after apply have no effect.",
+        tests=("tests/test_integration.py::test_an_attribute_changed_after_apply_takes_effect", GAPS),
+    ),
+    Mutant(
+        "classes_confused", "wiring", "lora_fx/wiring.py",
+        "self.reads, self.source, names", "self.reads, names",
+        "Modules of one class share one generated forward, whatever scale and dropout stand in it.",
+    ),
+    Mutant(
+        "inactive_adapter_acts", "wiring", "lora_fx/wiring.py",
+        "return {child: a for child, a in adapters_of(owner).items() if a.active}",
+        "return dict(adapters_of(owner))",
+        "A deactivated adapter goes on acting.",
+        tests=("tests/test_graph_module.py", "tests/test_fold.py", GAPS),
+    ),
+    Mutant(
+        "deactivated_adapter_trains", "wiring", "lora_fx/application.py",
+        "adapter.requires_grad_(adapter.active)", "pass",
+        "activate() leaves the adapters trainable that do not act, and frozen the ones that do.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "inlined_keywords_lost", "wiring", "lora_fx/tracing.py",
+        "next(placeholders, kwargs.get(node.target, default))", "next(placeholders, default)",
+        "A GraphModule's call of an adapted leaf by keyword gets the default instead.",
+        tests=(GAPS,),
+    ),
+    # ── capture ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "capture_leaves_eval_mode", "capture", "lora_fx/frontend.py",
+        "                module.training = training", "                pass",
+        "Capturing a model in train mode leaves it in eval mode.",
+    ),
+    Mutant(
+        "capture_moves_buffers", "capture", "lora_fx/frontend.py",
+        "                    buffer.copy_(copy)", "                    pass",
+        "Running a model to look at it moves its batch statistics.",
+    ),
+    Mutant(
+        "capture_draws_random_numbers", "capture", "lora_fx/frontend.py",
+        "with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):", "with contextlib.nullcontext():",
+        "Looking at a model changes the random numbers drawn after that.",
+    ),
+    Mutant(
+        "computed_weight_accepted", "capture", "lora_fx/program.py",
+        'if name in DENSE_OPS or name.startswith(("conv", "grouped", "_grouped")):', "if False:",
+        "The parameters behind a weight_norm are adapted, which means nothing.",
+    ),
+    Mutant(
+        "unseen_not_told", "capture", "lora_fx/program.py",
+        "return tuple(w for w in self.weights if not w.uses)", "return ()",
+        "The plan does not say which weights the example inputs never reached.",
+        tests=(GAPS,),
+    ),
+    # ── fold ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "fold_transposed", "fold", "passes/fold.py",
+        "return self.layout.to_weight(total)", "return self.layout.to_weight(total.mT)",
+        "The delta is folded in transposed; a reshape makes it fit.",
+    ),
+    Mutant(
+        "fold_without_scale", "fold", "passes/fold.py",
+        "self.B.to(torch.float64) * self.scale", "self.B.to(torch.float64)",
+        "The fold forgets the scale that the branch has.",
+    ),
+    Mutant(
+        "fold_last_rank_lost", "fold", "passes/fold.py",
+        "for k in range(1, A.shape[-2]):", "for k in range(1, A.shape[-2] - 1):",
+        "The last of several components is not folded; rank 1 shows nothing.",
+    ),
+    Mutant(
+        "fold_into_both_uses", "fold", "passes/fold.py",
+        "    if storage.split:\n        storage.replace(", "    if False:\n        storage.replace(",
+        "An adapter on the head is folded into the tied embedding too.",
+        tests=("tests/test_rules.py", GAPS),
+    ),
+    Mutant(
+        "folded_once_for_each_owner", "fold", "lora_fx/wiring.py",
+        "readers = storages.setdefault(parameter.untyped_storage()._cdata, {})",
+        "readers = storages.setdefault(id(module), {})",
+        "A tied weight is folded as often as it has owners.",
+        tests=("tests/test_rules.py", GAPS), zoo="native-tied",
+    ),
+    Mutant(
+        "fold_reads_b_in_half", "fold", "passes/fold.py",
+        "A.clone(), B.clone(), adapter.scale", "A.clone(), B.to(torch.bfloat16).to(B.dtype), adapter.scale",
+        "B is rounded to bfloat16 on its way into the weight.",
+    ),
+    Mutant(
+        "fold_blocks_forget_heads", "fold", "passes/fold.py",
+        "rows = slice(start * per_row, stop * per_row)", "rows = slice(start, stop)",
+        "Where the weight's first axis is one of two on its side (heads), a block takes the factors of other rows.",
+        zoo="native-einsum-attention",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "fold_last_block_left_out", "fold", "passes/fold.py",
+        "for start in range(0, rows, step):", "for start in range(0, max(rows - rows % step, 1), step):",
+        "The last rows of weights above a million elements are not folded.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "fold_keeps_the_keys", "fold", "passes/fold.py",
+        "    for child in children:\n        wiring.detach(module, child)\n", "",
+        "A folded model still has the adapters' keys, and its branches on top of the folded weights.",
+    ),
+    Mutant(
+        "nan_folded", "fold", "passes/fold.py",
+        "if not bool(factor.isfinite().all()):", "if False:",
+        "Factors with NaN are folded into the weights.",
+        tests=("tests/test_refusals.py", GAPS),
+    ),
+    Mutant(
+        "overflow_folded", "fold", "passes/fold.py",
+        "    for start, stop in _blocks(parameter):  # only", "    for start, stop in ():  # only",
+        "A sum beyond float16 is folded as Inf.",
+        tests=("tests/test_refusals.py", GAPS),
+    ),
+    # ── rounding ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "fold_rounds_twice", "rounding", "passes/fold.py",
+        "return round_sum(total, error, block.dtype, exact)", "return total.to(block.dtype)",
+        "Folding converts float64 to bfloat16 as torch does, by way of float32.",
+    ),
+    Mutant(
+        "delta_rounded_before_the_sum", "rounding", "passes/fold.py",
+        "    total = block.to(torch.float64) + delta\n    largest",
+        "    total = block.to(torch.float64) + delta.to(block.dtype)\n    largest",
+        "The delta is rounded to W's dtype, and the sum again.",
+    ),
+    Mutant(
+        "round_once_is_plain_to", "rounding", "lora_fx/rounding.py",
+        "odd = torch.where(inexact, (bits - away.to(torch.int32)) | 1, bits)", "odd = bits",
+        "round_once rounds twice.",
+    ),
+    Mutant(
+        "ties_to_odd", "rounding", "lora_fx/rounding.py",
+        "int(value[None].view(_INTEGERS[value.itemsize])) & 1",
+        "-(int(value[None].view(_INTEGERS[value.itemsize])) & 1)",
+        "A sum exactly between two numbers becomes the odd one.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "doubt_ignored", "rounding", "lora_fx/rounding.py",
+        "if unsure.numel():", "if False:",
+        "Sums too near a border for float64 to decide are rounded on a guess.",
+    ),
+    # ── unfold ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "unfold_off_by_one", "unfold", "lora_fx/rounding.py",
+        "pairs.to(torch.int64) - 8", "pairs.to(torch.int64) - 7",
+        "Every unfolded number is one step of its dtype too large.",
+    ),
+    Mutant(
+        "unfold_reads_the_factors_of_now", "unfold", "passes/fold.py",
+        "A.clone(), B.clone(), adapter.scale", "A, B, adapter.scale",
+        "Unfolding takes out what the factors are now, not what was folded in.",
+        tests=("tests/test_fold.py::test_training_an_adapter_that_is_put_away_changes_nothing",),
+    ),
+    Mutant(
+        "checksum_always_equal", "unfold", "lora_fx/rounding.py",
+        "return int(ordinal(values.detach()).sum(dtype=torch.int64))", "return 0",
+        "A weight that was written to after the fold is unfolded into nonsense.",
+        tests=("tests/test_fold.py::test_unfolding_refuses_a_weight_that_was_written_to",),
+    ),
+    Mutant(
+        "unfold_unties", "unfold", "passes/fold.py",
+        "                module._parameters[attribute] = original\n",
+        "                module._parameters[attribute] = nn.Parameter(original.detach().clone())\n",
+        "A head that was split from its embedding comes back as a copy.",
+        tests=("tests/test_rules.py::test_a_split_use_folds_into_a_copy_of_its_own_and_unfolds_to_one_storage",),
+    ),
+    Mutant(
+        "unfold_writes_before_it_looks", "unfold", "passes/fold.py",
+        "_check_unchanged(path, module, module.__dict__[wiring.FOLDED])", "pass",
+        "Unfolding finds out that a weight was written to when it has written to it itself.",
+    ),
+    # ── roles ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "query_is_key", "roles", "lora_fx/roles.py",
+        "return 1 if dim == -1 else 0", "return 0 if dim == -1 else 1",
+        "In attention that is spelled out, query and key change places.",
+    ),
+    Mutant(
+        "key_is_value", "roles", "lora_fx/roles.py",
+        "(core.query, core.key, core.value), strict=True", "(core.query, core.value, core.key), strict=True",
+        "Key and value change places.",
+    ),
+    Mutant(
+        "gate_is_up", "roles", "lora_fx/roles.py",
+        "gate, up = (a, b) if left.bent else (b, a)", "gate, up = (b, a) if left.bent else (a, b)",
+        "The gate of an MLP and the factor beside it change places.",
+    ),
+    Mutant(
+        "fused_part_shifted", "roles", "lora_fx/roles.py",
+        "own = {rows[k] for k in features}", "own = {rows[(k + 1) % len(rows)] for k in features}",
+        "The parts of a fused weight are cut one row too low.",
+    ),
+    Mutant(
+        "glu_halves_swapped", "roles", "lora_fx/roles.py",
+        "for start in (0, half))", "for start in (half, 0))",
+        "The two halves in front of a glu change their roles.",
+        tests=("tests/test_roles.py::test_a_fused_weight_is_split_exactly",),
+    ),
+    # ── rules ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "last_rule_decides", "rules", "lora_fx/rules.py",
+        "chosen.update(dict.fromkeys(decided, rule))", "chosen.update(dict.fromkeys(matched, rule))",
+        "The last rule that matches a site decides it: exclusions in front are lost.",
+        tests=("tests/test_rules.py::test_the_first_rule_that_matches_decides_and_one_without_a_rank_excludes",),
+    ),
+    Mutant(
+        "layers_end_early", "rules", "lora_fx/rules.py",
+        "range(int(first), int(last or first) + 1)", "range(int(first), max(int(last or first), int(first) + 1))",
+        "layers='0-3' leaves layer 3 out.",
+        tests=("tests/test_rules.py::test_layers_are_ranges_or_integers",),
+    ),
+    Mutant(
+        "expect_ignored", "rules", "lora_fx/rules.py",
+        "if not decided or rule.expect not in (None, len(decided)):", "if not decided:",
+        "A rule that decides fewer sites than it expects is no error.",
+        tests=("tests/test_rules.py::test_expect_counts_sites",),
+    ),
+    Mutant(
+        "alpha_is_one_by_default", "rules", "lora_fx/rules.py",
+        "float(self.rank if self.alpha is None else self.alpha)", "float(1 if self.alpha is None else self.alpha)",
+        "Without alpha the scale is 1 / rank instead of 1.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "layer_is_the_last_integer", "rules", "lora_fx/sites.py",
+        r're.search(r"(?:^|\.)(\d+)(?:\.|$)", name)', r're.search(r"(?:^|.*\.)(\d+)(?:\.|$)", name)',
+        "layers.1.experts.0 counts as layer 0.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "names_match_anywhere_in_their_case", "rules", "lora_fx/rules.py",
+        "return any(fnmatchcase(name, glob) for glob in _globs(text))",
+        "return any(fnmatchcase(name.lower(), glob.lower()) for glob in _globs(text))",
+        "where='W' takes the weight w too.",
+        tests=(GAPS,),
+    ),
+    # ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "parts_merged", "plan", "lora_fx/planning.py",
+        "part = (site.rows, site.role) if rule.role is not None and site.rows is not None else None", "part = None",
+        "Query and value of a fused weight share one adapter instead of having one each.",
+        tests=("tests/test_rules.py::test_a_role_picks_the_rows_of_a_fused_weight_and_a_name_the_whole",),
+    ),
+    Mutant(
+        "other_use_adapted_too", "plan", "lora_fx/planning.py",
+        "others = [u for u in weight.uses if u not in uses and _reads_rows(u, rows)]", "others: list[Use] = []",
+        "A rule for the head adapts the embedding it is tied to.",
+        tests=("tests/test_rules.py::test_a_name_adapts_every_use_of_a_tied_weight_and_a_role_only_its_own",),
+    ),
+    Mutant(
+        "adapted_twice_under_one_name", "plan", "lora_fx/planning.py",
+        "same = wiring.attribute_of(child) == attribute and adapter.name == name", "same = False",
+        "A second apply replaces a trained adapter of the same name.",
+        tests=("tests/test_refusals.py",),
+    ),
+    # ── verification ─────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "self_check_off", "verification", "passes/insert.py",
+        "if not self.check or capture is None:", "if self is not None:",
+        "apply does not check itself.",
+    ),
+    Mutant(
+        "self_check_in_eval_only", "verification", "lora_fx/verification.py",
+        "for training in (False, True)]", "for training in (False,)]",
+        "apply does not look at the path that the model takes in train mode.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "self_check_leaves_b", "verification", "lora_fx/verification.py",
+        "                parameter.copy_(old)", "                pass",
+        "After apply B holds the random numbers of the check.",
+    ),
+    Mutant(
+        "self_check_leaves_the_sum", "verification", "lora_fx/verification.py",
+        "weight[changed] = old", "pass",
+        "After apply the base weights hold the dense sum of the check.",
+    ),
+    Mutant(
+        "bound_too_lax", "verification", "lora_fx/verification.py",
+        "SLACK = 16.0", "SLACK = 1e6",
+        "An error of a million times the noise passes.",
+    ),
+    Mutant(
+        "nan_is_no_difference", "verification", "lora_fx/verification.py",
+        "    if not bool(difference.isfinite().all()):\n        return math.inf",
+        "    if not bool(difference.isfinite().all()):\n        return 0.0",
+        "A model that gives NaN is equivalent to any other.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "only_the_first_output", "verification", "lora_fx/verification.py",
+        "top = max(reports, key=", "top = max(reports[:1], key=",
+        "verify looks at the first output of a model alone.",
+        tests=(GAPS,),
+    ),
+    # ── export ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "exported_without_the_fold", "export", "export/onnx_files.py",
+        "folded = fold(model, copy=True, final=True)",
+        "from lora_fx.application import remove\n    folded = remove(copy.deepcopy(model), *names)",
+        "The file holds the base weights.",
+        tests=("tests/test_onnx.py::test_float16_is_run",),
+    ),
+    Mutant(
+        "any_file_passes", "export", "export/onnx_files.py",
+        "    if comparison.equivalent:\n        return", "    if comparison is not None:\n        return",
+        "Whatever ONNX Runtime computes, the file is written.",
+        tests=("tests/test_onnx.py::test_a_wrong_weight_in_the_file_is_caught",
+               "tests/test_onnx.py::test_a_wrong_integer_is_caught"),
+    ),
+    Mutant(
+        "other_shapes_not_run", "export", "export/onnx_files.py",
+        "    if not sizes:\n        return []", "    if sizes is not None:\n        return []",
+        "A file with dynamic axes is only run at the size it was traced with.",
+        tests=("tests/test_onnx.py::test_nested_keyword_inputs_and_integer_outputs",),
+    ),
+    Mutant(
+        "optimizer_sees_the_weights", "export", "export/onnx_files.py",
+        "values[name], value.const_value = value.const_value, None", "values[name] = value.const_value",
+        "The graph depends on the numbers: zero biases are dropped, equal weights merged.",
+        tests=("tests/test_onnx.py::test_zeros_ones_and_equal_weights_leave_the_graph_alone",),
+    ),
+    # ── adapter files ────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "alpha_pattern_ignored", "files", "export/peft_format.py",
+        'float(_pattern_value(config, "alpha_pattern", target, 8 if alpha is None else alpha))',
+        "float(8 if alpha is None else alpha)",
+        "A PEFT adapter with a scale for each layer is loaded with one for all.",
+        tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
+    ),
+    Mutant(
+        "rank_pattern_ignored", "files", "export/peft_format.py",
+        'int(_pattern_value(config, "rank_pattern", target, config.get("r") or 8))', 'int(config.get("r") or 8)',
+        "A PEFT adapter with a rank for each layer is read with one for all.",
+        tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
+    ),
+    Mutant(
+        "last_pattern_decides", "files", "export/peft_format.py",
+        "for pattern, value in (config.get(key) or {}).items():",
+        "for pattern, value in reversed((config.get(key) or {}).items()):",
+        "Of two patterns that match a layer the last decides; PEFT takes the first.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "square_conv1d_untransposed", "files", "export/peft_format.py",
+        '{"conv1d": "io",', '{"conv1d": "io" if shape[0] != shape[1] else "oi",',
+        "A, B of a square (in, out) weight are read as those of a Linear; no shape tells.",
+        tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
+    ),
+    Mutant(
+        "rslora_loaded_as_standard", "files", "export/adapter_files.py",
+        'scaling = "rslora" if config.get("use_rslora") else "standard"', 'scaling = "standard"',
+        "use_rslora of a PEFT adapter is ignored.",
+        tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
+    ),
+    Mutant(
+        "out_proj_once", "files", "export/adapter_files.py",
+        "alpha = alpha_of(config, layer.target) * layer.times", "alpha = alpha_of(config, layer.target)",
+        "PEFT adds the delta of an attention's out_proj twice, and the loaded model once.",
+        tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
+    ),
+    Mutant(
+        "exclude_ignored", "files", "export/peft_format.py",
+        "if exclude and (", "if not config and (",
+        "exclude_modules of a PEFT adapter is ignored.",
+        tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
+    ),
+    Mutant(
+        "layers_ignored", "files", "export/peft_format.py",
+        "return _ends_in(path, target) and _in_layers(config, path)", "return _ends_in(path, target)",
+        "layers_to_transform of a PEFT adapter is ignored.",
+        tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
+    ),
+    Mutant(
+        "target_is_any_ending", "files", "export/peft_format.py",
+        'path.endswith(f".{target}")', "path.endswith(target)",
+        "The target 'lin' takes the module 'mylin' too.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "dora_loaded_as_lora", "files", "export/peft_format.py",
+        "or key in _FREE or value is None", "or key in _FREE or key in _REASONS or value is None",
+        "Options that change what an adapter computes (DoRA, a bias) are skipped.",
+        tests=("tests/test_adapter_files.py::test_options_that_are_refused",),
+    ),
+    Mutant(
+        "another_base_accepted", "files", "export/peft_format.py",
+        "or not torch.equal(base.detach().cpu().to(value.dtype), value)", "",
+        "A file that carries another base weight is loaded as if it were the model's.",
+        tests=("tests/test_adapter_files.py::test_damaged_folders",),
+    ),
+    Mutant(
+        "digest_not_checked", "files", "export/adapter_folder.py",
+        "if meta.get(DIGEST) != _digest(meta[HEADER], data):", "if DIGEST not in meta:",
+        "Flipped bits in the numbers are loaded.",
+        tests=("tests/test_adapter_files.py::test_flipped_bits_and_cut_files",),
+    ),
+    Mutant(
+        "nan_loaded", "files", "export/adapter_folder.py",
+        "if not bool(tensor.float().isfinite().all()):", "if False:",
+        "A file with NaN is loaded.",
+        tests=("tests/test_adapter_files.py::test_damaged_folders",),
+    ),
+    Mutant(
+        "edited_settings_accepted", "files", "export/adapter_files.py",
+        "        if config.get(key) != value:", "        if key not in config:",
+        "A config that was edited after saving is half believed.",
+        tests=("tests/test_adapter_files.py::test_settings_that_were_edited",),
+    ),
+    Mutant(
+        "dropout_not_loaded", "files", "export/adapter_files.py",
+        'float(entry["dropout"])', "0.0",
+        "The dropout of a saved adapter is gone after loading.",
+        tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
+    ),
+    Mutant(
+        "experts_innermost", "files", "export/peft_format.py",
+        "return A.reshape(-1, rank, inner), B.reshape(outer, rank, -1).permute(2, 0, 1)",
+        "return A.reshape(-1, rank, inner), B.reshape(outer, -1, rank).permute(1, 0, 2)",
+        "The experts' factors are read in the order of the rank.",
+        tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
+    ),
+    Mutant(
+        "equal_shift_forgotten", "files", "export/adapter_files.py",
+        "torch.ldexp(b, torch.tensor(shift))", "b",
+        "Parts of a fused weight with scales of their own are saved with one.",
+        tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
+    ),
+)  # fmt: skip
