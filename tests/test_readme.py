@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import nn
 
 import lora_fx
@@ -39,6 +40,21 @@ def test_the_generated_forward_is_the_one_shown():
     lora_fx.apply(layer, Rule(where="*", rank=2, alpha=4), torch.randn(3, 6))
     lines = [re.sub(r";  .* = None$", "", line).replace(" : ", ": ") for line in lora_fx.show(layer).splitlines()]
     assert "\n".join(lines).strip() == BLOCKS[2].strip()
+
+
+def test_the_certificate_runs(capsys):
+    model, example_inputs = case("native-gated-mlp").build()
+    lora_fx.apply(model, Rule(where="*", rank=2), example_inputs)
+    exec(BLOCKS[3], {"lora_fx": lora_fx, "model": model, "example_inputs": example_inputs})
+    assert capsys.readouterr().out.rstrip().endswith("4 of 4 uses are covered")
+
+
+@pytest.mark.onnx
+def test_the_lines_for_the_users_own_tests_run():
+    _, inputs = case("native-gated-mlp").build()
+    scope = {"lora_fx": lora_fx, "make_model": lambda: case("native-gated-mlp").build()[0], "inputs": inputs}
+    exec(BLOCKS[4], scope)
+    settings(max_examples=2)(scope["test_our_model_survives_lora"])()
 
 
 def test_every_name_of_the_readme_is_public():
