@@ -59,8 +59,8 @@ class Coverage:
     form: str
     realised: str
     """``graph``: a branch in a generated forward. ``dispatch``: a branch put there when the op runs. ``dense``: the op
-    takes W + s·B·A whole. ``split off``: another use of a tied weight, which reads the plain W. ``unseen``: the example
-    inputs did not reach it."""
+    takes W + s·B·A whole. ``split off``: another use of a tied weight, which reads the plain W. ``missed``: the base
+    model has this use, and the adapted one does not. ``unseen``: the example inputs did not reach it."""
     effect: float = 0.0
     """How far the adapters move this use's output, relative to its root mean square."""
     error: float = 0.0
@@ -102,8 +102,7 @@ class Certificate:
 
     def to_json(self) -> str:
         """Everything in it, and the verdict, as one JSON object."""
-        content = {"certified": bool(self), **asdict(self), "folded": dict(self.folded)}
-        return json.dumps(content, indent=1, default=str)
+        return json.dumps({"certified": bool(self), **asdict(self)}, indent=1)
 
     def __str__(self) -> str:
         header = ("weight", "adapters", "use", "in", "realised", "effect", "error", "bound", "")
@@ -275,8 +274,7 @@ class _Flow:
 
     def _summed(self, node: fx.Node) -> frozenset[int]:
         """The adapters whose delta has been added to this weight."""
-        own = self.sums.get(node, frozenset()) if node in self.sums else frozenset()
-        return own.union(*(self._summed(n) for n in node.all_input_nodes if n in self.carriers))
+        return self.sums.get(node, frozenset()).union(*(self._summed(n) for n in node.all_input_nodes if n in self.carriers))
 
     def _end(self, node: fx.Node, roots: tuple[fx.Node, ...]) -> tuple[fx.Node, frozenset[int], str]:
         """The last of the adds that put branches of these weights onto the node's output, and whose branches."""

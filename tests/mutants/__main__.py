@@ -72,21 +72,22 @@ def run(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, Outcome]]:
     """Each job with its outcome, as they end."""
     waiting: list[Job] = list(jobs)
     running: dict[int, tuple[Job, IO[str], float]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                job, output = waiting.pop(0), tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed when the job ends)
-                running[_start(job, output)] = job, output, time.monotonic()
-            time.sleep(0.1)
-            for pid, (job, output, start) in list(running.items()):
-                seconds = time.monotonic() - start
-                status = _status(pid, seconds > job.limit)
-                if status is not None:
-                    del running[pid]
-                    yield job, _outcome(job, status, output, seconds)
-    finally:
-        for pid in running:
-            _status(pid, kill=True)
+    with contextlib.ExitStack() as files:
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    job, output = waiting.pop(0), files.enter_context(tempfile.TemporaryFile("w+"))
+                    running[_start(job, output)] = job, output, time.monotonic()
+                time.sleep(0.1)
+                for pid, (job, output, start) in list(running.items()):
+                    seconds = time.monotonic() - start
+                    status = _status(pid, seconds > job.limit)
+                    if status is not None:
+                        del running[pid]
+                        yield job, _outcome(job, status, output, seconds)
+        finally:
+            for pid in running:
+                _status(pid, kill=True)
 
 
 def _status(pid: int, kill: bool) -> int | None:
@@ -99,9 +100,8 @@ def _status(pid: int, kill: bool) -> int | None:
 
 
 def _outcome(job: Job, status: int, output: IO[str], seconds: float) -> Outcome:
-    with output:
-        output.seek(0)
-        text = output.read()
+    output.seek(0)
+    text = output.read()
     late = (f"the time limit of {job.limit:.0f} s",) if seconds > job.limit else ()
     return Outcome(late or failed(status, text), seconds, text)
 

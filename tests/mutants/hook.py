@@ -2,7 +2,7 @@
 
     source on disk  →  source with one row of the table replaced  →  what `import lora_fx` runs
 
-The file on disk is only read. `startup/sitecustomize.py` imports this in every Python that starts with that folder on
+The file on disk is only read. `startup/sitecustomize.py` installs this in every Python that starts with that folder on
 PYTHONPATH: in pytest, in its xdist workers, and in processes that a test starts.
 """
 
@@ -68,6 +68,3 @@ def install() -> None:
     if row.module in sys.modules:
         raise RuntimeError(f"{row.module} is imported already: {VARIABLE}={name} came too late")
     sys.meta_path.insert(0, _Finder(row))
-
-
-install()

@@ -1,3 +1,5 @@
 """Python imports this when it starts with this folder on PYTHONPATH: see `tests.mutants.hook`."""
 
-import tests.mutants.hook  # noqa: F401
+from tests.mutants import hook
+
+hook.install()
