@@ -274,7 +274,9 @@ class _Flow:
 
     def _summed(self, node: fx.Node) -> frozenset[int]:
         """The adapters whose delta has been added to this weight."""
-        return self.sums.get(node, frozenset()).union(*(self._summed(n) for n in node.all_input_nodes if n in self.carriers))
+        return self.sums.get(node, frozenset()).union(
+            *(self._summed(n) for n in node.all_input_nodes if n in self.carriers)
+        )
 
     def _end(self, node: fx.Node, roots: tuple[fx.Node, ...]) -> tuple[fx.Node, frozenset[int], str]:
         """The last of the adds that put branches of these weights onto the node's output, and whose branches."""
