@@ -101,9 +101,8 @@ def as_folded(base: nn.Module, folded: nn.Module) -> nn.Module:
     return base
 
 
-def graph_lines(model: nn.Module, example_inputs: Any) -> list[str]:
-    """The captured graph as text, one line a node: equal texts are equal graphs."""
-    graph = capture_graph(model, example_inputs).graph
+def graph_lines(graph: fx.Graph) -> list[str]:
+    """A graph as text, one line a node: equal texts are equal graphs."""
     index = {node: f"%{n}" for n, node in enumerate(graph.nodes)}
 
     def shown(value: Any) -> str:

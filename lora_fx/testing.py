@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx import oracles, random_models, wiring
 from lora_fx.errors import LoraFxError
-from lora_fx.frontend import Inputs, no_fast_paths, normalize_inputs
+from lora_fx.frontend import Inputs, capture_graph, no_fast_paths, normalize_inputs
 from lora_fx.oracles import Difference, first_difference
 from lora_fx.passes.fold import fold, unfold
 from lora_fx.planning import plan, read_program
@@ -396,10 +396,12 @@ def _describe(name: str, weight: torch.Tensor, folded: torch.Tensor, acting: Seq
 
 
 def _check_graph(check: _Check, base: nn.Module, folded: nn.Module, example_inputs: Any) -> None:
-    found = oracles.graph_lines(folded, example_inputs)
-    wanted = oracles.graph_lines(base, example_inputs)
+    def lines(model: nn.Module) -> list[str]:
+        return oracles.graph_lines(capture_graph(model, example_inputs).graph)
+
+    found, wanted = lines(folded), lines(base)
     if found != wanted:  # a router on other numbers, or a tied weight of which one use has a copy now
-        wanted = oracles.graph_lines(oracles.as_folded(base, folded), example_inputs)
+        wanted = lines(oracles.as_folded(base, folded))
     pairs = zip([*wanted, *[""] * len(found)], [*found, *[""] * len(wanted)], strict=False)
     differing = next(((w, f) for w, f in pairs if w != f), None)
     check(differing is None, f"the folded model's graph is not the base model's: {differing}")

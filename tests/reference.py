@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
-from lora_fx import wiring
+from lora_fx import oracles, wiring
 from lora_fx.frontend import Inputs, normalize_inputs, output_tensors, undisturbed
+from lora_fx.oracles import bits as bits
+from lora_fx.oracles import graph_lines as graph_lines
+from lora_fx.verification import cast_inputs
 
 _LETTERS = "abcdefghijklmnopqstuvwxyz"  # without r, the rank
 
@@ -76,45 +78,13 @@ def _called(base: nn.Module, weights: dict[str, torch.Tensor], inputs: Inputs) -
     return output_tensors(functional_call(base, dict(weights), inputs.args, inputs.kwargs, tie_weights=False))
 
 
-def graph_lines(graph: fx.Graph) -> list[str]:
-    """A graph as text, one line a node: equal texts are equal graphs."""
-    index = {node: f"%{n}" for n, node in enumerate(graph.nodes)}
-
-    def shown(value: object) -> str:
-        return str(fx.node.map_arg(value, index.__getitem__))
-
-    return [
-        f"{index[n]} {n.op} {n.target if n.op != 'placeholder' else ''} {shown(n.args)} {shown(n.kwargs)}"
-        for n in graph.nodes
-    ]
-
-
 def in_double(model: nn.Module, example_inputs) -> tuple[nn.Module, Inputs]:
     """The model and its inputs in float64."""
-    inputs = normalize_inputs(model, example_inputs)
-
-    def cast(leaf: object) -> object:
-        return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
-
-    args, kwargs = pytree.tree_map(cast, (inputs.args, inputs.kwargs))
-    return model.double(), Inputs(args, kwargs)
-
-
-def bits(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of everything in the state_dict."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return model.double(), cast_inputs(normalize_inputs(model, example_inputs), torch.float64)
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and a.contiguous().flatten().view(torch.uint8).equal(b.contiguous().flatten().view(torch.uint8))
-    )
+    return a.keys() == b.keys() and all(oracles.same_bits(a[k], b[k]) for k in a)
 
 
 def classes(model: nn.Module) -> dict[str, type]:
