@@ -7,7 +7,7 @@ Every verb that changes a model (apply, load_adapter, activate, switch, remove, 
   hook of one. It looks at the threads' stacks once, when it starts, so a forward costs nothing. The limit: a forward
   that another thread *starts* while a verb runs is not seen; whoever shares a model among threads keeps them apart;
 * **wholly or not at all:** whatever ends a verb early (an error, no memory, Ctrl-C) leaves the model bitwise what it
-  was: classes, graphs, adapters, marks, flags, and every weight.
+  was: classes, graphs, adapters, marks, flags, and every weight. The gradient mode, too, is what it was.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError
@@ -130,14 +131,28 @@ def _roll_back(undo: list[Undo]) -> None:
 # ── what a model was ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+#: what verbs switch for a while: how it is read, how it is set
+_SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], Any]], ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+)
+
+
 class _Before:
-    """What the modules of a model are and hold: references alone, no number is copied."""
+    """What the modules of a model are and hold: references alone, no number is copied. And torch's own switches.
+
+    Ctrl-C in the `__exit__` of a `torch.no_grad()` leaves gradients off, for whatever runs next.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        self.switches = [(switch, read()) for read, switch in _SWITCHES]
         self.modules = [(m, type(m), dict(m.__dict__), _tables(m), _forward(m)) for m in model.modules()]
         self.trainable = [(p, p.requires_grad) for p in model.parameters()]
 
     def restore(self) -> None:
+        for switch, was in self.switches:
+            switch(was)
         for module, cls, own, tables, forward in self.modules:
             if type(module) is not cls:
                 module.__class__ = cls

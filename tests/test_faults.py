@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import os
 import pickle
@@ -35,15 +34,6 @@ from tests import reference
 
 DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
 ROOT = Path(__file__).parent.parent
-
-#: what a Ctrl-C or a lack of memory in the middle of a destructor leaves behind is no fault of the test that comes next
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def _collected():
-    yield
-    gc.collect()
 
 
 class Small(nn.Module):
@@ -120,23 +110,33 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
 
 
 class Look:
-    """Every module, its class, and the very objects it holds, in their order; every flag and every bit of a tensor."""
+    """Every module, its class, and the very objects it holds, in their order; every flag, torch's too; every bit."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = [p for m in model.modules() for p in m._parameters.values() if p is not None]
         self.parts, self.numbers = self.held(model), self.bits(model)
 
     def held(self, model: nn.Module) -> list[Any]:
-        return [
-            (name, type(m), _method(m), [(key, id(v), _entries(v)) for key, v in m.__dict__.items()])
-            for name, m in model.named_modules()
-        ] + [(id(p), p.requires_grad) for p in self.parameters]
+        return (
+            [
+                (name, type(m), _method(m), [(key, id(v), _entries(v)) for key, v in m.__dict__.items()])
+                for name, m in model.named_modules()
+            ]
+            + [(id(p), p.requires_grad) for p in self.parameters]
+            + [switches()]
+        )
 
     def bits(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {**reference.bits(model), **{str(n): p.detach().clone() for n, p in enumerate(self.parameters)}}
 
     def same(self, model: nn.Module) -> bool:
         return self.held(model) == self.parts and reference.same_bits(self.bits(model), self.numbers)
+
+
+def switches() -> tuple[bool, ...]:
+    """What torch keeps for a thread or the whole process, and a verb sets for a while."""
+    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    return torch.is_grad_enabled(), fast, onednn
 
 
 def whole(model: nn.Module) -> list[Any]:
@@ -384,7 +384,8 @@ def test_an_error_that_is_not_ours_says_that_the_verb_is_undone() -> None:
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function of this module returns in another process, as JSON."""
     code = f"from tests import test_faults as t; import json; print(json.dumps(t.{function.__name__}(*{arguments!r})))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    freed = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # large blocks go back to the system: the limit is about those
+    environment = {**os.environ, **freed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT
     )
@@ -399,7 +400,7 @@ def folds_short_of_memory() -> list[str]:
     lora_fx.apply(model, Rule(where="*", rank=2), torch.randn(1, 1024), check=False)
     reference.fill(model)
     before, found = Look(model), []
-    for room in range(384, 0, -16):  # MiB
+    for room in (1024, *range(96, 0, -4)):  # MiB
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room * 2**20, resource.RLIM_INFINITY))
         try:
