@@ -90,6 +90,7 @@ AREAS = {
     "fold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l3"),
     "rounding": Area(("tests/test_fold.py", GAPS), "native-chain", "l3"),
     "unfold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l5"),
+    "changes": Area(("tests/test_concurrency.py",)),
     "roles": Area(("tests/test_roles.py",)),
     "rules": Area(("tests/test_rules.py", GAPS)),
     "plan": Area(("tests/test_rules.py", "tests/test_refusals.py", GAPS)),
@@ -736,5 +737,23 @@ MUTANTS = (
         "torch.ldexp(b, torch.tensor(shift))", "b",
         "Parts of a fused weight with scales of their own are saved with one.",
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
+    ),
+    # ── changes: wholly or not at all, while the model rests ─────────────────────────────────────────────────────────
+    Mutant(
+        "changed_while_it_runs", "changes", "lora_fx/changes.py",
+        "        _refuse_running(model, verb)\n", "",
+        "A verb changes a model that another thread is running.",
+    ),
+    Mutant(
+        "numbers_not_rolled_back", "changes", "lora_fx/changes.py",
+        "                _roll_back(undo)\n", "",
+        "A fold that runs out of memory leaves the weights that it has written.",
+        tests=("tests/test_faults.py::test_no_memory_at_any_operation_leaves_the_model_bitwise_what_it_was",),
+    ),
+    Mutant(
+        "gradient_mode_left_off", "changes", "lora_fx/changes.py",
+        "            switch(was)\n", "            pass\n",
+        "After Ctrl-C in a verb nothing has gradients any more.",
+        tests=("tests/test_faults.py::test_ctrl_c_at_any_line_leaves_the_model_bitwise_what_it_was",),
     ),
 )  # fmt: skip
