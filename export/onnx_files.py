@@ -45,7 +45,7 @@ from lora_fx.changes import alone
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.frontend import Inputs, no_fast_paths, normalize_inputs, refuse_unready, undisturbed
 from lora_fx.passes.fold import fold
-from lora_fx.verification import Report, cast_inputs, compare, dither, relative_error, rounding_step
+from lora_fx.verification import Report, cast_inputs, compare, move_weights, relative_error, rounding_step
 
 OPSETS = range(18, 25)
 PROVIDER = "CPUExecutionProvider"
@@ -775,7 +775,7 @@ def _compare_runs(
     actual = [_run_session(session, program, inputs) for inputs, _ in runs]
     reference = copy.deepcopy(model).to(torch.float64)
     wide = [_run(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
-    _move_weights(reference, _step(model, call.inputs))
+    move_weights(reference, _step(model, call.inputs))
     moved = [_run(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
     comparisons = []
     for (inputs, outputs), got, exact, shifted in zip(runs, actual, wide, moved, strict=True):
@@ -827,15 +827,6 @@ def _step(model: nn.Module, inputs: Inputs) -> float:
         return rounding_step(model, inputs)
     except CaptureError:  # it returns integers only
         return max((torch.finfo(p.dtype).eps / 2 for p in model.parameters() if p.is_floating_point()), default=0.0)
-
-
-def _move_weights(model: nn.Module, step: float) -> None:
-    """Every weight by one rounding step."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.mul_(dither(parameter, step, generator))
 
 
 def _run(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:

@@ -24,7 +24,7 @@ from lora_fx.adapter import Adapter
 from lora_fx.forms import op_name
 from lora_fx.frontend import MODULE, Inputs, capture_graph, no_fast_paths, normalize_inputs, undisturbed
 from lora_fx.program import Use, capture
-from lora_fx.verification import Report, cast_inputs, compare, dither, relative_error, rounding_step, run
+from lora_fx.verification import Report, compare, in_float64, move_weights, relative_error
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LETTERS = "abcdefghijklmnopq"  # without r, the rank
@@ -253,7 +253,7 @@ def first_difference(before: nn.Module, after: nn.Module, example_inputs: Any = 
     with wiring.unwired(before):
         uses = _uses(before, inputs)
     mine, theirs = _Tape(before, inputs).play(), _Tape(after, inputs).play()
-    wide, wide_inputs = in_float64(before, inputs)
+    wide, wide_inputs, _ = in_float64(before, inputs)
     tape = _Tape(wide, wide_inputs)
     exact = tape.play()
     move_weights(wide, max((use.rounding for own in uses.values() for use in own), default=0.0))
@@ -349,36 +349,3 @@ def _branches(graph: fx.Graph, factors: set[fx.Node]) -> tuple[frozenset[fx.Node
         if node in tainted and node.users and all(user in inside for user in node.users) and node not in last:
             inside.add(node)
     return frozenset(inside), last
-
-
-def noise_floors(model: nn.Module, inputs: Inputs) -> list[tuple[torch.Tensor, float]]:
-    """For each output: its float64 value, and what rounding alone does to it, relative to its root mean square."""
-    step, outputs = rounding_step(model, inputs), run(model, inputs)
-    wide, wide_inputs = in_float64(model, inputs)
-    exact = run(wide, wide_inputs)
-    move_weights(wide, step)
-    moved = run(wide, wide_inputs)
-    return [
-        (w, max(relative_error(x, w, w), relative_error(m, w, w)))
-        for x, w, m in zip(outputs, exact, moved, strict=True)
-    ]
-
-
-def in_float64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
-    """A copy in float64; in its own dtype where a kernel takes no float64 (`grouped_mm`)."""
-    wide, wide_inputs = copy.deepcopy(model).to(torch.float64), cast_inputs(inputs, torch.float64)
-    try:
-        run(wide, wide_inputs)
-    except RuntimeError:
-        return copy.deepcopy(model), inputs
-    return wide, wide_inputs
-
-
-@torch.no_grad()
-def move_weights(model: nn.Module, step: float) -> None:
-    """Every parameter by one rounding step, in place."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            own = max(step, torch.finfo(parameter.dtype).eps if parameter.dtype != torch.float64 else step)
-            parameter.mul_(dither(parameter, own, generator))

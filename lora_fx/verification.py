@@ -76,21 +76,44 @@ def verify(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> R
     inputs = normalize_inputs(before, example_inputs)
     a, b = run(before, inputs), run(after, inputs)
     _same_structure(a, b)
-    step = rounding_step(before, inputs)
-    reference, wide_inputs = copy.deepcopy(before).to(torch.float64), cast_inputs(inputs, torch.float64)
+    floors = noise_floors(before, inputs, a)
+    return worst([compare(x, y, exact, noise, x.dtype) for x, y, (exact, noise) in zip(a, b, floors, strict=True)])
+
+
+def noise_floors(model: nn.Module, inputs: Inputs, outputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
+    """For each output: its float64 value, and what rounding alone does to it, relative to its root mean square.
+
+    That is how far the model's own output is from float64, or how far the output moves when each weight moves by one
+    rounding step, whichever is more.
+    """
+    step = rounding_step(model, inputs)
+    wide, wide_inputs, exact = in_float64(model, inputs)
+    move_weights(wide, step)
+    moved = run(wide, wide_inputs)
+    return [
+        (w, max(relative_error(x, w, w), relative_error(m, w, w)))
+        for x, w, m in zip(outputs, exact, moved, strict=True)
+    ]
+
+
+def in_float64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, list[torch.Tensor]]:
+    """A float64 copy, its inputs and its outputs; in the own dtype where a kernel takes no float64 (`grouped_mm`)."""
+    wide, wide_inputs = copy.deepcopy(model).to(torch.float64), cast_inputs(inputs, torch.float64)
     try:
-        wide = [t.to(torch.float64) for t in run(reference, wide_inputs)]
-    except (RuntimeError, NotImplementedError):  # a kernel that takes no float64, such as grouped_mm
-        reference, wide_inputs = copy.deepcopy(before), inputs
-        wide = [t.to(torch.float64) for t in a]
-        step *= 2  # half a step would be rounded away again
-    floor = _sensitivity(reference, wide_inputs, wide, step)
-    return worst(
-        [
-            compare(x, y, w, max(f, relative_error(x, w, w)), x.dtype)
-            for x, y, w, f in zip(a, b, wide, floor, strict=True)
-        ]
-    )
+        return wide, wide_inputs, run(wide, wide_inputs)
+    except (RuntimeError, NotImplementedError):
+        wide = copy.deepcopy(model)
+        return wide, inputs, run(wide, inputs)
+
+
+@torch.no_grad()
+def move_weights(model: nn.Module, step: float) -> None:
+    """Every parameter by one rounding step, in place; below float64 by a whole one, which is not rounded away again."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            least = 0.0 if parameter.dtype == torch.float64 else torch.finfo(parameter.dtype).eps
+            parameter.mul_(dither(parameter, max(step, least), generator))
 
 
 def compare(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor, noise: float, dtype: torch.dtype) -> Report:
@@ -147,16 +170,6 @@ def rounding_step(model: nn.Module, inputs: Inputs) -> float:
     """The coarsest rounding step at which the model multiplies with a weight."""
     steps = [torch.finfo(p.dtype).eps / 2 for p in model.parameters() if p.is_floating_point()]
     return max([*steps, *(use.rounding for use in capture(model, inputs).uses if use.multiplies)], default=0.0)
-
-
-def _sensitivity(model: nn.Module, inputs: Inputs, outputs: list[torch.Tensor], step: float) -> list[float]:
-    """How far the outputs move when each weight moves by one rounding step. Writes into `model`."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.mul_(dither(parameter, step, generator))
-    return [relative_error(t, out, out) for t, out in zip(run(model, inputs), outputs, strict=True)]
 
 
 def dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> torch.Tensor:
