@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from lora_fx import schedules
 from lora_fx.errors import LoraFxError
 from lora_fx.forms import FORMS, Call, find, op_name
 from lora_fx.layout import Layout, Placement, place
@@ -35,6 +36,7 @@ class Adapter(nn.Module):
         rows: the output features that are adapted (a part of a fused weight); None for all.
         name: the adapter's name; one name may be on many weights.
         role: what the site does, for reading.
+        schedule: in which order its branches are computed; see `lora_fx.schedules`.
 
     A is (batch…, rank, in), B (batch…, len(rows) or out, rank), in float32 for weights of lower precision.
     """
@@ -50,12 +52,13 @@ class Adapter(nn.Module):
         rows: tuple[int, ...] | None = None,
         name: str = "default",
         role: str = "",
+        schedule: str = schedules.AUTO,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.layout, self.rank, self.alpha, self.scaling = layout, rank, float(alpha), scaling
-        self.rows, self.name, self.role = rows, name, role
+        self.rows, self.name, self.role, self.schedule = rows, name, role, schedule
         self.active = True
         self.realised = "dispatch"
         """How the weight is read: ``graph`` (generated forwards) or ``dispatch`` (an `AdaptedWeight` property)."""
@@ -115,13 +118,21 @@ def _is_range(rows: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Factors:
-    """One adapter as a use sees it: `A` and the `B` of all rows, tensors or proxies."""
+    """One adapter as a use sees it: tensors or proxies."""
 
     adapter: Adapter
     A: Any
-    B: Any
+    own: Any
+    """B as the adapter holds it, of its own rows."""
     dropout: Callable[[Any], Any] | None
     """None where nothing is dropped."""
+    index: Any = None
+    """The rows, where they are no range."""
+
+    @property
+    def B(self) -> Any:
+        """B of all rows."""
+        return self.adapter.whole(self.own, self.index)
 
 
 class AdaptedWeight:
@@ -165,7 +176,7 @@ class AdaptedWeight:
         """A view or a copy of it: the same factors, seen through `view`."""
         factors = self.factors
         if detach:
-            factors = tuple(replace(f, A=f.A.detach(), B=f.B.detach()) for f in factors)
+            factors = tuple(replace(f, A=f.A.detach(), own=f.own.detach()) for f in factors)
         return AdaptedWeight(base, view, factors, self.root, (*self.chain, step), self.cast or cast)
 
     def placements(self, call: Call) -> list[Placement] | None:
@@ -177,9 +188,8 @@ class AdaptedWeight:
     def branch(self, call: Call, factors: Factors, placement: Placement) -> Any:
         """scale · (x·Aᵀ)·Bᵀ."""
         call.options["rank"] = factors.adapter.rank
-        A, B = placement.down(factors.A, factors.B), placement.up(factors.A, factors.B)
-        if self.cast:
-            A, B = A.to(self.base.dtype), B.to(self.base.dtype)
+        B = factors.B
+        A, B = self._cast(placement.down(factors.A, B), placement.up(factors.A, B))
         x, drop = call.x, factors.dropout
         if drop is not None and not call.form.looks_up:
             x = drop(x)
@@ -189,6 +199,36 @@ class AdaptedWeight:
         if factors.adapter.scale != 1:
             z = z * factors.adapter.scale
         return call.form.up(call, z, B)
+
+    def _cast(self, *factors: Any) -> tuple[Any, ...]:
+        return tuple(f.to(self.base.dtype) for f in factors) if self.cast else factors
+
+    @property
+    def schedule(self) -> str:
+        """Of all its branches."""
+        found = {f.adapter.schedule for f in self.factors}
+        return found.pop() if len(found) == 1 else schedules.AUTO
+
+    def scheduled(self, call: Call, placements: Sequence[Placement]) -> Any:
+        """The whole matmul with its branches, where it is one that can be scheduled; None elsewhere."""
+        op, bias = schedulable(call)
+        traced = isinstance(self.base, fx.Proxy)
+        plain = (schedules.AUTO, schedules.BRANCH) if traced and self.base.tracer.plain else (schedules.BRANCH,)
+        if not op or self.schedule in plain:
+            return None
+        terms = []
+        for f, placement in zip(self.factors, placements, strict=True):
+            rows = f.adapter.rows
+            if placement.is_whole and rows is not None and _is_range(rows):
+                (A, B), first = self._cast(f.A, f.own), rows[0]
+            else:
+                whole, first = f.B, 0
+                A, B = self._cast(placement.down(f.A, whole), placement.up(f.A, whole))
+            terms.append((A, B, f.adapter.scale, first, None if f.dropout is None else f.dropout(call.x)))
+        arguments = (op, call.x, self.base, bias, tuple(terms), self.schedule)
+        if traced:
+            return self.base.tracer.create_proxy("call_function", schedules.matmul, arguments, {})
+        return schedules.matmul(*arguments)
 
     # What code asks of a weight without reading its elements.
     @property
@@ -351,6 +391,17 @@ class _Picked:
         return self.source.rank
 
     @property
+    def rows(self) -> None:
+        return None
+
+    @property
+    def schedule(self) -> str:
+        return self.source.schedule
+
+    def whole(self, B: Any, index: Any = None) -> Any:
+        return B
+
+    @property
     def scale(self) -> float:
         return self.source.scale
 
@@ -375,6 +426,9 @@ def _multiplied(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     placements = weight.placements(call)
     if placements is None:
         return None
+    scheduled = weight.scheduled(call, placements)
+    if scheduled is not None:
+        return scheduled
 
     def plain(value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -385,6 +439,20 @@ def _multiplied(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     for factors, placement in zip(weight.factors, placements, strict=True):
         out = out + weight.branch(call, factors, placement)
     return out
+
+
+def schedulable(call: Call) -> tuple[str, Any]:
+    """The op of `schedules.OPS` that this call is, and its bias."""
+    options = call.options
+    if call.form.name == "linear":
+        return "linear", options.get("bias")
+    if len(call.sides) != 2 or not options.get("right"):
+        return "", None
+    if call.form.name == "matmul":
+        return "matmul", None
+    if call.form.name == "addmm" and all(isinstance(k, int) and k == 1 for k in (options["alpha"], options["beta"])):
+        return "addmm", options["bias"]
+    return "", None
 
 
 def _dense(value: Any) -> Any:

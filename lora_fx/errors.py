@@ -12,11 +12,9 @@ class LoraFxError(Exception):
         remedy: what to do about it.
     """
 
-    def __init__(self, reason: str, *, place: str = "", remedy: str = "") -> None:
+    def __init__(self, reason: str, *, place: str, remedy: str) -> None:
         self.reason, self.place, self.remedy = reason, place, remedy
-        where = f"{place}: " if place else ""
-        cure = f"\n  → {remedy}" if remedy else ""
-        super().__init__(f"{where}{reason}{cure}")
+        super().__init__(f"{place}: {reason}\n  → {remedy}")
 
     def __reduce__(self) -> tuple:
         return _restore, (type(self), self.reason, self.place, self.remedy)

@@ -86,7 +86,7 @@ def _parse_linear(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable
     a = _bind("input weight bias", args, kwargs)
     if ndim(a["weight"]) != 2 or ndim(a["input"]) is not None:
         return None
-    return Call(form, a["input"], a["weight"], "oi")
+    return Call(form, a["input"], a["weight"], "oi", options={"bias": a.get("bias")})
 
 
 def _linear_down(call: Call, x: Any, A: Any) -> Any:
@@ -136,7 +136,8 @@ def _parse_addmm(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable)
     a = _bind("input left right", args, {k: v for k, v in kwargs.items() if k in ("input", "beta", "alpha")})
     a.setdefault("left", kwargs.get("mat1", kwargs.get("batch1", kwargs.get("vec"))))
     a.setdefault("right", kwargs.get("mat2", kwargs.get("batch2", kwargs.get("mat"))))
-    return _product(form, a["left"], a["right"], ndim, {"alpha": a.get("alpha", 1)})
+    options = {"alpha": a.get("alpha", 1), "beta": a.get("beta", 1), "bias": a["input"]}
+    return _product(form, a["left"], a["right"], ndim, options)
 
 
 def _addmm_up(call: Call, z: Any, B: Any) -> Any:

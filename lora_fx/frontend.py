@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
+from lora_fx.schedules import plainly
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
 
@@ -147,7 +148,7 @@ def capture_graph(model: nn.Module, example_inputs: Any = None) -> Capture:
         return output_tensors(model(*args, **kwargs))
 
     leaves = [leaf for leaf, is_t in zip(flat, is_tensor, strict=True) if is_t]
-    with undisturbed(model), no_fast_paths(), torch.no_grad():
+    with undisturbed(model), no_fast_paths(), plainly(), torch.no_grad():
         model.eval()
         module = _make_fx(model, run, list(state.values()), leaves)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]

@@ -62,15 +62,16 @@ class Layout:
         return (*self.batch, *last)
 
     def delta(self, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        """B·A in the weight's own shape (not yet scaled)."""
+        """B·A in the weight's own shape (not yet scaled), computed the way round in which the weight lies."""
+        if next(side for side in self.sides if side != "b") == "i":
+            return self.to_weight(A.transpose(-2, -1) @ B.transpose(-2, -1), "bio")
         return self.to_weight(B @ A)
 
-    def to_weight(self, matrix: torch.Tensor) -> torch.Tensor:
-        """A matrix (b…, out, in) in the weight's own axes; a view where strides allow it."""
-        sizes = [axis.size for side in "boi" for axis in self.axes if axis.side == side]
-        grouped = matrix.reshape(sizes)
-        order = [k for side in "boi" for k, axis in enumerate(self.axes) if axis.side == side]
-        return grouped.permute([order.index(k) for k in range(len(order))]).reshape(self.shape)
+    def to_weight(self, matrix: torch.Tensor, order: str = "boi") -> torch.Tensor:
+        """A matrix (b…, out, in), or of another order, in the weight's own axes; a view where strides allow it."""
+        grouped = matrix.reshape([axis.size for side in order for axis in self.axes if axis.side == side])
+        axes = [k for side in order for k, axis in enumerate(self.axes) if axis.side == side]
+        return grouped.permute([axes.index(k) for k in range(len(axes))]).reshape(self.shape)
 
     def locate(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(batch, out, in) index of elements of the weight, each flattened over its own axes."""
@@ -143,6 +144,11 @@ class Placement:
         if self.swapped:
             return self._rank_last(self._factor(A, "i", "o"), "o")
         return self._rank_last(self._factor(B.transpose(-2, -1), "o", "o"), "o") if not self._whole("o") else B
+
+    @property
+    def is_whole(self) -> bool:
+        """The view reads both factors as they lie."""
+        return not self.swapped and self._whole("i") and self._whole("o")
 
     def rows(self) -> list[int]:
         """For each feature the use puts out (row-major over its ``o`` axes): the index along the layout's out side."""

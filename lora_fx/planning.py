@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx import layout, tracing, wiring
+from lora_fx import layout, schedules, tracing, wiring
+from lora_fx.adapter import schedulable
 from lora_fx.errors import PlanError
 from lora_fx.frontend import refuse_unready
 from lora_fx.layout import Layout
@@ -67,6 +68,30 @@ class Row:
         return batch * self.rank * (out + self.layout.size("i"))
 
     @property
+    def schedule(self) -> str:
+        """How its branches are computed: `lora_fx.schedules`."""
+        if self.why_branch:
+            return schedules.BRANCH
+        if self.rule.schedule != schedules.AUTO:
+            return self.rule.schedule
+        if self.why_not_dense:
+            return schedules.FUSED
+        return f"{schedules.FUSED}; {schedules.DENSE} from {schedules.dense_from(*self.weight.shape):,} tokens"
+
+    @property
+    def why_branch(self) -> str:
+        """Why its matmuls can only have the parallel branch; empty where they can be scheduled."""
+        forms = dict.fromkeys(u.form for u in self.uses if u.call is None or not schedulable(u.call)[0])
+        return f"{', '.join(forms)} has no other form than the parallel branch" if forms else ""
+
+    @property
+    def why_not_dense(self) -> str:
+        dtype = self.weight.parameter.dtype
+        if not schedules.loses_nothing(dtype):
+            return f"W + s·B·A would be rounded to {dtype} in every forward"
+        return f"dropout={self.rule.dropout} acts on the branch alone" if self.rule.dropout else ""
+
+    @property
     def copied_bytes(self) -> int:
         """What splitting a tied storage costs when it is folded."""
         return self.weight.parameter.numel() * self.weight.parameter.element_size() if self.split else 0
@@ -97,7 +122,7 @@ class Plan:
         return self.parameters / max(self.model_parameters, 1)
 
     def __str__(self) -> str:
-        header = ("weight", "role", "form", "shape", "rank", "trainable", "realised", "shared storage")
+        header = ("weight", "role", "form", "shape", "rank", "trainable", "realised", "schedule", "shared storage")
         reasons = list(dict.fromkeys(row.why for row in self.rows if row.why))
         body = [self._cells(row, reasons) for row in self.rows]
         total = f"{len(self.rows)} adapters, {self.parameters:,} trainable parameters: "
@@ -114,7 +139,7 @@ class Plan:
         forms = ", ".join(dict.fromkeys(use.form for use in row.uses))
         return (
             row.name + part, row.role or "?", forms, "×".join(map(str, row.weight.shape)), str(row.rank),
-            f"{row.parameters:,}", realised, shared,
+            f"{row.parameters:,}", realised, row.schedule, shared,
         )  # fmt: skip
 
 
@@ -272,6 +297,7 @@ def _check(row: Row, model: nn.Module, name: str) -> None:
         raise PlanError(
             "the weight holds NaN or Inf", place=weight.name, remedy="repair the checkpoint, or exclude the weight"
         )
+    _check_schedule(row)
     for path, attribute in row.owners:
         for child, adapter in wiring.adapters_of(model.get_submodule(path)).items():
             same = wiring.attribute_of(child) == attribute and adapter.name == name
@@ -281,6 +307,17 @@ def _check(row: Row, model: nn.Module, name: str) -> None:
                     place=weight.name,
                     remedy=f"pass another name to apply, or lora_fx.remove(model, {name!r}) first",
                 )
+
+
+def _check_schedule(row: Row) -> None:
+    wanted = row.rule.schedule
+    why = row.why_branch if wanted in (schedules.FUSED, schedules.DENSE) else ""
+    if wanted == schedules.DENSE:
+        why = why or row.why_not_dense
+    if why:
+        raise PlanError(
+            f"schedule={wanted!r}: {why}", place=row.weight.name, remedy="leave the schedule out: auto takes what fits"
+        )
 
 
 def _is_dense(use: Use) -> bool:

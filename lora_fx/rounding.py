@@ -4,8 +4,8 @@
     unfold    W  = round(W' − D) moved by a few steps of its dtype; the steps are what `remember` keeps
 
 Only elements whose float64 sum lies within `error` of the border between two numbers can come out wrong; those few are
-summed again as fractions. D is made of elementwise products and sums alone, so it has the same bits on every device and
-with any number of threads: that is what makes the way back exact.
+summed again as fractions. On the way back D may be summed in another order (by another number of threads, say): the
+numbers of which that could move the guess are kept in full.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fractions import Fraction
 
 import torch
 
-#: dtype → (integers of its width, bits of a float32 that it drops, smallest normal number)
-_NARROW = {torch.bfloat16: (16, 2.0**-126), torch.float16: (13, 2.0**-14)}
+_NARROW = (torch.bfloat16, torch.float16)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 2**15  # doubtful elements that are looked at together
 
 
 def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -40,41 +40,45 @@ def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def round_sum(
-    total: torch.Tensor, error: float, dtype: torch.dtype, exact: Callable[[torch.Tensor], list[Fraction]]
+    total: torch.Tensor,
+    error: float,
+    dtype: torch.dtype,
+    errors: Callable[[torch.Tensor], torch.Tensor],
+    exact: Callable[[torch.Tensor], list[Fraction]],
 ) -> torch.Tensor:
     """The real sums rounded to nearest-even in `dtype`.
 
+    Beyond doubt is a sum of which both ends, `total` ± `error`, round to one number. The few others are looked at again
+    with an error of their own; what is still open then is summed as fractions.
+
     Args:
         total: the sums in float64, each within `error` of the real number.
+        errors: flat indices into `total` → an error for each of these elements.
         exact: flat indices into `total` → the real numbers.
     """
     if dtype == torch.float64:
         return total
-    rounded, unsure = _round_fast(total, error, dtype)
-    if unsure.numel():
+    if dtype in _NARROW:  # torch goes by way of float32: so wide that no number rounds to a border in between
+        error += 2.0**-22 * max(map(abs, torch.stack(total.aminmax()).tolist()), default=0.0) + 2.0**-147
+    rounded, low, high = total.to(dtype), (total - error).to(dtype), (total + error).to(dtype)
+    if not torch.equal(low, high):
         rounded = rounded.contiguous()
-        flat, doubtful = rounded.view(-1), total.reshape(-1)[unsure]
-        low, high = round_once(doubtful - error, dtype), round_once(doubtful + error, dtype)
-        flat[unsure] = low
-        open_ = low != high
-        if bool(open_.any()):
-            where = unsure[open_]
-            nearest = [_nearest(x, a, b) for x, a, b in zip(exact(where), low[open_], high[open_], strict=True)]
-            flat[where] = torch.stack(nearest)
+        flat, values = rounded.view(-1), total.reshape(-1)
+        for places in (low != high).reshape(-1).nonzero().squeeze(1).split(_CHUNK):
+            flat[places] = _round_doubtful(values[places], places, dtype, errors, exact)
     return rounded
 
 
-def _round_fast(total: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounded values, and the flat indices of those that are not beyond doubt."""
-    if dtype == torch.float32:
-        low, high = (total - error).to(dtype), (total + error).to(dtype)
-        return low, (low != high).reshape(-1).nonzero().squeeze(1)
-    dropped, normal = _NARROW[dtype]
-    near = total.to(torch.float32)
-    tail = near.view(torch.int32) & ((1 << dropped) - 1)
-    small = max(normal, error * 2.0**23)  # there the border lies elsewhere, or one step of float32 is below `error`
-    unsure = ((tail - (1 << (dropped - 1))).abs() <= 1) | (near.abs() < small)
-    return near.to(dtype), unsure.reshape(-1).nonzero().squeeze(1)
+def _round_doubtful(
+    values: torch.Tensor, places: torch.Tensor, dtype: torch.dtype, errors: Callable, exact: Callable
+) -> torch.Tensor:
+    error = errors(places)
+    low, high = round_once(values - error, dtype), round_once(values + error, dtype)
+    open_ = low != high
+    if bool(open_.any()):
+        sums = exact(places[open_])
+        low[open_] = torch.stack([_nearest(x, a, b) for x, a, b in zip(sums, low[open_], high[open_], strict=True)])
+    return low
 
 
 def _nearest(x: Fraction, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
@@ -141,12 +145,21 @@ class Remainder:
         return result
 
 
-def remember(numbers: torch.Tensor, guess: torch.Tensor) -> Remainder:
-    """The fewest bytes that give `numbers` back from `guess`: only exceptions, four bits each, or all of them."""
-    flat = numbers.detach().reshape(-1)
+def remember(numbers: torch.Tensor, difference: torch.Tensor, error: float) -> Remainder:
+    """The fewest bytes that give `numbers` back from a guess: only exceptions, four bits each, or all of them.
+
+    Args:
+        difference: W' − D in float64, whose rounded value is the guess; the next time it may differ by `error`.
+    """
+    flat, dtype = numbers.detach().reshape(-1), numbers.dtype
+    guess = difference.to(dtype)
     steps = (ordinal(flat).to(torch.int64) - ordinal(guess.reshape(-1)).to(torch.int64)).contiguous()
     each = 4 + numbers.element_size()
-    moved, far = steps != 0, steps.abs() > 7
+    far = steps.abs() > 7
+    if dtype != torch.float64:
+        shaky = ((difference - error).to(dtype) != (difference + error).to(dtype)).reshape(-1)
+        far |= shaky
+    moved = far | (steps != 0)
     sparse, packed = each * int(moved.sum()), (flat.numel() + 1) // 2 + each * int(far.sum())
     if min(sparse, packed) >= flat.numel() * numbers.element_size():
         return Remainder(None, None, flat.clone())

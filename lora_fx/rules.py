@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import RuleError
+from lora_fx.schedules import AUTO, SCHEDULES
 from lora_fx.sites import UNKNOWN, Site
 
 INITS = ("kaiming", "gaussian", "zero")
@@ -42,6 +43,8 @@ class Rule:
         init: ``kaiming`` (A as in `nn.Linear`, B = 0), ``gaussian`` (A normal with std 1/rank, B = 0), ``zero``
             (A and B zero, for loading), or a function ``(A, B) -> None`` that fills both in place.
         scaling: ``standard``, or ``rslora``: alpha / sqrt(rank).
+        schedule: in which order the branches are computed: ``auto``, ``branch``, ``fused`` or ``dense`` (see
+            `lora_fx.schedules`); all are the same function.
         expect: how many sites the rule must decide.
     """
 
@@ -57,6 +60,7 @@ class Rule:
     dropout: float = 0.0
     init: str | Callable[..., None] = "kaiming"
     scaling: str = "standard"
+    schedule: str = AUTO
     expect: int | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +91,8 @@ class Rule:
             raise self._error(f"dropout={self.dropout!r} is no probability below 1", "give 0 <= dropout < 1")
         if self.scaling not in SCALINGS:
             raise self._error(f"scaling={self.scaling!r} is unknown", f"one of {', '.join(SCALINGS)}")
+        if self.schedule not in SCHEDULES:
+            raise self._error(f"schedule={self.schedule!r} is unknown", f"one of {', '.join(SCHEDULES)}")
         if not callable(self.init) and self.init not in INITS:
             raise self._error(
                 f"init={self.init!r} is unknown", f"one of {', '.join(INITS)}, or a function (A, B) -> None"

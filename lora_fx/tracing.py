@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.adapter import AdaptedWeight, Adapter, Factors, dispatch
+from lora_fx.adapter import AdaptedWeight, Factors, dispatch
 from lora_fx.forms import op_name
 from lora_fx.views import View
 
@@ -32,7 +32,7 @@ _NN_MODULES = os.path.join(_TORCH, "nn", "modules")
 _STANDARD = os.path.dirname(os.__file__) + os.sep
 _OWN = frozenset(  # what of lora_fx runs while a model is traced
     os.path.join(os.path.dirname(__file__), f"{name}.py")
-    for name in ("adapter", "forms", "layout", "tracing", "views", "wiring")
+    for name in ("adapter", "forms", "layout", "schedules", "tracing", "views", "wiring")
 )
 _DECIDES = frozenset({
     "isinstance", "issubclass", "hasattr", "type", "training", "is_grad_enabled", "is_inference_mode_enabled",
@@ -48,8 +48,10 @@ class Untraceable(Exception):
 class Tracer(fx.Tracer):
     """Child modules are leaves; an adapted weight among the arguments of any op is dispatched."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain: bool = False) -> None:
         super().__init__()
+        self.plain = plain
+        """For a graph that people read: a branch is nodes of its own, unless its schedule is given."""
         self.paths: dict[nn.Module, str] = {}
         self.thread = threading.get_ident()  # forwards of other models may be running in others
 
@@ -92,14 +94,10 @@ class Tracer(fx.Tracer):
             drop = (
                 (lambda x, path=path: self.create_proxy("call_module", path, (x,), {})) if adapter.dropout.p else None
             )
-            factors.append(Factors(adapter, A, self._whole(adapter, B, f"{prefix}{child}"), drop))
+            index = self.attribute(f"{prefix}{child}.index") if hasattr(adapter, "index") else None
+            factors.append(Factors(adapter, A, B, drop, index))
             cast = cast or adapter.dtype != parameter.dtype
         return AdaptedWeight(base, View.of(parameter.shape), factors, base, (), cast)
-
-    def _whole(self, adapter: Adapter, B: fx.Proxy, path: str) -> Any:
-        if adapter.rows is None or not hasattr(adapter, "index"):
-            return adapter.whole(B)
-        return adapter.whole(B, self.attribute(f"{path}.index"))
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, AdaptedWeight))
@@ -135,7 +133,7 @@ def _activate(tracer: Tracer) -> Iterator[None]:
         _active = before
 
 
-def trace_forward(module: nn.Module) -> fx.Graph:
+def trace_forward(module: nn.Module, plain: bool = False) -> fx.Graph:
     """The graph of `module.forward` with its children as leaves and its adapted weights as branches.
 
     Raises:
@@ -143,7 +141,7 @@ def trace_forward(module: nn.Module) -> fx.Graph:
     """
     if "forward" in module.__dict__:
         raise Untraceable("its forward is replaced on the instance (as accelerate does)")
-    tracer = Tracer()
+    tracer = Tracer(plain)
     with _activate(tracer), _watch() as seen:
         try:
             graph = tracer.trace(module)
@@ -227,7 +225,7 @@ def rewrite_graph(module: fx.GraphModule, inlined: Callable[[nn.Module], bool]) 
     Args:
         inlined: true for a called module that multiplies with an adapted weight; its forward is traced into the graph.
     """
-    tracer = Tracer()
+    tracer = Tracer(plain=True)
     tracer.root = module
     tracer.graph = fx.Graph(tracer_cls=getattr(module, "_tracer_cls", None))
     tracer.graph._codegen = module.graph._codegen
@@ -263,7 +261,7 @@ def _copy(tracer: Tracer, module: fx.GraphModule, node: fx.Node, args: Any, kwar
 def _inline(tracer: Tracer, child: nn.Module, args: Any, kwargs: Any) -> Any:
     """The child's forward, op by op, in the parent's graph."""
     prefix = tracer.path_of(child)
-    graph = trace_forward(child)
+    graph = trace_forward(child, plain=True)
     placeholders = iter(args)
     env: dict[fx.Node, Any] = {}
     for node in graph.nodes:

@@ -405,7 +405,7 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     for child in children:
         adapter = getattr(owner, child)
         drop = adapter.dropout if adapter.dropout.p else None
-        factors.append(Factors(adapter, adapter.A, adapter.whole(adapter.B), drop))
+        factors.append(Factors(adapter, adapter.A, adapter.B, drop, getattr(adapter, "index", None)))
         cast = cast or adapter.dtype != parameter.dtype
     return AdaptedWeight(parameter, View.of(parameter.shape), factors, parameter, (), cast)
 

@@ -18,9 +18,10 @@ block that finds no memory is folded in halves, down to a row. Either way the we
 from __future__ import annotations
 
 import copy as copying
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 
@@ -34,7 +35,7 @@ from lora_fx.errors import FoldError
 from lora_fx.layout import Layout
 from lora_fx.rounding import Remainder, checksum, remember, round_once, round_sum
 
-_BLOCK = 2**20  # elements of a weight that are folded at a time: 8 MiB in float64
+_BLOCK = 2**17  # elements of a weight that are folded at a time: 1 MiB in float64, which a core's cache holds
 _UNDOABLE = 2**25  # elements up to which a final fold can be undone until it is whole: that takes 32 MiB or less
 
 
@@ -56,11 +57,17 @@ class _Term:
     A: torch.Tensor
     B: torch.Tensor
     scale: float
+    bound: float
+    """No element of s·B·A is larger, and no part of its sum."""
 
     @staticmethod
     def of(adapter: Adapter) -> _Term:
-        A, B = adapter.A.detach(), adapter.whole(adapter.B.detach())
-        return _Term(adapter.layout, A.clone(), B.clone(), adapter.scale)
+        A, B, scale = adapter.A.detach(), adapter.whole(adapter.B.detach()), adapter.scale
+        return _Term(adapter.layout, A.clone(), B.clone(), scale, abs(scale) * adapter.rank * _largest(A) * _largest(B))
+
+    def wide(self) -> _Term:
+        """With float64 factors, to compute with."""
+        return replace(self, A=self.A.to(torch.float64), B=self.B.to(torch.float64))
 
     def rows(self, start: int, stop: int) -> _Term:
         """The term of the indices start:stop of the weight's first axis."""
@@ -74,31 +81,42 @@ class _Term:
             A = A[..., :, rows]
         else:
             A, B = A[rows], B[rows]
-        return _Term(Layout(layout.sides, (stop - start, *layout.shape[1:])), A, B, self.scale)
+        return replace(self, layout=Layout(layout.sides, (stop - start, *layout.shape[1:])), A=A, B=B)
 
-    def delta(self) -> torch.Tensor:
-        """s·B·A in float64 and the weight's axes: products and sums in one order, the same bits wherever it runs."""
-        A, B = self.A.to(torch.float64), self.B.to(torch.float64) * self.scale
+    def delta(self, dtype: torch.dtype) -> torch.Tensor:
+        """s·B·A of a wide term in the weight's axes, float64, for a weight of this dtype.
+
+        A float64 weight has no bits to spare: its sums are taken in one order, the same on every device and with any
+        number of threads. For narrower ones a matmul may take them in any order, which `_error` bounds.
+        """
+        A, B = self.A, self.B * self.scale
+        if dtype != torch.float64:
+            return self.layout.delta(A, B)
         total = B[..., :, 0:1] * A[..., 0:1, :]
         product = torch.empty_like(total)
         for k in range(1, A.shape[-2]):
             total += torch.mul(B[..., :, k : k + 1], A[..., k : k + 1, :], out=product)
         return self.layout.to_weight(total)
 
-    def bound(self) -> float:
-        """An upper bound of |s·B·A|, elementwise."""
-        largest = [float(t.abs().max()) if t.numel() else 0.0 for t in (self.A, self.B)]
-        return abs(self.scale) * self.A.shape[-2] * largest[0] * largest[1]
+    def bounds(self, flat: torch.Tensor) -> torch.Tensor:
+        """Σ |s·B·A| of single elements."""
+        A, B = self._at(flat)
+        return (A.abs() * B.abs()).sum(-1) * abs(self.scale)
 
     def exact(self, flat: torch.Tensor) -> list[Fraction]:
         """s·B·A of single elements, as fractions."""
-        batch, out, inner = self.layout.locate(flat)
-        A = self.A.reshape(-1, *self.A.shape[-2:])[batch, :, inner].tolist()
-        B = self.B.reshape(-1, *self.B.shape[-2:])[batch, out, :].tolist()
         scale = Fraction(self.scale)
+        A, B = (factor.tolist() for factor in self._at(flat))
         return [
             scale * sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)) for a, b in zip(A, B, strict=True)
         ]
+
+    def _at(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The column of A and the row of B that make each element."""
+        batch, out, inner = self.layout.locate(flat)
+        A = self.A.reshape(-1, *self.A.shape[-2:])[batch, :, inner]
+        B = self.B.reshape(-1, *self.B.shape[-2:])[batch, out, :]
+        return A, B
 
 
 @dataclass(frozen=True)
@@ -256,24 +274,24 @@ def _check(storage: wiring.Storage, name: str) -> None:
     parameter = storage.parameter
     if parameter.is_meta:
         raise FoldError("the weight is on meta: it has no numbers", place=name, remedy="materialise the model first")
-    if not bool(parameter.isfinite().all()):
+    largest = _largest(parameter)
+    if not math.isfinite(largest):
         raise FoldError("the weight holds NaN or Inf", place=name, remedy="repair the weight before folding")
-    largest = float(parameter.detach().abs().max()) if parameter.numel() else 0.0
     for adapter in storage.adapters:
         for label, factor in (("A", adapter.A), ("B", adapter.B)):
-            if not bool(factor.isfinite().all()):
+            if not math.isfinite(_largest(factor)):
                 raise FoldError(
                     f"{label} of adapter {adapter.name!r} holds NaN or Inf",
                     place=name,
                     remedy="load an earlier checkpoint of the adapter",
                 )
-    terms = [_Term.of(adapter) for adapter in storage.adapters]
-    if largest + sum(term.bound() for term in terms) <= torch.finfo(parameter.dtype).max:
+    terms = [_Term.of(adapter).wide() for adapter in storage.adapters]
+    if largest + sum(term.bound for term in terms) <= torch.finfo(parameter.dtype).max:
         return
     for start, stop in _blocks(parameter):  # only the sums themselves can tell
-        delta = _delta([term.rows(start, stop) for term in terms], parameter.device)
-        total = parameter.detach()[start:stop].to(torch.float64) + delta
-        if not bool(round_once(total, parameter.dtype).isfinite().all()):
+        block = parameter.detach()[start:stop]
+        total = _delta(block, [term.rows(start, stop) for term in terms]) + block
+        if not math.isfinite(_largest(round_once(total, parameter.dtype))):
             raise FoldError(
                 f"W + s·B·A does not fit into {parameter.dtype}",
                 place=name,
@@ -291,15 +309,15 @@ def _begin(storage: wiring.Storage) -> tuple[nn.Parameter, tuple[_Term, ...]]:
 
 def _fold_weight(weight: torch.Tensor, terms: tuple[_Term, ...], undo: list[Undo], for_good: bool) -> _Way:
     """Write the folded weight; what comes back leads to the old one, unless it is folded for good."""
-    before, remainders = 0 if for_good else _checksum(weight), []
+    before, remainders, wide = 0 if for_good else _checksum(weight), [], [term.wide() for term in terms]
     for start, stop in _blocks(weight):
-        block, parts = weight[start:stop], [term.rows(start, stop) for term in terms]
+        block, parts = weight[start:stop], [term.rows(start, stop) for term in wide]
         if for_good:
             _fold_for_good(block, parts)
             continue
-        delta = _delta(parts, weight.device)
-        new = _rounded(block, delta, parts)
-        remainders.append(remember(block, _guess(new, delta)))
+        delta = _delta(block, parts)
+        new = _rounded(block, delta + block, parts)
+        remainders.append(remember(block, new - delta, 4 * _error(block, parts)))
         _write(block, new, undo, partial(_unfold_block, block, parts, remainders[-1]))
     return _Way(terms, tuple(remainders), 0 if for_good else _checksum(weight), before)
 
@@ -309,9 +327,10 @@ def _checksum(weight: torch.Tensor) -> int:
 
 
 def _unfold_weight(weight: torch.Tensor, way: _Way, undo: list[Undo]) -> None:
+    wide = [term.wide() for term in way.terms]
     for (start, stop), remainder in zip(_blocks(weight), way.remainders, strict=True):
-        block, parts = weight[start:stop], [term.rows(start, stop) for term in way.terms]
-        old = remainder.restore(_guess(block, _delta(parts, weight.device)))
+        block, parts = weight[start:stop], [term.rows(start, stop) for term in wide]
+        old = remainder.restore(_guess(block, parts))
         _write(block, old, undo, partial(_fold_for_good, block, parts))
 
 
@@ -325,7 +344,7 @@ def _write(block: torch.Tensor, new: torch.Tensor, undo: list[Undo], way_back: U
 def _unfold_block(block: torch.Tensor, terms: Sequence[_Term], remainder: Remainder) -> None:
     """The way back of a fold that is cut short, maybe for want of memory: then in halves."""
     try:
-        block.copy_(remainder.restore(_guess(block, _delta(terms, block.device))))
+        block.copy_(remainder.restore(_guess(block, terms)))
         return
     except Exception:
         if len(block) < 4:
@@ -348,7 +367,7 @@ def _part(remainder: Remainder, start: int, stop: int) -> Remainder:
 def _fold_for_good(block: torch.Tensor, terms: Sequence[_Term]) -> None:
     """Keeping nothing. Where memory is short, in halves: some of the weight may have been folded before."""
     try:
-        block.copy_(_rounded(block, _delta(terms, block.device), terms))
+        block.copy_(_rounded(block, _delta(block, terms).add_(block), terms))
         return
     except Exception:
         if len(block) == 1:
@@ -358,32 +377,50 @@ def _fold_for_good(block: torch.Tensor, terms: Sequence[_Term]) -> None:
         _fold_for_good(block[slice(*rows)], [term.rows(*rows) for term in terms])
 
 
-def _delta(terms: Sequence[_Term], device: torch.device) -> torch.Tensor:
-    total = terms[0].delta()
+def _delta(block: torch.Tensor, terms: Sequence[_Term]) -> torch.Tensor:
+    total = terms[0].delta(block.dtype)
     for term in terms[1:]:
-        total = total + term.delta()
-    return total.to(device)
+        total += term.delta(block.dtype)
+    return total.to(block.device)
 
 
-def _guess(folded: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """W' − D, rounded: the original weight, give or take a few steps."""
-    return round_once(folded.to(torch.float64) - delta, folded.dtype)
+def _error(block: torch.Tensor, terms: Sequence[_Term]) -> float:
+    """How far W + Σ s·B·A, summed in float64 in any order, may be from the real number."""
+    return _steps(terms) * (_largest(block) + sum(term.bound for term in terms))
 
 
-def _rounded(block: torch.Tensor, delta: torch.Tensor, terms: Sequence[_Term]) -> torch.Tensor:
-    """round(W + Σ s·B·A), to the nearest number of W's dtype."""
-    total = block.to(torch.float64) + delta
-    largest = (float(block.abs().max()) if block.numel() else 0.0) + sum(term.bound() for term in terms)
-    operations = sum(2 * term.A.shape[-2] + 2 for term in terms)  # each rounds by at most 2⁻⁵³ of what is there at most
-    error = operations * 2.0**-53 * largest
+def _steps(terms: Sequence[_Term]) -> float:
+    """Each operation rounds by at most 2⁻⁵³ of what is there at most."""
+    return sum(2 * term.A.shape[-2] + 2 for term in terms) * 2.0**-53
 
-    def exact(flat: torch.Tensor) -> list[Fraction]:
-        sums = [Fraction(w) for w in block.reshape(-1)[flat].double().tolist()]
+
+def _largest(values: torch.Tensor) -> float:
+    """The largest magnitude; NaN or Inf if one is there."""
+    if not values.numel():
+        return 0.0
+    low, high = torch.stack(values.detach().aminmax()).tolist()
+    return max(-low, high) if low == low else low
+
+
+def _guess(folded: torch.Tensor, terms: Sequence[_Term]) -> torch.Tensor:
+    """W' − D: the original weight, give or take a few steps."""
+    return _delta(folded, terms).neg_().add_(folded).to(folded.dtype)
+
+
+def _rounded(block: torch.Tensor, total: torch.Tensor, terms: Sequence[_Term]) -> torch.Tensor:
+    """The sums W + Σ s·B·A of a block, to the nearest numbers of W's dtype."""
+    flat = block.reshape(-1)
+
+    def errors(places: torch.Tensor) -> torch.Tensor:
+        return _steps(terms) * sum((term.bounds(places) for term in terms), flat[places].to(torch.float64).abs())
+
+    def exact(places: torch.Tensor) -> list[Fraction]:
+        sums = [Fraction(w) for w in flat[places].double().tolist()]
         for term in terms:
-            sums = [a + b for a, b in zip(sums, term.exact(flat), strict=True)]
+            sums = [a + b for a, b in zip(sums, term.exact(places), strict=True)]
         return sums
 
-    return round_sum(total, error, block.dtype, exact)
+    return round_sum(total, _error(block, terms), block.dtype, errors, exact)
 
 
 def _blocks(parameter: torch.Tensor) -> Iterator[tuple[int, int]]:

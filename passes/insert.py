@@ -84,6 +84,7 @@ def make_adapter(row: Row, name: str) -> Adapter:
         rows=row.rows,
         name=name,
         role=row.role,
+        schedule=rule.schedule,
         dtype=dtype,
         device=parameter.device,
     )

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from lora_fx import LoraFxError
+
 torch.set_num_threads(1)
 
 #: not `explain`: it traces every line of a failing example, torch's too, which takes minutes
@@ -31,3 +33,19 @@ def pytest_collection_modifyitems(items):
         shared = getattr(item, "callspec", None) and item.callspec.params.get("adapted")
         if shared is not None:
             item.add_marker(pytest.mark.xdist_group(shared.name))
+
+
+@pytest.fixture(autouse=True)
+def _errors_say_where_why_and_what_to_do(monkeypatch):
+    """Whichever error a test meets, caught or not, has all its parts."""
+    bare = []
+
+    def checked(self, reason, *, place, remedy):
+        init(self, reason, place=place, remedy=remedy)
+        if not all(isinstance(part, str) and part.strip() for part in (reason, place, remedy)):
+            bare.append(str(self))
+
+    init = LoraFxError.__init__
+    monkeypatch.setattr(LoraFxError, "__init__", checked)
+    yield
+    assert not bare

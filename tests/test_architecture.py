@@ -14,7 +14,7 @@ HEAVY = ("onnx", "onnxruntime", "onnxscript", "transformers", "peft", "sklearn",
 
 #: from the bottom up; a module imports only from modules before it
 LAYERS = [
-    {"errors", "random_models", "rounding", "tables", "views"},
+    {"errors", "random_models", "rounding", "schedules", "tables", "views"},
     {"changes", "forms", "layout", "frontend"},
     {"adapter"},
     {"tracing"},

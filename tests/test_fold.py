@@ -189,6 +189,35 @@ def test_training_an_adapter_that_is_put_away_changes_nothing():
     assert reference.same_bits(after, state)
 
 
+@pytest.mark.parametrize(("dtype", "exponent"), [(torch.float32, -25), (torch.bfloat16, -9), (torch.float16, -12)])
+@pytest.mark.parametrize("towards", [-1, 1])
+def test_unfolding_is_exact_in_whatever_order_the_sums_are_taken(monkeypatch, dtype, exponent, towards):
+    """W = 1, D = 2^exponent: W' − D lies between two numbers, and the last bit of D decides."""
+    model = lora_fx.apply(nn.Linear(5, 3, bias=False, dtype=dtype), Rule(where="*", rank=1), torch.ones(1, 5).to(dtype))
+    with torch.no_grad():
+        model.weight.fill_(1)
+        model.weight_lora_default.A.fill_(2.0**exponent)
+        model.weight_lora_default.B.fill_(1)
+    state = reference.bits(model)
+    lora_fx.fold(model)
+    real, last_bit = folding._delta, 2.0**-53 * (1 + 2.0**exponent)
+    monkeypatch.setattr(folding, "_delta", lambda *args: real(*args) + towards * last_bit)
+    assert reference.same_bits(reference.bits(lora_fx.unfold(model)), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_zeros_are_folded_without_fractions(monkeypatch, dtype):
+    """Pruned weights and unused rows lie on a border, yet there is nothing to doubt."""
+    model = lora_fx.apply(nn.Linear(9, 7, bias=False, dtype=dtype), Rule(where="*", rank=2), torch.ones(1, 9).to(dtype))
+    reference.fill(model)
+    with torch.no_grad():
+        model.weight[:4] = 0
+        model.weight_lora_default.B[2:6] = 0
+    sums = reference.dense_weights(model)
+    monkeypatch.setattr(folding._Term, "exact", lambda *_: pytest.fail("summed as fractions"))
+    assert torch.equal(lora_fx.fold(model).weight, round_once(sums["weight"], dtype))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_blocks_make_no_difference(monkeypatch, rows):
     whole, blocks = adapted(torch.float64), adapted(torch.float64)

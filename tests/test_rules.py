@@ -201,7 +201,18 @@ def test_the_plan_is_a_table_and_changes_nothing(gpt2):
     text = str(plan)
     assert reference.same_bits(reference.bits(model), before) and reference.classes(model) == classes
     lines = text.splitlines()
-    assert lines[0].split() == ["weight", "role", "form", "shape", "rank", "trainable", "realised", "shared", "storage"]
+    assert lines[0].split() == [
+        "weight",
+        "role",
+        "form",
+        "shape",
+        "rank",
+        "trainable",
+        "realised",
+        "schedule",
+        "shared",
+        "storage",
+    ]
     row = next(line for line in lines if "h.0.attn.c_attn" in line)
     for part in ("[32 rows]", "attention.query", "addmm", "32×96", "4", "256", "graph"):
         assert part in row

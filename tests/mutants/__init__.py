@@ -96,6 +96,7 @@ AREAS = {
     "plan": Area(("tests/test_rules.py", "tests/test_refusals.py", GAPS)),
     "verification": Area((GAPS, "tests/test_refusals.py"), "native-tied", "l1"),
     "export": Area(("tests/test_onnx.py",), laws="l10"),
+    "schedules": Area(("tests/test_schedules.py",)),
     "files": Area(("tests/test_adapter_files.py", GAPS)),
 }
 
@@ -103,8 +104,8 @@ MUTANTS = (
     # ── the algebra: factors, scale, forms ───────────────────────────────────────────────────────────────────────────
     Mutant(
         "factors_swapped", "algebra", "lora_fx/adapter.py",
-        "A, B = placement.down(factors.A, factors.B), placement.up(factors.A, factors.B)",
-        "B, A = placement.down(factors.A, factors.B).mT, placement.up(factors.A, factors.B).mT",
+        "A, B = self._cast(placement.down(factors.A, B), placement.up(factors.A, B))",
+        "B, A = self._cast(placement.down(factors.A, B).mT, placement.up(factors.A, B).mT)",
         "The branch contracts x with B and makes the output with A; only square weights take it.",
     ),
     Mutant(
@@ -365,8 +366,20 @@ MUTANTS = (
         "The delta is folded in transposed; a reshape makes it fit.",
     ),
     Mutant(
+        "fold_transposed_below_float64", "fold", "passes/fold.py",
+        "return self.layout.delta(A, B)", "return self.layout.to_weight((B @ A).mT)",
+        "The same where the weight is narrower than float64, whose delta is a matmul.",
+        tests=("tests/test_fold.py",),
+    ),
+    Mutant(
+        "fold_inputs_first_as_outputs_first", "fold", "lora_fx/layout.py",
+        'B.transpose(-2, -1), "bio")', 'B.transpose(-2, -1))',
+        "A weight that lies (in, out) takes the delta in the order of one that lies (out, in).",
+        tests=("tests/test_fold.py",),
+    ),
+    Mutant(
         "fold_without_scale", "fold", "passes/fold.py",
-        "self.B.to(torch.float64) * self.scale", "self.B.to(torch.float64)",
+        "A, B = self.A, self.B * self.scale", "A, B = self.A, self.B",
         "The fold forgets the scale that the branch has.",
     ),
     Mutant(
@@ -389,7 +402,7 @@ MUTANTS = (
     ),
     Mutant(
         "fold_reads_b_in_half", "fold", "passes/fold.py",
-        "A.clone(), B.clone(), adapter.scale", "A.clone(), B.to(torch.bfloat16).to(B.dtype), adapter.scale",
+        "A.clone(), B.clone(), scale,", "A.clone(), B.to(torch.bfloat16).to(B.dtype), scale,",
         "B is rounded to bfloat16 on its way into the weight.",
     ),
     Mutant(
@@ -412,7 +425,7 @@ MUTANTS = (
     ),
     Mutant(
         "nan_folded", "fold", "passes/fold.py",
-        "if not bool(factor.isfinite().all()):", "if False:",
+        "if not math.isfinite(_largest(factor)):", "if False:",
         "Factors with NaN are folded into the weights.",
         tests=("tests/test_refusals.py", GAPS),
     ),
@@ -425,13 +438,12 @@ MUTANTS = (
     # ── rounding ─────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "fold_rounds_twice", "rounding", "passes/fold.py",
-        "return round_sum(total, error, block.dtype, exact)", "return total.to(block.dtype)",
+        "return round_sum(total, _error(block, terms), block.dtype, errors, exact)", "return total.to(block.dtype)",
         "Folding converts float64 to bfloat16 as torch does, by way of float32.",
     ),
     Mutant(
         "delta_rounded_before_the_sum", "rounding", "passes/fold.py",
-        "    total = block.to(torch.float64) + delta\n    largest",
-        "    total = block.to(torch.float64) + delta.to(block.dtype)\n    largest",
+        "_rounded(block, delta + block, parts)", "_rounded(block, (delta.to(block.dtype) + block).double(), parts)",
         "The delta is rounded to W's dtype, and the sum again.",
     ),
     Mutant(
@@ -448,8 +460,50 @@ MUTANTS = (
     ),
     Mutant(
         "doubt_ignored", "rounding", "lora_fx/rounding.py",
-        "if unsure.numel():", "if False:",
+        "if not torch.equal(low, high):", "if False:",
         "Sums too near a border for float64 to decide are rounded on a guess.",
+    ),
+    # ── schedules ────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "fused_without_scale", "schedules", "lora_fx/schedules.py",
+        "_part(rows, first, B).addmm_(kept[k], B.t(), alpha=scale)", "_part(rows, first, B).addmm_(kept[k], B.t())",
+        "The branch that is accumulated in place is x·A·B, without its scale.",
+        laws="l2",
+    ),
+    Mutant(
+        "fused_part_at_the_front", "schedules", "lora_fx/schedules.py",
+        "rows.narrow(1, first, B.shape[0])", "rows.narrow(1, 0, B.shape[0])",
+        "An adapter of the value rows of a fused weight acts on its first rows.",
+    ),
+    Mutant(
+        "dense_schedule_without_scale", "schedules", "lora_fx/schedules.py",
+        "            total = torch.addmm(total, B, A, alpha=scale)", "            total = torch.addmm(total, B, A)",
+        "W + B·A, without its scale, where the tokens are many.",
+    ),
+    Mutant(
+        "dense_drops_the_whole_input", "schedules", "lora_fx/schedules.py",
+        "dense = schedule == DENSE and not drops", "dense = True",
+        "Where the tokens are many, dropout on the branch is forgotten.",
+    ),
+    Mutant(
+        "gradient_of_a_without_scale", "schedules", "lora_fx/schedules.py",
+        "grad_a = _product(z, own, scale)", "grad_a = _product(z, own, 1)",
+        "A learns at another rate than B.",
+    ),
+    Mutant(
+        "gradient_of_x_without_branch", "schedules", "lora_fx/schedules.py",
+        "factors.append((z.t(), A, scale))", "pass",
+        "What flows back to earlier layers misses the branch's share.",
+    ),
+    Mutant(
+        "second_order_through_constants", "schedules", "lora_fx/schedules.py",
+        "        if torch.is_grad_enabled():\n            return _diff", "        if False:\n            return _diff",
+        "Second derivatives take x·Aᵀ for a constant.",
+    ),
+    Mutant(
+        "schedule_in_place_under_vmap", "schedules", "lora_fx/schedules.py",
+        "        or torch._C._are_functorch_transforms_active()\n", "",
+        "Accumulating in place meets a transformed call.",
     ),
     # ── unfold ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -458,8 +512,14 @@ MUTANTS = (
         "Every unfolded number is one step of its dtype too large.",
     ),
     Mutant(
+        "shaky_guess_trusted", "unfold", "lora_fx/rounding.py",
+        "        far |= shaky\n", "",
+        "A delta that is summed in another order on the way back can move the guess, and the weight with it.",
+        tests=("tests/test_fold.py",),
+    ),
+    Mutant(
         "unfold_reads_the_factors_of_now", "unfold", "passes/fold.py",
-        "A.clone(), B.clone(), adapter.scale", "A, B, adapter.scale",
+        "adapter.layout, A.clone(), B.clone(), scale,", "adapter.layout, A, B, scale,",
         "Unfolding takes out what the factors are now, not what was folded in.",
         tests=("tests/test_fold.py::test_training_an_adapter_that_is_put_away_changes_nothing",),
     ),

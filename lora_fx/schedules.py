@@ -1,0 +1,231 @@
+"""In which order the branch of a plain matmul is computed: what is passed over, and what backward keeps.
+
+    y = x·Wᵀ + bias + Σ s·(x·Aᵀ)·Bᵀ        x: (…, in), W: (out, in), A: (rank, in), B: (out, rank)
+
+* ``branch``: matmuls and an add, as one would write it. Every pass of autograd is an op of its own.
+* ``fused``: the matmuls accumulate the branch onto y, and its gradient onto that of x. Backward keeps x and x·Aᵀ.
+* ``dense``: y = x·(W + s·B·A)ᵀ + bias, the sum made anew in each forward and backward, never kept. Two passes over W in
+  place of two over x and y each: cheaper where the tokens are many. Only in dtypes that lose nothing by it, and without
+  dropout on the branch.
+* ``auto`` takes `dense` from the number of tokens on at which it moves fewer bytes, and `fused` below.
+
+All are the same function of x, A and B, with the same gradients of any order. Wherever more than a call is at stake,
+when a program is compiled, captured, exported or transformed, they are the plain `branch`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+AUTO, BRANCH, FUSED, DENSE = "auto", "branch", "fused", "dense"
+SCHEDULES = (AUTO, BRANCH, FUSED, DENSE)
+
+#: the ops that can be scheduled; W is (out, in) for the first, (in, out) for the others
+OPS = {
+    "linear": F.linear,
+    "matmul": lambda x, weight, bias: torch.matmul(x, weight),
+    "addmm": lambda x, weight, bias: torch.addmm(bias, x, weight),
+}
+
+_Term = tuple[Any, Any, float, int, Any]
+"""A, B, s, the first output feature that B makes, and x with dropout (x itself or None where nothing is dropped)."""
+
+
+def loses_nothing(dtype: torch.dtype) -> bool:
+    """Whether W + s·B·A in this dtype is as good as the branch: bfloat16 would round most of a small delta away."""
+    return dtype in (torch.float32, torch.float64)
+
+
+def dense_from(inputs: int, outputs: int) -> int:
+    """The number of tokens from which on `dense` moves fewer bytes than `fused`.
+
+    Per call, beyond what both do: `fused` reads and writes y, and the gradient of x: 2·tokens·(in + out) elements;
+    `dense` reads W and writes the sum, in forward and in backward: 4·in·out. An element of W is counted twice: at the
+    number of tokens that breaks even so, both take the same time on a CPU (`benchmarks/training.py --schedules`).
+    """
+    return max(1, 4 * inputs * outputs // max(inputs + outputs, 1))
+
+
+_here = threading.local()
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """In this thread, every schedule is `branch`: for programs that are to be read."""
+    before = getattr(_here, "plainly", False)
+    _here.plainly = True
+    try:
+        yield
+    finally:
+        _here.plainly = before
+
+
+def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term], schedule: str) -> Any:
+    """x·Wᵀ + bias + Σ s·(x·Aᵀ)·Bᵀ.
+
+    Args:
+        op: one of `OPS`.
+        schedule: one of `SCHEDULES`.
+    """
+    if schedule == BRANCH or not _may_schedule(x, weight, bias, terms):
+        return _branch(op, x, weight, bias, terms)
+    drops = any(term[4] is not None and term[4] is not x for term in terms)
+    dense = schedule == DENSE and not drops
+    if schedule == AUTO and not drops and loses_nothing(weight.dtype):
+        dense = x.numel() >= x.shape[-1] * dense_from(*weight.shape)
+    tensors: list[Any] = []
+    spec = []
+    for A, B, scale, first, dropped in terms:
+        tensors += A, B, None if dropped is x else dropped
+        spec.append((scale, first))
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
+        return _Scheduled.apply(op, dense, spec, x, weight, bias, *tensors)
+    return _forward(op, dense, spec, x, weight, bias, tensors, [])
+
+
+def _branch(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> Any:
+    y = OPS[op](x, weight, bias)
+    for A, B, scale, first, dropped in terms:
+        z = F.linear(x if dropped is None else dropped, A)
+        after = y.shape[-1] - first - B.shape[0]
+        y = y + F.linear(z if scale == 1 else z * scale, F.pad(B, (0, 0, first, after)) if first or after else B)
+    return y
+
+
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+
+
+def _may_schedule(x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> bool:
+    """Whether all are ordinary tensors of one dtype, with W frozen, and nothing transforms or records the call."""
+    if (
+        torch.compiler.is_compiling()
+        or getattr(_here, "plainly", False)
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or torch.autograd.forward_ad._current_level >= 0
+        or type(x) not in _ORDINARY
+        or type(weight) not in _ORDINARY
+        or x.dtype != weight.dtype
+        or weight.requires_grad
+        or (bias is not None and (type(bias) not in _ORDINARY or bias.requires_grad or bias.dtype != x.dtype))
+        or torch.is_autocast_enabled(x.device.type)
+    ):
+        return False
+    return all(type(t) in _ORDINARY and t.dtype == x.dtype for A, B, *_ in terms for t in (A, B))
+
+
+def _forward(
+    op: str,
+    dense: bool,
+    spec: Sequence[tuple[float, int]],
+    x: Any,
+    weight: Any,
+    bias: Any,
+    tensors: Sequence[Any],
+    kept: list[torch.Tensor],
+) -> Any:
+    """y; x·Aᵀ of each term, where backward needs it, is appended to `kept`."""
+    if dense:
+        return OPS[op](x, _sum(op, weight, spec, tensors), bias)
+    flat = x.reshape(-1, x.shape[-1])
+    for k in range(len(spec)):
+        A, dropped = tensors[3 * k], tensors[3 * k + 2]
+        kept.append(torch.mm(flat if dropped is None else dropped.reshape(flat.shape), A.t()))
+    y = OPS[op](x, weight, bias)
+    rows = y.view(-1, y.shape[-1]) if y.is_contiguous() else (y := y.contiguous()).view(-1, y.shape[-1])
+    for k, (scale, first) in enumerate(spec):
+        B = tensors[3 * k + 1]
+        _part(rows, first, B).addmm_(kept[k], B.t(), alpha=scale)
+    return y
+
+
+def _part(rows: torch.Tensor, first: int, B: torch.Tensor) -> torch.Tensor:
+    """The features that B makes."""
+    return rows if B.shape[0] == rows.shape[1] else rows.narrow(1, first, B.shape[0])
+
+
+def _sum(op: str, weight: torch.Tensor, spec: Sequence[tuple[float, int]], tensors: Sequence[Any]) -> torch.Tensor:
+    """W + Σ s·B·A, differentiable in A and B."""
+    total = weight if op == "linear" else weight.t()
+    for k, (scale, first) in enumerate(spec):
+        A, B = tensors[3 * k], tensors[3 * k + 1]
+        if B.shape[0] == total.shape[0]:
+            total = torch.addmm(total, B, A, alpha=scale)
+        else:
+            part = torch.addmm(total.narrow(0, first, B.shape[0]), B, A, alpha=scale)
+            total = torch.cat([total[:first], part, total[first + B.shape[0] :]])
+    return total if op == "linear" else total.t()
+
+
+class _Scheduled(torch.autograd.Function):
+    """`_forward`, and its gradients.
+
+    Between large matmuls, every further op starts with cold caches, which costs a CPU more than the few numbers in it:
+    so the small products come before the large one, scale while they multiply, and are written the way round in which
+    the rank is the first axis (on a CPU up to five times as fast as the other).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: str, dense: bool, spec: Any, x: Any, weight: Any, bias: Any, *tensors: Any) -> Any:
+        kept: list[torch.Tensor] = []
+        y = _forward(op, dense, spec, x, weight, bias, tensors, kept)
+        ctx.op, ctx.dense, ctx.spec = op, dense, spec
+        ctx.save_for_backward(x, weight, *tensors, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, grad)
+        op, spec, (x, weight, *tensors) = ctx.op, ctx.spec, ctx.saved_tensors
+        kept, needs = tensors[3 * len(spec) :], ctx.needs_input_grad[6:]
+        g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grads: list[Any] = []
+        factors: list[Any] = []  # whose products belong to the gradient of x
+        for k, (scale, first) in enumerate(spec):
+            A, B, dropped = tensors[3 * k : 3 * k + 3]
+            own, mine = flat if dropped is None else dropped.reshape(flat.shape), _part(g, first, B)
+            z = torch.mm(B.t(), mine.t())
+            grad_a = grad_b = grad_own = None
+            if needs[3 * k]:
+                grad_a = _product(z, own, scale)
+            if needs[3 * k + 1]:
+                grad_b = _product((torch.mm(own, A.t()) if ctx.dense else kept[k]).t(), mine, scale).t()
+            if needs[3 * k + 2]:
+                grad_own = _product(z.t(), A, scale).view(dropped.shape)  # type: ignore[union-attr]
+            elif dropped is None and not ctx.dense:
+                factors.append((z.t(), A, scale))
+            grads += grad_a, grad_b, grad_own
+        grad_x = None
+        if ctx.needs_input_grad[3]:
+            total = _sum(op, weight, spec, tensors) if ctx.dense else weight
+            grad_x = torch.empty_like(flat, memory_format=torch.contiguous_format)
+            for n, (z, A, scale) in enumerate(factors):
+                grad_x.addmm_(z, A, beta=1 if n else 0, alpha=scale)
+            grad_x.addmm_(g, total if op == "linear" else total.t(), beta=1 if factors else 0)
+            grad_x = grad_x.view(x.shape)
+        return None, None, None, grad_x, None, None, *grads
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return out.addmm_(left, right, beta=0, alpha=scale)
+
+
+def _differentiable_gradients(ctx: Any, grad: Any) -> Any:
+    """With create_graph=True: the gradients of `branch`, which autograd can differentiate once more."""
+    x, weight, *tensors = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[3], *ctx.needs_input_grad[6 : 6 + 3 * len(ctx.spec)]]
+    ours = [None if t is None else t.view_as(t) for t in (x, *tensors[: len(needs) - 1])]  # one may depend on another
+    terms = [(*ours[3 * k + 1 : 3 * k + 3], *spec, ours[3 * k + 3]) for k, spec in enumerate(ctx.spec)]
+    y = _branch("linear" if ctx.op == "linear" else "matmul", ours[0], weight, None, terms)
+    wanted = [t for t, needed in zip(ours, needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    grads = [next(found) if needed else None for needed in needs]
+    return None, None, None, grads[0], None, None, *grads[1:]

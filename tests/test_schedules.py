@@ -1,0 +1,206 @@
+"""Every schedule is the same function of x, A and B, with the same gradients, and is only taken where it may be."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import Rule, schedules
+from lora_fx.errors import PlanError, RuleError
+from tests import reference
+
+IN, OUT, RANK = 5, 7, 2
+PARTS = {"whole": [(0, OUT)], "two": [(0, OUT), (0, OUT)], "parts": [(0, 3), (4, 3)], "end": [(5, 2)]}
+SHAPES = {"vector": (IN,), "rows": (6, IN), "tokens": (3, 4, IN), "none": (0, IN)}
+
+
+class Case:
+    """One matmul with branches, and inputs for it."""
+
+    def __init__(self, op: str, parts: str, dropped: bool, shape: str, dtype: torch.dtype = torch.float64) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*sizes: int) -> torch.Tensor:
+            return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.op, self.parts, self.dropped = op, PARTS[parts], dropped
+        self.x = random(*SHAPES[shape]).requires_grad_()
+        self.weight = random(OUT, IN) if op == "linear" else random(IN, OUT)
+        self.bias = None if op == "matmul" else random(OUT)
+        self.mask = (random(*SHAPES[shape]) > -0.5).to(dtype) / 0.7
+        self.factors = []
+        for k, (_, features) in enumerate(self.parts):
+            self.factors += random(RANK + k, IN).requires_grad_(), random(features, RANK + k).requires_grad_()
+
+    def __call__(self, schedule: str, x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        terms = [
+            (factors[2 * k], factors[2 * k + 1], 1.5 - k, first, x * self.mask if self.dropped else None)
+            for k, (first, _) in enumerate(self.parts)
+        ]
+        return schedules.matmul(self.op, x, self.weight, self.bias, terms, schedule)
+
+    def magnitudes(self) -> torch.Tensor:
+        """The same with every number positive: no part of a sum is larger."""
+        other = copy.deepcopy(self)
+        for t in (other.weight, *([] if other.bias is None else [other.bias])):
+            t.abs_()
+        with torch.no_grad():
+            return other(schedules.BRANCH, self.x.abs(), *(f.abs() * 2 for f in self.factors))
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, magnitudes: torch.Tensor) -> None:
+    operations = 2 * (IN + 3 * RANK + 4)  # each rounds by at most eps / 2 of the magnitudes, on either side
+    assert bool(((actual - expected).abs() <= operations * torch.finfo(actual.dtype).eps * magnitudes).all())
+
+
+CASES = [
+    (op, parts, dropped, shape)
+    for op in schedules.OPS
+    for parts in PARTS
+    for dropped in (False, True)
+    for shape in SHAPES
+    if op != "addmm" or shape in ("rows", "none")
+]
+
+
+@pytest.mark.parametrize("schedule", schedules.SCHEDULES)
+@pytest.mark.parametrize(("op", "parts", "dropped", "shape"), CASES)
+def test_every_schedule_is_the_branch(schedule, op, parts, dropped, shape):
+    case = Case(op, parts, dropped, shape)
+    expected = case(schedules.BRANCH, case.x, *case.factors)
+    assert_same(case(schedule, case.x, *case.factors), expected, case.magnitudes())
+    with torch.no_grad():
+        assert_same(case(schedule, case.x, *case.factors), expected, case.magnitudes())
+
+
+@pytest.mark.parametrize("schedule", [schedules.AUTO, schedules.FUSED, schedules.DENSE])
+@pytest.mark.parametrize(("op", "parts", "dropped", "shape"), [c for c in CASES if c[3] not in ("none", "vector")])
+def test_first_and_second_derivatives_are_those_of_the_function(schedule, op, parts, dropped, shape):
+    case = Case(op, parts, dropped, shape)
+    inputs = (case.x, *case.factors)
+    assert torch.autograd.gradcheck(lambda *args: case(schedule, *args), inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *args: case(schedule, *args), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("schedule", [schedules.FUSED, schedules.DENSE])
+@pytest.mark.parametrize("frozen", ["x", "A", "B"])
+def test_only_what_asks_for_a_gradient_gets_one(schedule, frozen):
+    case = Case("linear", "whole", False, "rows")
+    inputs = dict(zip(("x", "A", "B"), (case.x, *case.factors), strict=True))
+    inputs[frozen].requires_grad_(False)
+    case(schedule, *inputs.values()).sum().backward()
+    assert {name for name, t in inputs.items() if t.grad is not None} == set(inputs) - {frozen}
+
+
+@pytest.mark.parametrize("schedule", [schedules.FUSED, schedules.DENSE])
+def test_a_second_derivative_reaches_what_a_factor_was_made_of(schedule):
+    """A hypernetwork: A is a function of x."""
+    case = Case("linear", "whole", False, "rows")
+
+    def run(x, B, how):
+        return case(how, x, x[:RANK] ** 2, B)
+
+    for how in (schedules.BRANCH, schedule):
+        assert torch.autograd.gradgradcheck(lambda x, B, how=how: run(x, B, how), (case.x, case.factors[1]))
+
+
+# ── where it is not taken ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def scheduled(case: Case, *args: torch.Tensor) -> bool:
+    return "_Scheduled" in str(case(schedules.FUSED, *args).grad_fn)
+
+
+def test_it_is_taken_for_ordinary_calls_alone():
+    case = Case("linear", "whole", False, "rows", torch.float32)
+    inputs = (case.x, *case.factors)
+    assert scheduled(case, *inputs)
+    with schedules.plainly():
+        assert not scheduled(case, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert case(schedules.FUSED, *inputs).dtype == torch.bfloat16
+    case.bias.requires_grad_()
+    assert not scheduled(case, *inputs), "whoever trains the bias gets its gradient"
+    case(schedules.FUSED, *inputs).sum().backward()
+    assert case.bias.grad is not None
+    case.bias.requires_grad_(False)
+    case.weight.requires_grad_()
+    case(schedules.DENSE, *inputs).sum().backward()
+    assert case.weight.grad is not None
+
+
+@pytest.mark.parametrize("schedule", [schedules.FUSED, schedules.DENSE])
+def test_transformed_calls_are_right_too(schedule):
+    case = Case("linear", "whole", False, "rows")
+    A, B = case.factors
+    stacked = torch.stack([A, 2 * A]).detach()
+    mapped = torch.func.vmap(lambda a: case(schedule, case.x.detach(), a, B.detach()))(stacked)
+    for k in range(2):
+        assert_same(mapped[k], case(schedules.BRANCH, case.x, stacked[k], B), case.magnitudes())
+    tangent = torch.ones_like(A)
+    _, pushed = torch.func.jvp(lambda a: case(schedule, case.x.detach(), a, B.detach()), (A.detach(),), (tangent,))
+    assert_same(pushed, 1.5 * case.x @ tangent.T @ B.T, case.magnitudes())
+
+
+def test_a_captured_program_shows_the_branch():
+    model = lora_fx.apply(nn.Linear(6, 9), Rule(where="*", rank=2, schedule="dense"), torch.randn(4, 6))
+    names = [n.name for n in lora_fx.capture(model, torch.randn(4, 6)).capture.graph.nodes]
+    assert [n for n in names if n.startswith(("linear", "add"))] == ["linear", "linear_1", "linear_2", "add"]
+
+
+# ── choosing one ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv = nn.Linear(8, 12), nn.Conv1d(12, 8, 1)
+
+    def forward(self, x):
+        return self.conv(self.first(x).transpose(1, 2))
+
+
+def test_the_plan_says_which():
+    shown = str(lora_fx.plan(Model(), Rule(where="*", rank=2), torch.randn(2, 3, 8)))
+    assert "fused; dense from 19 tokens" in shown and shown.count("branch") == 1
+    half = lora_fx.plan(Model().bfloat16(), Rule(where="first", rank=2), torch.randn(2, 3, 8).bfloat16())
+    assert half.rows[0].schedule == "fused"
+    assert lora_fx.plan(Model(), Rule(where="first", rank=2, schedule="dense")).rows[0].schedule == "dense"
+
+
+@pytest.mark.parametrize("tokens", [18, 19])
+def test_auto_takes_the_dense_sum_where_the_tokens_are_many(monkeypatch, tokens):
+    model = lora_fx.apply(Model(), Rule(where="first", rank=2), torch.randn(2, 3, 8))
+    sums = []
+    monkeypatch.setattr(schedules, "_sum", lambda *args, real=schedules._sum: sums.append(1) or real(*args))
+    model.first(torch.randn(tokens, 8, requires_grad=True)).sum().backward()
+    assert len(sums) == (2 if tokens == 19 else 0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "why"),
+    [
+        (dict(where="conv", schedule="fused"), torch.float32, "conv has no other form than the parallel branch"),
+        (dict(where="first", schedule="dense"), torch.bfloat16, "W + s·B·A would be rounded to torch.bfloat16"),
+        (dict(where="first", schedule="dense", dropout=0.1), torch.float32, "dropout=0.1 acts on the branch alone"),
+    ],
+)
+def test_a_schedule_that_a_site_cannot_take_is_refused(rule, dtype, why):
+    model = Model().to(dtype)
+    before = reference.bits(model)
+    with pytest.raises(PlanError, match=re.escape(why)) as caught:
+        lora_fx.apply(model, Rule(rank=2, **rule), torch.randn(2, 3, 8).to(dtype))
+    assert caught.value.place == f"{rule['where']}.weight" and repr(rule["schedule"]) in caught.value.reason
+    assert "leave the schedule out" in caught.value.remedy
+    assert reference.same_bits(reference.bits(model), before)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(RuleError, match="schedule='fast' is unknown") as caught:
+        Rule(where="*", rank=2, schedule="fast")
+    assert "auto, branch, fused, dense" in caught.value.remedy
