@@ -37,6 +37,7 @@ from lora_fx.passes.fold import fold, unfold
 from lora_fx.planning import plan, read_program
 from lora_fx.random_models import BLOCKS, DTYPES, HEADS, Again, Block, RandomModel, Tied
 from lora_fx.rules import Rule
+from lora_fx.schedules import AUTO, BRANCH, SCHEDULES
 from lora_fx.sites import Site, find_sites
 from lora_fx.verification import Report, compare, noise_floors, run, verify
 
@@ -171,15 +172,19 @@ def _rule(
         rank=draw(st.integers(1, 4)),
         alpha=draw(st.sampled_from((None, 1, 3, 0.5, 16, -2))),
         scaling=draw(st.sampled_from(("standard", "rslora"))),
+        schedule=draw(st.sampled_from(SCHEDULES)),
         dropout=draw(st.sampled_from((0.0, 0.5))) if dropout else 0.0,
     )
     decided = [s for s in left if Rule(**key).matches(s)]
     rule = Rule(**key, **_fitting(settings, decided))
-    if any(s.weight in {d.weight for d in decided} and s not in decided for s in left) or settings["dropout"]:
+    if any(s.weight in {d.weight for d in decided} and s not in decided for s in left) or not (
+        settings["dropout"] == 0 and settings["schedule"] in (AUTO, BRANCH)
+    ):
         try:
             plan(model, [*before, rule], inputs)
         except LoraFxError:  # one use of a weight that the same attribute gives to others; a use that has no branch
-            key, settings["dropout"] = {"where": chosen.weight.name}, 0.0
+            key = {"where": chosen.weight.name}
+            settings.update(dropout=0.0, schedule=AUTO)
             decided = [s for s in left if s.weight is chosen.weight]
             rule = Rule(**key, **_fitting(settings, decided))
     return rule, decided
