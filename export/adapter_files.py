@@ -69,6 +69,7 @@ from lora_fx.passes.insert import Insert
 from lora_fx.planning import Plan, Row, plan_rows, read_program
 from lora_fx.program import Program, Use, Weight
 from lora_fx.rules import Rule
+from lora_fx.schedules import AUTO
 from lora_fx.views import View
 
 OWN_FORMAT = "save_adapter(..., peft=False) writes a folder that lora_fx can load and PEFT refuses"
@@ -95,6 +96,7 @@ class _Held:
         return {
             "weights": list(self.weights), "part": self.part, "role": a.role, "sides": a.layout.sides, "rank": a.rank,
             "alpha": a.alpha, "scaling": a.scaling, "dropout": a.dropout.p, "rows": _ranges(a.rows),
+            "schedule": a.schedule,
         }  # fmt: skip
 
 
@@ -378,6 +380,7 @@ class _Saved:
     ranges: tuple[tuple[int, int], ...] | None = None
     role: str = ""
     part: str = ""
+    schedule: str = AUTO
 
     @property
     def rank(self) -> int:
@@ -492,8 +495,11 @@ def _row(program: Program, s: _Saved, weight: Weight) -> Row:
     outside = {path for path, _, attribute in others if (id(modules[path]), attribute) not in mine}
     uses = tuple(u for u in weight.uses if u.module not in outside)
     settings = {"rank": s.rank, "alpha": s.alpha, "dropout": s.dropout, "scaling": s.scaling}
-    rule = Rule(where=weight.name, init=_copier(A, B), **settings)  # type: ignore[arg-type]
-    return Row(weight, rule, s.role, s.part, rows, uses, owners, bool(outside))
+    rule = Rule(where=weight.name, init=_copier(A, B), schedule=s.schedule, **settings)  # type: ignore[arg-type]
+    row = Row(weight, rule, s.role, s.part, rows, uses, owners, bool(outside))
+    if row.why_not(s.schedule):  # in a model of another dtype, say
+        row.rule = replace(rule, schedule=AUTO)
+    return row
 
 
 def _rows_of(s: _Saved, layout: Layout) -> tuple[int, ...] | None:
@@ -602,7 +608,7 @@ def _entry(
     assert re.fullmatch(r"\w*", entry["part"]), f"{entry['part']!r} is no part"
     return _Saved(
         tuple(entry["weights"]), A, B, sides, float(entry["alpha"]), entry["scaling"], f"{folder / TENSORS}, {key}",
-        float(entry["dropout"]), ranges, str(entry["role"]), str(entry["part"]),
+        float(entry["dropout"]), ranges, str(entry["role"]), str(entry["part"]), str(entry.get("schedule", AUTO)),
     )  # fmt: skip
 
 

@@ -84,6 +84,12 @@ class Row:
         forms = dict.fromkeys(u.form for u in self.uses if u.call is None or not schedulable(u.call)[0])
         return f"{', '.join(forms)} has no other form than the parallel branch" if forms else ""
 
+    def why_not(self, schedule: str) -> str:
+        """Why it cannot have this schedule; empty where it can."""
+        if schedule == schedules.DENSE:
+            return self.why_branch or self.why_not_dense
+        return self.why_branch if schedule == schedules.FUSED else ""
+
     @property
     def why_not_dense(self) -> str:
         dtype = self.weight.parameter.dtype
@@ -311,10 +317,7 @@ def _check(row: Row, model: nn.Module, name: str) -> None:
 
 def _check_schedule(row: Row) -> None:
     wanted = row.rule.schedule
-    why = row.why_branch if wanted in (schedules.FUSED, schedules.DENSE) else ""
-    if wanted == schedules.DENSE:
-        why = why or row.why_not_dense
-    if why:
+    if why := row.why_not(wanted):
         raise PlanError(
             f"schedule={wanted!r}: {why}", place=row.weight.name, remedy="leave the schedule out: auto takes what fits"
         )

@@ -76,9 +76,9 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term], sche
     if schedule == BRANCH or not _may_schedule(x, weight, bias, terms):
         return _branch(op, x, weight, bias, terms)
     drops = any(term[4] is not None and term[4] is not x for term in terms)
-    dense = schedule == DENSE and not drops
-    if schedule == AUTO and not drops and loses_nothing(weight.dtype):
-        dense = x.numel() >= x.shape[-1] * dense_from(*weight.shape)
+    dense = False
+    if schedule != FUSED and not drops and loses_nothing(weight.dtype):  # the model may have been cast since
+        dense = schedule == DENSE or x.numel() >= x.shape[-1] * dense_from(*weight.shape)
     tensors: list[Any] = []
     spec = []
     for A, B, scale, first, dropped in terms:
@@ -175,7 +175,9 @@ class _Scheduled(torch.autograd.Function):
     def forward(ctx: Any, op: str, dense: bool, spec: Any, x: Any, weight: Any, bias: Any, *tensors: Any) -> Any:
         kept: list[torch.Tensor] = []
         y = _forward(op, dense, spec, x, weight, bias, tensors, kept)
-        ctx.op, ctx.dense, ctx.spec = op, dense, spec
+        ctx.op, ctx.dense, ctx.spec, ctx.shape = op, dense, spec, x.shape
+        if all(dropped is not None for dropped in tensors[2::3]):
+            x = None  # nothing but what dropout made of it is multiplied with a gradient
         ctx.save_for_backward(x, weight, *tensors, *kept)
         return y
 
@@ -185,12 +187,12 @@ class _Scheduled(torch.autograd.Function):
             return _differentiable_gradients(ctx, grad)
         op, spec, (x, weight, *tensors) = ctx.op, ctx.spec, ctx.saved_tensors
         kept, needs = tensors[3 * len(spec) :], ctx.needs_input_grad[6:]
-        g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        g, width = grad.reshape(-1, grad.shape[-1]), ctx.shape[-1]
         grads: list[Any] = []
         factors: list[Any] = []  # whose products belong to the gradient of x
         for k, (scale, first) in enumerate(spec):
             A, B, dropped = tensors[3 * k : 3 * k + 3]
-            own, mine = flat if dropped is None else dropped.reshape(flat.shape), _part(g, first, B)
+            own, mine = (x if dropped is None else dropped).reshape(-1, width), _part(g, first, B)
             z = torch.mm(B.t(), mine.t())
             grad_a = grad_b = grad_own = None
             if needs[3 * k]:
@@ -205,11 +207,11 @@ class _Scheduled(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[3]:
             total = _sum(op, weight, spec, tensors) if ctx.dense else weight
-            grad_x = torch.empty_like(flat, memory_format=torch.contiguous_format)
+            grad_x = g.new_empty(g.shape[0], width)
             for n, (z, A, scale) in enumerate(factors):
                 grad_x.addmm_(z, A, beta=1 if n else 0, alpha=scale)
             grad_x.addmm_(g, total if op == "linear" else total.t(), beta=1 if factors else 0)
-            grad_x = grad_x.view(x.shape)
+            grad_x = grad_x.view(ctx.shape)
         return None, None, None, grad_x, None, None, *grads
 
 
@@ -221,6 +223,8 @@ def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Ten
 def _differentiable_gradients(ctx: Any, grad: Any) -> Any:
     """With create_graph=True: the gradients of `branch`, which autograd can differentiate once more."""
     x, weight, *tensors = ctx.saved_tensors
+    if x is None:  # a stand-in, whose gradient takes no part of x
+        x = grad.new_zeros(ctx.shape, requires_grad=True)
     needs = [ctx.needs_input_grad[3], *ctx.needs_input_grad[6 : 6 + 3 * len(ctx.spec)]]
     ours = [None if t is None else t.view_as(t) for t in (x, *tensors[: len(needs) - 1])]  # one may depend on another
     terms = [(*ours[3 * k + 1 : 3 * k + 3], *spec, ours[3 * k + 3]) for k, spec in enumerate(ctx.spec)]

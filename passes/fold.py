@@ -167,8 +167,8 @@ class Fold:
             if for_good:
                 held.enter_context(uninterrupted())
             with _for_good(model) if for_good else nullcontext():
-                for storage, old, terms in begun:
-                    way = _fold_weight(storage.parameter.detach(), terms, undo, storage.split or for_good)
+                for storage, old, terms, wide in begun:
+                    way = _fold_weight(storage.parameter.detach(), terms, wide, undo, storage.split or for_good)
                     for owner, attribute in storage.owners if storage.split else storage.owners[:1]:
                         originals.setdefault(id(owner), {})[attribute] = old if storage.split else way
                 for module in list(model.modules()):
@@ -299,17 +299,20 @@ def _check(storage: wiring.Storage, name: str) -> None:
             )
 
 
-def _begin(storage: wiring.Storage) -> tuple[nn.Parameter, tuple[_Term, ...]]:
+def _begin(storage: wiring.Storage) -> tuple[nn.Parameter, tuple[_Term, ...], list[_Term]]:
     """All that folding it keeps in memory: the old parameter, a copy where others still read that, the factors."""
     old, terms = storage.parameter, tuple(_Term.of(adapter) for adapter in storage.adapters)
+    wide = [term.wide() for term in terms]
     if storage.split:
         storage.replace(nn.Parameter(old.detach().clone(), old.requires_grad))
-    return old, terms
+    return old, terms, wide
 
 
-def _fold_weight(weight: torch.Tensor, terms: tuple[_Term, ...], undo: list[Undo], for_good: bool) -> _Way:
+def _fold_weight(
+    weight: torch.Tensor, terms: tuple[_Term, ...], wide: Sequence[_Term], undo: list[Undo], for_good: bool
+) -> _Way:
     """Write the folded weight; what comes back leads to the old one, unless it is folded for good."""
-    before, remainders, wide = 0 if for_good else _checksum(weight), [], [term.wide() for term in terms]
+    before, remainders = 0 if for_good else _checksum(weight), []
     for start, stop in _blocks(weight):
         block, parts = weight[start:stop], [term.rows(start, stop) for term in wide]
         if for_good:

@@ -252,8 +252,7 @@ def test_several_adapters_fold_into_one_sum_and_inactive_ones_stay_out():
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_thousand_switches_lose_nothing(dtype):
+def test_a_thousand_switches_lose_nothing(dtype=torch.bfloat16):
     layer = nn.Linear(12, 9, bias=False).to(dtype)
     x = torch.randn(2, 12).to(dtype)
     for name in ("one", "two"):

@@ -92,7 +92,7 @@ def dense(drawn: Drawn) -> nn.Module:
     return model
 
 
-@examples(30)
+@examples(20)
 @given(st.booleans(), st.data())
 def test_l1_with_b_zero_insert_is_bitwise_invisible(training, data):
     # In train mode the branch's dropout draws random numbers that the model's own dropout then gets others of.
@@ -104,7 +104,7 @@ def test_l1_with_b_zero_insert_is_bitwise_invisible(training, data):
     assert [name for name in drawn.model.state_dict() if "_lora_default" not in name] == names
 
 
-@examples(40)
+@examples(30)
 @given(adapted())
 def test_l2_adapted_is_functional_call_with_the_dense_sum(drawn):
     weights, other = reference.dense_weights(drawn.model), dense(drawn)
@@ -115,13 +115,13 @@ def test_l2_adapted_is_functional_call_with_the_dense_sum(drawn):
         assert not same(called, run(drawn.base, drawn.inputs)), "the adapters have no effect"
 
 
-@examples(30)
+@examples(20)
 @given(adapted())
 def test_l3_fold_is_the_adapted_model_within_the_noise_floor_and_exact(drawn):
     assert_folds_exactly(drawn.model, drawn.inputs)
 
 
-@examples(30)
+@examples(20)
 @given(adapted())
 def test_l4_the_graph_of_the_folded_model_is_the_graph_of_the_base(drawn):
     base, folded = copy.deepcopy(drawn.base), lora_fx.fold(drawn.model)
@@ -143,7 +143,7 @@ def _untie_like(base: nn.Module, folded: nn.Module) -> None:
             setattr(base.get_submodule(path), attribute, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
-@examples(30)
+@examples(20)
 @given(adapted(), st.integers(1, 3))
 def test_l5_unfolding_gives_every_bit_back(drawn, times):
     model, state, before = drawn.model, reference.bits(drawn.model), run(drawn.model, drawn.inputs)
@@ -155,7 +155,7 @@ def test_l5_unfolding_gives_every_bit_back(drawn, times):
     assert same(run(model, drawn.inputs), before)
 
 
-@examples(30)
+@examples(20)
 @given(adapted(sizes=(1.0,)))
 def test_l6_exactly_the_adapters_get_gradients_and_each_one_does(drawn):
     reached = _with_gradient(copy.deepcopy(drawn.base).requires_grad_(True), drawn.inputs)
@@ -181,7 +181,7 @@ def _with_gradient(model: nn.Module, inputs: Inputs) -> set[str]:
     return {name for name, p in named if p.grad is not None and bool((p.grad != 0).any())}
 
 
-@examples(30)
+@examples(20)
 @given(adapted())
 def test_l7_folding_twice_is_folding_once(drawn):
     once = reference.bits(lora_fx.fold(drawn.model))
@@ -190,7 +190,7 @@ def test_l7_folding_twice_is_folding_once(drawn):
     assert reference.same_bits(reference.bits(final), once)
 
 
-@examples(30)
+@examples(20)
 @given(adapted(), st.data())
 def test_l8_the_order_of_disjoint_rules_does_not_matter(drawn, data):
     found = {}
@@ -206,7 +206,7 @@ def test_l8_the_order_of_disjoint_rules_does_not_matter(drawn, data):
     assert same(run(ordered, drawn.inputs), run(shuffled, drawn.inputs))
 
 
-@examples(30)
+@examples(20)
 @given(adapted())
 def test_l9_untouched_weights_are_bitwise_untouched(drawn):
     named = dict(drawn.base.named_parameters(remove_duplicate=False))
@@ -263,7 +263,7 @@ def test_l11_the_onnx_graph_of_the_folded_model_is_the_one_of_the_base(drawn):
     assert graphs[0] == graphs[1]
 
 
-@examples(30)
+@examples(20)
 @given(adapted(dropout=True), st.booleans())
 def test_l12_saved_and_loaded_into_a_fresh_model_it_is_the_same_model(drawn, peft):
     fresh = copy.deepcopy(drawn.base)
@@ -354,7 +354,7 @@ def _everything(model: nn.Module) -> tuple:
     return reference.classes(model), flags, [p.requires_grad for p in model.parameters()]
 
 
-@examples(40)
+@examples(30)
 @given(adapted(), st.sampled_from(list(REFUSED)))
 def test_l13_after_a_refused_call_the_model_is_bitwise_what_it_was(drawn, refused):
     with tempfile.TemporaryDirectory() as folder:

@@ -482,7 +482,7 @@ MUTANTS = (
     ),
     Mutant(
         "dense_drops_the_whole_input", "schedules", "lora_fx/schedules.py",
-        "dense = schedule == DENSE and not drops", "dense = True",
+        "if schedule != FUSED and not drops and", "if schedule != FUSED and",
         "Where the tokens are many, dropout on the branch is forgotten.",
     ),
     Mutant(

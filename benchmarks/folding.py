@@ -1,0 +1,125 @@
+"""Fold and unfold 2 GiB of weights: time against PEFT's `merge_and_unload`, extra memory, and every element checked.
+
+    python benchmarks/folding.py [--rounds 5] [--gib 2]
+
+Weights of 4096×4096, rank 8. PEFT's merge cannot be undone exactly; its counterpart is `fold(final=True)`. The extra
+memory is the highest resident size during the fold, in a process of its own, above that before it.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from measuring import arguments, report
+from torch import nn
+
+WIDTH, RANK = 4096, 8
+
+
+def build(dtype: torch.dtype, width: int, layers: int) -> nn.Module:
+    torch.manual_seed(0)
+    linears = [nn.Linear(width, width, bias=False, dtype=dtype, device="meta") for _ in range(layers)]
+    model = nn.Sequential(*linears).to_empty(device="cpu")
+    with torch.no_grad():
+        one = torch.randn(width, width) * width**-0.5
+        for linear in model:
+            linear.weight.copy_(one)
+    return model
+
+
+def fill(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape) * 0.02)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run(what: str, dtype: str, width: int, layers: int) -> None:
+    """In a process of its own: print seconds of each part, and bytes."""
+    model = build(getattr(torch, dtype), width, layers)
+    if what == "PEFT":
+        import peft
+
+        config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=r"\d+")
+        model = peft.get_peft_model(model, config)
+        fill(model)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building
+        before, start = resident(), time.perf_counter()
+        model.merge_and_unload()
+        print(time.perf_counter() - start, 0, peak() - before)
+        return
+    import lora_fx
+
+    lora_fx.apply(model, lora_fx.Rule(where="*", rank=RANK, alpha=2 * RANK))
+    fill(model)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = resident(), time.perf_counter()
+    lora_fx.fold(model, final=what == "final")
+    folded, high = time.perf_counter() - start, peak() - before
+    start = time.perf_counter()
+    if what == "undoable":
+        lora_fx.unfold(model)
+    print(folded, time.perf_counter() - start, high)
+
+
+def measured(what: str, dtype: str, width: int, layers: int) -> tuple[float, float, float]:
+    command = [sys.executable, "-W", "ignore", __file__, "--run", what, dtype, str(width), str(layers)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return float(out[-3]), float(out[-2]), float(out[-1])
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=5)
+    parser.add_argument("--gib", type=float, default=2)
+    parser.add_argument("--run", nargs=4, help="one measurement, in this process")
+    options = parser.parse_args()
+    if options.run:
+        what, dtype, width, layers = options.run
+        run(what, dtype, int(width), int(layers))
+        return
+    rows = []
+    width = 64 if options.tiny else WIDTH
+    for dtype in ("float32", "bfloat16"):
+        size = getattr(torch, dtype).itemsize
+        layers = 2 if options.tiny else round(options.gib * 2**30 / (width * width * size))
+        found: dict[str, list[tuple[float, float, float]]] = {"PEFT": [], "final": [], "undoable": []}
+        for _ in range(options.rounds):
+            for what in found:
+                found[what].append(measured(what, dtype, width, layers))
+
+        def middle(what: str, part: int, found: dict = found) -> float:
+            return statistics.median(one[part] for one in found[what])
+
+        ratios = [a[0] / b[0] for a, b in zip(found["final"], found["PEFT"], strict=True)]
+        rows.append((
+            dtype, f"{middle('PEFT', 0):.2f}", f"{middle('final', 0):.2f}",
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
+            f"{middle('undoable', 0):.2f}", f"{middle('undoable', 1):.2f}",
+            f"{middle('undoable', 1) / middle('undoable', 0):.2f}",
+            f"{middle('final', 2) / 2**20:.0f}", f"{middle('PEFT', 2) / 2**20:.0f}",
+        ))  # fmt: skip
+    header = (
+        "weights", "PEFT merge, s", "fold(final=True), s", "/ PEFT", "fold, s", "unfold, s", "unfold / fold",
+        "extra memory of fold(final=True), MiB", "PEFT's, MiB",
+    )  # fmt: skip
+    report(
+        f"Folding {options.gib:g} GiB, rank {RANK}", header, rows, options, "Each measurement in a process of its own."
+    )
+
+
+if __name__ == "__main__":
+    main()

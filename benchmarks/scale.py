@@ -1,0 +1,91 @@
+"""Capture, plan and apply at scale: against `torch.export` on a CPU, and with 175 billion parameters on `meta`.
+
+    python benchmarks/scale.py [--rounds 5]
+
+Needs transformers (the `test` extra).
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from measuring import arguments, report
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import lora_fx
+from lora_fx import Rule
+
+
+def llama(layers: int, hidden: int) -> tuple[torch.nn.Module, dict]:
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
+        vocab_size=1000, use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval(), {"input_ids": torch.arange(16).reshape(1, 16)}
+
+
+def gpt3(layers: int, width: int) -> tuple[torch.nn.Module, dict]:
+    config = GPT2Config(n_embd=width, n_layer=layers, n_head=max(1, width // 128), use_cache=False)
+    with torch.device("meta"):
+        return GPT2LMHeadModel(config).eval(), {"input_ids": torch.zeros(1, 16, dtype=torch.long)}
+
+
+def run(what: str, layers: int, width: int) -> None:
+    """In a process of its own: print seconds and the highest resident size in MiB."""
+    model, inputs = (gpt3 if what == "meta" else llama)(layers, width)
+    rule = Rule(role="attention.query | attention.value", rank=8)
+    start = time.perf_counter()
+    if what == "export":
+        torch.export.export(model, (), inputs)
+    else:
+        lora_fx.apply(model, rule, inputs, check=what == "checked")
+    seconds = time.perf_counter() - start
+    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def measured(what: str, layers: int, width: int) -> tuple[float, float]:
+    command = [sys.executable, "-W", "ignore", __file__, "--run", what, str(layers), str(width)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return float(out[-2]), float(out[-1])
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=5)
+    parser.add_argument("--run", nargs=3, help="one measurement, in this process")
+    options = parser.parse_args()
+    if options.run:
+        what, layers, width = options.run
+        run(what, int(layers), int(width))
+        return
+    layers, width = (2, 64) if options.tiny else (32, 256)
+    found: dict[str, list[float]] = {"export": [], "apply": [], "checked": []}
+    for _ in range(options.rounds):
+        for what in found:
+            found[what].append(measured(what, layers, width)[0])
+    middle = {what: statistics.median(values) for what, values in found.items()}
+    ratios = [a / b for a, b in zip(found["apply"], found["export"], strict=True)]
+    rows = [
+        ("torch.export", f"{middle['export']:.2f}", ""),
+        ("apply, without its check", f"{middle['apply']:.2f}",
+         f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"),
+        ("apply", f"{middle['checked']:.2f}", f"{middle['checked'] / middle['export']:.2f}"),
+    ]  # fmt: skip
+    report(f"Capture, plan, apply: Llama, {layers} layers, {width} wide", ("", "s", "/ torch.export"), rows, options)
+    few, many, width = (1, 2, 256) if options.tiny else (24, 96, 12288)
+    sizes = {n: measured("meta", n, width) for n in (few, many)}
+    parameters = 12 * many * width**2 / 1e9
+    rows = [
+        (str(n), f"{seconds:.1f}", f"{memory:.0f}", f"{seconds / sizes[few][0]:.2f}")
+        for n, (seconds, memory) in sizes.items()
+    ]
+    title = f"Plan and apply on meta: GPT-3 shape, {width:,} wide, up to {parameters:.0f} billion parameters"
+    report(title, ("layers", "s", "highest resident size, MiB", f"/ {few} layers"), rows, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""A training step (forward and backward) of lora_fx, PEFT and the floor: the same model, frozen, gradients flowing.
+
+    python benchmarks/training.py [--rounds 15] [--compile] [--device cuda --dtype bfloat16] [--only llama]
+
+The floor computes every gradient that a step must pass through, and no adapter: nothing that trains adapters in the
+first layer can be faster. Needs peft and transformers (the `test` extra).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from measuring import arguments, paired, report, shown
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import lora_fx
+from lora_fx import Rule
+
+RANK, ALPHA = 8, 16
+
+
+@dataclass(frozen=True)
+class Size:
+    hidden: int
+    layers: int
+    batch: int
+    tokens: int
+    vocabulary: int = 2048
+
+    @property
+    def heads(self) -> int:
+        return max(1, self.hidden // 64)
+
+
+def llama(size: Size) -> tuple[nn.Module, dict[str, Any]]:
+    config = LlamaConfig(
+        hidden_size=size.hidden, intermediate_size=size.hidden * 43 // 16, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, vocab_size=size.vocabulary, use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), _text(size)
+
+
+def gpt2(size: Size) -> tuple[nn.Module, dict[str, Any]]:
+    config = GPT2Config(
+        n_embd=size.hidden, n_layer=size.layers, n_head=size.heads, vocab_size=size.vocabulary,
+        n_positions=size.tokens, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config), _text(size)
+
+
+def vit(size: Size) -> tuple[nn.Module, dict[str, Any]]:
+    side = 16 * int(size.tokens**0.5)
+    config = ViTConfig(
+        hidden_size=size.hidden, intermediate_size=4 * size.hidden, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, image_size=side, num_labels=10,
+    )  # fmt: skip
+    images = torch.randn(size.batch, 3, side, side)
+    return ViTForImageClassification(config), {"pixel_values": images, "labels": torch.arange(size.batch) % 10}
+
+
+def _text(size: Size) -> dict[str, Any]:
+    ids = torch.randint(0, size.vocabulary, (size.batch, size.tokens))
+    return {"input_ids": ids, "labels": ids}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    build: Callable[[Size], tuple[nn.Module, dict[str, Any]]]
+    rule: dict[str, Any]
+    targets: str
+    """What PEFT adapts: a regular expression over module names."""
+    dropout: float = 0.0
+
+
+QUERY_VALUE = {"role": "attention.query | attention.value"}
+CASES = (
+    Case("Llama, all linears", llama, {"where": "*_proj"}, r".*_proj"),
+    Case("Llama, all linears, dropout 0.1", llama, {"where": "*_proj"}, r".*_proj", 0.1),
+    Case("Llama, query | value", llama, QUERY_VALUE, r".*(q|v)_proj"),
+    Case("GPT-2, query | value parts (PEFT: whole c_attn)", gpt2, QUERY_VALUE, r".*c_attn"),
+    Case("ViT, query | value", vit, QUERY_VALUE, r".*\.(query|value|q_proj|v_proj)"),
+)
+
+
+def with_lora_fx(base: nn.Module, inputs: dict[str, Any], case: Case, **settings: Any) -> nn.Module:
+    rule = Rule(**case.rule, rank=RANK, alpha=ALPHA, dropout=case.dropout, **settings)
+    short = {name: t[:1] for name, t in inputs.items()}
+    return lora_fx.apply(copy.deepcopy(base), rule, short, check=False)
+
+
+def with_peft(base: nn.Module, case: Case) -> nn.Module:
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=case.targets, lora_dropout=case.dropout)
+    return peft.get_peft_model(copy.deepcopy(base), config)
+
+
+def floor(base: nn.Module) -> nn.Module:
+    """All weights frozen; the first activation asks for a gradient."""
+    model = copy.deepcopy(base).requires_grad_(False)
+    first = model.vit.embeddings if hasattr(model, "vit") else model.get_input_embeddings()
+    first.register_forward_hook(lambda module, args, out: out.requires_grad_())
+    return model
+
+
+def step(model: nn.Module, inputs: dict[str, Any]) -> None:
+    model(**inputs).loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def saved_bytes(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """What a forward keeps for backward, parameters and buffers not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    kept = []  # alive, so that no address is used twice
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or pack(t), lambda t: t):
+        loss = model(**inputs).loss
+    del loss
+    return sum(found.values())
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=15)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, Inductor")
+    parser.add_argument("--schedules", action="store_true", help="lora_fx with each schedule, instead of PEFT")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    options = parser.parse_args()
+    size = Size(options.hidden, options.layers, options.batch, options.tokens)
+    if options.tiny:
+        size = Size(64, 1, 2, 16, 64)
+    rows = []
+    for case in CASES:
+        if options.only.lower() in case.name.lower():
+            rows.append(_row(case, size, options))
+    names = options.dtype, f"hidden {size.hidden}", f"{size.layers} layers", f"{size.batch}×{size.tokens} tokens"
+    title = "Compiled training step" if options.compile else "Training step"
+    if options.schedules:
+        title += " by schedule"
+        header = ("", "auto, ms", "branch / auto", "fused / auto", "dense / auto")
+    else:
+        header = ("", "lora_fx, ms", "/ PEFT", "/ floor", "PEFT / floor", "full / PEFT", "saved for backward / PEFT")
+    report(f"{title}: {', '.join(names)}, rank {RANK}", header, rows, options)
+
+
+def _row(case: Case, size: Size, options: Any) -> tuple[str, ...]:
+    torch.manual_seed(0)
+    base, inputs = case.build(size)
+    base = base.to(options.device, getattr(torch, options.dtype)).train()
+    inputs = {
+        k: t.to(options.device, getattr(torch, options.dtype)) if t.is_floating_point() else t.to(options.device)
+        for k, t in inputs.items()
+    }
+    if options.schedules:
+        models = {how: with_lora_fx(base, inputs, case, schedule=how) for how in ("auto", "branch", "fused")}
+        if not case.dropout and options.dtype == "float32":
+            models["dense"] = with_lora_fx(base, inputs, case, schedule="dense")
+        else:
+            models["dense"] = models["fused"]
+    else:
+        models = {
+            "lora_fx": with_lora_fx(base, inputs, case),
+            "PEFT": with_peft(base, case),
+            "floor": floor(base),
+            "full": copy.deepcopy(base),
+        }
+        saved = saved_bytes(models["lora_fx"], inputs) / saved_bytes(models["PEFT"], inputs)
+    if options.compile:
+        for model in models.values():
+            model.compile()
+    times = paired({n: lambda m=m: step(m, inputs) for n, m in models.items()}, options.rounds, warm_up=2)
+    if options.schedules:
+        return (case.name, f"{1e3 * times.median('auto'):.0f}",
+                *(shown(times.ratio(n, "auto")) for n in ("branch", "fused", "dense")))  # fmt: skip
+    return (
+        case.name, f"{1e3 * times.median('lora_fx'):.0f}", shown(times.ratio("lora_fx", "PEFT")),
+        shown(times.ratio("lora_fx", "floor")), shown(times.ratio("PEFT", "floor")),
+        shown(times.ratio("full", "PEFT")), f"{saved:.2f}",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
