@@ -390,14 +390,7 @@ def _subject(model: nn.Module, adapters: str) -> tuple[nn.Module, str, tuple[str
     names = _names(adapter for storage in active for adapter in storage.adapters)
     if adapters == "unfolded":
         return model, "unfolded", names
-    folded = fold(model, copy=True, final=True)
-    if wiring.adapted_storages(folded):
-        raise ExportError(
-            f"the model was folded before, and adapters {', '.join(names)} became active after that",
-            place=type(model).__name__,
-            remedy='call lora_fx.unfold first, or export with adapters="unfolded"',
-        )
-    return folded, "folded", names
+    return fold(model, copy=True, final=True), "folded", names
 
 
 def _names(adapters: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -472,6 +473,21 @@ REFUSED = {
     "branching": (Branching(), torch.ones(2, 4), {}, ExportError, "torch.onnx.export refuses the model"),
     "axis": (LINEAR, X, dict(dynamic_shapes={"input": {2: "batch"}}), ExportError, "axis numbers from 0 to 1"),
     "input": (LINEAR, X, dict(dynamic_shapes={"inputs": {0: "batch"}}), ExportError, "inputs(.|\n)*input"),
+    "shapes": (LINEAR, X, dict(dynamic_shapes=7), ExportError, "dynamic_shapes: dynamic_shapes is 7(.|\n)*pass a dict"),
+    "parts": (
+        Nested(),
+        nested()[1],
+        dict(dynamic_shapes={"pair": (None,)}),
+        ExportError,
+        r"(?s)pair.*\(None,\).*2 entries",
+    ),
+    "inline": (
+        LINEAR,
+        X,
+        dict(external_data=False),
+        ExportError,
+        "(?s)external_data: 60 bytes.*leave external_data out",
+    ),
     "too many": (LINEAR, X, dict(dynamic_shapes=(None, None)), ExportError, "2 entries for 1 inputs"),
     "static": (LINEAR, X, dict(dynamic_shapes={"input": {1: Dim("width")}}), ExportError, "axis 1 must be 4"),
     "no tensor": (Nested(), nested()[1] | {"scale": 2.0}, dict(dynamic_shapes={"scale": {0: "a"}}), ExportError, "2.0"),
@@ -480,12 +496,83 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals_name_the_value_and_the_remedy_and_write_nothing(name, old, capfd):
+def test_refusals_name_the_value_and_the_remedy_and_write_nothing(name, old, capfd, monkeypatch):
     model, inputs, options, error, text = REFUSED[name]
+    if name == "inline":  # as if 2 GiB were not even the size of this layer
+        monkeypatch.setattr(onnx_files, "_INLINE", 40)
     with pytest.raises(error, match=text) as caught:
         export_onnx(model, inputs, old, **options)
     assert caught.value.place and caught.value.remedy
     assert untouched(old.parent)
+
+
+class Picky(nn.Module):
+    """Runs on one size only, and says that it would run on any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling() and x.shape[0] != 2:
+            raise ValueError("two rows, please")
+        return self.linear(x)
+
+
+def refused(old, place, value, remedy, *args, **options):
+    with pytest.raises(ExportError) as caught:
+        export_onnx(*args, old, **options)
+    error = caught.value
+    assert place in error.place and value in error.reason and remedy in error.remedy, str(error)
+    assert untouched(old.parent)
+
+
+def test_a_model_that_runs_on_no_other_size_is_refused(old):
+    shapes = {"x": {0: Dim("rows")}}
+    refused(old, "dynamic_shapes", "two rows, please", "make those axes static", Picky(), X, dynamic_shapes=shapes)
+
+
+def test_another_opset_than_asked_for_is_refused(old, monkeypatch):
+    real = torch.onnx.export
+
+    def lying(*args, **kwargs):
+        program = real(*args, **kwargs)
+        program.model.opset_imports[""] = 19
+        return program
+
+    monkeypatch.setattr(torch.onnx, "export", lying)
+    refused(old, "Linear", "wrote opset 19 where 20 was asked for", "opset=19", LINEAR, X, opset=20)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("_session", ("m.onnx", "does not load the file", "another opset")),
+        ("_run_session", ("the file", "does not run the file on inputs of shapes", "fewer axes dynamic")),
+        ("_judge", ("output", "(9, 9) where torch returns", "dynamic_shapes")),
+    ],
+)
+def test_what_the_runtime_does_wrong_is_told(old, monkeypatch, adapted_net, name, parts):
+    import onnxruntime
+
+    real = onnxruntime.InferenceSession
+
+    class Failing:
+        def __init__(self, *args, **kwargs) -> None:
+            if name == "_session":
+                raise RuntimeError("broken")
+            self.session = real(*args, **kwargs)
+
+        def run(self, *args):
+            if name == "_run_session":
+                raise RuntimeError("broken")
+            return [numpy.zeros((9, 9), numpy.float32) for _ in self.session.run(*args)]
+
+        def __getattr__(self, attribute):
+            return getattr(self.session, attribute)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Failing)
+    refused(old, *parts, *adapted_net)
 
 
 @pytest.mark.parametrize("path", ["missing/m.onnx", ".", "m.onnx/inside.onnx"])

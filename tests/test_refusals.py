@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraFxError, Rule
-from lora_fx.errors import CaptureError, EquivalenceError, FoldError, PlanError, RuleError
+from lora_fx.errors import CaptureError, EquivalenceError, FileError, FoldError, PlanError, RuleError
 from tests import reference
 
 
@@ -297,3 +297,62 @@ def test_structures_that_cannot_be_compared(model):
     with pytest.raises(EquivalenceError, match=re.escape("(3, 7)")) as caught:
         lora_fx.verify(model, other, X)
     assert caught.value.remedy
+
+
+# ── refusals that no other test meets ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_weight_that_became_nan_is_not_folded(model):
+    lora_fx.apply(model, Rule(where="up", rank=2), X)
+    with torch.no_grad():
+        model.up.weight[1, 2] = math.nan
+    error = refused(lambda: lora_fx.fold(model), model, FoldError, "the weight holds NaN or Inf")
+    assert error.place == "up.weight" and "repair the weight" in error.remedy
+
+
+def test_weights_on_meta_are_neither_folded_nor_saved(tmp_path):
+    with torch.device("meta"):
+        model = Gated()
+    lora_fx.apply(model, Rule(where="up", rank=2), X.to("meta"))
+    with pytest.raises(FoldError, match="on meta") as caught:
+        lora_fx.fold(model)
+    assert caught.value.place == "up.weight" and "materialise the model" in caught.value.remedy
+    with pytest.raises(FileError, match="on meta") as caught:
+        lora_fx.save_adapter(model, tmp_path / "adapter")
+    assert "up.weight, A of adapter 'default'" in caught.value.place and "materialise" in caught.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_inputs_of_its_own_is_not_captured(model):
+    error = refused(lambda: lora_fx.capture(model), model, CaptureError, "Gated has no example inputs")
+    assert error.place == "example_inputs" and "pass example_inputs" in error.remedy
+
+
+def test_a_pattern_that_returns_several_values_is_refused(model):
+    def both(x, gate, up):
+        return F.linear(x, gate), F.linear(x, up)
+
+    rule = Rule(pattern=both, rank=2)
+    error = refused(lambda: lora_fx.plan(model, rule, X), model, RuleError, "returns no single value")
+    assert "both" in error.place and "return the last call" in error.remedy
+
+
+def test_a_weight_with_dropout_cannot_be_read_whole():
+    model = lora_fx.apply(nn.Linear(5, 4), Rule(where="*", rank=2, dropout=0.5), torch.randn(2, 5))
+    (adapter,) = reference.distinct_adapters(model)
+    adapter.realised = "dispatch"
+    lora_fx.wiring.wire_or_dispatch(model)
+    with pytest.raises(LoraFxError, match="dropout on the branch has no meaning") as caught:
+        model.train().weight.square()
+    assert caught.value.place == "adapter 'default'" and "dropout=0" in caught.value.remedy
+    assert model.eval().weight.square().shape == (4, 5)
+
+
+def test_an_adapter_for_other_modules_is_refused(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    other = peft.get_peft_model(nn.Sequential(nn.Linear(5, 4)), peft.LoraConfig(target_modules=["0"]))
+    other.save_pretrained(tmp_path)
+    error = refused(
+        lambda: lora_fx.load_adapter(model, tmp_path, X), model, FileError, "matches no module of this Gated"
+    )
+    assert "target_modules" in error.place and "load the base model it was made for" in error.remedy
