@@ -48,8 +48,8 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run(what: str, dtype: str, width: int, layers: int) -> None:
-    """In a process of its own: print seconds of each part, and bytes."""
+def run(what: str, dtype: str, width: int, layers: int) -> tuple[float, float, float]:
+    """Seconds of the fold and of the unfold, and the bytes that the fold took beside the model."""
     model = build(getattr(torch, dtype), width, layers)
     if what == "PEFT":
         import peft
@@ -60,8 +60,7 @@ def run(what: str, dtype: str, width: int, layers: int) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building
         before, start = resident(), time.perf_counter()
         model.merge_and_unload()
-        print(time.perf_counter() - start, 0, peak() - before)
-        return
+        return time.perf_counter() - start, 0, peak() - before
     import lora_fx
 
     lora_fx.apply(model, lora_fx.Rule(where="*", rank=RANK, alpha=2 * RANK))
@@ -73,10 +72,10 @@ def run(what: str, dtype: str, width: int, layers: int) -> None:
     start = time.perf_counter()
     if what == "undoable":
         lora_fx.unfold(model)
-    print(folded, time.perf_counter() - start, high)
+    return folded, time.perf_counter() - start, high
 
 
-def measured(what: str, dtype: str, width: int, layers: int) -> tuple[float, float, float]:
+def in_a_process(what: str, dtype: str, width: int, layers: int) -> tuple[float, float, float]:
     command = [sys.executable, "-W", "ignore", __file__, "--run", what, dtype, str(width), str(layers)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return float(out[-3]), float(out[-2]), float(out[-1])
@@ -89,8 +88,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.run:
         what, dtype, width, layers = options.run
-        run(what, dtype, int(width), int(layers))
+        print(*run(what, dtype, int(width), int(layers)))
         return
+    measured = run if options.tiny else in_a_process
     rows = []
     width = 64 if options.tiny else WIDTH
     for dtype in ("float32", "bfloat16"):

@@ -35,8 +35,8 @@ def gpt3(layers: int, width: int) -> tuple[torch.nn.Module, dict]:
         return GPT2LMHeadModel(config).eval(), {"input_ids": torch.zeros(1, 16, dtype=torch.long)}
 
 
-def run(what: str, layers: int, width: int) -> None:
-    """In a process of its own: print seconds and the highest resident size in MiB."""
+def run(what: str, layers: int, width: int) -> tuple[float, float]:
+    """Seconds, and the highest resident size of this process in MiB."""
     model, inputs = (gpt3 if what == "meta" else llama)(layers, width)
     rule = Rule(role="attention.query | attention.value", rank=8)
     start = time.perf_counter()
@@ -45,10 +45,10 @@ def run(what: str, layers: int, width: int) -> None:
     else:
         lora_fx.apply(model, rule, inputs, check=what == "checked")
     seconds = time.perf_counter() - start
-    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measured(what: str, layers: int, width: int) -> tuple[float, float]:
+def in_a_process(what: str, layers: int, width: int) -> tuple[float, float]:
     command = [sys.executable, "-W", "ignore", __file__, "--run", what, str(layers), str(width)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return float(out[-2]), float(out[-1])
@@ -60,8 +60,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.run:
         what, layers, width = options.run
-        run(what, int(layers), int(width))
+        print(*run(what, int(layers), int(width)))
         return
+    measured = run if options.tiny else in_a_process
     layers, width = (2, 64) if options.tiny else (32, 256)
     found: dict[str, list[float]] = {"export": [], "apply": [], "checked": []}
     for _ in range(options.rounds):

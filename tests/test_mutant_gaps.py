@@ -50,16 +50,17 @@ def assert_dense(base: nn.Module, model: nn.Module, inputs) -> None:
 # ── dropout: nothing in eval mode can tell ───────────────────────────────────────────────────────────────────────────
 
 
-def dropping(model: nn.Module, x: torch.Tensor, p: float) -> nn.Module:
-    lora_fx.apply(model, Rule(where="*", rank=3, alpha=2, dropout=p), x)
+def dropping(model: nn.Module, x: torch.Tensor, p: float, schedule: str = "auto") -> nn.Module:
+    lora_fx.apply(model, Rule(where="*", rank=3, alpha=2, dropout=p, schedule=schedule), x)
     reference.fill(model)
     return model
 
 
 @pytest.mark.parametrize("dispatched", [False, True], ids=["graph", "dispatch"])
-def test_dropout_takes_single_features_out_of_the_branch_input_in_train_mode(dispatched):
+@pytest.mark.parametrize("schedule", ["auto", "branch"])
+def test_dropout_takes_single_features_out_of_the_branch_input_in_train_mode(dispatched, schedule):
     x = draw(5, 12)
-    model = dropping(nn.Linear(12, 9).double(), None if dispatched else x, 0.5).train()
+    model = dropping(nn.Linear(12, 9).double(), None if dispatched else x, 0.5, schedule).train()
     adapter = model.weight_lora_default
     assert adapter.realised == ("dispatch" if dispatched else "graph")
     torch.manual_seed(3)
@@ -84,10 +85,11 @@ def test_dropout_of_an_embedding_takes_whole_tokens_out_of_the_branch():
     assert_same_sum(got[kept], base[kept] + 2 * branch[kept])
 
 
-def test_in_eval_mode_dropout_changes_no_bit():
+@pytest.mark.parametrize("schedule", ["fused", "branch"])
+def test_in_eval_mode_dropout_changes_no_bit(schedule):
     x = draw(5, 12)
     layer = nn.Linear(12, 9).double()
-    plain, model = dropping(copy.deepcopy(layer), x, 0.0), dropping(layer, x, 0.5)
+    plain, model = (dropping(copy.deepcopy(layer), x, p, schedule) for p in (0.0, 0.5))
     assert torch.equal(plain.eval()(x), model.eval()(x))
 
 
@@ -218,10 +220,11 @@ def test_nothing_draws_from_the_users_random_state_but_the_first_factors():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_two_active_adapters_on_one_weight_add_up():
+@pytest.mark.parametrize("schedule", ["auto", "branch"])
+def test_two_active_adapters_on_one_weight_add_up(schedule):
     base, x = nn.Linear(12, 9).double(), draw(5, 12)
-    model = lora_fx.apply(copy.deepcopy(base), Rule(where="*", rank=2, alpha=3), x)
-    lora_fx.apply(model, Rule(where="*", rank=3, alpha=5), x, name="second")
+    model = lora_fx.apply(copy.deepcopy(base), Rule(where="*", rank=2, alpha=3, schedule=schedule), x)
+    lora_fx.apply(model, Rule(where="*", rank=3, alpha=5, schedule=schedule), x, name="second")
     reference.fill(model)
     a, b = model.weight_lora_default, model.weight_lora_second
     assert_same_sum(model(x), base(x) + 3 / 2 * x @ a.A.T @ a.B.T + 5 / 3 * x @ b.A.T @ b.B.T)

@@ -137,6 +137,19 @@ MUTANTS = (
         tests=(GAPS,),
     ),
     Mutant(
+        "second_scheduled_adapter_lost", "algebra", "lora_fx/adapter.py",
+        "for f, placement in zip(self.factors, placements, strict=True):",
+        "for f, placement in list(zip(self.factors, placements, strict=True))[:1]:",
+        "Of two adapters on one matrix only the first acts.",
+        tests=(GAPS,),
+    ),
+    Mutant(
+        "scheduled_dropout_missing", "algebra", "lora_fx/adapter.py",
+        "None if f.dropout is None else f.dropout(call.x)", "None",
+        "Dropout of the branch never acts in a matmul that is scheduled.",
+        tests=(GAPS,),
+    ),
+    Mutant(
         "stale_input", "algebra", "lora_fx/adapter.py",
         "x, drop = call.x, factors.dropout\n",
         "x, drop = call.x, factors.dropout\n"
