@@ -681,8 +681,9 @@ MUTANTS = (
     # ── export ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "exported_without_the_fold", "export", "export/onnx_files.py",
-        "folded = fold(model, copy=True, final=True)",
-        "from lora_fx.application import remove\n    folded = remove(copy.deepcopy(model), *names)",
+        'return fold(model, copy=True, final=True), "folded", names',
+        "from lora_fx.application import remove\n"
+        '    return remove(copy.deepcopy(model), *names), "folded", names',
         "The file holds the base weights.",
         tests=("tests/test_onnx.py::test_float16_is_run",),
     ),
