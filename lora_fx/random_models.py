@@ -241,14 +241,14 @@ def _spatial(first: Any, beside: tuple, spatial: int) -> tuple:
     return (first, *beside)[:spatial]
 
 
+_CHANNELS = {"spatial": (1, 2, 3), "groups": (1, 2), "group_inputs": (3, 1, 2), "group_outputs": (2, 3, 1)}
+
+
 class Conv(Block):
     """Convolutions along the tokens, and along axes made of the features."""
 
     choices: ClassVar = {
-        "spatial": (1, 2, 3),
-        "groups": (1, 2),
-        "group_inputs": (3, 1, 2),
-        "group_outputs": (2, 3, 1),
+        **_CHANNELS,
         "geometry": (  # kernel, stride, padding, dilation
             (3, 1, 0, 1), (1, 1, 0, 1), (2, 2, 0, 1), (3, 1, 1, 1), (3, 2, 2, 2), (3, 1, "same", 2), (4, 1, "same", 2),
             (2, 1, "valid", 3),
@@ -286,10 +286,7 @@ class ConvTranspose(Block):
     """Transposed convolutions; torch's module decides too much to be traced, so there is the function as well."""
 
     choices: ClassVar = {
-        "spatial": (1, 2, 3),
-        "groups": (1, 2),
-        "group_inputs": (3, 1, 2),
-        "group_outputs": (2, 3, 1),
+        **_CHANNELS,
         "geometry": (  # kernel, stride, padding, output padding, dilation
             (3, 1, 0, 0, 1), (1, 1, 0, 0, 1), (2, 2, 0, 0, 1), (3, 2, 1, 1, 1), (2, 1, 1, 1, 2),
         ),

@@ -7,10 +7,10 @@
 * ``dense``: y = x·(W + s·B·A)ᵀ + bias, the sum made anew in each forward and backward, never kept. Two passes over W in
   place of two over x and y each: cheaper where the tokens are many. Only in dtypes that lose nothing by it, and without
   dropout on the branch.
-* ``auto`` takes `dense` from the number of tokens on at which it moves fewer bytes, and `fused` below.
+* ``auto`` takes `dense` from a number of tokens on (`dense_from`), and `fused` below.
 
-All are the same function of x, A and B, with the same gradients of any order. Wherever more than a call is at stake,
-when a program is compiled, captured, exported or transformed, they are the plain `branch`.
+All are the same function of x, A and B, with the same first and second derivatives. Wherever more than a call is at
+stake, when a program is compiled, captured, exported or transformed, they are the plain `branch`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def loses_nothing(dtype: torch.dtype) -> bool:
 
 
 def dense_from(inputs: int, outputs: int) -> int:
-    """The number of tokens from which on `dense` moves fewer bytes than `fused`.
+    """The number of tokens from which on `auto` takes `dense`: an estimate, by the elements that each moves.
 
     Per call, beyond what both do: `fused` reads and writes y, and the gradient of x: 2·tokens·(in + out) elements;
-    `dense` reads W and writes the sum, in forward and in backward: 4·in·out. An element of W is counted twice: at the
-    number of tokens that breaks even so, both take the same time on a CPU (`benchmarks/training.py --schedules`).
+    `dense` reads W and writes the sum, in forward and in backward: 4·in·out, counted twice, because it also allocates
+    the sum each time. `benchmarks/training.py --schedules` tells how good the estimate is.
     """
     return max(1, 4 * inputs * outputs // max(inputs + outputs, 1))
 

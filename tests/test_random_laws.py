@@ -23,7 +23,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.frontend import Inputs, no_fast_paths, normalize_inputs, output_tensors
-from lora_fx.random_models import BLOCKS, Addmm, Bmm, GroupedExperts, Whole
+from lora_fx.random_models import BLOCKS, Addmm, Bmm, ConvTranspose, GroupedExperts, Whole
 from lora_fx.testing import (
     Filling,
     adapters,
@@ -245,16 +245,22 @@ ONNX = dict(
 )
 
 
+def runs_in_onnx(drawn: Drawn) -> bool:
+    """ONNX Runtime refuses an output padding as large as the stride, which a dilation makes possible in torch."""
+    geometries = [b._options["geometry"] for b in drawn.base.blocks if isinstance(b, ConvTranspose)]
+    return all(output_padding < stride for _, stride, _, output_padding, _ in geometries)
+
+
 @pytest.mark.onnx
 @examples(6)
-@given(adapted(**ONNX))
+@given(adapted(**ONNX).filter(runs_in_onnx))
 def test_l10_onnx_runtime_of_the_folded_file_is_torch_of_the_adapted_model(drawn):
     assert_onnx_equivalent(drawn.model, drawn.inputs)
 
 
 @pytest.mark.onnx
 @examples(5)
-@given(adapted(**ONNX))
+@given(adapted(**ONNX).filter(runs_in_onnx))
 def test_l11_the_onnx_graph_of_the_folded_model_is_the_one_of_the_base(drawn):
     onnx = pytest.importorskip("onnx")
     graphs = []
