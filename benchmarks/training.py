@@ -122,21 +122,31 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> None:
 
 
 def saved_bytes(model: nn.Module, inputs: dict[str, Any]) -> int:
-    """What a forward keeps for backward, parameters and buffers not counted."""
+    """What a forward keeps for backward, each storage once, parameters and buffers not counted.
+
+    Read off the nodes: hooks on saved tensors would change what is saved.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    loss = model(**inputs).loss
     found: dict[int, int] = {}
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+        for t in _saved_by(node):
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(size for place, size in found.items() if place not in own)
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return t
 
-    kept = []  # alive, so that no address is used twice
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or pack(t), lambda t: t):
-        loss = model(**inputs).loss
-    del loss
-    return sum(found.values())
+def _saved_by(node: Any) -> list[torch.Tensor]:
+    if hasattr(node, "saved_tensors"):  # a torch.autograd.Function
+        return [t for t in node.saved_tensors if t is not None]
+    values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+    values += [one for value in values if isinstance(value, tuple) for one in value]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def main() -> None:

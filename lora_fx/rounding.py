@@ -10,6 +10,7 @@ numbers of which that could move the guess are kept in full.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -39,41 +40,113 @@ def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return odd.view(torch.float32).to(dtype)
 
 
+class Scratch:
+    """Where blocks are computed, one after the other: asking the system for the memory takes longer than computing.
+
+    Args:
+        elements: of the largest block.
+        dtype: of the weight.
+    """
+
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        room = -(-elements // 8) * 8  # each buffer begins at a whole word, and steps are packed in pairs
+        self._wide = torch.empty(3, room, dtype=torch.float64, device=device)
+        self._ends_in = torch.float32 if dtype in _NARROW else torch.float64
+        self._narrow = torch.empty(4, room, dtype=dtype, device=device)
+        self._codes = torch.empty(room, dtype=torch.uint8, device=device)
+
+    @staticmethod
+    def of(block: torch.Tensor) -> Scratch:
+        return Scratch(block.numel(), block.dtype, block.device)
+
+    def wide(self, which: int, shape: torch.Size) -> torch.Tensor:
+        """Sums, deltas and what is spare between: float64."""
+        return self._wide[which, : math.prod(shape)].view(shape)
+
+    def narrow(self, which: int, shape: torch.Size) -> torch.Tensor:
+        """Rounded numbers, what stood in the weight before, and two ends of an interval: in the weight's dtype."""
+        return self._narrow[which, : math.prod(shape)].view(shape)
+
+    def spare(self, shape: torch.Size) -> torch.Tensor:
+        """Wider than the weight's dtype: float32, which is faster, where that does."""
+        return self._wide[SPARE].view(self._ends_in)[: math.prod(shape)].view(shape)
+
+    def codes(self, elements: int) -> torch.Tensor:
+        """uint8, an even number of them."""
+        return self._codes[: elements + elements % 2]
+
+
+DELTA, TOTAL, SPARE = range(3)
+ROUNDED, BEFORE, _GUESS, _HIGH = range(4)
+
+
 def round_sum(
     total: torch.Tensor,
-    error: float,
-    dtype: torch.dtype,
+    magnitude: float,
+    steps: float,
     errors: Callable[[torch.Tensor], torch.Tensor],
     exact: Callable[[torch.Tensor], list[Fraction]],
+    scratch: Scratch,
 ) -> torch.Tensor:
-    """The real sums rounded to nearest-even in `dtype`.
+    """The real sums rounded to nearest-even in the dtype of `scratch`, in its `ROUNDED`.
 
-    Beyond doubt is a sum of which both ends, `total` ± `error`, round to one number. The few others are looked at again
+    Beyond doubt is a sum of which both ends, `total` ± error, round to one number. The few others are looked at again
     with an error of their own; what is still open then is summed as fractions.
 
     Args:
-        total: the sums in float64, each within `error` of the real number.
+        total: the sums in float64, contiguous, none larger than `magnitude`.
+        steps: error / magnitude.
         errors: flat indices into `total` → an error for each of these elements.
         exact: flat indices into `total` → the real numbers.
     """
-    if dtype == torch.float64:
-        return total
-    if dtype in _NARROW:  # torch goes by way of float32: so wide that no number rounds to a border in between
-        error += 2.0**-22 * max(map(abs, torch.stack(total.aminmax()).tolist()), default=0.0) + 2.0**-147
-    rounded, low, high = total.to(dtype), (total - error).to(dtype), (total + error).to(dtype)
-    if not torch.equal(low, high):
-        rounded = rounded.contiguous()
-        flat, values = rounded.view(-1), total.reshape(-1)
-        for places in (low != high).reshape(-1).nonzero().squeeze(1).split(_CHUNK):
-            flat[places] = _round_doubtful(values[places], places, dtype, errors, exact)
+    rounded = scratch.narrow(ROUNDED, total.shape)
+    if rounded.dtype == torch.float64:
+        return rounded.copy_(total)
+    flat, values = rounded.view(-1), total.view(-1)
+    for places in _between(total, magnitude, steps, scratch.spare(total.shape), rounded, scratch).split(_CHUNK):
+        if len(places):  # an empty tensor is split into one chunk, too
+            flat[places] = _round_doubtful(values[places], steps * magnitude, places, rounded.dtype, errors, exact)
     return rounded
 
 
-def _round_doubtful(
-    values: torch.Tensor, places: torch.Tensor, dtype: torch.dtype, errors: Callable, exact: Callable
+def _between(
+    total: torch.Tensor, magnitude: float, steps: float, end: torch.Tensor, rounded: torch.Tensor, scratch: Scratch
 ) -> torch.Tensor:
-    error = errors(places)
-    low, high = round_once(values - error, dtype), round_once(values + error, dtype)
+    """Write `total` − error, rounded, and say where `total` + error is rounded to another number. Everywhere else all
+    that lies between the two is rounded to the same."""
+    error = steps * magnitude
+    if end.dtype == torch.float32:  # into which each of three operations rounds
+        error += 2.0**-22 * magnitude + 2.0**-147
+    elif rounded.dtype in _NARROW:  # to which torch goes by way of float32
+        error += 2.0**-24 * magnitude + 2.0**-150
+    rounded.copy_(end.copy_(total).sub_(error))
+    return _differing(rounded, scratch.narrow(_HIGH, total.shape).copy_(end.add_(2 * error)))
+
+
+def _differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The flat indices at which two tensors differ in a bit; `other` is written to."""
+    a, b = (t.view(-1).view(_INTEGERS[t.element_size()]) for t in (one, other))
+    return _nonzero(torch.bitwise_xor(a, b, out=b))
+
+
+def _nonzero(bits: torch.Tensor) -> torch.Tensor:
+    """The indices of the integers that are not zero: few, so that whole words are looked at first."""
+    per_word = 8 // bits.element_size()
+    if len(bits) % per_word:
+        return bits.nonzero().view(-1)
+    words = bits.view(torch.int64).nonzero()
+    places = (words * per_word + torch.arange(per_word, device=bits.device)).view(-1)
+    return places[bits[places] != 0] if len(places) else places
+
+
+def _round_doubtful(
+    values: torch.Tensor, error: float, places: torch.Tensor, dtype: torch.dtype, errors: Callable, exact: Callable
+) -> torch.Tensor:
+    low, high = round_once(torch.stack([values - error, values + error]), dtype)
+    if torch.equal(low, high):
+        return low
+    own = errors(places)
+    low, high = round_once(torch.stack([values - own, values + own]), dtype)
     open_ = low != high
     if bool(open_.any()):
         sums = exact(places[open_])
@@ -109,7 +182,9 @@ def from_ordinal(steps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def checksum(values: torch.Tensor) -> int:
     """A sum over the bits: different for any one changed element."""
-    return int(ordinal(values.detach()).sum(dtype=torch.int64))
+    flat = values.detach().contiguous().view(-1)
+    aligned = flat.numel() * flat.element_size() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
+    return int(flat.view(torch.int64 if aligned else _INTEGERS[flat.element_size()]).sum(dtype=torch.int64))
 
 
 # ── what rounding took away ──────────────────────────────────────────────────────────────────────────────────────────
@@ -117,7 +192,10 @@ def checksum(values: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Remainder:
-    """How to get from a guess to the numbers that were: steps of up to ±7 in four bits, the rest in full."""
+    """How to get from a guess to the numbers that were: up to 8 steps down or 7 up in four bits, the rest in full.
+
+    A step leads from one bit pattern to the next, so it never changes a sign.
+    """
 
     nibbles: torch.Tensor | None
     """Two steps to a byte, biased by 8; None where no element takes a step that is not in `places`."""
@@ -132,41 +210,57 @@ class Remainder:
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
     def restore(self, guess: torch.Tensor) -> torch.Tensor:
-        """The numbers that were."""
+        """The numbers that were, written over the guess, which is contiguous."""
         if self.places is None:
-            return self.numbers.reshape(guess.shape)
-        result = guess.contiguous().clone()
-        flat = result.view(-1)
+            return guess.copy_(self.numbers.view(guess.shape))
+        flat = guess.view(-1)
         if self.nibbles is not None:
-            pairs = torch.stack([self.nibbles & 15, self.nibbles >> 4], dim=1).reshape(-1)[: flat.numel()]
-            moved = ordinal(flat).to(torch.int64) + pairs.to(torch.int64) - 8
-            flat.copy_(from_ordinal(moved, guess.dtype))
+            pairs = self.nibbles.to(torch.int16)
+            pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F)
+            bits = flat.view(_INTEGERS[flat.element_size()])
+            bits.add_(pairs.view(torch.uint8)[: flat.numel()]).sub_(_BIAS)
         flat[self.places.to(torch.int64)] = self.numbers
-        return result
+        return guess
 
 
-def remember(numbers: torch.Tensor, difference: torch.Tensor, error: float) -> Remainder:
+_BIAS = 8
+
+
+def remember(
+    numbers: torch.Tensor, difference: torch.Tensor, magnitude: float, steps: float, scratch: Scratch
+) -> Remainder:
     """The fewest bytes that give `numbers` back from a guess: only exceptions, four bits each, or all of them.
 
     Args:
-        difference: W' − D in float64, whose rounded value is the guess; the next time it may differ by `error`.
+        difference: W' − D in float64, contiguous, whose rounded value is the guess, none larger than `magnitude`.
+        steps: by how much of `magnitude` the difference may be another one the next time.
     """
-    flat, dtype = numbers.detach().reshape(-1), numbers.dtype
-    guess = difference.to(dtype)
-    steps = (ordinal(flat).to(torch.int64) - ordinal(guess.reshape(-1)).to(torch.int64)).contiguous()
-    each = 4 + numbers.element_size()
-    far = steps.abs() > 7
-    if dtype != torch.float64:
-        shaky = ((difference - error).to(dtype) != (difference + error).to(dtype)).reshape(-1)
-        far |= shaky
-    moved = far | (steps != 0)
-    sparse, packed = each * int(moved.sum()), (flat.numel() + 1) // 2 + each * int(far.sum())
-    if min(sparse, packed) >= flat.numel() * numbers.element_size():
+    flat = numbers.detach().reshape(-1)
+    integers, count = _INTEGERS[flat.element_size()], flat.numel()
+    if flat.dtype == torch.float64:  # summed in one order, so the guess is the same each time
+        guess, shaky = difference.view(-1), torch.empty(0, dtype=torch.int64, device=flat.device)
+    else:
+        guess = scratch.narrow(_GUESS, flat.shape)
+        end = scratch.wide(SPARE, flat.shape)  # not float32: each number in doubt is kept in full
+        shaky = _between(difference.view(-1), magnitude, steps, end, guess, scratch)
+    step = scratch.narrow(_HIGH, flat.shape).view(integers)
+    torch.sub(flat.view(integers), guess.view(integers), out=step)
+    step.add_(_BIAS)
+    other = scratch.narrow(_GUESS, flat.shape).view(integers)
+    moved = int(torch.bitwise_xor(step, _BIAS, out=other).count_nonzero())
+    full = torch.cat([shaky, _nonzero(torch.bitwise_and(step, ~15, out=other))])
+    each = 4 + flat.element_size()
+    sparse, packed = each * (moved + len(shaky)), (count + 1) // 2 + each * len(full)
+    if min(sparse, packed) >= count * flat.element_size():
         return Remainder(None, None, flat.clone())
-    places = (moved if sparse <= packed else far).nonzero().squeeze(1)
     nibbles = None
     if packed < sparse:
-        codes = torch.where(far, 0, steps) + 8
-        codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).to(torch.uint8).view(-1, 2)
-        nibbles = codes[:, 0] | (codes[:, 1] << 4)
+        codes = scratch.codes(count)
+        codes[:count] = step
+        codes[full] = codes[count:] = _BIAS
+        pairs = codes.view(torch.int16)
+        nibbles = (pairs | (pairs >> 4)).to(torch.uint8)
+    else:
+        full = torch.cat([shaky, (step != _BIAS).nonzero().view(-1)])
+    places = full.unique()
     return Remainder(nibbles, places.to(torch.int32), flat[places].clone())

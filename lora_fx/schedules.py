@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lora_fx import rematerialization
+
 AUTO, BRANCH, FUSED, DENSE = "auto", "branch", "fused", "dense"
 SCHEDULES = (AUTO, BRANCH, FUSED, DENSE)
 
@@ -39,7 +41,10 @@ _Term = tuple[Any, Any, float, int, Any]
 
 def loses_nothing(dtype: torch.dtype) -> bool:
     """Whether W + s·B·A in this dtype is as good as the branch: bfloat16 would round most of a small delta away."""
-    return dtype in (torch.float32, torch.float64)
+    return dtype in _LOSES_NOTHING
+
+
+_LOSES_NOTHING = (torch.float32, torch.float64)
 
 
 def dense_from(inputs: int, outputs: int) -> int:
@@ -75,15 +80,18 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term], sche
     """
     if schedule == BRANCH or not _may_schedule(x, weight, bias, terms):
         return _branch(op, x, weight, bias, terms)
-    drops = any(term[4] is not None and term[4] is not x for term in terms)
-    dense = False
-    if schedule != FUSED and not drops and loses_nothing(weight.dtype):  # the model may have been cast since
-        dense = schedule == DENSE or x.numel() >= x.shape[-1] * dense_from(*weight.shape)
     tensors: list[Any] = []
     spec = []
+    drops = False
     for A, B, scale, first, dropped in terms:
-        tensors += A, B, None if dropped is x else dropped
+        if dropped is x:
+            dropped = None
+        drops |= dropped is not None
+        tensors += A, B, dropped
         spec.append((scale, first))
+    dense = False
+    if schedule != FUSED and not drops and weight.dtype in _LOSES_NOTHING:  # the model may have been cast since
+        dense = schedule == DENSE or x.numel() >= x.shape[-1] * dense_from(*weight.shape)
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return _Scheduled.apply(op, dense, spec, x, weight, bias, *tensors)
     return _forward(op, dense, spec, x, weight, bias, tensors, [])
@@ -107,17 +115,21 @@ def _may_schedule(x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> boo
         torch.compiler.is_compiling()
         or getattr(_here, "plainly", False)
         or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch.autograd.forward_ad._current_level >= 0
-        or type(x) not in _ORDINARY
-        or type(weight) not in _ORDINARY
-        or x.dtype != weight.dtype
+        or torch._C._is_any_autocast_enabled()
         or weight.requires_grad
-        or (bias is not None and (type(bias) not in _ORDINARY or bias.requires_grad or bias.dtype != x.dtype))
-        or torch.is_autocast_enabled(x.device.type)
+        or (bias is not None and bias.requires_grad)
     ):
         return False
-    return all(type(t) in _ORDINARY and t.dtype == x.dtype for A, B, *_ in terms for t in (A, B))
+    dtype = x.dtype
+    for t in (x, weight) if bias is None else (x, weight, bias):
+        if type(t) not in _ORDINARY or t.dtype != dtype:
+            return False
+    for A, B, _, _, _ in terms:
+        if type(A) not in _ORDINARY or type(B) not in _ORDINARY or A.dtype != dtype or B.dtype != dtype:
+            return False
+    return True
 
 
 def _forward(
@@ -133,15 +145,28 @@ def _forward(
     """y; x·Aᵀ of each term, where backward needs it, is appended to `kept`."""
     if dense:
         return OPS[op](x, _sum(op, weight, spec, tensors), bias)
-    flat = x.reshape(-1, x.shape[-1])
-    for k in range(len(spec)):
-        A, dropped = tensors[3 * k], tensors[3 * k + 2]
-        kept.append(torch.mm(flat if dropped is None else dropped.reshape(flat.shape), A.t()))
-    y = OPS[op](x, weight, bias)
-    rows = y.view(-1, y.shape[-1]) if y.is_contiguous() else (y := y.contiguous()).view(-1, y.shape[-1])
-    for k, (scale, first) in enumerate(spec):
-        B = tensors[3 * k + 1]
-        _part(rows, first, B).addmm_(kept[k], B.t(), alpha=scale)
+    for A, dropped in zip(tensors[::3], tensors[2::3], strict=True):
+        z = F.linear(x if dropped is None else dropped, A)
+        kept.append(z if z.ndim == 2 else z.reshape(-1, z.shape[-1]))
+    terms = list(zip(spec, tensors[1::3], kept, strict=True))
+    features = weight.shape[0 if op == "linear" else 1]
+    if x.device.type == "cpu" and x.ndim > 1 and terms[0][1].shape[0] == features and x.dtype in _LOSES_NOTHING:
+        # A large product that adds to what is there costs what one that overwrites it does.
+        y = x.new_empty(*x.shape[:-1], features)
+        rows = y.view(-1, features)
+        ((scale, _), B, z), *terms = terms
+        if bias is None:
+            rows.addmm_(z, B.t(), beta=0, alpha=scale)
+        else:
+            torch.addmm(bias, z, B.t(), alpha=scale, out=rows)
+        rows.addmm_(x.reshape(-1, x.shape[-1]), weight.t() if op == "linear" else weight)
+    else:
+        y = rows = OPS[op](x, weight, bias)
+        if y.ndim != 2:
+            y = y.contiguous()
+            rows = y.view(-1, y.shape[-1])
+    for (scale, first), B, z in terms:
+        _part(rows, first, B).addmm_(z, B.t(), alpha=scale)
     return y
 
 
@@ -176,33 +201,44 @@ class _Scheduled(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         y = _forward(op, dense, spec, x, weight, bias, tensors, kept)
         ctx.op, ctx.dense, ctx.spec, ctx.shape = op, dense, spec, x.shape
+        source = x
         if all(dropped is not None for dropped in tensors[2::3]):
             x = None  # nothing but what dropout made of it is multiplied with a gradient
-        ctx.save_for_backward(x, weight, *tensors, *kept)
+        saved = [x, weight, *tensors, *kept]
+        ctx.recipes = []
+        for place in (0, *range(4, 2 + len(tensors), 3)):
+            if saved[place] is None:
+                continue
+            found = rematerialization.recipe(saved[place], source if place else None)
+            if found is not None:
+                ctx.recipes.append((place, len(saved), found))
+                saved[place] = None
+                saved += found.operands
+        ctx.save_for_backward(*saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
         if torch.is_grad_enabled():
             return _differentiable_gradients(ctx, grad)
-        op, spec, (x, weight, *tensors) = ctx.op, ctx.spec, ctx.saved_tensors
-        kept, needs = tensors[3 * len(spec) :], ctx.needs_input_grad[6:]
+        op, spec, (x, weight, tensors) = ctx.op, ctx.spec, _saved(ctx)
+        kept, needs = tensors[3 * len(spec) : 4 * len(spec)], ctx.needs_input_grad[6:]
         g, width = grad.reshape(-1, grad.shape[-1]), ctx.shape[-1]
         grads: list[Any] = []
         factors: list[Any] = []  # whose products belong to the gradient of x
         for k, (scale, first) in enumerate(spec):
             A, B, dropped = tensors[3 * k : 3 * k + 3]
             own, mine = (x if dropped is None else dropped).reshape(-1, width), _part(g, first, B)
-            z = torch.mm(B.t(), mine.t())
+            z = F.linear(mine, B.t().contiguous())
             grad_a = grad_b = grad_own = None
             if needs[3 * k]:
-                grad_a = _product(z, own, scale)
+                grad_a = _tall(z, own, scale)
             if needs[3 * k + 1]:
-                grad_b = _product((torch.mm(own, A.t()) if ctx.dense else kept[k]).t(), mine, scale).t()
+                grad_b = _tall(F.linear(own, A) if ctx.dense else kept[k], mine, scale).t()
             if needs[3 * k + 2]:
-                grad_own = _product(z.t(), A, scale).view(dropped.shape)  # type: ignore[union-attr]
+                grad_own = _product(z, A, scale).view(dropped.shape)  # type: ignore[union-attr]
             elif dropped is None and not ctx.dense:
-                factors.append((z.t(), A, scale))
+                factors.append((z, A, scale))
             grads += grad_a, grad_b, grad_own
         grad_x = None
         if ctx.needs_input_grad[3]:
@@ -215,14 +251,36 @@ class _Scheduled(torch.autograd.Function):
         return None, None, None, grad_x, None, None, *grads
 
 
+def _saved(ctx: Any) -> tuple[Any, torch.Tensor, list[Any]]:
+    """x or None, W, and the terms' tensors with x·Aᵀ after them."""
+    saved = list(ctx.saved_tensors)
+    for place, start, recipe in ctx.recipes:
+        saved[place] = recipe.again(saved[start : start + len(recipe.operands)])
+    x, weight, *tensors = saved
+    return x, weight, tensors
+
+
 def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     out = left.new_empty(left.shape[0], right.shape[1])
     return out.addmm_(left, right, beta=0, alpha=scale)
 
 
+_PARTS = 4
+
+
+def _tall(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale · leftᵀ·right, over many rows: (rows, rank), (rows, features) → (rank, features)."""
+    rows = left.shape[0]
+    if left.device.type != "cpu" or rows % _PARTS or rows < 128:
+        return _product(left.t(), right, scale)
+    # A CPU's matmul does not share out the long axis of such a product among its threads; a batch it does.
+    parts = torch.bmm(left.view(_PARTS, -1, left.shape[1]).mT, right.view(_PARTS, -1, right.shape[1]))
+    return parts.sum(0).mul_(scale)
+
+
 def _differentiable_gradients(ctx: Any, grad: Any) -> Any:
     """With create_graph=True: the gradients of `branch`, which autograd can differentiate once more."""
-    x, weight, *tensors = ctx.saved_tensors
+    x, weight, tensors = _saved(ctx)
     if x is None:  # a stand-in, whose gradient takes no part of x
         x = grad.new_zeros(ctx.shape, requires_grad=True)
     needs = [ctx.needs_input_grad[3], *ctx.needs_input_grad[6 : 6 + 3 * len(ctx.spec)]]

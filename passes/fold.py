@@ -33,9 +33,20 @@ from lora_fx.adapter import Adapter
 from lora_fx.changes import Undo, changing, in_turn, uninterrupted
 from lora_fx.errors import FoldError
 from lora_fx.layout import Layout
-from lora_fx.rounding import Remainder, checksum, remember, round_once, round_sum
+from lora_fx.rounding import (
+    BEFORE,
+    DELTA,
+    ROUNDED,
+    TOTAL,
+    Remainder,
+    Scratch,
+    checksum,
+    remember,
+    round_once,
+    round_sum,
+)
 
-_BLOCK = 2**17  # elements of a weight that are folded at a time: 1 MiB in float64, which a core's cache holds
+_BLOCK = 2**18  # elements of a weight that are folded at a time: less of torch's overhead, more of the caches
 _UNDOABLE = 2**25  # elements up to which a final fold can be undone until it is whole: that takes 32 MiB or less
 
 
@@ -83,15 +94,27 @@ class _Term:
             A, B = A[rows], B[rows]
         return replace(self, layout=Layout(layout.sides, (stop - start, *layout.shape[1:])), A=A, B=B)
 
-    def delta(self, dtype: torch.dtype) -> torch.Tensor:
-        """s·B·A of a wide term in the weight's axes, float64, for a weight of this dtype.
+    def add_to(self, total: torch.Tensor, dtype: torch.dtype) -> None:
+        """Add s·B·A of a wide term to `total`, contiguous and float64, for a weight of this dtype.
 
         A float64 weight has no bits to spare: its sums are taken in one order, the same on every device and with any
-        number of threads. For narrower ones a matmul may take them in any order, which `_error` bounds.
+        number of threads. For narrower ones a matmul may take them in any order, which `_steps` bounds.
         """
+        if dtype == torch.float64:
+            total += self.delta()
+            return
+        A, B, axes = self.A, self.B * self.scale, self.layout.axes
+        sides = "".join(axis.side for axis in axes)
+        if sides in ("oi", "io", "boi", "bio"):
+            left, right = (B, A) if sides.endswith("oi") else (A.mT, B.mT)
+            matrix = total.view([axis.size for axis in axes])
+            matrix.baddbmm_(left, right) if matrix.ndim == 3 else matrix.addmm_(left, right)
+        else:
+            total += self.layout.delta(A, B)
+
+    def delta(self) -> torch.Tensor:
+        """s·B·A of a wide term in the weight's axes, float64, summed in one order."""
         A, B = self.A, self.B * self.scale
-        if dtype != torch.float64:
-            return self.layout.delta(A, B)
         total = B[..., :, 0:1] * A[..., 0:1, :]
         product = torch.empty_like(total)
         for k in range(1, A.shape[-2]):
@@ -157,8 +180,7 @@ class Fold:
                 place=type(model).__name__,
                 remedy="apply or activate one first; lora_fx.adapters(model) lists them",
             )
-        for storage in storages:
-            _check(storage, _name(model, storage))
+        magnitudes = [_check(storage, _name(model, storage)) for storage in storages]
         for_good = self.final and sum(s.parameter.numel() for s in storages) > _UNDOABLE
         wiring.unwire(model)
         originals: dict[int, dict[str, nn.Parameter | _Way]] = {}
@@ -167,8 +189,9 @@ class Fold:
             if for_good:
                 held.enter_context(uninterrupted())
             with _for_good(model) if for_good else nullcontext():
-                for storage, old, terms, wide in begun:
-                    way = _fold_weight(storage.parameter.detach(), terms, wide, undo, storage.split or for_good)
+                for (storage, old, terms, wide), magnitude in zip(begun, magnitudes, strict=True):
+                    weight, keep = storage.parameter.detach(), not (storage.split or for_good)
+                    way = _fold_weight(weight, terms, wide, magnitude, undo, keep)
                     for owner, attribute in storage.owners if storage.split else storage.owners[:1]:
                         originals.setdefault(id(owner), {})[attribute] = old if storage.split else way
                 for module in list(model.modules()):
@@ -269,8 +292,8 @@ def _name(model: nn.Module, storage: wiring.Storage) -> str:
     return f"{path}.{attribute}".lstrip(".")
 
 
-def _check(storage: wiring.Storage, name: str) -> None:
-    """Refuse before anything is written."""
+def _check(storage: wiring.Storage, name: str) -> float:
+    """Refuse before anything is written. What comes back is no smaller than any element of W + Σ s·B·A."""
     parameter = storage.parameter
     if parameter.is_meta:
         raise FoldError("the weight is on meta: it has no numbers", place=name, remedy="materialise the model first")
@@ -286,17 +309,20 @@ def _check(storage: wiring.Storage, name: str) -> None:
                     remedy="load an earlier checkpoint of the adapter",
                 )
     terms = [_Term.of(adapter).wide() for adapter in storage.adapters]
-    if largest + sum(term.bound for term in terms) <= torch.finfo(parameter.dtype).max:
-        return
+    magnitude = largest + sum(term.bound for term in terms)
+    if magnitude <= torch.finfo(parameter.dtype).max:
+        return magnitude
+    scratch = _scratch(parameter.detach())
     for start, stop in _blocks(parameter):  # only the sums themselves can tell
         block = parameter.detach()[start:stop]
-        total = _delta(block, [term.rows(start, stop) for term in terms]) + block
+        total = _delta(block, [term.rows(start, stop) for term in terms], scratch).add_(block)
         if not math.isfinite(_largest(round_once(total, parameter.dtype))):
             raise FoldError(
                 f"W + s·B·A does not fit into {parameter.dtype}",
                 place=name,
                 remedy="lower the scale, or fold the model in a wider dtype",
             )
+    return magnitude
 
 
 def _begin(storage: wiring.Storage) -> tuple[nn.Parameter, tuple[_Term, ...], list[_Term]]:
@@ -309,20 +335,33 @@ def _begin(storage: wiring.Storage) -> tuple[nn.Parameter, tuple[_Term, ...], li
 
 
 def _fold_weight(
-    weight: torch.Tensor, terms: tuple[_Term, ...], wide: Sequence[_Term], undo: list[Undo], for_good: bool
+    weight: torch.Tensor,
+    terms: tuple[_Term, ...],
+    wide: Sequence[_Term],
+    magnitude: float,
+    undo: list[Undo],
+    keep: bool,
 ) -> _Way:
-    """Write the folded weight; what comes back leads to the old one, unless it is folded for good."""
-    before, remainders = 0 if for_good else _checksum(weight), []
+    """Write the folded weight; what comes back leads to the old one, where that is to be kept."""
+    before, remainders, scratch = _checksum(weight) if keep else 0, [], _scratch(weight)
     for start, stop in _blocks(weight):
         block, parts = weight[start:stop], [term.rows(start, stop) for term in wide]
-        if for_good:
-            _fold_for_good(block, parts)
+        if not keep:
+            _fold_for_good(block, parts, magnitude, scratch)
             continue
-        delta = _delta(block, parts)
-        new = _rounded(block, delta + block, parts)
-        remainders.append(remember(block, new - delta, 4 * _error(block, parts)))
-        _write(block, new, undo, partial(_unfold_block, block, parts, remainders[-1]))
-    return _Way(terms, tuple(remainders), 0 if for_good else _checksum(weight), before)
+        delta = _delta(block, parts, scratch)
+        total = scratch.wide(TOTAL, block.shape).copy_(block).add_(delta)
+        new = _rounded(block, total, parts, magnitude, scratch)
+        difference = total.copy_(new).sub_(delta)
+        remainder = remember(block, difference, 2 * magnitude, 4 * _steps(parts), scratch)
+        remainders.append(remainder)
+        _write(block, new, undo, partial(_unfold_block, block, parts, remainder), scratch)
+    return _Way(terms, tuple(remainders), _checksum(weight) if keep else 0, before)
+
+
+def _scratch(weight: torch.Tensor) -> Scratch:
+    start, stop = next(_blocks(weight), (0, 0))
+    return Scratch.of(weight[start:stop])
 
 
 def _checksum(weight: torch.Tensor) -> int:
@@ -331,15 +370,16 @@ def _checksum(weight: torch.Tensor) -> int:
 
 def _unfold_weight(weight: torch.Tensor, way: _Way, undo: list[Undo]) -> None:
     wide = [term.wide() for term in way.terms]
+    scratch = _scratch(weight)
     for (start, stop), remainder in zip(_blocks(weight), way.remainders, strict=True):
         block, parts = weight[start:stop], [term.rows(start, stop) for term in wide]
-        old = remainder.restore(_guess(block, parts))
-        _write(block, old, undo, partial(_fold_for_good, block, parts))
+        old = remainder.restore(_guess(block, parts, scratch))
+        _write(block, old, undo, partial(_fold_for_good, block, parts), scratch)
 
 
-def _write(block: torch.Tensor, new: torch.Tensor, undo: list[Undo], way_back: Undo) -> None:
+def _write(block: torch.Tensor, new: torch.Tensor, undo: list[Undo], way_back: Undo, scratch: Scratch) -> None:
     """Into the weight. Cut short at whichever line, what stands on the list gives back the block that was."""
-    undo.append(partial(block.copy_, block.clone()))
+    undo.append(partial(block.copy_, scratch.narrow(BEFORE, block.shape).copy_(block)))
     block.copy_(new)
     undo[-1] = way_back
 
@@ -347,7 +387,7 @@ def _write(block: torch.Tensor, new: torch.Tensor, undo: list[Undo], way_back: U
 def _unfold_block(block: torch.Tensor, terms: Sequence[_Term], remainder: Remainder) -> None:
     """The way back of a fold that is cut short, maybe for want of memory: then in halves."""
     try:
-        block.copy_(remainder.restore(_guess(block, terms)))
+        block.copy_(remainder.restore(_guess(block, terms, Scratch.of(block))))
         return
     except Exception:
         if len(block) < 4:
@@ -367,33 +407,41 @@ def _part(remainder: Remainder, start: int, stop: int) -> Remainder:
     return Remainder(nibbles, remainder.places[inside] - start, remainder.numbers[inside])
 
 
-def _fold_for_good(block: torch.Tensor, terms: Sequence[_Term]) -> None:
+def _fold_for_good(
+    block: torch.Tensor, terms: Sequence[_Term], magnitude: float | None = None, scratch: Scratch | None = None
+) -> None:
     """Keeping nothing. Where memory is short, in halves: some of the weight may have been folded before."""
     try:
-        block.copy_(_rounded(block, _delta(block, terms).add_(block), terms))
+        if magnitude is None:
+            magnitude = _largest(block) + sum(term.bound for term in terms)
+        scratch = scratch or Scratch.of(block)
+        total = scratch.wide(TOTAL, block.shape)
+        if block.dtype == torch.float64:  # as it is summed where the delta is needed, too
+            total.copy_(block).add_(_delta(block, terms, scratch))
+        else:
+            total.copy_(block)
+            for term in terms:
+                term.add_to(total, block.dtype)
+        block.copy_(_rounded(block, total, terms, magnitude, scratch))
         return
     except Exception:
         if len(block) == 1:
             raise
     middle = len(block) // 2
     for rows in (0, middle), (middle, len(block)):
-        _fold_for_good(block[slice(*rows)], [term.rows(*rows) for term in terms])
+        _fold_for_good(block[slice(*rows)], [term.rows(*rows) for term in terms], magnitude, scratch)
 
 
-def _delta(block: torch.Tensor, terms: Sequence[_Term]) -> torch.Tensor:
-    total = terms[0].delta(block.dtype)
-    for term in terms[1:]:
-        total += term.delta(block.dtype)
-    return total.to(block.device)
-
-
-def _error(block: torch.Tensor, terms: Sequence[_Term]) -> float:
-    """How far W + Σ s·B·A, summed in float64 in any order, may be from the real number."""
-    return _steps(terms) * (_largest(block) + sum(term.bound for term in terms))
+def _delta(block: torch.Tensor, terms: Sequence[_Term], scratch: Scratch) -> torch.Tensor:
+    delta = scratch.wide(DELTA, block.shape).zero_()
+    for term in terms:
+        term.add_to(delta, block.dtype)
+    return delta
 
 
 def _steps(terms: Sequence[_Term]) -> float:
-    """Each operation rounds by at most 2⁻⁵³ of what is there at most."""
+    """How far W + Σ s·B·A, summed in float64 in any order, may be from the real number, as a share of its magnitude:
+    each operation rounds by at most 2⁻⁵³ of what is there at most."""
     return sum(2 * term.A.shape[-2] + 2 for term in terms) * 2.0**-53
 
 
@@ -405,13 +453,17 @@ def _largest(values: torch.Tensor) -> float:
     return max(-low, high) if low == low else low
 
 
-def _guess(folded: torch.Tensor, terms: Sequence[_Term]) -> torch.Tensor:
+def _guess(folded: torch.Tensor, terms: Sequence[_Term], scratch: Scratch) -> torch.Tensor:
     """W' − D: the original weight, give or take a few steps."""
-    return _delta(folded, terms).neg_().add_(folded).to(folded.dtype)
+    delta = _delta(folded, terms, scratch)
+    difference = scratch.wide(TOTAL, folded.shape).copy_(folded).sub_(delta)
+    return scratch.narrow(ROUNDED, folded.shape).copy_(difference)
 
 
-def _rounded(block: torch.Tensor, total: torch.Tensor, terms: Sequence[_Term]) -> torch.Tensor:
-    """The sums W + Σ s·B·A of a block, to the nearest numbers of W's dtype."""
+def _rounded(
+    block: torch.Tensor, total: torch.Tensor, terms: Sequence[_Term], magnitude: float, scratch: Scratch
+) -> torch.Tensor:
+    """The sums W + Σ s·B·A of a block, to the nearest numbers of W's dtype, in `scratch`."""
     flat = block.reshape(-1)
 
     def errors(places: torch.Tensor) -> torch.Tensor:
@@ -423,7 +475,7 @@ def _rounded(block: torch.Tensor, total: torch.Tensor, terms: Sequence[_Term]) -
             sums = [a + b for a, b in zip(sums, term.exact(places), strict=True)]
         return sums
 
-    return round_sum(total, _error(block, terms), block.dtype, errors, exact)
+    return round_sum(total, magnitude, _steps(terms), errors, exact, scratch)
 
 
 def _blocks(parameter: torch.Tensor) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,8 @@ HEAVY = ("onnx", "onnxruntime", "onnxscript", "transformers", "peft", "sklearn",
 
 #: from the bottom up; a module imports only from modules before it
 LAYERS = [
-    {"errors", "random_models", "rounding", "schedules", "tables", "views"},
+    {"errors", "random_models", "rematerialization", "rounding", "tables", "views"},
+    {"schedules"},
     {"changes", "forms", "layout", "frontend"},
     {"adapter"},
     {"tracing"},

@@ -87,6 +87,19 @@ def test_first_and_second_derivatives_are_those_of_the_function(schedule, op, pa
     assert torch.autograd.gradgradcheck(lambda *args: case(schedule, *args), inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("rows", [4, 128, 130, 256])
+@pytest.mark.parametrize("part", [slice(None), slice(3, 5)])
+def test_a_product_over_many_rows_is_shared_out(rows, part):
+    generator = torch.Generator().manual_seed(0)
+    left, wide = (torch.randn(rows, n, generator=generator, dtype=torch.float64) for n in (RANK, OUT))
+    for right in wide[:, part], wide[:1, part].expand(rows, -1):
+        expected = 1.5 * torch.einsum("tr,to->ro", left, right)
+        bound = (
+            2 * (rows + 2) * torch.finfo(torch.float64).eps * 1.5 * torch.einsum("tr,to->ro", left.abs(), right.abs())
+        )
+        assert bool(((schedules._tall(left, right, 1.5) - expected).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("schedule", [schedules.FUSED, schedules.DENSE])
 @pytest.mark.parametrize("frozen", ["x", "A", "B"])
 def test_only_what_asks_for_a_gradient_gets_one(schedule, frozen):

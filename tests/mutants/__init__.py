@@ -380,7 +380,8 @@ MUTANTS = (
     ),
     Mutant(
         "fold_transposed_below_float64", "fold", "passes/fold.py",
-        "return self.layout.delta(A, B)", "return self.layout.to_weight((B @ A).mT)",
+        "(B, A) if sides.endswith(\"oi\") else (A.mT, B.mT)",
+        "((B @ A).mT.reshape(B.shape[-2], -1), torch.eye(A.shape[-1]).double())",
         "The same where the weight is narrower than float64, whose delta is a matmul.",
         tests=("tests/test_fold.py",),
     ),
@@ -392,7 +393,7 @@ MUTANTS = (
     ),
     Mutant(
         "fold_without_scale", "fold", "passes/fold.py",
-        "A, B = self.A, self.B * self.scale", "A, B = self.A, self.B",
+        "A, B, axes = self.A, self.B * self.scale, self.layout.axes", "A, B, axes = self.A, self.B, self.layout.axes",
         "The fold forgets the scale that the branch has.",
     ),
     Mutant(
@@ -451,12 +452,12 @@ MUTANTS = (
     # ── rounding ─────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "fold_rounds_twice", "rounding", "passes/fold.py",
-        "return round_sum(total, _error(block, terms), block.dtype, errors, exact)", "return total.to(block.dtype)",
+        "return round_sum(total, magnitude, _steps(terms), errors, exact, scratch)", "return total.to(block.dtype)",
         "Folding converts float64 to bfloat16 as torch does, by way of float32.",
     ),
     Mutant(
         "delta_rounded_before_the_sum", "rounding", "passes/fold.py",
-        "_rounded(block, delta + block, parts)", "_rounded(block, (delta.to(block.dtype) + block).double(), parts)",
+        ".copy_(block).add_(delta)\n", ".copy_(block).add_(delta.to(block.dtype))\n",
         "The delta is rounded to W's dtype, and the sum again.",
     ),
     Mutant(
@@ -473,13 +474,13 @@ MUTANTS = (
     ),
     Mutant(
         "doubt_ignored", "rounding", "lora_fx/rounding.py",
-        "if not torch.equal(low, high):", "if False:",
+        "if len(places):  #", "if False:  #",
         "Sums too near a border for float64 to decide are rounded on a guess.",
     ),
     # ── schedules ────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "fused_without_scale", "schedules", "lora_fx/schedules.py",
-        "_part(rows, first, B).addmm_(kept[k], B.t(), alpha=scale)", "_part(rows, first, B).addmm_(kept[k], B.t())",
+        "_part(rows, first, B).addmm_(z, B.t(), alpha=scale)", "_part(rows, first, B).addmm_(z, B.t())",
         "The branch that is accumulated in place is x·A·B, without its scale.",
         laws="l2",
     ),
@@ -500,12 +501,12 @@ MUTANTS = (
     ),
     Mutant(
         "gradient_of_a_without_scale", "schedules", "lora_fx/schedules.py",
-        "grad_a = _product(z, own, scale)", "grad_a = _product(z, own, 1)",
+        "grad_a = _tall(z, own, scale)", "grad_a = _tall(z, own, 1)",
         "A learns at another rate than B.",
     ),
     Mutant(
         "gradient_of_x_without_branch", "schedules", "lora_fx/schedules.py",
-        "factors.append((z.t(), A, scale))", "pass",
+        "factors.append((z, A, scale))", "pass",
         "What flows back to earlier layers misses the branch's share.",
     ),
     Mutant(
@@ -521,12 +522,12 @@ MUTANTS = (
     # ── unfold ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "unfold_off_by_one", "unfold", "lora_fx/rounding.py",
-        "pairs.to(torch.int64) - 8", "pairs.to(torch.int64) - 7",
+        ".sub_(_BIAS)", ".sub_(_BIAS - 1)",
         "Every unfolded number is one step of its dtype too large.",
     ),
     Mutant(
         "shaky_guess_trusted", "unfold", "lora_fx/rounding.py",
-        "        far |= shaky\n", "",
+        "torch.cat([shaky, _nonzero(", "torch.cat([shaky[:0], _nonzero(",
         "A delta that is summed in another order on the way back can move the guess, and the weight with it.",
         tests=("tests/test_fold.py",),
     ),
@@ -538,7 +539,7 @@ MUTANTS = (
     ),
     Mutant(
         "checksum_always_equal", "unfold", "lora_fx/rounding.py",
-        "return int(ordinal(values.detach()).sum(dtype=torch.int64))", "return 0",
+        "return int(flat.view(torch.int64 if aligned", "return 0 and int(flat.view(torch.int64 if aligned",
         "A weight that was written to after the fold is unfolded into nonsense.",
         tests=("tests/test_fold.py::test_unfolding_refuses_a_weight_that_was_written_to",),
     ),

@@ -1,0 +1,112 @@
+"""What autograd keeps anyway is not kept a second time.
+
+The input of an adapted matmul is often a product: of a norm's weight and what it normalised, of a gate and what it lets
+through. The multiplication keeps its operands for a backward of its own. So the branch keeps those, which takes no
+memory, and multiplies them again in its backward: to the same bits, because it is the same operation on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_DEPTH = 4  # operations: deeper ones cost more time than they are worth memory
+_SHARED = "lora_fx: the product, made again"
+_Make = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
+@dataclass
+class _Shared:
+    """One product that several branches read: made once in a backward, dropped by the last of them."""
+
+    users: int = 0
+    left: int = 0
+    value: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a tensor again from others that autograd keeps."""
+
+    operands: tuple[torch.Tensor, ...]
+    make: _Make = field(repr=False)
+    shape: torch.Size
+    shared: _Shared
+
+    def again(self, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor, from the operands as autograd gives them back."""
+        if torch.is_grad_enabled():  # create_graph=True: each user's own, a part of its graph
+            return self.make(operands).reshape(self.shape)
+        shared = self.shared
+        if shared.value is None:
+            shared.value, shared.left = self.make(operands), shared.users
+        value = shared.value.reshape(self.shape)
+        shared.left -= 1
+        if shared.left == 0:
+            shared.value = None
+        return value
+
+
+def recipe(tensor: torch.Tensor, source: torch.Tensor | None = None) -> Recipe | None:
+    """How autograd can make this tensor again from what it keeps; None where it is no product, or packs what it keeps.
+
+    A node that was freed, or whose operands were written to since, gives None, too.
+
+    Args:
+        source: a tensor that may be kept besides: the one that a dropout mask was multiplied with.
+    """
+    node = tensor.grad_fn
+    if node is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    while node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+        node = node.next_functions[0][0]  # type: ignore[assignment]
+    operands: list[torch.Tensor] = []
+    try:
+        make = _masked(node, operands, source) or _product(node, operands, _DEPTH)
+    except RuntimeError:
+        return None
+    if make is None or any(t.device != tensor.device for t in operands):
+        return None
+    shared = node.metadata.setdefault(_SHARED, _Shared())  # type: ignore[union-attr]
+    shared.users += 1
+    return Recipe(tuple(operands), make, tensor.shape, shared)
+
+
+def _masked(node: Any, operands: list[torch.Tensor], source: torch.Tensor | None) -> _Make | None:
+    """`source` times a tensor without a gradient, as dropout multiplies."""
+    if source is None or source.grad_fn is None or node is None or node.name() != "MulBackward0":
+        return None
+    if node.next_functions[0][0] is not source.grad_fn or node._saved_self is not None:
+        return None
+    operands += source, node._saved_other
+    return lambda kept: kept[0] * kept[1]
+
+
+def _product(node: Any, operands: list[torch.Tensor], depth: int) -> _Make | None:
+    """The multiplication or cast that `node` is the backward of, and those before it whose results nobody keeps."""
+    if node is None or depth == 0:
+        return None
+    if node.name() == "ToCopyBackward0":
+        cast, dtype = _product(node.next_functions[0][0], operands, depth - 1), node._input_metadata[0].dtype
+        return None if cast is None else lambda kept: cast(kept).to(dtype)
+    if node.name() != "MulBackward0":
+        return None
+    sides: list[_Make] = []
+    for kept, (before, _) in zip((node._saved_self, node._saved_other), node.next_functions, strict=True):
+        if kept is None:
+            side = _product(before, operands, depth - 1)
+            if side is None:
+                return None
+        else:
+            side = _operand(len(operands))
+            operands.append(kept)
+        sides.append(side)
+    left, right = sides
+    return lambda kept: left(kept) * right(kept)
+
+
+def _operand(place: int) -> _Make:
+    return lambda kept: kept[place]
