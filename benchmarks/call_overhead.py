@@ -1,27 +1,30 @@
-"""What a branch costs for each call of a small layer: lora_fx, PEFT and a hand-written module, paired and interleaved.
+"""What a branch costs for each call of a small layer: lora_fx, PEFT, a hand-written module; and what importing costs.
 
     python benchmarks/call_overhead.py [--rounds 200]
 
-One round calls every candidate in a random order; a ratio is taken within a round, so noise that lasts longer than a
-round cancels. Needs peft (the `test` extra).
+8×64 → 64, rank 4, no gradients, one thread; 50 calls of each candidate in a round. Needs peft (the `test` extra).
 """
 
 from __future__ import annotations
 
-import argparse
-import random
-import time
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import torch
 import torch.nn.functional as F
+from measuring import arguments, paired, report, shown
 from torch import nn
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.tables import table
 
-CALLS = 50  # of one candidate in one round
+CALLS = 50
 
 
 class HandWritten(nn.Module):
@@ -42,43 +45,51 @@ def candidates(x: torch.Tensor) -> dict[str, nn.Module]:
     return {
         "hand-written": HandWritten(nn.Linear(64, 64), 4, 2.0),
         "lora_fx": lora_fx.apply(nn.Linear(64, 64), Rule(where="*", rank=4, alpha=8), x),
-        "peft": peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), config).base_model.model[0],
+        "PEFT": peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), config).base_model.model[0],
         "no branch": nn.Linear(64, 64),
     }
 
 
-def seconds(module: nn.Module, x: torch.Tensor) -> float:
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        module(x)
-    return (time.perf_counter() - start) / CALLS
+def called(module: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    def often() -> None:
+        for _ in range(CALLS):
+            module(x)
+
+    return often
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
-    return float(low), float(middle), float(high)
+def seconds_to_import() -> float:
+    """Beyond torch, in a process of its own; modules are compiled already, as after an installation.
+
+    What torch left to the garbage collector is collected before: it takes 0.1 s, whoever's import it falls into.
+    """
+    code = (
+        "import gc, torch, time; gc.collect(); t = time.perf_counter(); import lora_fx; print(time.perf_counter() - t)"
+    )
+    settings = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    settings["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / "lora_fx-compiled")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=settings)
+    return float(out.stdout)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=200)
-    rounds = parser.parse_args().rounds
+    options = arguments(__doc__, rounds=200).parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     x = torch.randn(8, 64)
     modules = {name: module.eval() for name, module in candidates(x).items()}
-    times: dict[str, list[float]] = {name: [] for name in modules}
     with torch.no_grad():
-        for _ in range(rounds):
-            for name in random.sample(list(modules), len(modules)):
-                times[name].append(seconds(modules[name], x))
-    rows = []
-    for name, values in times.items():
-        low, middle, high = (1e6 * q for q in quartiles(values))
-        ratio = quartiles([a / b for a, b in zip(values, times["hand-written"], strict=True)])
-        rows.append((name, f"{middle:.1f}", f"{low:.1f}–{high:.1f}", f"{ratio[1]:.2f} ({ratio[0]:.2f}–{ratio[2]:.2f})"))
-    print(f"8×64 → 64, rank 4, no gradients, torch {torch.__version__}, peft {peft.__version__}, {rounds} rounds")
-    print(table(("", "µs a call", "quartiles", "× hand-written"), rows, right=(1, 2, 3)))
+        times = paired({name: called(module, x) for name, module in modules.items()}, options.rounds)
+    rows = [
+        (name, f"{1e6 * times.median(name) / CALLS:.1f}", shown(times.ratio(name, "hand-written")),
+         shown(times.ratio(name, "PEFT")))
+        for name in modules
+    ]  # fmt: skip
+    report("A call of a small adapted layer", ("", "µs", "/ hand-written", "/ PEFT"), rows, options)
+    seconds_to_import()  # compiles
+    found = [seconds_to_import() for _ in range(1 if options.tiny else 15)]
+    rows = [("import lora_fx", f"{statistics.median(found):.3f}", f"{min(found):.3f}–{max(found):.3f}")]
+    report("Importing lora_fx, beyond torch", ("", "s", "from – to"), rows, options)
 
 
 if __name__ == "__main__":

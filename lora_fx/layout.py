@@ -77,10 +77,13 @@ class Layout:
         """(batch, out, in) index of elements of the weight, each flattened over its own axes."""
         found = []
         for side in "boi":
-            index = torch.zeros_like(flat)
+            index = None
             for axis in (axis for axis in self.axes if axis.side == side):
-                index = index * axis.size + (flat // axis.stride) % axis.size
-            found.append(index)
+                own = flat if axis.stride == 1 else flat // axis.stride
+                if axis is not self.axes[0]:
+                    own = own % axis.size
+                index = own if index is None else index * axis.size + own
+            found.append(torch.zeros_like(flat) if index is None else index)
         return found[0], found[1], found[2]
 
 

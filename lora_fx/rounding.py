@@ -116,7 +116,7 @@ def _between(
     that lies between the two is rounded to the same."""
     error = steps * magnitude
     if end.dtype == torch.float32:  # into which each of three operations rounds
-        error += 2.0**-22 * magnitude + 2.0**-147
+        error += 3 * 2.0**-24 * magnitude + 2.0**-147
     elif rounded.dtype in _NARROW:  # to which torch goes by way of float32
         error += 2.0**-24 * magnitude + 2.0**-150
     rounded.copy_(end.copy_(total).sub_(error))

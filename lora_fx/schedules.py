@@ -47,14 +47,19 @@ def loses_nothing(dtype: torch.dtype) -> bool:
 _LOSES_NOTHING = (torch.float32, torch.float64)
 
 
+_CACHED = 4096
+"""Tokens up to which x and y of a site lie in a CPU's caches, so that passes over them are cheap: measured from 256 to
+2048 features wide, where `dense` became the faster one at 4096 tokens."""
+
+
 def dense_from(inputs: int, outputs: int) -> int:
-    """The number of tokens from which on `auto` takes `dense`: an estimate, by the elements that each moves.
+    """The number of tokens from which on `auto` takes `dense`: by the elements that each moves.
 
     Per call, beyond what both do: `fused` reads and writes y, and the gradient of x: 2·tokens·(in + out) elements;
     `dense` reads W and writes the sum, in forward and in backward: 4·in·out, counted twice, because it also allocates
-    the sum each time. `benchmarks/training.py --schedules` tells how good the estimate is.
+    the sum each time.
     """
-    return max(1, 4 * inputs * outputs // max(inputs + outputs, 1))
+    return max(_CACHED, 4 * inputs * outputs // max(inputs + outputs, 1))
 
 
 _here = threading.local()
@@ -80,21 +85,25 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term], sche
     """
     if schedule == BRANCH or not _may_schedule(x, weight, bias, terms):
         return _branch(op, x, weight, bias, terms)
+    dense = schedule != FUSED and _takes_dense(x, weight, terms, schedule)
+    if not torch.is_grad_enabled():
+        return _forward(op, dense, x, weight, bias, terms, [])
     tensors: list[Any] = []
-    spec = []
-    drops = False
-    for A, B, scale, first, dropped in terms:
-        if dropped is x:
-            dropped = None
-        drops |= dropped is not None
-        tensors += A, B, dropped
-        spec.append((scale, first))
-    dense = False
-    if schedule != FUSED and not drops and weight.dtype in _LOSES_NOTHING:  # the model may have been cast since
-        dense = schedule == DENSE or x.numel() >= x.shape[-1] * dense_from(*weight.shape)
-    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
-        return _Scheduled.apply(op, dense, spec, x, weight, bias, *tensors)
-    return _forward(op, dense, spec, x, weight, bias, tensors, [])
+    for A, B, _, _, dropped in terms:
+        tensors += A, B, None if dropped is x else dropped
+    if not x.requires_grad and not any(t is not None and t.requires_grad for t in tensors):
+        return _forward(op, dense, x, weight, bias, terms, [])
+    return _Scheduled.apply(op, dense, [term[2:4] for term in terms], x, weight, bias, *tensors)
+
+
+def _takes_dense(x: Any, weight: Any, terms: Sequence[_Term], schedule: str) -> bool:
+    if schedule == AUTO:
+        tokens = x.numel() // max(x.size(-1), 1)
+        if tokens < _CACHED or tokens < dense_from(*weight.shape):
+            return False
+    if weight.dtype not in _LOSES_NOTHING:  # the model may have been cast since
+        return False
+    return all(term[4] is None or term[4] is x for term in terms)
 
 
 def _branch(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> Any:
@@ -132,54 +141,59 @@ def _may_schedule(x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> boo
     return True
 
 
+_LARGE = 2**16
+"""From so many elements of x on, a pass over y takes longer than what a call of torch costs."""
+
+
 def _forward(
-    op: str,
-    dense: bool,
-    spec: Sequence[tuple[float, int]],
-    x: Any,
-    weight: Any,
-    bias: Any,
-    tensors: Sequence[Any],
-    kept: list[torch.Tensor],
+    op: str, dense: bool, x: Any, weight: Any, bias: Any, terms: Sequence[_Term], kept: list[torch.Tensor]
 ) -> Any:
     """y; x·Aᵀ of each term, where backward needs it, is appended to `kept`."""
     if dense:
-        return OPS[op](x, _sum(op, weight, spec, tensors), bias)
-    for A, dropped in zip(tensors[::3], tensors[2::3], strict=True):
+        return OPS[op](x, _sum(op, weight, terms), bias)
+    for A, _, _, _, dropped in terms:
         z = F.linear(x if dropped is None else dropped, A)
-        kept.append(z if z.ndim == 2 else z.reshape(-1, z.shape[-1]))
-    terms = list(zip(spec, tensors[1::3], kept, strict=True))
-    features = weight.shape[0 if op == "linear" else 1]
-    if x.device.type == "cpu" and x.ndim > 1 and terms[0][1].shape[0] == features and x.dtype in _LOSES_NOTHING:
+        kept.append(z if z.dim() == 2 else z.reshape(-1, z.size(-1)))
+    features = weight.size(0 if op == "linear" else 1)
+    done = False
+    if x.numel() >= _LARGE and x.is_cpu and x.dim() > 1 and terms[0][1].size(0) == features and loses_nothing(x.dtype):
         # A large product that adds to what is there costs what one that overwrites it does.
         y = x.new_empty(*x.shape[:-1], features)
         rows = y.view(-1, features)
-        ((scale, _), B, z), *terms = terms
+        _, B, scale, _, _ = terms[0]
         if bias is None:
-            rows.addmm_(z, B.t(), beta=0, alpha=scale)
+            rows.addmm_(kept[0], B.t(), beta=0, alpha=scale)
         else:
-            torch.addmm(bias, z, B.t(), alpha=scale, out=rows)
-        rows.addmm_(x.reshape(-1, x.shape[-1]), weight.t() if op == "linear" else weight)
+            torch.addmm(bias, kept[0], B.t(), alpha=scale, out=rows)
+        rows.addmm_(x.reshape(-1, x.size(-1)), weight.t() if op == "linear" else weight)
+        done = True
     else:
         y = rows = OPS[op](x, weight, bias)
-        if y.ndim != 2:
+        if y.dim() != 2:
             y = y.contiguous()
-            rows = y.view(-1, y.shape[-1])
-    for (scale, first), B, z in terms:
-        _part(rows, first, B).addmm_(z, B.t(), alpha=scale)
+            rows = y.view(-1, features)
+    for (_, B, scale, first, _), z in zip(terms, kept, strict=True):
+        if done:
+            done = False
+        else:
+            _part(rows, first, B).addmm_(z, B.t(), alpha=scale)
     return y
+
+
+def _terms(spec: Sequence[tuple[float, int]], tensors: Sequence[Any]) -> list[_Term]:
+    """The terms, from (s, first) of each and from A, B and x with dropout of each."""
+    return [(*tensors[3 * k : 3 * k + 2], *one, tensors[3 * k + 2]) for k, one in enumerate(spec)]  # type: ignore[misc]
 
 
 def _part(rows: torch.Tensor, first: int, B: torch.Tensor) -> torch.Tensor:
     """The features that B makes."""
-    return rows if B.shape[0] == rows.shape[1] else rows.narrow(1, first, B.shape[0])
+    return rows if B.size(0) == rows.size(1) else rows.narrow(1, first, B.size(0))
 
 
-def _sum(op: str, weight: torch.Tensor, spec: Sequence[tuple[float, int]], tensors: Sequence[Any]) -> torch.Tensor:
+def _sum(op: str, weight: torch.Tensor, terms: Sequence[_Term]) -> torch.Tensor:
     """W + Σ s·B·A, differentiable in A and B."""
     total = weight if op == "linear" else weight.t()
-    for k, (scale, first) in enumerate(spec):
-        A, B = tensors[3 * k], tensors[3 * k + 1]
+    for A, B, scale, first, _ in terms:
         if B.shape[0] == total.shape[0]:
             total = torch.addmm(total, B, A, alpha=scale)
         else:
@@ -199,7 +213,7 @@ class _Scheduled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: str, dense: bool, spec: Any, x: Any, weight: Any, bias: Any, *tensors: Any) -> Any:
         kept: list[torch.Tensor] = []
-        y = _forward(op, dense, spec, x, weight, bias, tensors, kept)
+        y = _forward(op, dense, x, weight, bias, _terms(spec, tensors), kept)
         ctx.op, ctx.dense, ctx.spec, ctx.shape = op, dense, spec, x.shape
         source = x
         if all(dropped is not None for dropped in tensors[2::3]):
@@ -226,8 +240,8 @@ class _Scheduled(torch.autograd.Function):
         g, width = grad.reshape(-1, grad.shape[-1]), ctx.shape[-1]
         grads: list[Any] = []
         factors: list[Any] = []  # whose products belong to the gradient of x
-        for k, (scale, first) in enumerate(spec):
-            A, B, dropped = tensors[3 * k : 3 * k + 3]
+        terms = _terms(spec, tensors)
+        for k, (A, B, scale, first, dropped) in enumerate(terms):
             own, mine = (x if dropped is None else dropped).reshape(-1, width), _part(g, first, B)
             z = F.linear(mine, B.t().contiguous())
             grad_a = grad_b = grad_own = None
@@ -242,7 +256,7 @@ class _Scheduled(torch.autograd.Function):
             grads += grad_a, grad_b, grad_own
         grad_x = None
         if ctx.needs_input_grad[3]:
-            total = _sum(op, weight, spec, tensors) if ctx.dense else weight
+            total = _sum(op, weight, terms) if ctx.dense else weight
             grad_x = g.new_empty(g.shape[0], width)
             for n, (z, A, scale) in enumerate(factors):
                 grad_x.addmm_(z, A, beta=1 if n else 0, alpha=scale)
@@ -285,7 +299,7 @@ def _differentiable_gradients(ctx: Any, grad: Any) -> Any:
         x = grad.new_zeros(ctx.shape, requires_grad=True)
     needs = [ctx.needs_input_grad[3], *ctx.needs_input_grad[6 : 6 + 3 * len(ctx.spec)]]
     ours = [None if t is None else t.view_as(t) for t in (x, *tensors[: len(needs) - 1])]  # one may depend on another
-    terms = [(*ours[3 * k + 1 : 3 * k + 3], *spec, ours[3 * k + 3]) for k, spec in enumerate(ctx.spec)]
+    terms = _terms(ctx.spec, ours[1:])
     y = _branch("linear" if ctx.op == "linear" else "matmul", ours[0], weight, None, terms)
     wanted = [t for t, needed in zip(ours, needs, strict=True) if needed]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))

@@ -13,7 +13,6 @@ weight, and a mark on each module that is wired by graph.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import linecache
@@ -430,22 +429,31 @@ def _is_import(value: Any) -> bool:
 def _forward(spec: Spec) -> Any:
     """Compile the generated forward so that tracebacks and debuggers show its source."""
     filename = f"<lora_fx {spec.base.__qualname__} {abs(hash((spec.source, spec.base))):x}>"
-    linecache.cache[filename] = (len(spec.source), None, spec.source.splitlines(keepends=True), filename)
     scope: dict[str, Any] = {
         name: importlib.import_module(value.removeprefix(_IMPORT)) if _is_import(value) else value
         for name, value in spec.names
     }
-    exec(compile(spec.source, filename, "exec"), scope)
-    generated = scope["forward"]
-
-    @functools.wraps(generated)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if getattr(type(self), "_lora_fx", None) is not spec:  # whoever wrapped this forward kept it beyond its time
-            return type(self).forward(self, *args, **kwargs)
-        return generated(self, *args, **kwargs)
-
+    exec(spec.source, scope)
+    source = _with_guard(spec.source, inspect.signature(scope["forward"]))
+    scope["lora_fx_spec"] = spec
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec"), scope)
+    forward = scope["forward"]
     forward.__qualname__ = f"{spec.base.__qualname__}.forward"
     return forward
+
+
+def _with_guard(source: str, signature: inspect.Signature) -> str:
+    """Whoever wrapped this forward may keep it beyond its time: then the forward of today runs."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*{0}", inspect.Parameter.VAR_KEYWORD: "**{0}"}
+    stars[inspect.Parameter.KEYWORD_ONLY] = "{0}={0}"
+    passed = ", ".join(stars.get(p.kind, "{0}").format(p.name) for p in signature.parameters.values())
+    guard = f"""
+    if getattr(type(self), "_lora_fx", None) is not lora_fx_spec:
+        return type(self).forward({passed})"""
+    guarded, found = re.subn(r"^def forward\(.*:$", lambda line: line[0] + guard, source, count=1, flags=re.MULTILINE)
+    assert found, source
+    return guarded
 
 
 def show(module: nn.Module) -> str:

@@ -68,9 +68,11 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("large", [0, 2**16])
 @pytest.mark.parametrize("schedule", schedules.SCHEDULES)
 @pytest.mark.parametrize(("op", "parts", "dropped", "shape"), CASES)
-def test_every_schedule_is_the_branch(schedule, op, parts, dropped, shape):
+def test_every_schedule_is_the_branch(monkeypatch, large, schedule, op, parts, dropped, shape):
+    monkeypatch.setattr(schedules, "_LARGE", large)
     case = Case(op, parts, dropped, shape)
     expected = case(schedules.BRANCH, case.x, *case.factors)
     assert_same(case(schedule, case.x, *case.factors), expected, case.magnitudes())
@@ -180,19 +182,20 @@ class Model(nn.Module):
 
 def test_the_plan_says_which():
     shown = str(lora_fx.plan(Model(), Rule(where="*", rank=2), torch.randn(2, 3, 8)))
-    assert "fused; dense from 19 tokens" in shown and shown.count("branch") == 1
+    assert "fused; dense from 4,096 tokens" in shown and shown.count("branch") == 1
     half = lora_fx.plan(Model().bfloat16(), Rule(where="first", rank=2), torch.randn(2, 3, 8).bfloat16())
     assert half.rows[0].schedule == "fused"
     assert lora_fx.plan(Model(), Rule(where="first", rank=2, schedule="dense")).rows[0].schedule == "dense"
 
 
-@pytest.mark.parametrize("tokens", [18, 19])
-def test_auto_takes_the_dense_sum_where_the_tokens_are_many(monkeypatch, tokens):
+@pytest.mark.parametrize(("tokens", "cached", "sums_made"), [(4095, 4096, 0), (4096, 4096, 2), (18, 1, 0), (19, 1, 2)])
+def test_auto_takes_the_dense_sum_where_the_tokens_are_many(monkeypatch, tokens, cached, sums_made):
+    monkeypatch.setattr(schedules, "_CACHED", cached)
     model = lora_fx.apply(Model(), Rule(where="first", rank=2), torch.randn(2, 3, 8))
     sums = []
     monkeypatch.setattr(schedules, "_sum", lambda *args, real=schedules._sum: sums.append(1) or real(*args))
     model.first(torch.randn(tokens, 8, requires_grad=True)).sum().backward()
-    assert len(sums) == (2 if tokens == 19 else 0)
+    assert len(sums) == sums_made
 
 
 @pytest.mark.parametrize(

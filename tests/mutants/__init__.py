@@ -253,8 +253,8 @@ MUTANTS = (
     ),
     Mutant(
         "element_located_by_the_wrong_axis", "layouts", "lora_fx/layout.py",
-        "index = index * axis.size + (flat // axis.stride) % axis.size",
-        "index = index + (flat // axis.stride) % axis.size",
+        "index = own if index is None else index * axis.size + own",
+        "index = own if index is None else index + own",
         "The exact sum of a doubtful element takes the factors of another one, where a side has several axes (heads).",
     ),
     # ── tracing and wiring ───────────────────────────────────────────────────────────────────────────────────────────
@@ -486,7 +486,7 @@ MUTANTS = (
     ),
     Mutant(
         "fused_part_at_the_front", "schedules", "lora_fx/schedules.py",
-        "rows.narrow(1, first, B.shape[0])", "rows.narrow(1, 0, B.shape[0])",
+        "rows.narrow(1, first, B.size(0))", "rows.narrow(1, 0, B.size(0))",
         "An adapter of the value rows of a fused weight acts on its first rows.",
     ),
     Mutant(
@@ -496,7 +496,7 @@ MUTANTS = (
     ),
     Mutant(
         "dense_drops_the_whole_input", "schedules", "lora_fx/schedules.py",
-        "if schedule != FUSED and not drops and", "if schedule != FUSED and",
+        "return all(term[4] is None or term[4] is x for term in terms)", "return True",
         "Where the tokens are many, dropout on the branch is forgotten.",
     ),
     Mutant(
@@ -508,6 +508,28 @@ MUTANTS = (
         "gradient_of_x_without_branch", "schedules", "lora_fx/schedules.py",
         "factors.append((z, A, scale))", "pass",
         "What flows back to earlier layers misses the branch's share.",
+    ),
+    Mutant(
+        "gradient_of_a_misses_rows", "schedules", "lora_fx/schedules.py",
+        "return parts.sum(0).mul_(scale)", "return parts[1:].sum(0).mul_(scale)",
+        "Where the tokens are many, a quarter of them teaches A and B nothing.",
+    ),
+    Mutant(
+        "fused_bias_lost", "schedules", "lora_fx/schedules.py",
+        "        if bias is None:\n            rows.addmm_", "        if True:\n            rows.addmm_",
+        "Where the tokens are many, the bias is left out.",
+    ),
+    Mutant(
+        "product_of_the_wrong_operands", "schedules", "lora_fx/rematerialization.py",
+        "return lambda kept: left(kept) * right(kept)", "return lambda kept: left(kept) * left(kept)",
+        "In backward, the input of a site is made again from one of its two operands.",
+        tests=("tests/test_rematerialization.py",),
+    ),
+    Mutant(
+        "product_shared_for_ever", "schedules", "lora_fx/rematerialization.py",
+        "        if shared.left == 0:\n            shared.value = None\n", "",
+        "What is made again in backward is never let go.",
+        tests=("tests/test_rematerialization.py",),
     ),
     Mutant(
         "second_order_through_constants", "schedules", "lora_fx/schedules.py",
