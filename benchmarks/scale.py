@@ -2,16 +2,18 @@
 
     python benchmarks/scale.py [--rounds 5]
 
-Needs transformers (the `test` extra).
+Every measurement in a process of its own. Needs transformers (the `test` extra).
 """
 
 from __future__ import annotations
 
+import argparse
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from measuring import arguments, report
@@ -57,12 +59,20 @@ def in_a_process(what: str, layers: int, width: int) -> tuple[float, float]:
 def main() -> None:
     parser = arguments(__doc__, rounds=5)
     parser.add_argument("--run", nargs=3, help="one measurement, in this process")
+    parser.add_argument("--part", choices=("cpu", "meta"), help="one of the two tables")
     options = parser.parse_args()
     if options.run:
         what, layers, width = options.run
         print(*run(what, int(layers), int(width)))
         return
     measured = run if options.tiny else in_a_process
+    if options.part != "meta":
+        against_export(measured, options)
+    if options.part != "cpu":
+        on_meta(measured, options)
+
+
+def against_export(measured: Callable[..., tuple[float, float]], options: argparse.Namespace) -> None:
     layers, width = (2, 64) if options.tiny else (32, 256)
     found: dict[str, list[float]] = {"export": [], "apply": [], "checked": []}
     for _ in range(options.rounds):
@@ -77,13 +87,23 @@ def main() -> None:
         ("apply", f"{middle['checked']:.2f}", f"{middle['checked'] / middle['export']:.2f}"),
     ]  # fmt: skip
     report(f"Capture, plan, apply: Llama, {layers} layers, {width} wide", ("", "s", "/ torch.export"), rows, options)
+
+
+def on_meta(measured: Callable[..., tuple[float, float]], options: argparse.Namespace) -> None:
     few, many, width = (1, 2, 256) if options.tiny else (24, 96, 12288)
-    sizes = {n: measured("meta", n, width) for n in (few, many)}
+    found: dict[int, list[tuple[float, float]]] = {few: [], many: []}
+    for _ in range(options.rounds):
+        for layers in found:
+            found[layers].append(measured("meta", layers, width))
+    rows = []
+    for layers, values in found.items():
+        ratios = [a[0] / b[0] for a, b in zip(values, found[few], strict=True)]
+        rows.append((
+            str(layers), f"{statistics.median(seconds for seconds, _ in values):.1f}",
+            f"{max(memory for _, memory in values):.0f}",
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
+        ))  # fmt: skip
     parameters = 12 * many * width**2 / 1e9
-    rows = [
-        (str(n), f"{seconds:.1f}", f"{memory:.0f}", f"{seconds / sizes[few][0]:.2f}")
-        for n, (seconds, memory) in sizes.items()
-    ]
     title = f"Plan and apply on meta: GPT-3 shape, {width:,} wide, up to {parameters:.0f} billion parameters"
     report(title, ("layers", "s", "highest resident size, MiB", f"/ {few} layers"), rows, options)
 

@@ -1,6 +1,6 @@
 """A training step (forward and backward) of lora_fx, PEFT and the floor: the same model, frozen, gradients flowing.
 
-    python benchmarks/training.py [--rounds 15] [--compile] [--device cuda --dtype bfloat16] [--only llama]
+    python benchmarks/training.py [--rounds 15] [--compile] [--device cuda --dtype bfloat16] [--only "llama.*"]
 
 The floor computes every gradient that a step must pass through, and no adapter: nothing that trains adapters in the
 first layer can be faster. Needs peft and transformers (the `test` extra).
@@ -9,6 +9,7 @@ first layer can be faster. Needs peft and transformers (the `test` extra).
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +152,7 @@ def _saved_by(node: Any) -> list[torch.Tensor]:
 
 def main() -> None:
     parser = arguments(__doc__, rounds=15)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default=".*", help="cases whose name is this, a regular expression")
     parser.add_argument("--compile", action="store_true", help="torch.compile, Inductor")
     parser.add_argument("--schedules", action="store_true", help="lora_fx with each schedule, instead of PEFT")
     parser.add_argument("--device", default="cpu")
@@ -166,7 +167,7 @@ def main() -> None:
         size = Size(64, 1, 2, 16, 64)
     rows = []
     for case in CASES:
-        if options.only.lower() in case.name.lower():
+        if re.fullmatch(options.only, case.name, re.IGNORECASE):
             rows.append(_row(case, size, options))
     names = options.dtype, f"hidden {size.hidden}", f"{size.layers} layers", f"{size.batch}×{size.tokens} tokens"
     title = "Compiled training step" if options.compile else "Training step"

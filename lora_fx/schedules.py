@@ -83,6 +83,10 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term], sche
         op: one of `OPS`.
         schedule: one of `SCHEDULES`.
     """
+    if torch.compiler.is_compiling():
+        if schedule in (AUTO, FUSED) and _may_compile(x, weight, bias, terms):
+            return _compiled(op, x, weight, bias, terms)
+        return _branch(op, x, weight, bias, terms)
     if schedule == BRANCH or not _may_schedule(x, weight, bias, terms):
         return _branch(op, x, weight, bias, terms)
     dense = schedule != FUSED and _takes_dense(x, weight, terms, schedule)
@@ -121,8 +125,7 @@ _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 def _may_schedule(x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> bool:
     """Whether all are ordinary tensors of one dtype, with W frozen, and nothing transforms or records the call."""
     if (
-        torch.compiler.is_compiling()
-        or getattr(_here, "plainly", False)
+        getattr(_here, "plainly", False)
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
         or torch.autograd.forward_ad._current_level >= 0
@@ -235,34 +238,51 @@ class _Scheduled(torch.autograd.Function):
     def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
         if torch.is_grad_enabled():
             return _differentiable_gradients(ctx, grad)
-        op, spec, (x, weight, tensors) = ctx.op, ctx.spec, _saved(ctx)
-        kept, needs = tensors[3 * len(spec) : 4 * len(spec)], ctx.needs_input_grad[6:]
-        g, width = grad.reshape(-1, grad.shape[-1]), ctx.shape[-1]
-        grads: list[Any] = []
-        factors: list[Any] = []  # whose products belong to the gradient of x
-        terms = _terms(spec, tensors)
-        for k, (A, B, scale, first, dropped) in enumerate(terms):
-            own, mine = (x if dropped is None else dropped).reshape(-1, width), _part(g, first, B)
-            z = F.linear(mine, B.t().contiguous())
-            grad_a = grad_b = grad_own = None
-            if needs[3 * k]:
-                grad_a = _tall(z, own, scale)
-            if needs[3 * k + 1]:
-                grad_b = _tall(F.linear(own, A) if ctx.dense else kept[k], mine, scale).t()
-            if needs[3 * k + 2]:
-                grad_own = _product(z, A, scale).view(dropped.shape)  # type: ignore[union-attr]
-            elif dropped is None and not ctx.dense:
-                factors.append((z, A, scale))
-            grads += grad_a, grad_b, grad_own
-        grad_x = None
-        if ctx.needs_input_grad[3]:
-            total = _sum(op, weight, terms) if ctx.dense else weight
-            grad_x = g.new_empty(g.shape[0], width)
-            for n, (z, A, scale) in enumerate(factors):
-                grad_x.addmm_(z, A, beta=1 if n else 0, alpha=scale)
-            grad_x.addmm_(g, total if op == "linear" else total.t(), beta=1 if factors else 0)
-            grad_x = grad_x.view(ctx.shape)
+        x, weight, tensors = _saved(ctx)
+        terms, kept = _terms(ctx.spec, tensors), tensors[3 * len(ctx.spec) : 4 * len(ctx.spec)]
+        needs = ctx.needs_input_grad
+        own = x if x is not None else grad.new_empty(0)
+        grad_x, grads = _gradients(ctx.op, ctx.dense, terms, own, weight, kept, grad, ctx.shape, needs[3], needs[6:])
         return None, None, None, grad_x, None, None, *grads
+
+
+def _gradients(
+    op: str,
+    dense: bool,
+    terms: Sequence[_Term],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    kept: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    shape: Sequence[int],
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """The gradient of x, of this shape, and those of A, B and x with dropout of each term, where they are needed."""
+    g, width = grad.reshape(-1, grad.shape[-1]), shape[-1]
+    grads: list[Any] = []
+    factors: list[Any] = []  # whose products belong to the gradient of x
+    for k, (A, B, scale, first, dropped) in enumerate(terms):
+        own, mine = (x if dropped is None else dropped).reshape(-1, width), _part(g, first, B)
+        z = F.linear(mine, B.t().contiguous())
+        grad_a = grad_b = grad_own = None
+        if needs[3 * k]:
+            grad_a = _tall(z, own, scale)
+        if needs[3 * k + 1]:
+            grad_b = _tall(F.linear(own, A) if dense else kept[k], mine, scale).t()
+        if needs[3 * k + 2]:
+            grad_own = _product(z, A, scale).view(dropped.shape)
+        elif dropped is None and not dense:
+            factors.append((z, A, scale))
+        grads += grad_a, grad_b, grad_own
+    if not needs_x:
+        return None, grads
+    total = _sum(op, weight, terms) if dense else weight
+    grad_x = g.new_empty(g.shape[0], width)
+    for n, (z, A, scale) in enumerate(factors):
+        grad_x.addmm_(z, A, beta=1 if n else 0, alpha=scale)
+    grad_x.addmm_(g, total if op == "linear" else total.t(), beta=1 if factors else 0)
+    return grad_x.view(shape), grads
 
 
 def _saved(ctx: Any) -> tuple[Any, torch.Tensor, list[Any]]:
@@ -305,3 +325,111 @@ def _differentiable_gradients(ctx: Any, grad: Any) -> Any:
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     grads = [next(found) if needed else None for needed in needs]
     return None, None, None, grads[0], None, None, *grads[1:]
+
+
+# ── compiled ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _may_compile(x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> bool:
+    """Whether Dynamo is to see one op. Inductor leaves matmuls to the same library as we do, but cannot accumulate in
+    place around them; where it has kernels of its own (on a GPU), and where W is small, it is better left alone."""
+    if (
+        not torch.compiler.is_dynamo_compiling()
+        or torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+        or x.device.type != "cpu"
+        or weight.numel() < _LARGE
+        or weight.requires_grad
+        or torch.is_autocast_enabled("cpu")
+        or (bias is not None and (bias.requires_grad or bias.dtype != x.dtype))
+        or weight.dtype != x.dtype
+    ):
+        return False
+    drops = {dropped is not None for *_, dropped in terms}
+    return len(drops) == 1 and all(t.dtype == x.dtype for A, B, *_ in terms for t in (A, B))
+
+
+def _compiled(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> Any:
+    factors = [factor for A, B, *_ in terms for factor in (A, B)]
+    dropped = [term[4] for term in terms if term[4] is not None]
+    scales, firsts = [float(term[2]) for term in terms], [term[3] for term in terms]
+    return torch.ops.lora_fx.fused_matmul(op, x, weight, bias, factors, dropped, scales, firsts)[0]
+
+
+def _unpacked(
+    factors: Sequence[torch.Tensor], dropped: Sequence[torch.Tensor], scales: Sequence[float], firsts: Sequence[int]
+) -> list[_Term]:
+    each = dropped or [None] * len(scales)
+    return list(zip(factors[::2], factors[1::2], scales, firsts, each, strict=True))
+
+
+@torch.library.custom_op("lora_fx::fused_matmul", mutates_args=())
+def _fused_matmul(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Sequence[torch.Tensor],
+    dropped: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    firsts: Sequence[int],
+) -> list[torch.Tensor]:
+    """y, and x·Aᵀ of each term."""
+    kept: list[torch.Tensor] = []
+    y = _forward(op, False, x, weight, bias, _unpacked(factors, dropped, scales, firsts), kept)
+    return [y, *kept]
+
+
+@_fused_matmul.register_fake
+def _(op: Any, x: Any, weight: Any, bias: Any, factors: Any, dropped: Any, scales: Any, firsts: Any) -> Any:
+    tokens = x.numel() // x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], weight.shape[0 if op == "linear" else 1])
+    return [y, *(x.new_empty(tokens, A.shape[0]) for A in factors[::2])]
+
+
+@torch.library.custom_op("lora_fx::fused_matmul_backward", mutates_args=())
+def _fused_matmul_backward(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    dropped: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    firsts: Sequence[int],
+    kept: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    needs_x: bool,
+) -> list[torch.Tensor]:
+    """The gradients of A and B of each term, of each x with dropout, and of x, if that is needed."""
+    terms = _unpacked(factors, dropped, scales, firsts)
+    needs = [True, True, bool(dropped)] * len(terms)
+    grad_x, grads = _gradients(op, False, terms, x, weight, kept, grad, x.shape, needs_x, needs)
+    both = [g.contiguous() for pair in zip(grads[::3], grads[1::3], strict=True) for g in pair]  # type: ignore[union-attr]
+    return [*both, *(g for g in grads[2::3] if g is not None), *([] if grad_x is None else [grad_x])]
+
+
+@_fused_matmul_backward.register_fake
+def _(op: Any, x: Any, weight: Any, factors: Any, dropped: Any, scales: Any, firsts: Any, kept: Any, grad: Any,
+      needs_x: Any) -> Any:  # fmt: skip
+    like = [*factors, *dropped, *([x] if needs_x else [])]
+    return [t.new_empty(t.shape) for t in like]
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.op, x, weight, _, factors, dropped, ctx.scales, ctx.firsts = inputs
+    ctx.counts = len(factors), len(dropped)
+    ctx.save_for_backward(x, weight, *factors, *dropped, *output[1:])
+
+
+def _compiled_backward(ctx: Any, grads: Any) -> Any:
+    x, weight, *tensors = ctx.saved_tensors
+    factors, dropped = tensors[: ctx.counts[0]], tensors[ctx.counts[0] : sum(ctx.counts)]
+    found = torch.ops.lora_fx.fused_matmul_backward(
+        ctx.op, x, weight, factors, dropped, ctx.scales, ctx.firsts, tensors[sum(ctx.counts) :], grads[0],
+        ctx.needs_input_grad[1],
+    )  # fmt: skip
+    grad_x = found[sum(ctx.counts)] if ctx.needs_input_grad[1] else None
+    return None, grad_x, None, None, found[: ctx.counts[0]], found[ctx.counts[0] : sum(ctx.counts)], None, None
+
+
+torch.library.register_autograd("lora_fx::fused_matmul", _compiled_backward, setup_context=_keep)

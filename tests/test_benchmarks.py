@@ -19,14 +19,14 @@ def run(name: str, *options: str) -> str:
 
 def test_call_overhead_runs():
     out = run("call_overhead.py", "--rounds", "2")
-    for name in ("hand-written", "lora_fx", "peft", "no branch"):
+    for name in ("hand-written", "lora_fx", "PEFT", "no branch"):
         assert f"\n{name}" in out
 
 
 @pytest.mark.parametrize(
     ("name", "options", "rows"),
     [
-        ("training.py", ["--only", "vit"], ["ViT, query | value"]),
+        ("training.py", ["--only", "vit.*"], ["ViT, query | value"]),
         ("experts.py", ["--tokens", "16"], ["16"]),
         ("folding.py", [], ["float32", "bfloat16"]),
         ("scale.py", [], ["1", "2"]),

@@ -162,6 +162,76 @@ def test_transformed_calls_are_right_too(schedule):
     assert_same(pushed, 1.5 * case.x @ tangent.T @ B.T, case.magnitudes())
 
 
+# ── compiled ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compiled(function, backend: str):
+    """What is compiled, and the ops of its graphs once it has run."""
+    ops: list[str] = []
+
+    def looked_at(graph, inputs):
+        ops.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    torch._dynamo.reset()
+    return torch.compile(function, backend=looked_at, fullgraph=True), ops
+
+
+@pytest.mark.parametrize("schedule", [schedules.AUTO, schedules.FUSED])
+@pytest.mark.parametrize(("op", "parts", "dropped", "shape"), [case for case in CASES if case[3] in ("rows", "tokens")])
+def test_compiled_it_is_one_op_with_the_same_gradients(monkeypatch, schedule, op, parts, dropped, shape):
+    monkeypatch.setattr(schedules, "_LARGE", 0)
+    case = Case(op, parts, dropped, shape)
+    run, ops = compiled(lambda *args: case(schedule, *args), "aot_eager")
+    inputs = (case.x, *case.factors)
+    expected, found = case(schedules.FUSED, *inputs), run(*inputs)  # whose derivatives are checked above
+    assert torch.equal(found, expected)
+    assert sum("fused_matmul" in name for name in ops) == 1
+    weights = torch.linspace(-1, 2, found.numel(), dtype=found.dtype).view(found.shape)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (found, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("wants", ["x and factors", "factors"])
+@pytest.mark.parametrize(("op", "parts", "dropped"), [("linear", "whole", False), ("addmm", "parts", True)])
+def test_the_op_keeps_the_rules_of_custom_ops(op, parts, dropped, wants):
+    case = Case(op, parts, dropped, "rows")
+    x = case.x if wants.startswith("x") else case.x.detach()
+    own = [(x * case.mask).detach().requires_grad_(x.requires_grad) for _ in case.parts] if dropped else []
+    scales, firsts = [1.5 - k for k in range(len(case.parts))], [first for first, _ in case.parts]
+    arguments = (op, x, case.weight, case.bias, case.factors, own, scales, firsts)
+    torch.library.opcheck(torch.ops.lora_fx.fused_matmul, arguments)
+
+
+def test_inductor_runs_it(monkeypatch):
+    monkeypatch.setattr(schedules, "_LARGE", 0)
+    case = Case("linear", "two", False, "tokens")
+    run, ops = compiled(lambda *args: case(schedules.AUTO, *args), "inductor")
+    inputs = (case.x, *case.factors)
+    expected, found = case(schedules.FUSED, *inputs), run(*inputs)
+    assert torch.equal(found, expected) and any("fused_matmul" in name for name in ops)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (found, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_exported_or_transformed_has_no_op_of_ours(monkeypatch):
+    monkeypatch.setattr(schedules, "_LARGE", 0)
+    x = torch.randn(4, 6)
+    model = lora_fx.apply(nn.Linear(6, 9), Rule(where="*", rank=2), x)
+    for strict in False, True:
+        nodes = torch.export.export(model, (x,), strict=strict).graph.nodes
+        assert not [node for node in nodes if "lora_fx" in str(node.target)]
+    case = Case("linear", "whole", False, "rows", torch.float32)
+    A, B = (t.detach() for t in case.factors)
+    run, ops = compiled(torch.vmap(lambda a: case(schedules.AUTO, case.x.detach(), a, B)), "aot_eager")
+    assert_same(run(A[None])[0], case(schedules.BRANCH, case.x.detach(), A, B), case.magnitudes())
+    case.bias.requires_grad_()
+    run, more = compiled(lambda x: case(schedules.AUTO, x, A, B), "aot_eager")
+    run(case.x).sum().backward()
+    assert case.bias.grad is not None
+    assert not [name for name in (*ops, *more) if "fused_matmul" in name]
+
+
 def test_a_captured_program_shows_the_branch():
     model = lora_fx.apply(nn.Linear(6, 9), Rule(where="*", rank=2, schedule="dense"), torch.randn(4, 6))
     names = [n.name for n in lora_fx.capture(model, torch.randn(4, 6)).capture.graph.nodes]

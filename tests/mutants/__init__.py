@@ -532,13 +532,23 @@ MUTANTS = (
         tests=("tests/test_rematerialization.py",),
     ),
     Mutant(
+        "compiled_without_dropout", "schedules", "lora_fx/schedules.py",
+        "    each = dropped or [None] * len(scales)\n", "    each = [None] * len(scales)\n",
+        "The op that a compiled model runs takes x, where dropout has made another input of it.",
+    ),
+    Mutant(
+        "exported_with_an_op_of_ours", "schedules", "lora_fx/schedules.py",
+        "        or torch.compiler.is_exporting()\n", "",
+        "An exported program cannot be read without lora_fx.",
+    ),
+    Mutant(
         "second_order_through_constants", "schedules", "lora_fx/schedules.py",
         "        if torch.is_grad_enabled():\n            return _diff", "        if False:\n            return _diff",
         "Second derivatives take x·Aᵀ for a constant.",
     ),
     Mutant(
         "schedule_in_place_under_vmap", "schedules", "lora_fx/schedules.py",
-        "        or torch._C._are_functorch_transforms_active()\n", "",
+        "        or torch._C._are_functorch_transforms_active()\n        or torch._C._is_tracing()\n", "",
         "Accumulating in place meets a transformed call.",
     ),
     # ── unfold ───────────────────────────────────────────────────────────────────────────────────────────────────────
