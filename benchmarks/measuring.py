@@ -110,7 +110,8 @@ def report(
 
 def _record(title: str, note: str, where: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The section of this title, in the place of the old one."""
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    cells = ([cell.replace("|", r"\|") for cell in row] for row in (header, ["---"] * len(header), *rows))
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
     section = "\n".join(filter(None, [f"## {title}\n", note and note + "\n", f"{where}\n", *lines])) + "\n"
     before = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n"
     head, *sections = before.split("\n## ")

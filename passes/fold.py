@@ -186,12 +186,14 @@ class Fold:
         originals: dict[int, dict[str, nn.Parameter | _Way]] = {}
         with torch.no_grad():
             begun = [(storage, *_begin(storage)) for storage in storages]
+            scratches = _scratches([storage.parameter for storage in storages])
             if for_good:
                 held.enter_context(uninterrupted())
             with _for_good(model) if for_good else nullcontext():
                 for (storage, old, terms, wide), magnitude in zip(begun, magnitudes, strict=True):
                     weight, keep = storage.parameter.detach(), not (storage.split or for_good)
-                    way = _fold_weight(weight, terms, wide, magnitude, undo, keep)
+                    scratch = scratches[weight.dtype, weight.device]
+                    way = _fold_weight(weight, terms, wide, magnitude, scratch, undo, keep)
                     for owner, attribute in storage.owners if storage.split else storage.owners[:1]:
                         originals.setdefault(id(owner), {})[attribute] = old if storage.split else way
                 for module in list(model.modules()):
@@ -339,11 +341,12 @@ def _fold_weight(
     terms: tuple[_Term, ...],
     wide: Sequence[_Term],
     magnitude: float,
+    scratch: Scratch,
     undo: list[Undo],
     keep: bool,
 ) -> _Way:
     """Write the folded weight; what comes back leads to the old one, where that is to be kept."""
-    before, remainders, scratch = _checksum(weight) if keep else 0, [], _scratch(weight)
+    before, remainders = _checksum(weight) if keep else 0, []
     for start, stop in _blocks(weight):
         block, parts = weight[start:stop], [term.rows(start, stop) for term in wide]
         if not keep:
@@ -359,9 +362,18 @@ def _fold_weight(
     return _Way(terms, tuple(remainders), _checksum(weight) if keep else 0, before)
 
 
+def _scratches(weights: Sequence[torch.Tensor]) -> dict[tuple[torch.dtype, torch.device], Scratch]:
+    """One for the weights of each dtype on each device."""
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for weight in weights:
+        start, stop = next(_blocks(weight), (0, 0))
+        key = weight.dtype, weight.device
+        sizes[key] = max(sizes.get(key, 0), weight[start:stop].numel())
+    return {key: Scratch(elements, *key) for key, elements in sizes.items()}
+
+
 def _scratch(weight: torch.Tensor) -> Scratch:
-    start, stop = next(_blocks(weight), (0, 0))
-    return Scratch.of(weight[start:stop])
+    return _scratches([weight])[weight.dtype, weight.device]
 
 
 def _checksum(weight: torch.Tensor) -> int:

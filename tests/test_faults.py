@@ -354,8 +354,8 @@ def test_a_fold_is_undone_in_halves_too(dtype: torch.dtype, size: float, monkeyp
         layer.weight_lora_default.B.mul_(size)
     before, real, folding_ = Look(layer), folding._delta, [True]
 
-    def short(terms: Any, device: torch.device) -> torch.Tensor:
-        delta = real(terms, device)
+    def short(block: torch.Tensor, *rest: Any) -> torch.Tensor:
+        delta = real(block, *rest)
         if not folding_ and len(delta) > 3:
             raise torch.OutOfMemoryError("no memory")
         return delta
