@@ -386,8 +386,8 @@ MUTANTS = (
         tests=("tests/test_fold.py",),
     ),
     Mutant(
-        "fold_inputs_first_as_outputs_first", "fold", "lora_fx/layout.py",
-        'B.transpose(-2, -1), "bio")', 'B.transpose(-2, -1))',
+        "fold_inputs_first_as_outputs_first", "fold", "passes/fold.py",
+        "else (A.mT, B.mT)", "else ((B @ A).reshape(A.shape[-1], -1), torch.eye(B.shape[-2]).double())",
         "A weight that lies (in, out) takes the delta in the order of one that lies (out, in).",
         tests=("tests/test_fold.py",),
     ),
