@@ -177,12 +177,11 @@ def compiled(function, backend: str):
     return torch.compile(function, backend=looked_at, fullgraph=True), ops
 
 
-@pytest.mark.parametrize("schedule", [schedules.AUTO, schedules.FUSED])
-@pytest.mark.parametrize(("op", "parts", "dropped", "shape"), [case for case in CASES if case[3] in ("rows", "tokens")])
-def test_compiled_it_is_one_op_with_the_same_gradients(monkeypatch, schedule, op, parts, dropped, shape):
+@pytest.mark.parametrize(("op", "parts", "dropped", "shape"), [case for case in CASES if case[3] == "rows"])
+def test_compiled_it_is_one_op_with_the_same_gradients(monkeypatch, op, parts, dropped, shape):
     monkeypatch.setattr(schedules, "_LARGE", 0)
     case = Case(op, parts, dropped, shape)
-    run, ops = compiled(lambda *args: case(schedule, *args), "aot_eager")
+    run, ops = compiled(lambda *args: case(schedules.AUTO, *args), "aot_eager")
     inputs = (case.x, *case.factors)
     expected, found = case(schedules.FUSED, *inputs), run(*inputs)  # whose derivatives are checked above
     assert torch.equal(found, expected)
