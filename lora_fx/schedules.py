@@ -341,12 +341,13 @@ def _may_compile(x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> bool
         or weight.numel() < _LARGE
         or weight.requires_grad
         or torch.is_autocast_enabled("cpu")
-        or (bias is not None and (bias.requires_grad or bias.dtype != x.dtype))
-        or weight.dtype != x.dtype
+        or (bias is not None and (type(bias) not in _ORDINARY or bias.requires_grad or bias.dtype != x.dtype))
     ):
         return False
-    drops = {dropped is not None for *_, dropped in terms}
-    return len(drops) == 1 and all(t.dtype == x.dtype for A, B, *_ in terms for t in (A, B))
+    if len({dropped is not None for *_, dropped in terms}) != 1:
+        return False
+    tensors = [x, weight, *(t for A, B, *_ in terms for t in (A, B))]  # a DTensor has no rule for an op of ours
+    return all(type(t) in _ORDINARY and t.dtype == x.dtype for t in tensors)
 
 
 def _compiled(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> Any:
