@@ -5,7 +5,7 @@ from lora_fx.application import activate, adapters, apply, certify, deactivate, 
 from lora_fx.certification import Certificate
 from lora_fx.errors import LoraFxError
 from lora_fx.export.adapter_files import load_adapter, save_adapter
-from lora_fx.export.onnx_files import ExportReport, export_onnx
+from lora_fx.export.onnx_export import ExportReport, export_onnx
 from lora_fx.passes.fold import fold, unfold
 from lora_fx.planning import Plan, plan
 from lora_fx.program import Program, capture

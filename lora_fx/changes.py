@@ -88,6 +88,16 @@ def changing(model: nn.Module, verb: str) -> Iterator[list[Undo]]:
             _open.pop()
 
 
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Inside a change, for a part of it: whatever modules become and hold in here, afterwards they are as before."""
+    before = _Before(model)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
 def undo_list() -> list[Undo]:
     """The list of the outermost change in progress, for a check that writes into weights; a new one if there is none.
 

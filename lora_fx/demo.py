@@ -187,7 +187,7 @@ def export(model: nn.Module, test: Split, path: Path, adapters: str = "folded") 
     """Export with a dynamic batch, and run all of the held-out digits in torch and in ONNX Runtime."""
     import onnx
 
-    from lora_fx.export.onnx_files import export_onnx
+    from lora_fx.export.onnx_export import export_onnx
 
     report = export_onnx(model, test.images[:2], path, dynamic_shapes={"images": {0: "batch"}}, adapters=adapters)
     nodes = onnx.load(path).graph.node

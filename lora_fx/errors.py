@@ -50,3 +50,13 @@ class FileError(LoraFxError):
 
 class ExportError(LoraFxError):
     """A model cannot be exported, or the exported file is not the model."""
+
+
+def essence(error: BaseException) -> str:
+    """The first lines of what a library said at the root of an error, without its advertising."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = f"{type(cause).__name__}: {cause}".strip()
+    lines = [line for line in text.splitlines() if line.strip()][:4]
+    return "\n  ".join(lines)[:1000]

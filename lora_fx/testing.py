@@ -304,7 +304,7 @@ def assert_onnx_equivalent(
         AssertionError: it differs, or ONNX Runtime could not run it.
         ExportError: the model cannot be exported.
     """
-    from lora_fx.export.onnx_files import export_onnx
+    from lora_fx.export.onnx_export import export_onnx
 
     inputs = normalize_inputs(model, example_inputs)
     with tempfile.TemporaryDirectory() as folder:

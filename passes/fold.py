@@ -180,7 +180,7 @@ class Fold:
                 place=type(model).__name__,
                 remedy="apply or activate one first; lora_fx.adapters(model) lists them",
             )
-        magnitudes = [_check(storage, _name(model, storage)) for storage in storages]
+        magnitudes = [check_foldable(storage, _name(model, storage)) for storage in storages]
         for_good = self.final and sum(s.parameter.numel() for s in storages) > _UNDOABLE
         wiring.unwire(model)
         originals: dict[int, dict[str, nn.Parameter | _Way]] = {}
@@ -248,6 +248,30 @@ def fold(model: nn.Module, *, copy: bool = False, final: bool = False) -> nn.Mod
         return Fold(final)(copying.deepcopy(model))
 
 
+def folded_weight(weight: torch.Tensor, adapters: Sequence[Adapter], dtype: torch.dtype, name: str) -> torch.Tensor:
+    """W + Σ s·B·A as a new tensor, rounded once to `dtype`, which may be narrower than W's own.
+
+    Raises:
+        FoldError: a number is not finite, or does not fit into the dtype.
+    """
+    terms = [_Term.of(adapter) for adapter in adapters]
+    magnitude = _largest(weight) + sum(term.bound for term in terms)
+    folded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if math.isfinite(magnitude):
+        wide, scratch = [term.wide() for term in terms], _scratch(folded)
+        for start, stop in _blocks(weight):
+            block, parts = weight[start:stop], [term.rows(start, stop) for term in wide]
+            total = _total(block, parts, scratch)
+            folded[start:stop] = _rounded(block, total, parts, magnitude, scratch)
+    if not math.isfinite(magnitude) or not math.isfinite(_largest(folded)):
+        raise FoldError(
+            f"W + s·B·A is not finite in {dtype}",
+            place=name,
+            remedy="look for NaN and Inf in the weight and the factors; lower the scale, or take a wider dtype",
+        )
+    return folded
+
+
 def unfold(model: nn.Module) -> nn.Module:
     """Undo `fold`: every weight bitwise as before, the branches back in place.
 
@@ -294,7 +318,7 @@ def _name(model: nn.Module, storage: wiring.Storage) -> str:
     return f"{path}.{attribute}".lstrip(".")
 
 
-def _check(storage: wiring.Storage, name: str) -> float:
+def check_foldable(storage: wiring.Storage, name: str) -> float:
     """Refuse before anything is written. What comes back is no smaller than any element of W + Σ s·B·A."""
     parameter = storage.parameter
     if parameter.is_meta:
@@ -427,14 +451,7 @@ def _fold_for_good(
         if magnitude is None:
             magnitude = _largest(block) + sum(term.bound for term in terms)
         scratch = scratch or Scratch.of(block)
-        total = scratch.wide(TOTAL, block.shape)
-        if block.dtype == torch.float64:  # as it is summed where the delta is needed, too
-            total.copy_(block).add_(_delta(block, terms, scratch))
-        else:
-            total.copy_(block)
-            for term in terms:
-                term.add_to(total, block.dtype)
-        block.copy_(_rounded(block, total, terms, magnitude, scratch))
+        block.copy_(_rounded(block, _total(block, terms, scratch), terms, magnitude, scratch))
         return
     except Exception:
         if len(block) == 1:
@@ -449,6 +466,15 @@ def _delta(block: torch.Tensor, terms: Sequence[_Term], scratch: Scratch) -> tor
     for term in terms:
         term.add_to(delta, block.dtype)
     return delta
+
+
+def _total(block: torch.Tensor, terms: Sequence[_Term], scratch: Scratch) -> torch.Tensor:
+    total = scratch.wide(TOTAL, block.shape).copy_(block)
+    if block.dtype == torch.float64:  # as it is summed where the delta is needed, too
+        return total.add_(_delta(block, terms, scratch))
+    for term in terms:
+        term.add_to(total, block.dtype)
+    return total
 
 
 def _steps(terms: Sequence[_Term]) -> float:

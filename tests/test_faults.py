@@ -515,10 +515,10 @@ class Finished(Exception):
 
 def exports_killed(place: str, external: bool) -> list[int]:
     """Export a new model over an old one, killed at every touch of a file once it is translated."""
-    from lora_fx.export import onnx_files
+    from lora_fx.export import onnx_export
 
     torch.set_num_threads(1)
-    path, found, me, real = Path(place) / "m.onnx", [0, 0], os.getpid(), onnx_files._folder_beside
+    path, found, me, real = Path(place) / "m.onnx", [0, 0], os.getpid(), onnx_export.folder_beside
     models = [nn.Linear(40, 30), nn.Linear(40, 30)]
     x = torch.randn(2, 40)
     lora_fx.export_onnx(models[0], x, path, external_data=external)
@@ -542,7 +542,7 @@ def exports_killed(place: str, external: bool) -> list[int]:
             for name, data in before.items():
                 (path.parent / name).write_bytes(data)
 
-    onnx_files._folder_beside = forked
+    onnx_export.folder_beside = forked
     try:
         lora_fx.export_onnx(models[1], x, path, external_data=external)
     except Finished:
