@@ -1,1 +1,5 @@
-"""Files that leave the house: adapters and ONNX graphs."""
+"""Ways out of a model: adapter files, ONNX files, and the sessions that run them."""
+
+from lora_fx.export.sessions import Session
+
+__all__ = ["Session"]

@@ -399,7 +399,7 @@ def load_adapter(
 
     What `save_adapter` wrote comes back bit for bit: factors, scale, rows, roles, dropout. What PEFT wrote means here
     what it means there: an adapter on a module acts where that module reads its weight, and nowhere else. Factors are
-    kept in float32 (float64 for float64 weights).
+    kept in float32 (float64 for float64 weights), beside weights on meta on the CPU: `export_onnx` can fold them.
 
     Args:
         path: the folder, or one that holds exactly one adapter in a subfolder (where PEFT puts named adapters).
@@ -457,8 +457,6 @@ def _check_target(s: _Saved, weights: Mapping[str, Weight]) -> None:
             f"it adapts one weight under the names {', '.join(s.weights)}, which this model does not tie",
             "load the base model it was made for, with its weights tied",
         )
-    if weight.parameter.is_meta:
-        refuse(weight.name, "the weight is on meta: the adapter would lose its numbers", "materialise the model first")
     if not weight.uses:  # unseen by the inputs: then the file says how it is read
         call = Call(FORMS["matmul"], None, None, s.sides)
         path = s.weights[0].rpartition(".")[0]
@@ -496,7 +494,7 @@ def _row(program: Program, s: _Saved, weight: Weight) -> Row:
     uses = tuple(u for u in weight.uses if u.module not in outside)
     settings = {"rank": s.rank, "alpha": s.alpha, "dropout": s.dropout, "scaling": s.scaling}
     rule = Rule(where=weight.name, init=_copier(A, B), schedule=s.schedule, **settings)  # type: ignore[arg-type]
-    row = Row(weight, rule, s.role, s.part, rows, uses, owners, bool(outside))
+    row = Row(weight, rule, s.role, s.part, rows, uses, owners, bool(outside), stored=True)
     if row.why_not(s.schedule):  # in a model of another dtype, say
         row.rule = replace(rule, schedule=AUTO)
     return row

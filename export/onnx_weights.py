@@ -79,9 +79,10 @@ def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = No
                     split[id(storage.parameter)] = old
                 for owner, attribute in storage.owners:
                     adapters[id(owner._parameters[attribute])] = storage.adapters
+        weights = _weights(model, adapters, split, checkpoint)
         if checkpoint is not None:
             stack.enter_context(_on_meta(model))
-        yield _weights(model, adapters, split, checkpoint)
+        yield weights
 
 
 def _weights(
@@ -122,15 +123,17 @@ def _kept_originals(model: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def _on_meta(model: nn.Module) -> Iterator[None]:
-    """Inside, the buffers are on meta as the parameters are. Their own numbers go into the file all the same."""
-    places = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    """Inside, all of the model is on meta: buffers and factors too, which may have numbers. Those go into the file."""
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    places = [(t, name, old) for t in tables for name, old in t.items() if old is not None and not old.is_meta]
     try:
-        for table, name, buffer in places:
-            table[name] = buffer.to("meta")
+        for table, name, old in places:
+            new = old.detach().to("meta")
+            table[name] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
         yield
     finally:
-        for table, name, buffer in places:
-            table[name] = buffer
+        for table, name, old in places:
+            table[name] = old
 
 
 def adapter_digest(adapters: Mapping[str, tuple[Adapter, ...]]) -> str:

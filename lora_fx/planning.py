@@ -43,6 +43,8 @@ class Row:
     realised: str = DISPATCH
     why: str = ""
     """Why it dispatches instead of being rewritten as a graph."""
+    stored: bool = False
+    """Its factors have numbers already, from a file: beside a weight on meta they lie on the CPU."""
 
     @property
     def name(self) -> str:

@@ -86,7 +86,7 @@ def make_adapter(row: Row, name: str) -> Adapter:
         role=row.role,
         schedule=rule.schedule,
         dtype=dtype,
-        device=parameter.device,
+        device="cpu" if row.stored and parameter.is_meta else parameter.device,
     )
     adapter.realised = row.realised
     adapter.reset(rule.init)

@@ -580,13 +580,21 @@ def test_another_base_model(saved: Path, tmp_path: Path) -> None:
     save_adapter(adapted(Linears, [Rule(where="head", **TWO)]), tmp_path / "ours")
     refused(lambda: load_adapter(attention, tmp_path / "ours"), "'head.weight'", TENSORS, remedy="base model")
     refused(lambda: load_adapter(wider, tmp_path / "ours"), "(2, 7)", HEAD, remedy="base model")
-    with torch.device("meta"):
-        empty = Linears()
-    refused(lambda: load_adapter(empty, saved), "meta", "lin", remedy="materialise")
     untied = fresh(Tied)
     untied.head.weight = nn.Parameter(untied.table.weight.detach().clone())
     save_adapter(adapted(Tied, [Rule(where="table", **TWO)], IDS), tmp_path / "tied")
     refused(lambda: load_adapter(untied, tmp_path / "tied"), "does not tie", TENSORS, remedy="tied")
+
+
+def test_a_model_on_meta_takes_the_numbers_on_the_cpu(saved: Path) -> None:
+    with torch.device("meta"):
+        empty = Linears()
+    real = load_adapter(fresh(Linears), saved)
+    load_adapter(empty, saved)
+    mine, theirs = (dict(m.named_parameters()) for m in (empty, real))
+    factors = [name for name in theirs if "_lora_" in name]
+    assert factors and all(torch.equal(mine[name], theirs[name]) for name in factors)
+    assert all(mine[name].is_meta for name in theirs if name not in factors)
 
 
 def test_peft_targets_that_do_nothing(tmp_path: Path) -> None:
