@@ -63,6 +63,7 @@ def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]
             remedy="leave external_data out",
         )
     if not (external_data or size > INLINE):
+        onnx_ir.external_data.load_to_model(model)  # what was read from another file's data
         onnx_ir.save(model, path)
         return [path]
     data = path.with_name(f"{path.name}.data")
