@@ -60,15 +60,15 @@ def paired(candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int =
     return Times(times)
 
 
-def shown(ratio: tuple[float, float, float]) -> str:
-    return f"{ratio[0]:.2f} ({ratio[1]:.2f}–{ratio[2]:.2f})"
+def shown(ratio: tuple[float, float, float], digits: int = 2) -> str:
+    return f"{ratio[0]:.{digits}f} ({ratio[1]:.{digits}f}–{ratio[2]:.{digits}f})"
 
 
 def machine(device: str = "cpu") -> str:
     """Where and with what this was measured."""
     where = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
     packages = []
-    for name in ("torch", "transformers", "peft"):
+    for name in ("torch", "transformers", "peft", "onnxruntime"):
         try:
             packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:

@@ -51,6 +51,27 @@ class Call:
         named = {(n, axis): label for n, own in enumerate(labels) for axis, label in own.items()}
         return cls(inputs, shapes, named, names)
 
+    def traced(self) -> Inputs:
+        """Inputs to translate with: torch.export takes a dynamic axis of one element, or none, for a special case."""
+        leaves, spec = pytree.tree_flatten((self.inputs.args, self.inputs.kwargs))
+        places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        sizes: dict[str, int] = {}
+        for (n, axis), label in self.labels.items():
+            if " + " not in label:
+                sizes[label] = max(2, leaves[places[n]].shape[axis], sizes.get(label, 0))
+        for (n, axis), label in self.labels.items():
+            tensor, parts = leaves[places[n]], label.split(" + ")
+            old = tensor.shape[axis]
+            new = sum(sizes[part] for part in parts) if label and all(part in sizes for part in parts) else max(2, old)
+            if new == old:
+                continue
+            if not old:
+                leaves[places[n]] = tensor.new_zeros([*tensor.shape[:axis], new, *tensor.shape[axis + 1 :]])
+            else:
+                picked = torch.arange(new, device=tensor.device) * old // new
+                leaves[places[n]] = tensor.index_select(axis, picked)
+        return Inputs(*pytree.tree_unflatten(leaves, spec))
+
     def with_argument(self, model: nn.Module, name: str, value: Any, shapes: Any) -> Call:
         """The call with one more keyword argument, behind all other tensors; the names stay those of the others."""
         bound = _bind(model, Inputs(self.inputs.args, {**self.inputs.kwargs, name: value}))

@@ -38,9 +38,9 @@ from lora_fx.export.onnx_graphs import (
     graph_digest,
     name_interface,
     operators,
-    optimize,
     translate,
 )
+from lora_fx.export.onnx_graphs import optimize as optimize_graph
 from lora_fx.export.onnx_proof import Proof, fused_operators
 from lora_fx.export.onnx_proof import prove as prove_file
 from lora_fx.export.onnx_runs import Comparison, compare_runs, open_session, run_torch
@@ -54,6 +54,7 @@ from lora_fx.export.onnx_switchable import (
     owners_of,
     slots_in,
 )
+from lora_fx.export.onnx_tasks import GRAPH
 from lora_fx.export.onnx_weights import Checkpoint, Weights, adapter_digest, structure
 from lora_fx.export.runtimes import require
 from lora_fx.frontend import Inputs, normalize_inputs, refuse_unready, undisturbed
@@ -146,6 +147,7 @@ def export_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     opset: int = 20,
+    optimize: bool = True,
     adapters: str = "folded",
     prove: bool = False,
     check: bool = True,
@@ -167,6 +169,7 @@ def export_onnx(
         input_names, output_names: one name for each tensor; None for the arguments' names and the keys of a returned
             dict.
         opset: 18 to 24.
+        optimize: simplify the graph, as torch does, but without a look at the weights' numbers.
         adapters: "folded"; "unfolded" to keep the branches as nodes of the graph; "switchable" for a graph with a slot
             at every adapted weight, which a `lora_fx.export.Session` fills anew for each call, or leaves empty: see
             `save_onnx_adapter`. Then every adapter of the model is compared, active or not, and the base.
@@ -197,8 +200,8 @@ def export_onnx(
         model.eval()
         with flat_caches(model, normalize_inputs(model, example_inputs)) as inputs:
             form, acting = _form(model, adapters)
-            job = _Job(model, Call.of(model, _placed(inputs, checkpoint), dynamic_shapes), opset, checkpoint)
-            job = replace(job, names=(input_names, output_names))
+            call = Call.of(model, _placed(inputs, checkpoint), dynamic_shapes)
+            job = _Job(model, call, opset, optimize, checkpoint, (input_names, output_names))
             expected = [] if checkpoint else run_torch(model, inputs)
             branches = wiring.adapted_storages(model) and not checkpoint
             certificate = certify_adapted(model, inputs, gradients=False) if branches else None
@@ -319,8 +322,9 @@ class _Job:
     model: nn.Module
     call: Call
     opset: int
+    optimize: bool
     checkpoint: Checkpoint | None
-    names: tuple[Sequence[str] | None, Sequence[str] | None] = (None, None)
+    names: tuple[Sequence[str] | None, Sequence[str] | None]
 
     def program(self, form: str) -> _Made:
         call, slots = self.call, []
@@ -330,7 +334,7 @@ class _Job:
                 call = stack.enter_context(factors_as_inputs(self.model, slots, call))
             weights = stack.enter_context(structure(self.model, form == "folded", self.checkpoint))
             program = translate(self.model, call, self.opset)
-        contents = optimize(program.model, weights)
+        contents = optimize_graph(program.model, weights, self.optimize)
         name_interface(program, self.call, *self.names)
         if not slots:
             return _Made(program, weights, contents)
@@ -378,7 +382,7 @@ def _proof(job: _Job, made: _Made, files: list[Path], folder: Path, runs: bool) 
 def _notes(graph: Any, form: str, acting: dict[str, tuple[Adapter, ...]]) -> dict[str, str]:
     """What the file says about itself."""
     names = sorted({adapter.name for own in acting.values() for adapter in own})
-    notes = {"lora_fx.form": form, "lora_fx.adapters": json.dumps(names), "lora_fx.graph": graph_digest(graph)}
+    notes = {"lora_fx.form": form, "lora_fx.adapters": json.dumps(names), GRAPH: graph_digest(graph)}
     if acting:
         notes["lora_fx.weights"] = json.dumps({name: [_said(a) for a in own] for name, own in sorted(acting.items())})
         notes["lora_fx.adapter_sha256"] = adapter_digest(acting)
@@ -426,11 +430,11 @@ def _info(value: Any) -> TensorInfo:
 
 # ── a clean console ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-#: What the exporter says where nothing is wrong: logger → how its message starts.
-_NOISE = {
-    "torch.onnx._internal.exporter._registration": "torchvision is not installed",
-    "onnx_ir.passes.common.initializer_deduplication": "Skipped deduplication of initializer",
-    "onnxscript.optimizer._constant_folding": "Skipping constant folding for op Split",
+#: What the exporter says where nothing is wrong: logger → how its messages start.
+_NOISE: dict[str, tuple[str, ...]] = {
+    "torch.onnx._internal.exporter._registration": ("torchvision is not installed",),
+    "onnx_ir.passes.common.initializer_deduplication": ("Skipped deduplication of initializer",),
+    "onnxscript.optimizer._constant_folding": ("Skipping constant folding for op Split", "Evaluation failed"),
 }
 _WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",

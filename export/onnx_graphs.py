@@ -34,7 +34,7 @@ _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
 def translate(model: nn.Module, call: Call, opset: int) -> Any:
     """torch.onnx's program, not optimized yet."""
-    inputs = call.inputs
+    inputs = call.traced()
     shown = io.StringIO()  # where it fails, torch prints the graph so far; the exception says more
     try:
         with torch.no_grad(), no_fast_paths(), redirect_stderr(shown):
@@ -139,8 +139,9 @@ class Contents:
     """Initializer → the parameter or buffer whose numbers it holds, and its axes in the order that they have there."""
 
 
-def optimize(model: Any, weights: Weights) -> Contents:
-    """Optimize blind, then let the values in and evaluate what depends on weights alone."""
+def optimize(model: Any, weights: Weights, wanted: bool = True) -> Contents:
+    """Optimize blind, then let the values in and evaluate what depends on weights alone; where that is not wanted, let
+    the values in."""
     import numpy
     from onnx_ir.passes import common
 
@@ -148,15 +149,19 @@ def optimize(model: Any, weights: Weights) -> Contents:
     read = frozenset(model.graph.initializers) & weights.keys()
     axes = {name: (name, tuple(range(len(weights[name].shape)))) for name in read}
     kept = {name: model.graph.initializers[name].const_value or values[name] for name in read}
-    with numpy.errstate(all="ignore"):  # a constant log(0) is evaluated whatever the user's warning filters are
-        _optimize_blind(model)
-        shared = _shared(model, weights)
-        axes |= _transpose_weights(model, values, shared)
-        large = {name for name, value in values.items() if value.size > _FOLDABLE}
-        with _hidden(model, values, large):
-            _evaluate_weights(model)
-        with _hidden(model, values, shared):
-            _fuse_batch_norms(model)
+    if not wanted:
+        with _hidden(model, values, set()):
+            pass
+    else:
+        with numpy.errstate(all="ignore"):  # a constant log(0) is evaluated whatever the user's warning filters are
+            _optimize_blind(model)
+            shared = _shared(model, weights)
+            axes |= _transpose_weights(model, values, shared)
+            large = {name for name, value in values.items() if value.size > _FOLDABLE}
+            with _hidden(model, values, large):
+                _evaluate_weights(model)
+            with _hidden(model, values, shared):
+                _fuse_batch_norms(model)
     common.RemoveUnusedNodesPass()(model)
     missing = [name for name, value in model.graph.initializers.items() if value.const_value is None]
     assert not missing, f"initializers without a value: {missing}"
@@ -335,10 +340,10 @@ def describe(model: Any, notes: Mapping[str, str]) -> None:
             _strip(value)
     for function in model.functions.values():
         function.metadata_props.clear()
-    version = _version()
-    model.producer_name, model.producer_version, model.doc_string = "lora_fx", version, None
+    # ONNX Runtime's tools look for torch's name to know what they have before them.
+    model.producer_name, model.producer_version, model.doc_string = "pytorch", str(torch.__version__), None
     model.metadata_props.clear()
-    model.metadata_props.update({"lora_fx.version": version, "torch.version": str(torch.__version__), **notes})
+    model.metadata_props.update({"lora_fx.version": _version(), **notes})
 
 
 def _strip(thing: Any) -> None:

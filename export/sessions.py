@@ -18,6 +18,7 @@ import torch
 
 from lora_fx.errors import ExportError, essence
 from lora_fx.export.onnx_switchable import MANIFEST, read_manifest
+from lora_fx.export.onnx_tasks import GRAPH, read_task, read_weights
 from lora_fx.export.runtimes import GPU, Provider, open_session, require
 
 Adapters = str | Iterable[str] | None
@@ -32,6 +33,8 @@ class Session:
         providers: as ONNX Runtime takes them: names, or (name, options). None takes TensorRT, CUDA and the CPU, those
             that load; on a build for GPUs it is an error where no GPU provider does.
         adapters: name → ``.onnx_adapter`` file, to begin with.
+        shared: keep the weights where `task` can share them with further sessions. The runtime then makes no packed
+            copies of its own, with which a session alone is faster.
         options: `onnxruntime.SessionOptions`.
 
     Raises:
@@ -46,24 +49,33 @@ class Session:
         *,
         providers: Sequence[Provider] | None = None,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        shared: bool = False,
         options: Any = None,
     ) -> None:
         self.path = Path(path)
+        self._asked = providers
+        self._weights = read_weights(self.path) if shared else {}
+        self._open(options or _options())
+        for name, file in (adapters or {}).items():
+            self.load_adapter(file, name)
+
+    def _open(self, options: Any) -> None:
         onnxruntime = require("onnxruntime")
-        if options is None:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3  # a warning for every slot, that it can be overridden
-        self.session = open_session(str(path), providers, options)
+        if self._weights:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        # The runtime holds no reference to them: `_values` does, as long as the session lives.
+        self._values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(array) for n, array in self._weights.items()}
+        for name, value in self._values.items():
+            options.add_initializer(name, value)
+        self.session = open_session(str(self.path), self._asked, options)
         self.inputs = tuple(value.name for value in self.session.get_inputs())
         self.outputs = tuple(value.name for value in self.session.get_outputs())
         metadata = self.session.get_modelmeta().custom_metadata_map
-        self._manifest = read_manifest(metadata, str(path)) if MANIFEST in metadata else None
+        self._manifest = read_manifest(metadata, str(self.path)) if MANIFEST in metadata else None
         self._slots: dict[str, Any] = self._manifest["inputs"] if self._manifest else {}
         self._check_slots()
         self._empty = {name: self._value(numpy.zeros(s["shape"], s["dtype"])) for name, s in self._slots.items()}
         self._adapters: dict[str, dict[str, Any]] = {}
-        for name, file in (adapters or {}).items():
-            self.load_adapter(file, name)
 
     def _check_slots(self) -> None:
         """The graph has what its manifest says: it may have been written over by another tool."""
@@ -90,6 +102,31 @@ class Session:
             name: tuple(dict.fromkeys(self._slots[key]["weight"] for key in factors))
             for name, factors in self._adapters.items()
         }
+
+    # ── tasks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def task(self, weights: str | os.PathLike[str], options: Any = None) -> Session:
+        """Another session of this graph, with a task's folded weights in the place of the base's: no node more, and no
+        second copy of the weights that the task leaves alone.
+
+        Args:
+            weights: what `save_onnx_weights` wrote.
+
+        Raises:
+            ExportError: this session is not shared, or the weights are for another graph.
+        """
+        if not self._weights:
+            raise ExportError(
+                "the session keeps no weights that another one could share",
+                place=str(self.path),
+                remedy="open it with Session(path, shared=True)",
+            )
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        own = read_task(Path(weights), metadata.get(GRAPH, ""), self._weights)
+        other = object.__new__(Session)
+        other.path, other._asked, other._weights = self.path, self._asked, {**self._weights, **own}
+        other._open(options or _options())
+        return other
 
     # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -280,6 +317,12 @@ class Session:
 
     def _gpu_options(self) -> Mapping[str, Any]:
         return self.session.get_provider_options()[self.session.get_providers()[0]]
+
+
+def _options() -> Any:
+    options = require("onnxruntime").SessionOptions()
+    options.log_severity_level = 3  # a warning for every slot, that it can be overridden
+    return options
 
 
 def _array(value: Any) -> numpy.ndarray:

@@ -6,6 +6,8 @@ from lora_fx.certification import Certificate
 from lora_fx.errors import LoraFxError
 from lora_fx.export.adapter_files import load_adapter, save_adapter
 from lora_fx.export.onnx_export import ExportReport, export_onnx
+from lora_fx.export.onnx_folding import fold_onnx
+from lora_fx.export.onnx_switchable import save_onnx_adapter
 from lora_fx.passes.fold import fold, unfold
 from lora_fx.planning import Plan, plan
 from lora_fx.program import Program, capture
@@ -30,10 +32,12 @@ __all__ = [
     "deactivate",
     "export_onnx",
     "fold",
+    "fold_onnx",
     "load_adapter",
     "plan",
     "remove",
     "save_adapter",
+    "save_onnx_adapter",
     "show",
     "switch",
     "unfold",

@@ -713,28 +713,26 @@ MUTANTS = (
     ),
     # ── export ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
-        "exported_without_the_fold", "export", "export/onnx_files.py",
-        'return fold(model, copy=True, final=True), "folded", names',
-        "from lora_fx.application import remove\n"
-        '    return remove(copy.deepcopy(model), *names), "folded", names',
+        "exported_without_the_fold", "export", "export/onnx_weights.py",
+        "        if self.adapters:\n", "        if not self.storage:\n",
         "The file holds the base weights.",
         tests=("tests/test_onnx.py::test_float16_is_run",),
     ),
     Mutant(
-        "any_file_passes", "export", "export/onnx_files.py",
+        "any_file_passes", "export", "export/onnx_runs.py",
         "    if comparison.equivalent:\n        return", "    if comparison is not None:\n        return",
         "Whatever ONNX Runtime computes, the file is written.",
         tests=("tests/test_onnx.py::test_a_wrong_weight_in_the_file_is_caught",
                "tests/test_onnx.py::test_a_wrong_integer_is_caught"),
     ),
     Mutant(
-        "other_shapes_not_run", "export", "export/onnx_files.py",
+        "other_shapes_not_run", "export", "export/onnx_runs.py",
         "    if not sizes:\n        return []", "    if sizes is not None:\n        return []",
         "A file with dynamic axes is only run at the size it was traced with.",
         tests=("tests/test_onnx.py::test_nested_keyword_inputs_and_integer_outputs",),
     ),
     Mutant(
-        "optimizer_sees_the_weights", "export", "export/onnx_files.py",
+        "optimizer_sees_the_weights", "export", "export/onnx_graphs.py",
         "values[name], value.const_value = value.const_value, None", "values[name] = value.const_value",
         "The graph depends on the numbers: zero biases are dropped, equal weights merged.",
         tests=("tests/test_onnx.py::test_zeros_ones_and_equal_weights_leave_the_graph_alone",),
