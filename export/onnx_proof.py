@@ -41,7 +41,7 @@ class Proof:
     """Initializers that the optimizer computed from folded weights, as with a batch norm: no weight's own numbers any
     more. What speaks for them is the comparison of outputs."""
     split: Mapping[str, str]
-    """Copies that a fold gave to one use of a tied weight → the base's initializer."""
+    """Where a fold has given one use of a tied weight a copy: the initializer more → the one that the base has."""
     unread: tuple[str, ...]
     """Adapted weights that the model does not read on the example inputs: neither graph has a use of them."""
     fused: Mapping[str, int] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Proof:
             f"{self.untouched} initializers are the base's to the bit",
         ]
         parts += [f"{len(self.evaluated)} evaluated from folded weights"] if self.evaluated else []
-        parts += [f"split off: {', '.join(self.split)}"] if self.split else []
+        parts += [f"untied: {', '.join(f'{new} from {old}' for new, old in self.split.items())}"] if self.split else []
         parts += [f"adapted, but not read by the model here: {', '.join(self.unread)}"] if self.unread else []
         lines = [f"proven: {'; '.join(parts)}"]
         if self.fused or self.base_fused:

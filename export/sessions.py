@@ -76,6 +76,7 @@ class Session:
         self._check_slots()
         self._empty = {name: self._value(numpy.zeros(s["shape"], s["dtype"])) for name, s in self._slots.items()}
         self._adapters: dict[str, dict[str, Any]] = {}
+        self._running: dict[int, Any] = {}
 
     def _check_slots(self) -> None:
         """The graph has what its manifest says: it may have been written over by another tool."""
@@ -99,7 +100,7 @@ class Session:
     def adapters(self) -> dict[str, tuple[str, ...]]:
         """The adapters that are loaded → the weights they adapt."""
         return {
-            name: tuple(dict.fromkeys(self._slots[key]["weight"] for key in factors))
+            name: tuple(sorted({self._slots[key]["weight"] for key in factors}))
             for name, factors in self._adapters.items()
         }
 
@@ -241,16 +242,20 @@ class Session:
     ) -> Future[dict[str, Any]]:
         """`run` in a thread of ONNX Runtime's; on arrays. Its session needs two intra-op threads or more."""
         fed, names, future = self._fed(inputs), self._wanted(outputs), Future[dict[str, Any]]()
-        feeds = {name: _array(value) for name, value in fed.items()}
-        feeds |= {name: value.numpy() for name, value in self._factors(adapter).items()}
+        factors = self._factors(adapter)
+        feeds = {name: numpy.ascontiguousarray(_array(value)) for name, value in fed.items()}
+        feeds |= {name: value.numpy() for name, value in factors.items()}
 
         def done(results: Any, kept: Any, error: str) -> None:
+            self._running.pop(id(future))
             if error:
                 future.set_exception(ExportError(error, place=str(self.path), remedy="run it with run: that says more"))
             else:
                 future.set_result(dict(zip(names, results, strict=True)))
 
-        self.session.run_async(names, feeds, done, feeds)
+        # The runtime reads these while it runs, and keeps none of them alive.
+        self._running[id(future)] = future, feeds, factors
+        self.session.run_async(names, feeds, done, None)
         return future
 
     def bind_adapter(self, binding: Any, adapter: Adapters = None) -> None:
