@@ -17,13 +17,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lora_fx import wiring
 from lora_fx.adapter import Adapter
@@ -57,7 +55,7 @@ from lora_fx.export.onnx_switchable import (
 from lora_fx.export.onnx_tasks import GRAPH
 from lora_fx.export.onnx_weights import Checkpoint, Weights, adapter_digest, structure
 from lora_fx.export.runtimes import require
-from lora_fx.frontend import Inputs, normalize_inputs, refuse_unready, undisturbed
+from lora_fx.frontend import inputs_on_meta, normalize_inputs, refuse_unready, undisturbed
 from lora_fx.oracles import active_adapters
 from lora_fx.passes.fold import fold, is_folded, unfold
 
@@ -200,7 +198,7 @@ def export_onnx(
         model.eval()
         with flat_caches(model, normalize_inputs(model, example_inputs)) as inputs:
             form, acting = _form(model, adapters)
-            call = Call.of(model, _placed(inputs, checkpoint), dynamic_shapes)
+            call = Call.of(model, inputs_on_meta(inputs) if checkpoint else inputs, dynamic_shapes)
             job = _Job(model, call, opset, optimize, checkpoint, (input_names, output_names))
             expected = [] if checkpoint else run_torch(model, inputs)
             branches = wiring.adapted_storages(model) and not checkpoint
@@ -260,15 +258,6 @@ def _check_arguments(model: nn.Module, opset: int, adapters: str, prove: bool, w
         )
     for package in _PACKAGES:
         require(package)
-
-
-def _placed(inputs: Inputs, checkpoint: Checkpoint | None) -> Inputs:
-    """A model on meta is traced on meta."""
-    if checkpoint is None:
-        return inputs
-    move = partial(torch.Tensor.to, device="meta")
-    args, kwargs = pytree.tree_map_only(torch.Tensor, move, (inputs.args, inputs.kwargs))
-    return Inputs(args, kwargs)
 
 
 @contextmanager

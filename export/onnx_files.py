@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_fx.errors import ExportError, essence
+from lora_fx.errors import ExportError, LoraFxError, essence
 
 INLINE = 2**31 - 2**26
 """Bytes of weights that fit, with their graph, into a protobuf message of 2 GiB."""
@@ -62,13 +62,24 @@ def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]
             place="external_data",
             remedy="leave external_data out",
         )
-    if not (external_data or size > INLINE):
-        onnx_ir.external_data.load_to_model(model)  # what was read from another file's data
-        onnx_ir.save(model, path)
-        return [path]
     data = path.with_name(f"{path.name}.data")
-    onnx_ir.save(model, path, external_data=data.name)
+    try:
+        if not (external_data or size > INLINE):
+            onnx_ir.external_data.load_to_model(model)  # what was read from another file's data
+            onnx_ir.save(model, path)
+        else:
+            onnx_ir.save(model, path, external_data=data.name)
+    except Exception as error:
+        raise _own_error(error) from error
     return [path, data] if data.exists() else [path]
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """What went wrong while a tensor was made or written: onnx_ir wraps it."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, LoraFxError | OSError):
+        inner = inner.__cause__
+    return inner or error
 
 
 def check_file(path: Path) -> None:

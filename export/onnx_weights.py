@@ -23,6 +23,7 @@ from torch import nn
 from lora_fx import wiring
 from lora_fx.adapter import Adapter
 from lora_fx.errors import ExportError
+from lora_fx.frontend import on_meta
 from lora_fx.passes.fold import check_foldable, folded_weight
 
 
@@ -81,7 +82,7 @@ def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = No
                     adapters[id(owner._parameters[attribute])] = storage.adapters
         weights = _weights(model, adapters, split, checkpoint)
         if checkpoint is not None:
-            stack.enter_context(_on_meta(model))
+            stack.enter_context(on_meta(model))
         yield weights
 
 
@@ -119,21 +120,6 @@ def _kept_originals(model: nn.Module) -> dict[str, int]:
             if isinstance(original, nn.Parameter):
                 found[f"{path}.{attribute}".lstrip(".")] = original.untyped_storage()._cdata
     return found
-
-
-@contextmanager
-def _on_meta(model: nn.Module) -> Iterator[None]:
-    """Inside, all of the model is on meta: buffers and factors too, which may have numbers. Those go into the file."""
-    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
-    places = [(t, name, old) for t in tables for name, old in t.items() if old is not None and not old.is_meta]
-    try:
-        for table, name, old in places:
-            new = old.detach().to("meta")
-            table[name] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
-        yield
-    finally:
-        for table, name, old in places:
-            table[name] = old
 
 
 def adapter_digest(adapters: Mapping[str, tuple[Adapter, ...]]) -> str:

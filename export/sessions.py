@@ -176,7 +176,7 @@ class Session:
     def _check_factors(self, factors: Mapping[str, numpy.ndarray], place: str) -> None:
         remedy = "save it with save_onnx_adapter from the model that was exported"
         ranks: dict[str, list[int]] = {}
-        for key, array in factors.items():
+        for key, array in sorted(factors.items()):
             slot = self._slots.get(key)
             if slot is None:
                 raise ExportError(f"the graph has no slot {key!r}", place=place, remedy=remedy)

@@ -128,14 +128,41 @@ def no_fast_paths() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@contextlib.contextmanager
+def on_meta(model: nn.Module) -> Iterator[None]:
+    """Inside, all of a model that is partly on meta is there: buffers, and factors that a file gave numbers."""
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    places = [(t, name, old) for t in tables for name, old in t.items() if old is not None and not old.is_meta]
+    try:
+        for table, name, old in places:
+            new = old.detach().to("meta")
+            table[name] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
+        yield
+    finally:
+        for table, name, old in places:
+            table[name] = old
+
+
+def inputs_on_meta(inputs: Inputs) -> Inputs:
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)
+
+
 def capture_graph(model: nn.Module, example_inputs: Any = None) -> Capture:
-    """Run `model` once, in eval mode, and record the concrete graph of what it did.
+    """Run `model` once, in eval mode, and record the concrete graph of what it did. A model on meta runs there.
 
     Raises:
         CaptureError: the model rejects the inputs, is scripted, or returns no tensor.
     """
     refuse_unready(model)
     inputs = normalize_inputs(model, example_inputs)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return _capture(model, inputs)
+    with on_meta(model):
+        return _capture(model, inputs_on_meta(inputs))
+
+
+def _capture(model: nn.Module, inputs: Inputs) -> Capture:
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     flat, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
     is_tensor = [isinstance(leaf, torch.Tensor) for leaf in flat]

@@ -737,6 +737,54 @@ MUTANTS = (
         "The graph depends on the numbers: zero biases are dropped, equal weights merged.",
         tests=("tests/test_onnx.py::test_zeros_ones_and_equal_weights_leave_the_graph_alone",),
     ),
+    Mutant(
+        "proof_without_the_numbers", "export", "export/onnx_proof.py",
+        "    if wrong:\n", "    if wrong < 0:\n",
+        "A proof looks at the graph, and at no folded element.",
+        tests=("tests/test_onnx_proof.py::test_one_element_one_bit_off_is_found",),
+    ),
+    Mutant(
+        "proof_without_the_graph", "export", "export/onnx_proof.py",
+        "        if mine != theirs:", "        if not (mine and theirs):",
+        "A proof takes any graph for the base's.",
+        tests=("tests/test_onnx_proof.py::test_another_graph_is_found",),
+    ),
+    Mutant(
+        "slot_without_the_scale", "export", "export/onnx_switchable.py",
+        "a.whole(a.B.detach()) * a.scale", "a.whole(a.B.detach())",
+        "The files of switchable adapters lose the scale.",
+        tests=("tests/test_sessions.py::test_each_adapter_is_torchs_in_plain_bound_and_asynchronous_runs",),
+    ),
+    Mutant(
+        "overlapping_adapters_run", "export", "export/sessions.py",
+        "            if twice:\n", "            if not names:\n",
+        "Of two adapters on one weight a session takes the last.",
+        tests=("tests/test_sessions.py::test_what_the_runtime_would_do_in_silence_is_refused",),
+    ),
+    Mutant(
+        "adapter_of_any_base", "export", "export/sessions.py",
+        'if version != self._manifest["base"]:', 'if version < 0:',
+        "A session runs an adapter that was trained on other base weights.",
+        tests=("tests/test_sessions.py::test_a_model_whose_base_changed_saves_no_adapter_for_the_graph",),
+    ),
+    Mutant(
+        "onnx_branch_without_its_scale", "export", "export/onnx_folding.py",
+        "adapter.scale = branch.scale / base.scale", "adapter.scale = 1.0",
+        "A file's branches are folded without their scale.",
+        tests=("tests/test_onnx_folding.py::test_our_unfolded_file_folds_to_the_folded_file",),
+    ),
+    Mutant(
+        "onnx_branch_of_another_input", "export", "export/onnx_folding.py",
+        "        if self.source(base.x) is not self.source(branch.down.x):", "        if base.x is None:",
+        "Two narrow layers of another input are folded into the layer that they are added to.",
+        tests=("tests/test_onnx_folding.py::test_what_is_not_a_branch_is_not_folded",),
+    ),
+    Mutant(
+        "checkpoint_shape_unchecked", "export", "export/onnx_weights.py",
+        "        if shape != tuple(tensor.shape):", "        if len(shape) > 9:",
+        "A weight of another shape goes from a checkpoint into the file.",
+        tests=("tests/test_onnx_forms.py::test_checkpoints_that_do_not_fit_are_refused",),
+    ),
     # ── adapter files ────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "alpha_pattern_ignored", "files", "export/peft_format.py",

@@ -1,0 +1,254 @@
+"""`fold_onnx`: the branches of a file, ours or PEFT's, become the weights that the torch model folds to."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import Rule
+from lora_fx.errors import ExportError, FoldError
+from lora_fx.verification import compare
+from tests import reference
+from tests.zoo import case
+
+pytestmark = pytest.mark.onnx
+pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+EVERYTHING = Rule(
+    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
+)
+
+
+def initializers(path: Path) -> dict[str, numpy.ndarray]:
+    return {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
+
+
+def run(path: Path, feeds: dict[str, numpy.ndarray]) -> list[numpy.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
+
+
+@pytest.mark.parametrize(
+    ("name", "branches"),
+    [
+        ("native-conv2d", 3), ("native-deconv", 2), ("native-bmm", 3), ("native-addmm", 2), ("native-tied", 3),
+        ("native-called-thrice", 4), ("native-gated-mlp", 4), ("native-mha", 2),
+    ],
+)  # fmt: skip
+def test_our_unfolded_file_folds_to_the_folded_file(tmp_path, name, branches):
+    model, inputs = case(name).build()
+    lora_fx.apply(model.float(), EVERYTHING, inputs, check=False)
+    reference.fill(model)
+    for form in ("unfolded", "folded"):
+        lora_fx.export_onnx(model, inputs, tmp_path / f"{form}.onnx", adapters=form, check=False)
+    report = lora_fx.fold_onnx(tmp_path / "unfolded.onnx", tmp_path / "out.onnx")
+    mine, theirs = onnx.load(tmp_path / "out.onnx"), onnx.load(tmp_path / "folded.onnx")
+    assert sorted(n.op_type for n in mine.graph.node) == sorted(n.op_type for n in theirs.graph.node)
+    assert report.sites == branches and f"{branches} branches" in str(report)
+    got, want = initializers(tmp_path / "out.onnx"), initializers(tmp_path / "folded.onnx")
+    weights = {n: a for n, a in want.items() if a.ndim > 1}
+    bits = {a.tobytes() for a in got.values()}
+    assert weights and all(a.tobytes() in bits for a in weights.values()), "rounded otherwise than the fold of torch"
+    assert {p.key: p.value for p in mine.metadata_props}["lora_fx.form"] == "folded"
+
+
+def test_several_adapters_of_a_weight_are_rounded_once(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 7)).eval(), torch.randn(3, 12)
+    for name in ("one", "two", "three"):
+        lora_fx.apply(model, Rule(where="*", rank=3), x, name=name)
+    lora_fx.activate(reference.fill(model) or model, "one", "two", "three")
+    for form in ("unfolded", "folded"):
+        lora_fx.export_onnx(model, x, tmp_path / f"{form}.onnx", adapters=form, check=False, external_data=True)
+    report = lora_fx.fold_onnx(tmp_path / "unfolded.onnx", tmp_path / "out.onnx")
+    assert report.sites == 6 and set(report.weights.values()) == {3} and report.nodes[1] == 3
+    got, want = initializers(tmp_path / "out.onnx"), initializers(tmp_path / "folded.onnx")
+    assert all(numpy.array_equal(got[name], want[name]) for name in ("0.weight", "2.weight"))
+    again = lora_fx.fold_onnx(tmp_path / "unfolded.onnx", tmp_path / "unfolded.onnx", external_data=True)  # onto itself
+    assert again.sites == 6 and (tmp_path / "unfolded.onnx.data").exists()
+    assert numpy.array_equal(initializers(tmp_path / "unfolded.onnx")["0.weight"], want["0.weight"])
+
+
+class Bert(nn.Module):
+    """A model of PEFT's called with positional tensors, as the TorchScript exporter wants it."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *args):
+        return self.model(**dict(zip(self.names, args, strict=True)))[0]
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).relu().mean((2, 3)))
+
+
+def bert():
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=50)
+    ids = torch.arange(10).reshape(2, 5)
+    return BertModel(config, add_pooling_layer=False), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=16, use_cache=False)
+    return GPT2LMHeadModel(config), {"input_ids": torch.arange(10).reshape(2, 5)}
+
+
+def conv():
+    return Conv(), {"x": torch.randn(2, 3, 8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "exporters"),
+    [
+        (bert, ["word_embeddings", "query", "value", "dense"], (True, False)),
+        (gpt2, ["c_attn", "c_fc", "c_proj"], (True,)),  # transformers' GPT-2 itself has no TorchScript translation
+        (conv, ["conv", "linear"], (True, False)),
+    ],
+    ids=["bert", "gpt2", "conv"],
+)
+def test_pefts_files_from_both_exporters(tmp_path, build, targets, exporters):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model, inputs = build()
+    config = LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, fan_in_fan_out=build is gpt2
+    )
+    wrapped = get_peft_model(model, config).eval()
+    branches = len({n.rpartition(".lora_")[0] for n, _ in wrapped.named_parameters() if ".lora_" in n})
+    merged = Bert(wrapped, tuple(inputs)) if build is not conv else wrapped
+    with torch.no_grad():
+        expected = merged(*inputs.values())
+        wide = merged.double()(*(t.double() if t.is_floating_point() else t for t in inputs.values()))
+        merged.float()
+    for dynamo in exporters:
+        path = tmp_path / f"{dynamo}.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            options = dict(dynamo=True, verbose=False) if dynamo else dict(dynamo=False, opset_version=17)
+            torch.onnx.export(merged, tuple(inputs.values()), str(path), **options)
+        report = lora_fx.fold_onnx(path, tmp_path / "out.onnx")
+        assert report.sites == branches and report.nodes[1] <= report.nodes[0] - 3 * branches
+        names = [i.name for i in onnxruntime.InferenceSession(str(path)).get_inputs()]
+        feeds = dict(zip(names, (t.numpy() for t in inputs.values()), strict=True))
+        got = torch.from_numpy(run(tmp_path / "out.onnx", feeds)[0])
+        noise = float((expected - wide).norm() / wide.norm())
+        assert compare(expected, got, wide, noise, torch.float32)
+
+
+# ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refused(path: Path, *parts: str, error: type = ExportError) -> None:
+    out = path.with_name("out.onnx")
+    out.write_bytes(b"the old file")
+    with pytest.raises(error) as caught:
+        lora_fx.fold_onnx(path, out)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert out.read_bytes() == b"the old file" and {p.name for p in path.parent.iterdir()} <= {path.name, "out.onnx"}
+
+
+def exported(tmp_path: Path, model: nn.Module, x: torch.Tensor, **options) -> Path:
+    return lora_fx.export_onnx(model.eval(), x, tmp_path / "m.onnx", check=False, **options).path
+
+
+def test_a_file_without_branches(tmp_path):
+    x = torch.randn(3, 12)
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 7))
+    refused(exported(tmp_path, model, x), "no LoRA branch", "m.onnx", 'adapters="unfolded"')
+    lora_fx.apply(model, Rule(where="*", rank=2), x)
+    refused(exported(tmp_path, model, x, adapters="switchable"), "no LoRA branch", "slots")
+    (tmp_path / "m.onnx").write_bytes(b"nonsense")
+    refused(tmp_path / "m.onnx", "cannot be read")
+    (tmp_path / "m.onnx").unlink()
+    refused(tmp_path / "m.onnx", "cannot be read")
+
+
+class Odd(nn.Module):
+    """A branch that is no branch of the linear layer beside it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.base, self.lora_A = nn.Linear(8, 8, bias=False), nn.Linear(8, 2, bias=False)
+        self.lora_B, self.other = nn.Linear(2, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        low = self.lora_B(self.lora_A(x if self.kind != "another input" else x.sin()))
+        if self.kind == "beside two":
+            return self.other(self.base(x).tanh()).tanh() + low
+        if self.kind == "gated":
+            return self.base(x) + low * self.other(x)
+        return self.base(x) + low
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("another input", ("lora_A", "added to no single linear op of the same input")),
+        ("beside two", ("lora_B", "added to no single linear op of the same input")),
+        ("gated", ("no LoRA branch",)),
+    ],
+)
+def test_what_is_not_a_branch_is_not_folded(tmp_path, kind, parts):
+    refused(exported(tmp_path, Odd(kind), torch.randn(3, 8)), *parts)
+
+
+def test_a_branch_left_over_is_an_error(tmp_path):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good, self.gated = Odd("good"), Odd("gated")
+
+        def forward(self, x):
+            return self.gated(self.good(x))
+
+    path = exported(tmp_path, Two(), torch.randn(3, 8))
+    refused(path, "1 branches were found, and more are there: gated.lora_A", "still in use")
+
+
+def test_a_sum_that_is_not_finite(tmp_path):
+    x = torch.randn(3, 12)
+    model = lora_fx.apply(nn.Sequential(nn.Linear(12, 20)), Rule(where="*", rank=2), x)
+    with torch.no_grad():
+        model[0].weight_lora_default.B.fill_(3e38)
+        model[0].weight_lora_default.A.fill_(3e38)
+    path = exported(tmp_path, model, x, adapters="unfolded")
+    refused(path, "is not finite in torch.float32", error=FoldError)
+
+
+def test_a_convolution_with_a_factor_for_each_group(tmp_path):
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Conv1d(4, 6, 3, groups=2, bias=False)
+            self.lora_A, self.lora_B = (
+                nn.Conv1d(4, 2, 3, groups=2, bias=False),
+                nn.Conv1d(2, 6, 1, groups=2, bias=False),
+            )
+
+        def forward(self, x):
+            return self.base(x) + self.lora_B(self.lora_A(x))
+
+    refused(exported(tmp_path, Grouped(), torch.randn(2, 4, 9)), "another factor for each group", "lora_A")
