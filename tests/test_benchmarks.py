@@ -12,13 +12,16 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+LATENCY = ("base", "unfolded", "folded", "base again", "switchable, no adapter", "switchable, an adapter")
+
+
 def run(name: str, *options: str) -> str:
     command = [sys.executable, "-W", "ignore", str(BENCHMARKS / name), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
 def test_call_overhead_runs():
-    out = run("call_overhead.py", "--rounds", "2")
+    out = run("call_overhead.py", "--tiny", "--rounds", "2")
     for name in ("hand-written", "lora_fx", "PEFT", "no branch"):
         assert f"\n{name}" in out
 
@@ -30,6 +33,8 @@ def test_call_overhead_runs():
         ("experts.py", ["--tokens", "16"], ["16"]),
         ("folding.py", [], ["float32", "bfloat16"]),
         ("scale.py", [], ["1", "2"]),
+        ("onnx_memory.py", ["--part", "stream"], ["0.00"]),
+        ("onnx_graphs.py", ["--part", "latency"], [f"batch {batch}: {what}" for batch in (1, 16) for what in LATENCY]),
     ],
 )
 def test_a_benchmark_runs_and_its_table_is_json_too(tmp_path, name, options, rows):

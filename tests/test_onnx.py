@@ -96,13 +96,11 @@ def zoo(name):
 
 
 TOKENS = {"input_ids": {0: "batch", 1: "tokens"}}
-BOTH, ALL = ("base", "folded"), ("base", "folded", "unfolded")
+ALL = ("base", "folded", "unfolded")
 MODELS = {
     "net": (net, ({0: "batch"},), ALL),
     "encoder": (zoo("native-encoder"), {"input": {0: Dim("batch", max=64), 1: Dim.DYNAMIC}}, ALL),
     "gpt2": (zoo("gpt2"), TOKENS, ALL),
-    "llama": (zoo("llama"), TOKENS, BOTH),
-    "bert": (zoo("bert"), None, BOTH),
 }
 
 

@@ -54,7 +54,7 @@ def adapted(model: nn.Module, rule: Rule | None = None, inputs=X) -> nn.Module:
 @pytest.mark.parametrize(
     "variant",
     [
-        Variant("gpt2", 20, True, True),
+        Variant("bert", 20, True, True),
         Variant("native-mha", 18, False, False),
         Variant("native-batchnorm", 23, True, True),
         Variant("native-called-thrice", 23, False, True),

@@ -58,13 +58,25 @@ def test_the_lines_for_the_users_own_tests_run():
     settings(max_examples=2)(scope["test_our_model_survives_lora"])()
 
 
+@pytest.mark.onnx
+def test_the_lines_about_onnx_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, inputs = case("gpt2").build()
+    lora_fx.apply(model, Rule(where="*attn*", rank=2), inputs, name="task")
+    scope = {"lora_fx": lora_fx, "model": model, "inputs": inputs}
+    exec(BLOCKS[5], scope)
+    assert scope["report"].proof.folded and len(scope["report"].comparisons) == 3
+    exec(BLOCKS[6], scope)
+    assert scope["session"].adapters.keys() == {"task"}
+
+
 def test_every_name_of_the_readme_is_public():
-    for name in re.findall(r"lora_fx\.([a-z_]+)\(", README):
+    for name in re.findall(r"(?<!`)lora_fx\.([a-z_]+)\(", README):
         assert callable(getattr(lora_fx, name)), name
     table = README.partition("## More")[2]
     for cell in re.findall(r"^\| (`.*?) \|", table, flags=re.M):
-        for name in re.findall(r"([a-z_]+)(?:\(|`)", cell):
-            assert hasattr(lora_fx, name), name
+        for name in re.findall(r"`(?:lora_fx\.export\.)?([A-Za-z_]+)(?:\(|`)", cell):
+            assert hasattr(lora_fx, name) or hasattr(lora_fx.export, name), name
 
 
 def test_the_keys_of_the_readme_are_the_keys_of_a_rule():
