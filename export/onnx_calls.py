@@ -210,18 +210,19 @@ def graph_inputs(program: Any, inputs: Inputs) -> list[tuple[Any, torch.Tensor]]
 @contextmanager
 def flat_caches(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
     """Inside, the model takes and returns a list of (key, value) for every cache object; what comes is the inputs so.
+    With ``use_cache=True`` and no cache among the inputs it returns one all the same.
 
     Raises:
         ExportError: a cache of another kind than transformers' `DynamicCache` of plain layers.
     """
     caches = [value for value in (*inputs.args, *inputs.kwargs.values()) if _is_cache(value)]
     flat = Inputs(tuple(map(_flat, inputs.args)), {name: _flat(value) for name, value in inputs.kwargs.items()})
-    if not caches:
+    if not caches and not inputs.kwargs.get("use_cache"):
         yield flat
         return
     places = {n for n, value in enumerate(inputs.args) if _is_cache(value)}
     names = {name for name, value in inputs.kwargs.items() if _is_cache(value)}
-    kind, inner = type(caches[0]), model.__dict__.get("forward")
+    kind, inner = type(caches[0]) if caches else list, model.__dict__.get("forward")
 
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

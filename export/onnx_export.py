@@ -321,6 +321,7 @@ class _Job:
             if form == SWITCHABLE:
                 slots = stack.enter_context(slots_in(self.model))
                 call = stack.enter_context(factors_as_inputs(self.model, slots, call))
+                call = replace(call, inputs=inputs_on_meta(call.inputs)) if self.checkpoint else call
             weights = stack.enter_context(structure(self.model, form == "folded", self.checkpoint))
             program = translate(self.model, call, self.opset)
         contents = optimize_graph(program.model, weights, self.optimize)
@@ -328,7 +329,7 @@ class _Job:
         if not slots:
             return _Made(program, weights, contents)
         open_slots(program.model.graph, slots, len(self.call.names))
-        listed = manifest(self.model, slots, graph_digest(program.model))
+        listed = manifest(self.model, slots, graph_digest(program.model), weights)
         return _Made(program, weights, contents, {MANIFEST: json.dumps(listed)})
 
 

@@ -167,6 +167,8 @@ class _Folding:
         """The numbers of a value that no input of the graph can change."""
         if value is None or id(value) in self.inputs:
             return None
+        if value.const_value is not None:
+            return _tensor(value.const_value)
         if value.name not in self._constants:
             self._constants[value.name] = self._evaluate(value)
         return self._constants[value.name]
@@ -175,8 +177,6 @@ class _Folding:
         import onnx_ir
         from onnx.reference import ReferenceEvaluator
 
-        if value.const_value is not None:
-            return _tensor(value.const_value)
         node = value.producer()
         if node is None or any(a.type in (onnx_ir.AttributeType.GRAPH,) for a in node.attributes.values()):
             return None
@@ -247,15 +247,22 @@ class _Folding:
                 return _Op(node, node.inputs[1], 0, "left", scale=alpha)
         if kind == "Gather" and self._is_matrix(node.inputs[0]) and not _integer(node, "axis"):
             return _Op(node, node.inputs[1], 0, "gather")
-        if kind in ("Conv", "ConvTranspose") and self.constant(node.inputs[1]) is not None:
+        if kind in ("Conv", "ConvTranspose") and self._is_matrix(node.inputs[1]):
             names = ("strides", "pads", "dilations", "group", "auto_pad", "output_padding", "output_shape")
             settings = tuple(_attribute(node, name) for name in names)
             return _Op(node, node.inputs[0], 1, "conv" if kind == "Conv" else "conv_transpose", settings)
         return None
 
     def _is_matrix(self, value: Any) -> bool:
+        return value is not None and len(self.shape(value)) >= 2
+
+    def shape(self, value: Any) -> tuple[int, ...]:
+        """Of a constant of floating-point numbers; empty for anything else. An initializer is not read for that."""
+        if value.const_value is not None and id(value) not in self.inputs:
+            floating = value.const_value.dtype.is_floating_point()
+            return tuple(value.const_value.shape) if floating else ()
         tensor = self.constant(value)
-        return tensor is not None and tensor.is_floating_point() and tensor.ndim >= 2
+        return tuple(tensor.shape) if tensor is not None and tensor.is_floating_point() else ()
 
     def source(self, value: Any) -> Any:
         """The activation behind casts and reshapes."""
@@ -277,7 +284,7 @@ class _Folding:
 
     def _is_narrow(self, branch: _Branch) -> bool:
         """It goes through fewer features than it takes and gives."""
-        down, up = (self.constant(op.constant).shape for op in (branch.down, branch.up))  # type: ignore[union-attr]
+        down, up = (self.shape(op.constant) for op in (branch.down, branch.up))
         inner = _out_size(branch.down, down)
         return inner * inner < min(math.prod(down), math.prod(up))
 

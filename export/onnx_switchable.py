@@ -15,7 +15,7 @@ import inspect
 import json
 import os
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from lora_fx.changes import borrowed, changing
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx_calls import Call
 from lora_fx.export.onnx_files import folder_beside, move_files, writable
-from lora_fx.export.onnx_weights import tensor_bytes
+from lora_fx.export.onnx_weights import Weights, tensor_bytes
 from lora_fx.export.runtimes import require
 from lora_fx.oracles import parameters
 
@@ -75,7 +75,9 @@ def owners_of(model: nn.Module) -> dict[str, tuple[nn.Module, str, list[Adapter]
         found.setdefault(f"{path}.{attribute}".lstrip("."), (owner, attribute, []))[2].append(adapter)
     if not found:
         raise ExportError(
-            "the model has no adapter", place=type(model).__name__, remedy="apply or load the adapters first"
+            "the model has no adapter",
+            place=type(model).__name__,
+            remedy="apply or load the adapters first; unfold a folded model",
         )
     return found
 
@@ -188,23 +190,35 @@ def factors_of(model: nn.Module, name: str) -> Factors:
     return found
 
 
-def base_version(model: nn.Module) -> int:
-    """31 bits of the sha256 of the base model's parameters, names and numbers: which model an adapter is for."""
+def base_version(model: nn.Module, load: Callable[[str], torch.Tensor] | None = None) -> int:
+    """31 bits of the sha256 of the base model's parameters, names and numbers: which model an adapter is for.
+
+    Args:
+        load: reads the numbers of a parameter on meta, by its name.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters(model).items()):
+        if parameter.is_meta and load is None:
+            raise ExportError(
+                "the weight is on meta: which base model this is cannot be told",
+                place=name,
+                remedy="save the adapter from a model that has its weights",
+            )
+        numbers = load(name) if parameter.is_meta and load else parameter
         digest.update(json.dumps([name, str(parameter.dtype), [*parameter.shape]]).encode())
-        digest.update(tensor_bytes(parameter))
+        digest.update(tensor_bytes(numbers.to(parameter.dtype)))
     return int.from_bytes(digest.digest()[:4], "big") >> 1
 
 
-def manifest(model: nn.Module, slots: list[Slot], graph: str) -> dict[str, Any]:
+def manifest(model: nn.Module, slots: list[Slot], graph: str, weights: Weights) -> dict[str, Any]:
     """What a session checks before it lets an adapter in."""
     described = {
         name: {"weight": slot.weight, "dtype": str(empty.dtype).removeprefix("torch."), "shape": [*empty.shape]}
         for slot in slots
         for name, empty in zip(slot.names, slot.empty, strict=True)
     }
-    return {"version": 1, "base": base_version(model), "graph": graph, "inputs": described}
+    version = base_version(model, lambda name: weights[name].load())
+    return {"version": 1, "base": version, "graph": graph, "inputs": described}
 
 
 def save_onnx_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]) -> Path:

@@ -8,8 +8,9 @@ but inputs: A and B of every slot are given in each call, in every kind of run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,8 @@ class Session:
         if any(isinstance(value, torch.Tensor) for value in fed.values()):
             return self._run_tensors(fed, factors, names)
         values = {name: self._value(array, host=True) for name, array in fed.items()} | factors
-        found = self.session.run_with_ort_values(names, values)
+        with self._told():
+            found = self.session.run_with_ort_values(names, values)
         return {name: value.numpy() for name, value in zip(names, found, strict=True)}
 
     def run_async(
@@ -278,10 +280,20 @@ class Session:
             binding.bind_output(name, device.type, device.index or 0)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # what the inputs are computed by
-        binding.synchronize_inputs()
-        self.session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
+        with self._told():
+            binding.synchronize_inputs()
+            self.session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
         return {name: torch.from_dlpack(v) for name, v in zip(names, binding.get_outputs(), strict=True)}
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the runtime refuses to run, in our words."""
+        try:
+            yield
+        except Exception as error:
+            wanted = ", ".join(f"{v.name}: {v.type} {v.shape}" for v in self.session.get_inputs())
+            raise ExportError(essence(error), place=str(self.path), remedy=f"the model takes {wanted}") from error
 
     def _fed(self, inputs: Any) -> dict[str, Any]:
         if not isinstance(inputs, Mapping):

@@ -107,6 +107,14 @@ def test_a_file_with_a_cache_generates_torchs_tokens_switchable(generating, tmp_
 
 
 @pytest.mark.xdist_group("generating")
+def test_a_file_for_the_prompt_gives_the_cache(generating, tmp_path):
+    lora_fx.activate(generating.model, "two")
+    inputs = {"input_ids": torch.tensor([[3, 9, 4]]), "use_cache": True}
+    report = lora_fx.export_onnx(generating.model, inputs, tmp_path / "m.onnx", dynamic_shapes={"input_ids": {1: "n"}})
+    assert [o.name for o in report.outputs[:2]] == ["logits", "present.0.key"] and len(report.comparisons) == 3
+
+
+@pytest.mark.xdist_group("generating")
 def test_caches_that_have_no_flat_form_are_refused(generating, tmp_path):
     from transformers import DynamicCache, StaticCache
 
@@ -182,6 +190,21 @@ def test_a_model_on_meta_is_the_model_in_memory(tmp_path, real, sharded, form):
     a, b = ({i.name: i for i in onnx.load(report.path).graph.initializer} for report in (made, wanted))
     assert a.keys() == b.keys() and all(a[n].SerializeToString() == b[n].SerializeToString() for n in a)
     assert all(p.is_meta for n, p in model.named_parameters() if "_lora_" not in n) and not model.shift.is_meta
+
+
+def test_a_switchable_graph_from_a_checkpoint_takes_the_adapters_of_the_model(tmp_path, real):
+    place, model = checkpoint(tmp_path, real), lora_fx.load_adapter(on_meta(), tmp_path / "adapter", IDS)
+    made = lora_fx.export_onnx(model, IDS, tmp_path / "m.onnx", weights=place, adapters="switchable")
+    file = save_onnx_adapter(real, "default", tmp_path / "a.onnx_adapter")
+    session = Session(made.path, adapters={"a": file})
+    for name in (None, "a"):
+        lora_fx.activate(real, *(["default"] if name else []))
+        with torch.no_grad():
+            wanted = real(IDS)
+        (got,) = session.run(IDS, name).values()
+        assert lora_fx.verification.compare(wanted, got, wanted.double(), 0.0, torch.float32)
+    with pytest.raises(ExportError, match="on meta: which base model this is cannot be told"):
+        save_onnx_adapter(model, "default", tmp_path / "b.onnx_adapter")
 
 
 def test_what_is_stored_in_float32_is_folded_in_it_and_rounded_once(tmp_path, real):

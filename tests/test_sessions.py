@@ -199,6 +199,10 @@ def test_what_the_runtime_would_do_in_silence_is_refused(place):
     refused(lambda: session.run({"ids": IDS.numpy()}), "x is missing", "takes ids, x")
     refused(lambda: session.run({**feeds(), "y": X}), "'y' is no input", "takes ids, x")
     refused(lambda: session.run((1, 2, 3)), "3 inputs", "takes ids, x")
+    refused(
+        lambda: session.run({"ids": IDS.int().numpy(), "x": X.numpy()}), "Unexpected input data type", "tensor(int64)"
+    )
+    refused(lambda: session.run({"ids": IDS, "x": X[:, :2]}), "InvalidArgument", "ids: tensor(int64)")
     refused(lambda: session.run(feeds(), outputs=["loss"]), "'loss' is no output", "returns logits")
 
 
