@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from lora_fx import LoraFxError
+from tests.registry import one_registry
 
 torch.set_num_threads(1)
 
@@ -33,6 +34,13 @@ def pytest_collection_modifyitems(items):
         shared = getattr(item, "callspec", None) and item.callspec.params.get("adapted")
         if shared is not None:
             item.add_marker(pytest.mark.xdist_group(shared.name))
+
+
+@pytest.fixture(autouse=True)
+def _one_registry(request):
+    """torch parses its 500 ONNX functions anew for each export, in about a second: here once for all tests."""
+    if request.node.get_closest_marker("onnx"):
+        one_registry()
 
 
 @pytest.fixture(autouse=True)

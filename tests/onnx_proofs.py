@@ -9,7 +9,6 @@ Runtime equal to torch on the example inputs and on two other shapes.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from torch import nn
 import lora_fx
 from lora_fx import Rule
 from tests import reference
+from tests.registry import one_registry
 from tests.zoo import case
 
 #: architecture → the axes that are dynamic, by input; "batch" for the first axis of every input
@@ -98,13 +98,6 @@ def export(variant: Variant, folder: Path) -> lora_fx.ExportReport:
         dynamic_shapes=axes,
         prove=True,
     )
-
-
-def one_registry() -> None:
-    """torch parses its 500 ONNX functions anew for each export: here once."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[assignment]
 
 
 def prove(variant: Variant) -> tuple[str, str]:

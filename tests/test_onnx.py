@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from torch.export import Dim
 import lora_fx
 from lora_fx import Rule, wiring
 from lora_fx.errors import CaptureError, ExportError
-from lora_fx.export import onnx_export, onnx_files, onnx_runs
+from lora_fx.export import onnx_export, onnx_files, onnx_runs, onnx_weights
 from lora_fx.export.onnx_export import export_onnx
 from tests import reference
 from tests.zoo import case
@@ -32,17 +31,6 @@ onnxruntime = pytest.importorskip("onnxruntime")
 EVERYTHING = Rule(
     when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_registry():
-    """torch parses its 500 ONNX functions anew for each export: here once."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    original = ONNXRegistry.__dict__["from_torchlib"]
-    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
-    yield
-    ONNXRegistry.from_torchlib = original
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -387,8 +375,7 @@ def test_a_wrong_weight_in_the_file_is_caught(old, monkeypatch, adapted_net):
 
 def test_a_file_without_its_adapters_is_caught(old, monkeypatch, adapted_net):
     model, x = adapted_net
-    base = net()[0]
-    monkeypatch.setattr(onnx_files, "_subject", lambda *_: (base, "folded", ("default",)))
+    monkeypatch.setattr(onnx_weights.Weight, "numbers", lambda self: self.load())
     with pytest.raises(ExportError, match="ONNX Runtime is not the model"):
         export_onnx(model, x, old)
     assert untouched(old.parent)
