@@ -1,6 +1,6 @@
 """One graph with a slot for an adapter at every adapted weight: A and B are inputs, of any rank, which may be left out.
 
-    y = op(x, W) + up(down(x, A), B)          A: (…, r, in), B: (…, out, r), r = 0 where nothing is given
+    y = op(x, W) + up(down(x, A), B)          A: (…, r, in), B: (…, out, r), by default of rank 0 or of zeros
 
 The scale is in B, a part of a fused weight has zero rows for the others, and several adapters of one weight stand
 beside each other along the rank. Each slot has the name of its weight, so that an adapter's file fits every graph of
@@ -61,10 +61,21 @@ class Slot:
         return f"{self.weight}.lora_A", f"{self.weight}.lora_B"
 
     @property
+    def axes(self) -> tuple[int, int]:
+        """Where A and B have the rank."""
+        return self.adapter.A.ndim - 2, self.adapter.B.ndim - 1
+
+    @property
+    def least(self) -> int:
+        """The rank of an empty slot. Of a convolution it is 1: ONNX Runtime divides by the channels of an output."""
+        sides = self.adapter.layout.sides
+        return 1 if len(sides) > 2 and "b" not in sides else 0
+
+    @property
     def empty(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of rank 0."""
-        a, b = self.adapter.A.detach(), self.adapter.B.detach()
-        return a[..., :0, :].contiguous(), b[..., :0].contiguous()
+        """A and B of the least rank, which add nothing."""
+        a, b = torch.zeros_like(self.adapter.A), torch.zeros_like(self.adapter.B)
+        return a[..., : self.least, :].contiguous(), b[..., : self.least].contiguous()
 
 
 def owners_of(model: nn.Module) -> dict[str, tuple[nn.Module, str, list[Adapter]]]:
@@ -131,7 +142,7 @@ def factors_as_inputs(model: nn.Module, slots: list[Slot], call: Call) -> Iterat
     with borrowed(model):
         model.__dict__["forward"] = types.MethodType(forward, model)
         factors = [(slot.adapter.A.detach(), slot.adapter.B.detach()) for slot in slots]
-        ranks = [({s.adapter.A.ndim - 2: _RANK}, {s.adapter.B.ndim - 1: _RANK}) for s in slots]
+        ranks = [tuple({axis: _RANK} for axis in slot.axes) for slot in slots]
         yield call.with_argument(model, FACTORS, factors, ranks)
 
 
@@ -141,7 +152,7 @@ def _free(me: inspect.Parameter, others: list[inspect.Parameter]) -> inspect.Par
 
 
 def open_slots(graph: Any, slots: list[Slot], inputs: int) -> None:
-    """Give the inputs that are A and B their names, a place behind the model's own inputs, and rank 0 as default."""
+    """Give the inputs that are A and B their names, a place behind the model's own inputs, and empty defaults."""
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor
 
@@ -150,8 +161,8 @@ def open_slots(graph: Any, slots: list[Slot], inputs: int) -> None:
     assert len(own) == inputs and len(values) == 2 * len(slots), "the exporter has dropped an input"
     graph.inputs[:] = [*own, *values]
     for n, slot in enumerate(slots):
-        axes = (slot.adapter.A.ndim - 2, slot.adapter.B.ndim - 1)
-        for value, name, default, axis in zip(values[2 * n : 2 * n + 2], slot.names, slot.empty, axes, strict=True):
+        own_values = values[2 * n : 2 * n + 2]
+        for value, name, default, axis in zip(own_values, slot.names, slot.empty, slot.axes, strict=True):
             sizes = list(default.shape)
             value.shape = onnx_ir.Shape([*sizes[:axis], f"{slot.weight}.rank", *sizes[axis + 1 :]])
             value.name = name
@@ -212,11 +223,12 @@ def base_version(model: nn.Module, load: Callable[[str], torch.Tensor] | None = 
 
 def manifest(model: nn.Module, slots: list[Slot], graph: str, weights: Weights) -> dict[str, Any]:
     """What a session checks before it lets an adapter in."""
-    described = {
-        name: {"weight": slot.weight, "dtype": str(empty.dtype).removeprefix("torch."), "shape": [*empty.shape]}
-        for slot in slots
-        for name, empty in zip(slot.names, slot.empty, strict=True)
-    }
+    described = {}
+    for slot in slots:
+        for name, empty, axis in zip(slot.names, slot.empty, slot.axes, strict=True):
+            shape = [0 if n == axis else size for n, size in enumerate(empty.shape)]
+            dtype = str(empty.dtype).removeprefix("torch.")
+            described[name] = {"weight": slot.weight, "dtype": dtype, "shape": shape, "rank": slot.least}
     version = base_version(model, lambda name: weights[name].load())
     return {"version": 1, "base": version, "graph": graph, "inputs": described}
 

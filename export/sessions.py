@@ -75,7 +75,7 @@ class Session:
         self._manifest = read_manifest(metadata, str(self.path)) if MANIFEST in metadata else None
         self._slots: dict[str, Any] = self._manifest["inputs"] if self._manifest else {}
         self._check_slots()
-        self._empty = {name: self._value(numpy.zeros(s["shape"], s["dtype"])) for name, s in self._slots.items()}
+        self._empty = {name: self._value(_empty(slot)) for name, slot in self._slots.items()}
         self._adapters: dict[str, dict[str, Any]] = {}
         self._running: dict[int, Any] = {}
 
@@ -334,6 +334,13 @@ class Session:
 
     def _gpu_options(self) -> Mapping[str, Any]:
         return self.session.get_provider_options()[self.session.get_providers()[0]]
+
+
+def _empty(slot: Mapping[str, Any]) -> numpy.ndarray:
+    """What the graph itself has in the slot."""
+    shape = list(slot["shape"])
+    shape[shape.index(0)] = slot["rank"]
+    return numpy.zeros(shape, slot["dtype"])
 
 
 def _options() -> Any:
