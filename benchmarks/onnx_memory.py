@@ -144,7 +144,9 @@ STEPS: dict[str, Any] = {
 
 
 def in_a_process(step: str, folder: Path, tiny: bool) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", __file__, "--run", step, str(folder), *(["--tiny"] if tiny else [])]
+    if tiny:  # only to see that it runs
+        return STEPS[step](folder, tiny)
+    command = [sys.executable, "-W", "ignore", __file__, "--run", step, str(folder)]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
 

@@ -167,6 +167,7 @@ def test_the_reports_say_what_is_in_the_files(exported):
         assert report.bytes == exported.paths[form].stat().st_size
 
 
+@pytest.mark.xdist_group("onnx-encoder")
 @pytest.mark.parametrize("exported", ["encoder"], indirect=True)
 def test_an_unfolded_branch_is_four_nodes(exported):
     branches = len(reference.distinct_adapters(exported.model))

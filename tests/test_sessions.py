@@ -154,7 +154,7 @@ def test_a_thousand_switches_leak_nothing(place):
 
 def test_an_adapter_lives_as_long_as_a_run_needs_it(place):
     session = place.session("two")
-    for _ in range(20):
+    for _ in range(5):
         future = session.run_async(feeds(), "two")
         session.unload_adapter("two")
         gc.collect()
