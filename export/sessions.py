@@ -143,12 +143,10 @@ class Session:
         """
         place, name = str(path), Path(path).stem if name is None else name
         factors, version = self._read(place)
-        if self._manifest is None:
-            read_manifest({}, str(self.path))
-            raise AssertionError
-        if version != self._manifest["base"]:
+        base = (self._manifest or read_manifest({}, str(self.path)))["base"]
+        if version != base:
             raise ExportError(
-                f"it is for base model {version}, the graph is of base model {self._manifest['base']}",
+                f"it is for base model {version}, the graph is of base model {base}",
                 place=place,
                 remedy="save it with save_onnx_adapter from the model that was exported, its base weights unchanged",
             )

@@ -763,7 +763,7 @@ MUTANTS = (
     ),
     Mutant(
         "adapter_of_any_base", "export", "export/sessions.py",
-        'if version != self._manifest["base"]:', 'if version < 0:',
+        'if version != base:', 'if version < 0:',
         "A session runs an adapter that was trained on other base weights.",
         tests=("tests/test_sessions.py::test_a_model_whose_base_changed_saves_no_adapter_for_the_graph",),
     ),
