@@ -35,15 +35,25 @@ class Times:
 
     def ratio(self, name: str, to: str) -> tuple[float, float, float]:
         """Median and quartiles of the ratios within a round: noise that lasts longer than a round cancels."""
-        ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)]
+        ratios = self._ratios(name, to)
         if len(ratios) < 2:
             return ratios[0], ratios[0], ratios[0]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         return middle, low, high
 
+    def interval(self, name: str, to: str) -> tuple[float, float, float]:
+        """Median of the ratios, and where the true median lies with 95 % confidence: between two order statistics."""
+        ratios = self._ratios(name, to)
+        n = len(ratios)
+        low = max(0, int((n - 1.96 * n**0.5) / 2))  # the normal approximation of the binomial distribution
+        return statistics.median(ratios), ratios[low], ratios[n - 1 - low]
 
-def paired(candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> Times:
-    """Each round calls every candidate once, in a random order."""
+    def _ratios(self, name: str, to: str) -> list[float]:
+        return sorted(a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True))
+
+
+def paired(candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 1, calls: int = 1) -> Times:
+    """Each round calls every candidate, in a random order; `calls` times in a row, for the time of one of them."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     cuda = torch.cuda.is_available()
     for number in range(-warm_up, rounds):
@@ -52,11 +62,12 @@ def paired(candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int =
             if cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            candidates[name]()
+            for _ in range(calls):
+                candidates[name]()
             if cuda:
                 torch.cuda.synchronize()
             if number >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start) / calls)
     return Times(times)
 
 

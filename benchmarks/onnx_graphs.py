@@ -158,13 +158,12 @@ def latency(options: Any) -> None:
             }
             calls["switchable, no adapter"] = calls.pop("switchable")
             calls["switchable, an adapter"] = functools.partial(sessions["switchable"].run, feeds, "a")
-            times = paired(calls, options.rounds, warm_up=3)
+            times = paired(calls, options.rounds, warm_up=3, calls=1 if options.tiny else 16 // batch + 1)
             for name in calls:
-                rows.append(
-                    (f"batch {batch}: {name}", f"{times.median(name) * 1e3:.2f}", shown(times.ratio(name, "base")))
-                )
+                ratios = (shown(f(name, "base"), 3) for f in (times.ratio, times.interval))
+                rows.append((f"batch {batch}: {name}", f"{times.median(name) * 1e3:.2f}", *ratios))
     title = f"Latency in ONNX Runtime: BERT, {layers} layers, {width} wide, {length} tokens, rank 8 on query and value"
-    report(title, ("", "ms", "/ base"), rows, options)
+    report(title, ("", "ms", "/ base (quartiles)", "/ base (95 % interval of the median)"), rows, options)
 
 
 def main() -> None:

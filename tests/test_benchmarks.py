@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,35 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 LATENCY = ("base", "unfolded", "folded", "base again", "switchable, no adapter", "switchable, an adapter")
+LATENCIES = [f"batch {batch}: {what}" for batch in (1, 16) for what in LATENCY]
 
 
-def run(name: str, *options: str) -> str:
-    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / name), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+def command(name: str, *options: str) -> str:
+    line = [sys.executable, "-W", "ignore", str(BENCHMARKS / name), *options]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
-def test_call_overhead_runs():
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The same in this process, where everything is imported already."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def run(name: str, *options: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        with warnings.catch_warnings(action="ignore"):
+            runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    sys.modules.pop("measuring", None)
+
+
+def test_it_is_a_command(tmp_path):
+    out = command("folding.py", "--tiny", "--rounds", "1", "--json", str(tmp_path / "table.json"))
+    assert json.loads((tmp_path / "table.json").read_text())["title"] in out
+
+
+def test_call_overhead_runs(run):
     out = run("call_overhead.py", "--tiny", "--rounds", "2")
     for name in ("hand-written", "lora_fx", "PEFT", "no branch"):
         assert f"\n{name}" in out
@@ -33,11 +56,11 @@ def test_call_overhead_runs():
         ("experts.py", ["--tokens", "16"], ["16"]),
         ("folding.py", [], ["float32", "bfloat16"]),
         ("scale.py", [], ["1", "2"]),
-        ("onnx_memory.py", ["--part", "stream"], ["0.00"]),
-        ("onnx_graphs.py", ["--part", "latency"], [f"batch {batch}: {what}" for batch in (1, 16) for what in LATENCY]),
+        pytest.param("onnx_memory.py", ["--part", "stream"], ["0.00"], marks=pytest.mark.onnx),
+        pytest.param("onnx_graphs.py", ["--part", "latency"], LATENCIES, marks=pytest.mark.onnx),
     ],
 )
-def test_a_benchmark_runs_and_its_table_is_json_too(tmp_path, name, options, rows):
+def test_a_benchmark_runs_and_its_table_is_json_too(run, tmp_path, name, options, rows):
     file = tmp_path / "table.json"
     out = run(name, "--tiny", "--rounds", "1", "--json", str(file), *options)
     found = json.loads(file.read_text())
