@@ -446,12 +446,12 @@ def schedulable(call: Call) -> tuple[str, Any]:
     options = call.options
     if call.form.name == "linear":
         return "linear", options.get("bias")
-    if len(call.sides) != 2 or not options.get("right"):
+    if call.sides not in ("io", "bio") or not options.get("right"):
         return "", None
     if call.form.name == "matmul":
         return "matmul", None
     if call.form.name == "addmm" and all(isinstance(k, int) and k == 1 for k in (options["alpha"], options["beta"])):
-        return "addmm", options["bias"]
+        return "addmm" if call.sides == "io" else "baddbmm", options["bias"]
     return "", None
 
 

@@ -78,7 +78,7 @@ class Row:
             return self.rule.schedule
         if self.why_not_dense:
             return schedules.FUSED
-        return f"{schedules.FUSED}; {schedules.DENSE} from {schedules.dense_from(*self.weight.shape):,} tokens"
+        return f"{schedules.FUSED}; {schedules.DENSE} from {schedules.dense_from(*self.weight.shape[-2:]):,} tokens"
 
     @property
     def why_branch(self) -> str:

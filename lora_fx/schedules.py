@@ -2,6 +2,8 @@
 
     y = x·Wᵀ + bias + Σ s·(x·Aᵀ)·Bᵀ        x: (…, in), W: (out, in), A: (rank, in), B: (out, rank)
 
+or one for each expert, all of them with an axis before: x: (experts, tokens, in).
+
 * ``branch``: matmuls and an add, as one would write it. Every pass of autograd is an op of its own.
 * ``fused``: the matmuls accumulate the branch onto y, and its gradient onto that of x. Backward keeps x and x·Aᵀ.
 * ``dense``: y = x·(W + s·B·A)ᵀ + bias, the sum made anew in each forward and backward, never kept. Two passes over W in
@@ -28,11 +30,12 @@ from lora_fx import rematerialization
 AUTO, BRANCH, FUSED, DENSE = "auto", "branch", "fused", "dense"
 SCHEDULES = (AUTO, BRANCH, FUSED, DENSE)
 
-#: the ops that can be scheduled; W is (out, in) for the first, (in, out) for the others
+#: the ops that can be scheduled; W is (out, in) for the first, (in, out) for the others, or (experts, in, out)
 OPS = {
     "linear": F.linear,
     "matmul": lambda x, weight, bias: torch.matmul(x, weight),
     "addmm": lambda x, weight, bias: torch.addmm(bias, x, weight),
+    "baddbmm": lambda x, weight, bias: torch.baddbmm(bias, x, weight),
 }
 
 _Term = tuple[Any, Any, float, int, Any]
@@ -102,8 +105,8 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term], sche
 
 def _takes_dense(x: Any, weight: Any, terms: Sequence[_Term], schedule: str) -> bool:
     if schedule == AUTO:
-        tokens = x.numel() // max(x.size(-1), 1)
-        if tokens < _CACHED or tokens < dense_from(*weight.shape):
+        tokens = x.size(1) if weight.dim() == 3 else x.numel() // max(x.size(-1), 1)
+        if tokens < _CACHED or tokens < dense_from(*weight.shape[-2:]):
             return False
     if weight.dtype not in _LOSES_NOTHING:  # the model may have been cast since
         return False
@@ -113,10 +116,14 @@ def _takes_dense(x: Any, weight: Any, terms: Sequence[_Term], schedule: str) -> 
 def _branch(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> Any:
     y = OPS[op](x, weight, bias)
     for A, B, scale, first, dropped in terms:
-        z = F.linear(x if dropped is None else dropped, A)
-        after = y.shape[-1] - first - B.shape[0]
-        y = y + F.linear(z if scale == 1 else z * scale, F.pad(B, (0, 0, first, after)) if first or after else B)
+        z = _linear(x if dropped is None else dropped, A)
+        after = y.shape[-1] - first - B.shape[-2]
+        y = y + _linear(z if scale == 1 else z * scale, F.pad(B, (0, 0, first, after)) if first or after else B)
     return y
+
+
+def _linear(x: Any, weight: Any) -> Any:
+    return F.linear(x, weight) if weight.dim() == 2 else torch.matmul(x, weight.mT)
 
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
@@ -134,6 +141,8 @@ def _may_schedule(x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> boo
         or (bias is not None and bias.requires_grad)
     ):
         return False
+    if weight.dim() == 3 and (x.dim() != 3 or x.size(0) != weight.size(0)):
+        return False  # one of them is broadcast
     dtype = x.dtype
     for t in (x, weight) if bias is None else (x, weight, bias):
         if type(t) not in _ORDINARY or t.dtype != dtype:
@@ -154,12 +163,20 @@ def _forward(
     """y; x·Aᵀ of each term, where backward needs it, is appended to `kept`."""
     if dense:
         return OPS[op](x, _sum(op, weight, terms), bias)
+    experts = weight.dim() == 3
     for A, _, _, _, dropped in terms:
-        z = F.linear(x if dropped is None else dropped, A)
-        kept.append(z if z.dim() == 2 else z.reshape(-1, z.size(-1)))
-    features = weight.size(0 if op == "linear" else 1)
+        z = _linear(x if dropped is None else dropped, A)
+        kept.append(z if experts or z.dim() == 2 else z.reshape(-1, z.size(-1)))
+    features = weight.size(0 if op == "linear" else -1)
     done = False
-    if x.numel() >= _LARGE and x.is_cpu and x.dim() > 1 and terms[0][1].size(0) == features and loses_nothing(x.dtype):
+    if (
+        x.numel() >= _LARGE
+        and x.is_cpu
+        and x.dim() > 1
+        and not experts
+        and terms[0][1].size(0) == features
+        and loses_nothing(x.dtype)
+    ):
         # A large product that adds to what is there costs what one that overwrites it does.
         y = x.new_empty(*x.shape[:-1], features)
         rows = y.view(-1, features)
@@ -172,15 +189,20 @@ def _forward(
         done = True
     else:
         y = rows = OPS[op](x, weight, bias)
-        if y.dim() != 2:
+        if y.dim() != 2 and not experts:
             y = y.contiguous()
             rows = y.view(-1, features)
     for (_, B, scale, first, _), z in zip(terms, kept, strict=True):
         if done:
             done = False
         else:
-            _part(rows, first, B).addmm_(z, B.t(), alpha=scale)
+            _add(_part(rows, first, B), z, B.mT, scale)
     return y
+
+
+def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1, beta: int = 1) -> torch.Tensor:
+    """beta·total + scale·left·right, in place; what `total` holds does not matter where beta is 0."""
+    return (total.addmm_ if total.dim() == 2 else total.baddbmm_)(left, right, beta=beta, alpha=scale)
 
 
 def _terms(spec: Sequence[tuple[float, int]], tensors: Sequence[Any]) -> list[_Term]:
@@ -190,19 +212,20 @@ def _terms(spec: Sequence[tuple[float, int]], tensors: Sequence[Any]) -> list[_T
 
 def _part(rows: torch.Tensor, first: int, B: torch.Tensor) -> torch.Tensor:
     """The features that B makes."""
-    return rows if B.size(0) == rows.size(1) else rows.narrow(1, first, B.size(0))
+    return rows if B.size(-2) == rows.size(-1) else rows.narrow(-1, first, B.size(-2))
 
 
 def _sum(op: str, weight: torch.Tensor, terms: Sequence[_Term]) -> torch.Tensor:
     """W + Σ s·B·A, differentiable in A and B."""
-    total = weight if op == "linear" else weight.t()
+    total = weight if op == "linear" else weight.mT
+    add = torch.addmm if total.dim() == 2 else torch.baddbmm
     for A, B, scale, first, _ in terms:
-        if B.shape[0] == total.shape[0]:
-            total = torch.addmm(total, B, A, alpha=scale)
+        if B.shape[-2] == total.shape[-2]:
+            total = add(total, B, A, alpha=scale)
         else:
-            part = torch.addmm(total.narrow(0, first, B.shape[0]), B, A, alpha=scale)
-            total = torch.cat([total[:first], part, total[first + B.shape[0] :]])
-    return total if op == "linear" else total.t()
+            before, part, after = total.tensor_split((first, first + B.shape[-2]), dim=-2)
+            total = torch.cat([before, add(part, B, A, alpha=scale), after], dim=-2)
+    return total if op == "linear" else total.mT
 
 
 class _Scheduled(torch.autograd.Function):
@@ -259,17 +282,18 @@ def _gradients(
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """The gradient of x, of this shape, and those of A, B and x with dropout of each term, where they are needed."""
-    g, width = grad.reshape(-1, grad.shape[-1]), shape[-1]
+    width = shape[-1]
+    g = _rows(grad, weight)
     grads: list[Any] = []
     factors: list[Any] = []  # whose products belong to the gradient of x
     for k, (A, B, scale, first, dropped) in enumerate(terms):
-        own, mine = (x if dropped is None else dropped).reshape(-1, width), _part(g, first, B)
-        z = F.linear(mine, B.t().contiguous())
+        own, mine = _rows(x if dropped is None else dropped, weight), _part(g, first, B)
+        z = _linear(mine, B.mT.contiguous())
         grad_a = grad_b = grad_own = None
         if needs[3 * k]:
             grad_a = _tall(z, own, scale)
         if needs[3 * k + 1]:
-            grad_b = _tall(F.linear(own, A) if dense else kept[k], mine, scale).t()
+            grad_b = _tall(_linear(own, A) if dense else kept[k], mine, scale).mT
         if needs[3 * k + 2]:
             grad_own = _product(z, A, scale).view(dropped.shape)
         elif dropped is None and not dense:
@@ -278,11 +302,16 @@ def _gradients(
     if not needs_x:
         return None, grads
     total = _sum(op, weight, terms) if dense else weight
-    grad_x = g.new_empty(g.shape[0], width)
+    grad_x = g.new_empty(*g.shape[:-1], width)
     for n, (z, A, scale) in enumerate(factors):
-        grad_x.addmm_(z, A, beta=1 if n else 0, alpha=scale)
-    grad_x.addmm_(g, total if op == "linear" else total.t(), beta=1 if factors else 0)
+        _add(grad_x, z, A, scale, beta=1 if n else 0)
+    _add(grad_x, g, total if op == "linear" else total.mT, beta=1 if factors else 0)
     return grad_x.view(shape), grads
+
+
+def _rows(t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """All tokens in one axis; those of each expert in one."""
+    return t if weight.dim() == 3 else t.reshape(-1, t.shape[-1])
 
 
 def _saved(ctx: Any) -> tuple[Any, torch.Tensor, list[Any]]:
@@ -295,8 +324,7 @@ def _saved(ctx: Any) -> tuple[Any, torch.Tensor, list[Any]]:
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    out = left.new_empty(left.shape[0], right.shape[1])
-    return out.addmm_(left, right, beta=0, alpha=scale)
+    return _add(left.new_empty(*left.shape[:-1], right.shape[-1]), left, right, scale, beta=0)
 
 
 _PARTS = 4
@@ -305,8 +333,8 @@ _PARTS = 4
 def _tall(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """scale · leftᵀ·right, over many rows: (rows, rank), (rows, features) → (rank, features)."""
     rows = left.shape[0]
-    if left.device.type != "cpu" or rows % _PARTS or rows < 128:
-        return _product(left.t(), right, scale)
+    if left.dim() == 3 or left.device.type != "cpu" or rows % _PARTS or rows < 128:
+        return _product(left.mT, right, scale)
     # A CPU's matmul does not share out the long axis of such a product among its threads; a batch it does.
     parts = torch.bmm(left.view(_PARTS, -1, left.shape[1]).mT, right.view(_PARTS, -1, right.shape[1]))
     return parts.sum(0).mul_(scale)
@@ -338,6 +366,7 @@ def _may_compile(x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> bool
         or torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()
         or x.device.type != "cpu"
+        or weight.dim() != 2
         or weight.numel() < _LARGE
         or weight.requires_grad
         or torch.is_autocast_enabled("cpu")
