@@ -446,13 +446,11 @@ def schedulable(call: Call) -> tuple[str, Any]:
     options = call.options
     if call.form.name == "linear":
         return "linear", options.get("bias")
-    if call.sides not in ("io", "bio") or not options.get("right"):
+    if call.form.name not in ("matmul", "addmm") or call.sides not in ("io", "bio") or not options["right"]:
         return "", None
-    if call.form.name == "matmul":
-        return "matmul", None
-    if call.form.name == "addmm" and all(isinstance(k, int) and k == 1 for k in (options["alpha"], options["beta"])):
-        return "addmm" if call.sides == "io" else "baddbmm", options["bias"]
-    return "", None
+    if any(not isinstance(k, int) or k != 1 for k in (options.get("alpha", 1), options.get("beta", 1))):
+        return "", None
+    return options["op"], options.get("bias")
 
 
 def _dense(value: Any) -> Any:

@@ -103,8 +103,8 @@ def _linear_up(call: Call, z: Any, B: Any) -> Any:
 def _parse_matmul(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
     left, right = _bind("left right", args, {})["left"], args[1] if len(args) > 1 else next(iter(kwargs.values()))
     if op == "__rmatmul__":
-        left, right = right, left
-    return _product(form, left, right, ndim, {})
+        op, left, right = "matmul", right, left
+    return _product(form, left, right, ndim, {"op": op})
 
 
 def _product(form: Form, left: Any, right: Any, ndim: Callable, options: dict[str, Any]) -> Call | None:
@@ -136,7 +136,7 @@ def _parse_addmm(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable)
     a = _bind("input left right", args, {k: v for k, v in kwargs.items() if k in ("input", "beta", "alpha")})
     a.setdefault("left", kwargs.get("mat1", kwargs.get("batch1", kwargs.get("vec"))))
     a.setdefault("right", kwargs.get("mat2", kwargs.get("batch2", kwargs.get("mat"))))
-    options = {"alpha": a.get("alpha", 1), "beta": a.get("beta", 1), "bias": a["input"]}
+    options = {"op": op, "alpha": a.get("alpha", 1), "beta": a.get("beta", 1), "bias": a["input"]}
     return _product(form, a["left"], a["right"], ndim, options)
 
 

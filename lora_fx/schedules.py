@@ -34,6 +34,8 @@ SCHEDULES = (AUTO, BRANCH, FUSED, DENSE)
 OPS = {
     "linear": F.linear,
     "matmul": lambda x, weight, bias: torch.matmul(x, weight),
+    "mm": lambda x, weight, bias: torch.mm(x, weight),
+    "bmm": lambda x, weight, bias: torch.bmm(x, weight),
     "addmm": lambda x, weight, bias: torch.addmm(bias, x, weight),
     "baddbmm": lambda x, weight, bias: torch.baddbmm(bias, x, weight),
 }
@@ -65,14 +67,17 @@ def dense_from(inputs: int, outputs: int) -> int:
     return max(_CACHED, 4 * inputs * outputs // max(inputs + outputs, 1))
 
 
-_here = threading.local()
+class _Here(threading.local):
+    plainly = False
+
+
+_here = _Here()
 
 
 @contextmanager
 def plainly() -> Iterator[None]:
     """In this thread, every schedule is `branch`: for programs that are to be read."""
-    before = getattr(_here, "plainly", False)
-    _here.plainly = True
+    before, _here.plainly = _here.plainly, True
     try:
         yield
     finally:
@@ -92,7 +97,9 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term], sche
         return _branch(op, x, weight, bias, terms)
     if schedule == BRANCH or not _may_schedule(x, weight, bias, terms):
         return _branch(op, x, weight, bias, terms)
-    dense = schedule != FUSED and _takes_dense(x, weight, terms, schedule)
+    dense = (
+        schedule != FUSED and (schedule == DENSE or x.numel() >= _CACHED) and _takes_dense(x, weight, terms, schedule)
+    )
     if not torch.is_grad_enabled():
         return _forward(op, dense, x, weight, bias, terms, [])
     tensors: list[Any] = []
@@ -132,7 +139,7 @@ _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 def _may_schedule(x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> bool:
     """Whether all are ordinary tensors of one dtype, with W frozen, and nothing transforms or records the call."""
     if (
-        getattr(_here, "plainly", False)
+        _here.plainly
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
         or torch.autograd.forward_ad._current_level >= 0
@@ -141,7 +148,7 @@ def _may_schedule(x: Any, weight: Any, bias: Any, terms: Sequence[_Term]) -> boo
         or (bias is not None and bias.requires_grad)
     ):
         return False
-    if weight.dim() == 3 and (x.dim() != 3 or x.size(0) != weight.size(0)):
+    if weight.dim() == 3 and (x.dim() != 3 or any(t.shape[:-2] != x.shape[:1] for t in (weight, *terms[0][:2]))):
         return False  # one of them is broadcast
     dtype = x.dtype
     for t in (x, weight) if bias is None else (x, weight, bias):
@@ -202,7 +209,9 @@ def _forward(
 
 def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1, beta: int = 1) -> torch.Tensor:
     """beta·total + scale·left·right, in place; what `total` holds does not matter where beta is 0."""
-    return (total.addmm_ if total.dim() == 2 else total.baddbmm_)(left, right, beta=beta, alpha=scale)
+    if total.dim() == 2:
+        return total.addmm_(left, right, beta=beta, alpha=scale)
+    return total.baddbmm_(left, right, beta=beta, alpha=scale)
 
 
 def _terms(spec: Sequence[tuple[float, int]], tensors: Sequence[Any]) -> list[_Term]:

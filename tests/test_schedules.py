@@ -17,7 +17,14 @@ from tests import reference
 IN, OUT, RANK = 5, 7, 2
 PARTS = {"whole": [(0, OUT)], "two": [(0, OUT), (0, OUT)], "parts": [(0, 3), (4, 3)], "end": [(5, 2)]}
 SHAPES = {"vector": (IN,), "rows": (6, IN), "tokens": (3, 4, IN), "none": (0, IN), "experts": (2, 3, IN)}
-TAKES = {"linear": {*SHAPES} - {"experts"}, "matmul": {*SHAPES}, "addmm": {"rows", "none"}, "baddbmm": {"experts"}}
+TAKES = {
+    "linear": {*SHAPES} - {"experts"},
+    "matmul": {*SHAPES},
+    "mm": {"rows", "none"},
+    "addmm": {"rows", "none"},
+    "bmm": {"experts"},
+    "baddbmm": {"experts"},
+}
 
 
 class Case:
@@ -33,7 +40,7 @@ class Case:
         self.x = random(*SHAPES[shape]).requires_grad_()
         each = SHAPES[shape][:1] if shape == "experts" else ()
         self.weight = random(OUT, IN) if op == "linear" else random(*each, IN, OUT)
-        self.bias = None if op == "matmul" else random(*each, *([1] if each else []), OUT)
+        self.bias = None if op in ("matmul", "mm", "bmm") else random(*each, *([1] if each else []), OUT)
         self.mask = (random(*SHAPES[shape]) > -0.5).to(dtype) / 0.7
         self.factors = []
         for k, (_, features) in enumerate(self.parts):

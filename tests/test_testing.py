@@ -26,7 +26,9 @@ from lora_fx.random_models import (
     BLOCKS,
     DTYPES,
     HEADS,
+    Addmm,
     Attention,
+    Bmm,
     Computed,
     Conv,
     Embedding,
@@ -200,6 +202,18 @@ def test_a_lost_branch_of_any_single_site_is_far_above_the_bound_and_is_named(bl
             found = first_difference(model, lora_fx.fold(broken), model.example())
             assert found is not None and name in found.weights and found.report.error > found.report.bound
             assert found.module.startswith(f"blocks.{len(first)}")
+
+
+@pytest.mark.parametrize(
+    ("block", "how"), [(block, how) for block in (Matmul, Bmm, Addmm) for how in block.choices["how"]]
+)
+def test_every_op_of_a_matmul_is_compared_with_itself(block, how):
+    model = filled(RandomModel(Linear(), block(how=how), Linear()))
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        next(adapter for path, _, _, adapter in wiring.find_adapters(broken) if path == "blocks.1").B.zero_()
+    found = first_difference(model, lora_fx.fold(broken), model.example())
+    assert found is not None and "blocks.1.weight" in found.weights
 
 
 def test_equal_models_differ_nowhere():

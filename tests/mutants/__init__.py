@@ -480,18 +480,18 @@ MUTANTS = (
     # ── schedules ────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "fused_without_scale", "schedules", "lora_fx/schedules.py",
-        "_part(rows, first, B).addmm_(z, B.t(), alpha=scale)", "_part(rows, first, B).addmm_(z, B.t())",
+        "_add(_part(rows, first, B), z, B.mT, scale)", "_add(_part(rows, first, B), z, B.mT)",
         "The branch that is accumulated in place is x·A·B, without its scale.",
         laws="l2",
     ),
     Mutant(
         "fused_part_at_the_front", "schedules", "lora_fx/schedules.py",
-        "rows.narrow(1, first, B.size(0))", "rows.narrow(1, 0, B.size(0))",
+        "rows.narrow(-1, first, B.size(-2))", "rows.narrow(-1, 0, B.size(-2))",
         "An adapter of the value rows of a fused weight acts on its first rows.",
     ),
     Mutant(
         "dense_schedule_without_scale", "schedules", "lora_fx/schedules.py",
-        "            total = torch.addmm(total, B, A, alpha=scale)", "            total = torch.addmm(total, B, A)",
+        "            total = add(total, B, A, alpha=scale)", "            total = add(total, B, A)",
         "W + B·A, without its scale, where the tokens are many.",
     ),
     Mutant(
