@@ -495,6 +495,11 @@ MUTANTS = (
         "W + B·A, without its scale, where the tokens are many.",
     ),
     Mutant(
+        "dense_part_at_the_front", "schedules", "lora_fx/schedules.py",
+        "total.tensor_split((first, first + B.shape[-2]), dim=-2)", "total.tensor_split((0, B.shape[-2]), dim=-2)",
+        "Where the tokens are many, an adapter of the value rows of a fused weight acts on its first rows.",
+    ),
+    Mutant(
         "dense_drops_the_whole_input", "schedules", "lora_fx/schedules.py",
         "return all(term[4] is None or term[4] is x for term in terms)", "return True",
         "Where the tokens are many, dropout on the branch is forgotten.",
