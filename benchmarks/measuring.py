@@ -56,6 +56,7 @@ def paired(candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int =
     """Each round calls every candidate, in a random order; `calls` times in a row, for the time of one of them."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     cuda = torch.cuda.is_available()
+    gc.freeze()  # what a round collects is its own, not everything that is imported
     for number in range(-warm_up, rounds):
         gc.collect()
         for name in random.sample(list(candidates), len(candidates)):
@@ -68,6 +69,7 @@ def paired(candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int =
                 torch.cuda.synchronize()
             if number >= 0:
                 times[name].append((time.perf_counter() - start) / calls)
+    gc.unfreeze()
     return Times(times)
 
 
