@@ -45,8 +45,8 @@ class Times:
         """Median of the ratios, and where the true median lies with 95 % confidence: between two order statistics."""
         ratios = self._ratios(name, to)
         n = len(ratios)
-        low = max(0, int((n - 1.96 * n**0.5) / 2))  # the normal approximation of the binomial distribution
-        return statistics.median(ratios), ratios[low], ratios[n - 1 - low]
+        rank = max(1, int((n - 1.96 * n**0.5) / 2))  # the normal approximation of the binomial distribution
+        return statistics.median(ratios), ratios[rank - 1], ratios[n - rank]
 
     def _ratios(self, name: str, to: str) -> list[float]:
         return sorted(a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True))

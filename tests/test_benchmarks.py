@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -36,6 +38,18 @@ def run(monkeypatch, capsys):
 
     yield run
     sys.modules.pop("measuring", None)
+
+
+def test_the_interval_of_a_median_is_that_of_the_binomial_distribution(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measuring = importlib.import_module("measuring")
+    for n in (1, 2, 10, 101, 600):
+        times = measuring.Times({"a": [float(k) for k in range(n, 0, -1)], "b": [1.0] * n})
+        middle, low, high = times.interval("a", "b")
+        assert middle == (n + 1) / 2 and low + high == n + 1
+        outside = 2 * sum(math.comb(n, k) for k in range(int(low))) / 2**n  # fewer than `low` lie below the median
+        assert outside <= 0.05 or low == 1
+    monkeypatch.delitem(sys.modules, "measuring")
 
 
 def test_it_is_a_command(tmp_path):
