@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
+from lora_fx.changes import in_turn
 from lora_fx.errors import CaptureError
 from lora_fx.schedules import plainly
 
@@ -176,7 +177,8 @@ def _capture(model: nn.Module, inputs: Inputs) -> Capture:
         return output_tensors(model(*args, **kwargs))
 
     leaves = [leaf for leaf, is_t in zip(flat, is_tensor, strict=True) if is_t]
-    with undisturbed(model), no_fast_paths(), plainly(), torch.no_grad():
+    # In turn: tracing patches torch, here and in torch.fx.
+    with in_turn(), undisturbed(model), no_fast_paths(), plainly(), torch.no_grad():
         model.eval()
         module = _make_fx(model, run, list(state.values()), leaves)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]

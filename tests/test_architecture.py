@@ -15,8 +15,8 @@ HEAVY = ("onnx", "onnxruntime", "onnxscript", "transformers", "peft", "sklearn",
 #: from the bottom up; a module imports only from modules before it
 LAYERS = [
     {"errors", "random_models", "rematerialization", "rounding", "tables", "views"},
-    {"schedules"},
-    {"changes", "forms", "layout", "frontend"},
+    {"changes", "schedules"},
+    {"forms", "layout", "frontend"},
     {"adapter"},
     {"tracing"},
     {"wiring", "program"},

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
+from torch.fx.experimental import proxy_tensor
 
 import lora_fx
 from lora_fx import LoraFxError, Rule, changes
@@ -69,6 +70,28 @@ def started(*works: Callable[[], Any]) -> list[BaseException]:
         thread.join(LIMIT)
         assert not thread.is_alive(), "it hangs"
     return errors
+
+
+def test_captures_take_turns():
+    """What is patched while torch traces is what it was afterwards, whichever capture ends first."""
+    second, first_ended = threading.Event(), threading.Event()
+
+    class Waiting(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.out_features == 1:
+                second.wait(0.5)
+            else:
+                second.set()
+                first_ended.wait(0.5)
+            return super().forward(x)
+
+    def first() -> None:
+        lora_fx.capture(Waiting(3, 1), torch.ones(2, 3))
+        first_ended.set()
+
+    before = proxy_tensor.extract_val, fx.proxy.TracerBase.create_node, nn.Module.__call__
+    assert not started(first, lambda: lora_fx.capture(Waiting(3, 2), torch.ones(2, 3)))
+    assert (proxy_tensor.extract_val, fx.proxy.TracerBase.create_node, nn.Module.__call__) == before
 
 
 # ── forwards together ────────────────────────────────────────────────────────────────────────────────────────────────
