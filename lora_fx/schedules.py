@@ -172,39 +172,35 @@ def _forward(
         return OPS[op](x, _sum(op, weight, terms), bias)
     experts = weight.dim() == 3
     for A, _, _, _, dropped in terms:
-        z = _linear(x if dropped is None else dropped, A)
+        own = x if dropped is None else dropped
+        z = torch.bmm(own, A.mT) if experts else F.linear(own, A)
         kept.append(z if experts or z.dim() == 2 else z.reshape(-1, z.size(-1)))
-    features = weight.size(0 if op == "linear" else -1)
-    done = False
-    if (
-        x.numel() >= _LARGE
-        and x.is_cpu
-        and x.dim() > 1
-        and not experts
-        and terms[0][1].size(0) == features
-        and loses_nothing(x.dtype)
-    ):
+    if x.numel() >= _LARGE and _starts_with_the_branch(op, x, weight, terms):
         # A large product that adds to what is there costs what one that overwrites it does.
-        y = x.new_empty(*x.shape[:-1], features)
-        rows = y.view(-1, features)
-        _, B, scale, _, _ = terms[0]
+        (_, B, scale, _, _), *others = terms
+        y = x.new_empty(*x.shape[:-1], B.size(0))
+        rows = y.view(-1, B.size(0))
         if bias is None:
             rows.addmm_(kept[0], B.t(), beta=0, alpha=scale)
         else:
             torch.addmm(bias, kept[0], B.t(), alpha=scale, out=rows)
         rows.addmm_(x.reshape(-1, x.size(-1)), weight.t() if op == "linear" else weight)
-        done = True
+        left = zip(others, kept[1:], strict=True)
     else:
         y = rows = OPS[op](x, weight, bias)
         if y.dim() != 2 and not experts:
             y = y.contiguous()
-            rows = y.view(-1, features)
-    for (_, B, scale, first, _), z in zip(terms, kept, strict=True):
-        if done:
-            done = False
-        else:
-            _add(_part(rows, first, B), z, B.mT, scale)
+            rows = y.view(-1, y.size(-1))
+        left = zip(terms, kept, strict=True)
+    for (_, B, scale, first, _), z in left:
+        _add(_part(rows, first, B), z, B.mT, scale)
     return y
+
+
+def _starts_with_the_branch(op: str, x: Any, weight: Any, terms: Sequence[_Term]) -> bool:
+    features = weight.size(0 if op == "linear" else -1)
+    whole = weight.dim() == 2 and terms[0][1].size(0) == features
+    return whole and x.is_cpu and x.dim() > 1 and loses_nothing(x.dtype)
 
 
 def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1, beta: int = 1) -> torch.Tensor:
