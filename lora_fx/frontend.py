@@ -214,7 +214,7 @@ def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list) -> fx.Grap
 @contextlib.contextmanager
 def _described_in_one_mode() -> Iterator[None]:
     """`make_fx` describes each result of a real run by a fake tensor of a mode of its own, which holds a traceback:
-    more than half of the time that a capture takes, in torch 2.13. One mode will do."""
+    two fifths of the time that a capture takes, in torch 2.13. One mode will do."""
     mode, describe, here = FakeTensorMode(), proxy_tensor.extract_val, threading.get_ident()
 
     def described(value: Any, *args: Any, **options: Any) -> Any:

@@ -97,9 +97,7 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term], sche
         return _branch(op, x, weight, bias, terms)
     if schedule == BRANCH or not _may_schedule(x, weight, bias, terms):
         return _branch(op, x, weight, bias, terms)
-    dense = (
-        schedule != FUSED and (schedule == DENSE or x.numel() >= _CACHED) and _takes_dense(x, weight, terms, schedule)
-    )
+    dense = schedule != FUSED and _takes_dense(x, weight, terms, schedule)
     if not torch.is_grad_enabled():
         return _forward(op, dense, x, weight, bias, terms, [])
     tensors: list[Any] = []
@@ -112,8 +110,10 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[_Term], sche
 
 def _takes_dense(x: Any, weight: Any, terms: Sequence[_Term], schedule: str) -> bool:
     if schedule == AUTO:
+        if x.numel() < _CACHED:  # and fewer tokens still
+            return False
         tokens = x.size(1) if weight.dim() == 3 else x.numel() // max(x.size(-1), 1)
-        if tokens < _CACHED or tokens < dense_from(*weight.shape[-2:]):
+        if tokens < dense_from(*weight.shape[-2:]):
             return False
     if weight.dtype not in _LOSES_NOTHING:  # the model may have been cast since
         return False
