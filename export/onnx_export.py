@@ -328,7 +328,7 @@ class _Job:
         name_interface(program, self.call, *self.names)
         if not slots:
             return _Made(program, weights, contents)
-        open_slots(program.model.graph, slots, len(self.call.names))
+        slots = open_slots(program.model.graph, slots, len(self.call.names))
         listed = manifest(self.model, slots, graph_digest(program.model), weights)
         return _Made(program, weights, contents, {MANIFEST: json.dumps(listed)})
 

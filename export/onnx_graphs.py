@@ -44,6 +44,7 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
                 kwargs=inputs.kwargs,
                 dynamic_shapes=call.shapes,
                 opset_version=opset,
+                custom_translation_table=_translations(),
                 dynamo=True,
                 optimize=False,
                 verbose=False,
@@ -66,6 +67,18 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
     if call.labels:
         program.rename_axes(axis_names(program, call))
     return program
+
+
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """Our own, for convolutions: torch's give one without a bias a bias of zeros, which for conv3d has two axes, and
+    which nothing takes out again where the weight's channels are dynamic, as the rank of a slot is."""
+    from onnxscript.function_libs.torch_lib.ops.core import aten_convolution
+
+    def conv(x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1):  # type: ignore[no-untyped-def]
+        return aten_convolution(x, weight, bias, stride, padding, dilation, groups=groups)
+
+    aten = torch.ops.aten
+    return dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), conv)
 
 
 def name_interface(
@@ -155,7 +168,7 @@ def optimize(model: Any, weights: Weights, wanted: bool = True) -> Contents:
     else:
         with numpy.errstate(all="ignore"):  # a constant log(0) is evaluated whatever the user's warning filters are
             _optimize_blind(model)
-            shared = _shared(model, weights)
+            shared = _shared(model, weights) & values.keys()  # buffers are the same in the base
             axes |= _transpose_weights(model, values, shared)
             large = {name for name, value in values.items() if value.size > _FOLDABLE}
             with _hidden(model, values, large):

@@ -17,7 +17,7 @@ import os
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ FACTORS = "lora_fx_factors"
 
 _RANK = torch.export.Dim.DYNAMIC
 
+# What ONNX Runtime runs with a rank of 0. It dies of a division by zero in a Conv, and in an Einsum.
+_MULTIPLY = frozenset({"MatMul", "Gemm"})
+_MOVE = frozenset(
+    {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Slice", "Gather", "GatherND", "Cast", "Identity"}
+)
+
 _TRACED = 2  # the rank that a slot is traced with: torch.export takes 0 and 1 for special sizes
 _SLOT = "slot"
 
@@ -55,6 +61,8 @@ class Slot:
     weight: str
     adapter: Adapter
     """What the model reads while it is translated: of all rows, with scale 1."""
+    least: int = 0
+    """The rank of an empty slot."""
 
     @property
     def names(self) -> tuple[str, str]:
@@ -64,12 +72,6 @@ class Slot:
     def axes(self) -> tuple[int, int]:
         """Where A and B have the rank."""
         return self.adapter.A.ndim - 2, self.adapter.B.ndim - 1
-
-    @property
-    def least(self) -> int:
-        """The rank of an empty slot. Of a convolution it is 1: ONNX Runtime divides by the channels of an output."""
-        sides = self.adapter.layout.sides
-        return 1 if len(sides) > 2 and "b" not in sides else 0
 
     @property
     def empty(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,8 +153,12 @@ def _free(me: inspect.Parameter, others: list[inspect.Parameter]) -> inspect.Par
     return me.replace(kind=inspect.Parameter.POSITIONAL_ONLY) if only else me
 
 
-def open_slots(graph: Any, slots: list[Slot], inputs: int) -> None:
-    """Give the inputs that are A and B their names, a place behind the model's own inputs, and empty defaults."""
+def open_slots(graph: Any, slots: list[Slot], inputs: int) -> list[Slot]:
+    """Give the inputs that are A and B their names, a place behind the model's own inputs, and empty defaults.
+
+    Returns:
+        The slots, each with the least rank that the graph runs with.
+    """
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor
 
@@ -160,14 +166,25 @@ def open_slots(graph: Any, slots: list[Slot], inputs: int) -> None:
     own = [value for value in graph.inputs if not _is_factor(value)]
     assert len(own) == inputs and len(values) == 2 * len(slots), "the exporter has dropped an input"
     graph.inputs[:] = [*own, *values]
-    for n, slot in enumerate(slots):
-        own_values = values[2 * n : 2 * n + 2]
-        for value, name, default, axis in zip(own_values, slot.names, slot.empty, slot.axes, strict=True):
+    opened = []
+    for n, given in enumerate(slots):
+        factors = values[2 * n : 2 * n + 2]
+        slot = replace(given, least=0 if all(map(_may_be_empty, factors)) else 1)
+        opened.append(slot)
+        for value, name, default, axis in zip(factors, slot.names, slot.empty, slot.axes, strict=True):
             sizes = list(default.shape)
             value.shape = onnx_ir.Shape([*sizes[:axis], f"{slot.weight}.rank", *sizes[axis + 1 :]])
             value.name = name
             value.const_value = TorchTensor(default, name=name)
             graph.initializers[name] = value
+    return opened
+
+
+def _may_be_empty(factor: Any) -> bool:
+    """Whether all that multiplies with this factor runs where its rank is 0."""
+    nodes = factor.consumers()
+    moved = [value for node in nodes if node.op_type in _MOVE for value in node.outputs]
+    return all(node.op_type in _MOVE | _MULTIPLY for node in nodes) and all(map(_may_be_empty, moved))
 
 
 def _is_factor(value: Any) -> bool:

@@ -30,6 +30,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapter import AdaptedWeight, Adapter, Factors
+from lora_fx.errors import LoraFxError
 from lora_fx.tracing import Untraceable, active_tracer, baked_attributes, rewrite_graph, trace_forward
 from lora_fx.views import View
 
@@ -71,8 +72,35 @@ def attribute_of(child: str) -> str:
     return child.partition(_SEPARATOR)[0]
 
 
+def refuse_displaced(model: nn.Module) -> None:
+    """Raise where another tool has taken over what is adapted: the adapters would be left out, or the tool's work lost.
+
+    Raises:
+        LoraFxError: a class was derived from a generated one, or an adapted or folded weight is no parameter any more.
+    """
+    undo = "undo it (torch.nn.utils.parametrize.remove_parametrizations, prune.remove), or do it after a final fold"
+    for path, module in model.named_modules():
+        if isinstance(module, Adapter):
+            continue
+        if is_generated(type(module), inherited=True) and not is_generated(type(module)):
+            raise LoraFxError(
+                f"since the module was adapted it has been given the class {type(module).__name__}",
+                place=path or "the model",
+                remedy=undo,
+            )
+        folded = module.__dict__[FOLDED].originals if FOLDED in module.__dict__ else ()
+        for attribute in (*map(attribute_of, adapters_of(module)), *folded):
+            if attribute not in module._parameters:
+                raise LoraFxError(
+                    "since it was adapted the weight has ceased to be a parameter: something computes it now",
+                    place=f"{path}.{attribute}".lstrip("."),
+                    remedy=undo,
+                )
+
+
 def find_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
     """(path of the owner, owner, child name, adapter) of every adapter, tied owners included."""
+    refuse_displaced(model)
     for path, module in model.named_modules():
         if not isinstance(module, Adapter):
             for child, adapter in adapters_of(module).items():
@@ -101,6 +129,7 @@ class Storage:
 
 def adapted_storages(model: nn.Module) -> list[Storage]:
     """Every storage that an active adapter acts on, once for each set of adapters it is read with."""
+    refuse_displaced(model)
     storages: dict[int, dict[tuple[Adapter, ...], list[tuple[nn.Module, str]]]] = {}
     for module in model.modules():
         if isinstance(module, Adapter):
@@ -221,6 +250,7 @@ def wire_or_dispatch(model: nn.Module) -> None:
 
 def unwire(model: nn.Module) -> None:
     """Give every module its original class and graph back; adapters stay where they are, and do nothing."""
+    refuse_displaced(model)
     for module in model.modules():
         spec = getattr(type(module), "_lora_fx", None)
         if spec is not None:
@@ -364,9 +394,17 @@ def generated_class(spec: Spec) -> type:
     return cls
 
 
+def is_generated(cls: type, inherited: bool = False) -> bool:
+    """Whether the class is one of ours; or, inherited, was derived from one."""
+    return hasattr(cls, "_lora_fx") if inherited else "_lora_fx" in vars(cls)
+
+
 def _reduce(self: nn.Module, protocol: Any) -> tuple:
     """Copy and pickle by what the class was made from, since the class itself is found in no module."""
-    _, _, *state = object.__reduce_ex__(self, max(int(protocol), 2))
+    plain = object.__reduce_ex__(self, max(int(protocol), 2))
+    if not is_generated(type(self)):
+        return plain
+    _, _, *state = plain
     return _remake, (self._lora_fx,), *state
 
 
@@ -377,11 +415,23 @@ def _remake(spec: Spec) -> nn.Module:
 
 def _guarded_setattr(self: nn.Module, name: str, value: Any) -> None:
     spec = type(self)._lora_fx
-    if name in spec.baked and self.__dict__.get(name) != value:
+    if name in spec.baked and _differ(self.__dict__.get(name), value):
+        if not is_generated(type(self)):
+            raise LoraFxError(
+                f"the generated forward has {name}={self.__dict__.get(name)!r} in it, and cannot be left for another: "
+                f"since the module was adapted it has been given the class {type(self).__name__}",
+                place=f"{type(self).__name__}.{name}",
+                remedy=f"set {name} before",
+            )
         # The generated forward assumes the old value; the base forward, which dispatches, reads the new one.
         own = _by_attribute(_active(self))
         self.__class__ = generated_class(Spec(spec.base, own, "", (), frozenset()))
-    super(type(self), self).__setattr__(name, value)
+    spec.base.__setattr__(self, name, value)  # the class may have become another's base, as in torch.export
+
+
+def _differ(old: Any, new: Any) -> bool:
+    """Whether a forward may tell these apart: tensors always, and 2 from 2.0."""
+    return old is not new and (type(old) is not type(new) or (old == new) is not True)
 
 
 def _adapted_property(attribute: str, children: tuple[str, ...]) -> property:

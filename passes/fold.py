@@ -217,6 +217,7 @@ class Unfold:
                 place=type(model).__name__,
                 remedy="only fold(model) without final=True can be undone",
             )
+        wiring.refuse_displaced(model)
         kept = [(m, m.__dict__[wiring.FOLDED]) for m in model.modules() if wiring.FOLDED in m.__dict__]
         for path, module in model.named_modules():
             if wiring.FOLDED in module.__dict__:

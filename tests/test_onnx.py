@@ -262,6 +262,25 @@ def test_a_tied_weight_that_a_fold_splits_keeps_the_graph(tmp_path, early):
     assert folded.operators == base.operators and folded.form == "folded"
 
 
+def test_a_batch_norm_that_is_called_twice(tmp_path):
+    """Its buffers do several things in the graph, as a shared weight does."""
+    linear, norm = nn.Linear(7, 7), nn.BatchNorm1d(7)
+    norm.running_mean, norm.running_var = torch.randn(7), torch.rand(7) + 0.5
+    model, x = nn.Sequential(linear, norm, nn.Tanh(), linear, norm).eval(), torch.randn(3, 7)
+    model = adapted(model, x, Rule(where="*", rank=2))
+    for form in ("folded", "unfolded", "switchable"):
+        assert export_onnx(model, x, tmp_path / f"{form}.onnx", adapters=form).comparisons
+    assert export_onnx(model, x, tmp_path / "proven.onnx", prove=True).proof.folded
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_a_convolution_without_a_bias_is_given_none(tmp_path, spatial):
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1]
+    model, x = conv(4, 6, 3, groups=2, bias=False).eval(), torch.randn(2, 4, *[5] * spatial)
+    made = export_onnx(model, x, tmp_path / "m.onnx", optimize=False)
+    assert made.operators == {"Conv": 1} and made.comparisons
+
+
 # ── ways to call ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

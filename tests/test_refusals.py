@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.errors import CaptureError, EquivalenceError, FileError, FoldError, PlanError, RuleError
+from lora_fx.testing import assert_folds_exactly
 from tests import reference
 
 
@@ -172,6 +174,101 @@ def test_a_computed_weight():
     )
     assert error.place.startswith("0.parametrizations.weight")
     lora_fx.apply(model, [Rule(where="0"), Rule(where="*", rank=2)], X)  # the cure it names
+
+
+_TAKEN = {
+    "parametrized": (
+        lambda m: parametrize.register_parametrization(m, "weight", nn.Identity()),
+        lambda m: parametrize.remove_parametrizations(m, "weight"),
+        ("it has been given the class ParametrizedLinear", "remove_parametrizations"),
+    ),
+    "a bias parametrized": (
+        lambda m: parametrize.register_parametrization(m, "bias", nn.Identity()),
+        lambda m: parametrize.remove_parametrizations(m, "bias"),
+        ("it has been given the class ParametrizedLinear", "remove_parametrizations"),
+    ),
+    "pruned": (
+        lambda m: prune.identity(m, "weight"),
+        lambda m: prune.remove(m, "weight"),
+        ("gate.weight", "ceased to be a parameter", "prune.remove"),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", _TAKEN)
+def test_a_weight_that_another_tool_has_taken_over(model, how, tmp_path):
+    """The forward is right, for the branch stands beside whatever makes the weight. Every verb would leave one out."""
+    take, give_back, parts = _TAKEN[how]
+    lora_fx.apply(model, Rule(where="*", rank=2), X)
+    reference.fill(model)
+    before = model(X)
+    take(model.gate)
+    assert torch.equal(model(X), before)
+    assert torch.equal(copy.deepcopy(model)(X), before)
+    for verb in (
+        lora_fx.fold,
+        lora_fx.adapters,
+        lambda m: lora_fx.fold(m, final=True),
+        lambda m: lora_fx.switch(m, "default"),
+        lambda m: lora_fx.remove(m, "default"),
+        lambda m: lora_fx.save_adapter(m, tmp_path / "adapter"),
+        lambda m: lora_fx.apply(m, Rule(where="head", rank=1), X, name="more"),
+    ):
+        refused(lambda verb=verb: verb(model), model, LoraFxError, *parts)
+    give_back(model.gate)
+    assert_folds_exactly(model, X)
+
+
+@pytest.mark.parametrize("how", ["parametrized", "pruned"])
+def test_a_folded_weight_that_another_tool_has_taken_over(model, how):
+    take, give_back, _ = _TAKEN[how]
+    lora_fx.apply(model, Rule(where="*", rank=2), X)
+    reference.fill(model)
+    before = model(X)
+    lora_fx.fold(model)
+    take(model.gate)
+    refused(lambda: lora_fx.unfold(model), model, LoraFxError, "gate.weight", "ceased to be a parameter")
+    give_back(model.gate)
+    assert torch.equal(lora_fx.unfold(model)(X), before)
+
+
+def test_an_attribute_of_a_forward_under_a_derived_class():
+    class Scaled(nn.Linear):
+        scale = None
+
+        def __init__(self) -> None:
+            super().__init__(12, 7)
+            self.scale = 2
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    model = nn.Sequential(Scaled())
+    lora_fx.apply(model, Rule(where="*", rank=2), X)
+    reference.fill(model)
+    twice = model(X)
+    parametrize.register_parametrization(model[0], "bias", nn.Identity())
+    model[0].note = "another attribute"
+    with pytest.raises(LoraFxError, match="scale=2 in it") as caught:
+        model[0].scale = 3
+    assert caught.value.place == "ParametrizedScaled.scale" and torch.equal(model(X), twice)
+    parametrize.remove_parametrizations(model[0], "bias")
+    model[0].scale = 4
+    assert torch.equal(model(X), 2 * twice)
+
+
+def test_an_attribute_that_becomes_a_tensor():
+    """Pruning computes the bias anew in each forward, as a plain attribute of the module."""
+    model = nn.Sequential(nn.Linear(12, 7))
+    prune.identity(model[0], "bias")
+    lora_fx.apply(model, Rule(where="*", rank=2), X)
+    reference.fill(model)
+    model(X)
+    lora_fx.unfold(lora_fx.fold(model))  # the forward that is written now has seen a tensor there
+    with torch.no_grad():
+        before = model(X)
+        model[0].bias_orig += 1
+        assert float((model(X) - before - 1).abs().max()) < 1e-5
 
 
 def test_a_quantised_weight():

@@ -289,6 +289,35 @@ def test_tensors_through_kwargs_leave_no_place_for_slots(tmp_path):
     refused(call, "takes tensors through **more", "forward names")
 
 
+class _Mixed(nn.Module):
+    """A linear, an equation, and convolutions, one of them transposed."""
+
+    def __init__(self, spatial: int) -> None:
+        super().__init__()
+        conv, transposed = getattr(nn, f"Conv{spatial}d"), getattr(nn, f"ConvTranspose{spatial}d")
+        self.linear, self.table = nn.Linear(5, 5), nn.Parameter(torch.randn(6, 5))
+        self.conv, self.up = conv(4, 6, 2, groups=2, bias=False), transposed(6, 4, 2, groups=2, bias=False)
+
+    def forward(self, x):
+        beside = self.conv.weight.ndim - 3
+        y = torch.einsum("bci,poi->bcpo", self.linear(x), self.table.view(2, 3, 5)).prod(2)
+        return y, self.up(self.conv(x.reshape(2, 4, 5, *[1] * beside).expand(2, 4, 5, *[3] * beside)))
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_an_empty_slot_has_the_least_rank_that_the_runtime_survives(tmp_path, spatial):
+    """ONNX Runtime divides by the rank in a Conv and in an Einsum: with a rank of 0 that kills the process."""
+    torch.manual_seed(0)
+    model, x = _Mixed(spatial).eval(), torch.randn(2, 4, 5)
+    lora_fx.apply(model, Rule(where="*", rank=2), x)
+    reference.fill(model)
+    made = lora_fx.export_onnx(model, x, tmp_path / "m.onnx", adapters="switchable")
+    assert {comparison.adapter for comparison in made.comparisons} == {"no adapter", "default"}
+    (said,) = [prop.value for prop in onnx.load(made.path).metadata_props if prop.key == "lora_fx.slots"]
+    least = {entry["weight"]: entry["rank"] for entry in json.loads(said)["inputs"].values()}
+    assert least == {"linear.weight": 0, "table": 1, "conv.weight": 1, "up.weight": 1}
+
+
 # ── providers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
