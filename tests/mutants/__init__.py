@@ -322,6 +322,19 @@ MUTANTS = (
         tests=("tests/test_integration.py::test_an_attribute_changed_after_apply_takes_effect", GAPS),
     ),
     Mutant(
+        "attribute_under_a_derived_class", "wiring", "lora_fx/wiring.py",
+        "        if not is_generated(type(self)):\n            raise", "        if False:\n            raise",
+        "An attribute set after another tool derived a class takes that class away.",
+        tests=("tests/test_refusals.py::test_an_attribute_of_a_forward_under_a_derived_class",),
+    ),
+    Mutant(
+        "taken_weight_left_out", "wiring", "lora_fx/wiring.py",
+        "            if attribute not in module._parameters:", "            if attribute is None:",
+        "The branch of a weight that is pruned after apply is left out of fold and files.",
+        tests=("tests/test_refusals.py::test_a_weight_that_another_tool_has_taken_over",
+               "tests/test_refusals.py::test_a_folded_weight_that_another_tool_has_taken_over"),
+    ),
+    Mutant(
         "classes_confused", "wiring", "lora_fx/wiring.py",
         "self.reads, self.source, names", "self.reads, names",
         "Modules of one class share one generated forward, whatever scale and dropout stand in it.",
@@ -759,6 +772,18 @@ MUTANTS = (
         "a.whole(a.B.detach()) * a.scale", "a.whole(a.B.detach())",
         "The files of switchable adapters lose the scale.",
         tests=("tests/test_sessions.py::test_each_adapter_is_torchs_in_plain_bound_and_asynchronous_runs",),
+    ),
+    Mutant(
+        "every_slot_has_a_rank", "export", "export/onnx_switchable.py",
+        "least=0 if all(map(_may_be_empty, factors)) else 1", "least=1",
+        "Empty slots of plain matmuls are multiplied with, too.",
+        tests=("tests/test_sessions.py::test_an_empty_slot_has_the_least_rank_that_the_runtime_survives",),
+    ),
+    Mutant(
+        "zero_bias_of_two_axes", "export", "export/onnx_graphs.py",
+        "custom_translation_table=_translations(),", "custom_translation_table=None,",
+        "A conv3d without a bias is given one that the runtime refuses.",
+        tests=("tests/test_onnx.py::test_a_convolution_without_a_bias_is_given_none",),
     ),
     Mutant(
         "overlapping_adapters_run", "export", "export/sessions.py",
