@@ -607,7 +607,7 @@ MUTANTS = (
     ),
     # ── roles ────────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
-        "query_is_key", "roles", "lora_fx/roles.py",
+        "query_is_key", "roles", "lora_fx/dataflow.py",
         "return 1 if dim == -1 else 0", "return 0 if dim == -1 else 1",
         "In attention that is spelled out, query and key change places.",
     ),
@@ -617,7 +617,7 @@ MUTANTS = (
         "Key and value change places.",
     ),
     Mutant(
-        "gate_is_up", "roles", "lora_fx/roles.py",
+        "gate_is_up", "roles", "lora_fx/dataflow.py",
         "gate, up = (a, b) if left.bent else (b, a)", "gate, up = (b, a) if left.bent else (a, b)",
         "The gate of an MLP and the factor beside it change places.",
     ),
@@ -627,7 +627,7 @@ MUTANTS = (
         "The parts of a fused weight are cut one row too low.",
     ),
     Mutant(
-        "glu_halves_swapped", "roles", "lora_fx/roles.py",
+        "glu_halves_swapped", "roles", "lora_fx/dataflow.py",
         "for start in (0, half))", "for start in (half, 0))",
         "The two halves in front of a glu change their roles.",
         tests=("tests/test_roles.py::test_a_fused_weight_is_split_exactly",),
