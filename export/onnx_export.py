@@ -30,15 +30,9 @@ from lora_fx.changes import borrowed, changing
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx_calls import Call, flat_caches
 from lora_fx.export.onnx_files import INLINE, check_file, folder_beside, move_files, save_model, writable
-from lora_fx.export.onnx_graphs import (
-    Contents,
-    describe,
-    graph_digest,
-    name_interface,
-    operators,
-    translate,
-)
-from lora_fx.export.onnx_graphs import optimize as optimize_graph
+from lora_fx.export.onnx_graphs import describe, graph_digest, name_interface, operators, translate
+from lora_fx.export.onnx_optimization import Contents
+from lora_fx.export.onnx_optimization import optimize as optimize_graph
 from lora_fx.export.onnx_proof import Proof, fused_operators
 from lora_fx.export.onnx_proof import prove as prove_file
 from lora_fx.export.onnx_runs import Comparison, compare_runs, open_session, run_torch

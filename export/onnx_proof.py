@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from lora_fx.errors import ExportError
-from lora_fx.export.onnx_graphs import Contents, graph_lines, operators
+from lora_fx.export.onnx_graphs import graph_lines, operators
+from lora_fx.export.onnx_optimization import Contents
 from lora_fx.export.onnx_weights import Weight, Weights
 from lora_fx.oracles import misrounded
 

@@ -29,7 +29,7 @@ LAYERS = [
     {"passes.fold", "passes.insert"},
     {"passes"},
     {"export.adapter_folder", "export.onnx_calls", "export.onnx_files", "export.onnx_weights", "export.runtimes"},
-    {"export.onnx_graphs", "export.onnx_runs", "export.onnx_tasks", "export.peft_format"},
+    {"export.onnx_graphs", "export.onnx_optimization", "export.onnx_runs", "export.onnx_tasks", "export.peft_format"},
     {"export.onnx_folding", "export.onnx_proof", "export.onnx_switchable"},
     {"application", "export.adapter_files", "export.onnx_export", "export.sessions", "testing"},
     {"export", "demo"},

@@ -231,7 +231,7 @@ def test_nothing_is_read_before_it_is_written(tmp_path, real, monkeypatch):
         return tensor
 
     monkeypatch.setattr(onnx_weights, "_read", counting)
-    monkeypatch.setattr("lora_fx.export.onnx_graphs._FOLDABLE", 0)  # as if every weight were large
+    monkeypatch.setattr("lora_fx.export.onnx_optimization._FOLDABLE", 0)  # as if every weight were large
     lora_fx.export_onnx(model, IDS, tmp_path / "m.onnx", weights=place, external_data=True)
     assert len(alive) >= 4 and most[0] <= 2
 

@@ -750,7 +750,7 @@ MUTANTS = (
         tests=("tests/test_onnx.py::test_nested_keyword_inputs_and_integer_outputs",),
     ),
     Mutant(
-        "optimizer_sees_the_weights", "export", "export/onnx_graphs.py",
+        "optimizer_sees_the_weights", "export", "export/onnx_optimization.py",
         "values[name], value.const_value = value.const_value, None", "values[name] = value.const_value",
         "The graph depends on the numbers: zero biases are dropped, equal weights merged.",
         tests=("tests/test_onnx.py::test_zeros_ones_and_equal_weights_leave_the_graph_alone",),
