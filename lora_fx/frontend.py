@@ -194,21 +194,20 @@ def _capture(model: nn.Module, inputs: Inputs) -> Capture:
 def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list) -> fx.GraphModule:
     # Without data, only fake tensors let a model see that it is being traced and leave its data-dependent checks out.
     mode = "fake" if any(t.is_meta for t in tensors) else "real"
-    with _module_paths(model) as stamp:
-        trace = proxy_tensor.make_fx(
-            run, tracing_mode=mode, pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
-        )
-        try:
-            with stamp(), _described_in_one_mode(), _without_onednn():
-                return trace(tensors, leaves)
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise CaptureError(
-                f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}",
-                place="example_inputs",
-                remedy="pass inputs that model(*inputs) or model(**inputs) accepts, on the model's own device",
-            ) from error
+    trace = proxy_tensor.make_fx(
+        run, tracing_mode=mode, pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
+    )
+    try:
+        with _module_paths(model), _described_in_one_mode(), _without_onednn():
+            return trace(tensors, leaves)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}",
+            place="example_inputs",
+            remedy="pass inputs that model(*inputs) or model(**inputs) accepts, on the model's own device",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -232,11 +231,12 @@ def _described_in_one_mode() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _module_paths(model: nn.Module) -> Iterator[Any]:
-    """Stamp each recorded node with the path of the module whose forward is running."""
+def _module_paths(model: nn.Module) -> Iterator[None]:
+    """Inside, each recorded node is stamped with the path of the module whose forward is running."""
     paths = {module: name for name, module in reversed(list(model.named_modules()))}
     stack: list[str] = []
     here = threading.get_ident()  # the hooks are global: other threads may be running other models
+    create = fx.proxy.TracerBase.create_node
 
     def enter(module: nn.Module, args: Any) -> None:
         if threading.get_ident() == here:
@@ -246,29 +246,22 @@ def _module_paths(model: nn.Module) -> Iterator[Any]:
         if threading.get_ident() == here:
             stack.pop()
 
-    create = fx.Tracer.create_node
-
     def create_node(tracer: fx.Tracer, *args: Any, **kwargs: Any) -> fx.Node:
         node = create(tracer, *args, **kwargs)
         node.meta[MODULE] = stack[-1] if stack else ""
         return node
 
-    @contextlib.contextmanager
-    def stamp() -> Iterator[None]:
-        handles = [
-            nn.modules.module.register_module_forward_pre_hook(enter),
-            nn.modules.module.register_module_forward_hook(leave, always_call=True),
-        ]
-        fx.proxy.TracerBase.create_node, original = create_node, fx.proxy.TracerBase.create_node
-        try:
-            yield
-        finally:
-            fx.proxy.TracerBase.create_node = original
-            for handle in handles:
-                handle.remove()
-
-    create = fx.proxy.TracerBase.create_node
-    yield stamp
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    fx.proxy.TracerBase.create_node = create_node
+    try:
+        yield
+    finally:
+        fx.proxy.TracerBase.create_node = create
+        for handle in handles:
+            handle.remove()
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
