@@ -1,4 +1,4 @@
-"""The laws L1 to L13 of the design, over random models, rules and adapters (`lora_fx.testing`), in every dtype.
+"""The laws L1 to L14 of the design, over random models, rules and adapters (`lora_fx.testing`), in every dtype.
 
 Run them longer with ``LORA_FX_PROFILE=deep python -m pytest -m laws tests/test_random_laws.py``: ten times as many
 examples, drawn anew each time.
@@ -197,10 +197,11 @@ def test_l7_folding_twice_is_folding_once(drawn):
 @examples(20)
 @given(adapted(), st.data())
 def test_l8_the_order_of_disjoint_rules_does_not_matter(drawn, data):
-    found = {}
-    for path, _, child, adapter in lora_fx.wiring.find_adapters(drawn.model):
-        found.setdefault(adapter, f"{path}.{lora_fx.wiring.attribute_of(child)}".lstrip("."))
-    names = list(dict.fromkeys(found.values()))
+    found = {}  # a weight with several names has one rule here: by any of them it is found
+    for path, owner, child, _ in lora_fx.wiring.find_adapters(drawn.model):
+        attribute = lora_fx.wiring.attribute_of(child)
+        found.setdefault(id(owner._parameters[attribute]), f"{path}.{attribute}".lstrip("."))
+    names = list(found.values())
     rules = [Rule(where=name, rank=1, alpha=n + 1) for n, name in enumerate(names)]
     ordered, shuffled = copy.deepcopy(drawn.base), copy.deepcopy(drawn.base)
     lora_fx.apply(ordered, rules, drawn.inputs, check=False)
