@@ -292,7 +292,7 @@ def _check(row: Row, model: nn.Module, name: str) -> None:
             f"the weight {weight.problem}",
             place=weight.name,
             remedy=f"exclude it with a rule before {rule.label}: Rule(where={weight.name!r}); a computed weight can "
-            "be made a plain one first (torch.nn.utils.parametrize.remove_parametrizations)",
+            "be made a plain one first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)",
         )
     if rule.dropout and any(_is_dense(u) for u in row.uses):
         raise PlanError(

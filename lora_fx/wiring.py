@@ -73,29 +73,36 @@ def attribute_of(child: str) -> str:
 
 
 def refuse_displaced(model: nn.Module) -> None:
-    """Raise where another tool has taken over what is adapted: the adapters would be left out, or the tool's work lost.
+    """Raise where an adapted or folded weight is no parameter any more: its branch would be left out.
 
     Raises:
-        LoraFxError: a class was derived from a generated one, or an adapted or folded weight is no parameter any more.
+        LoraFxError: there is one.
     """
-    undo = "undo it (torch.nn.utils.parametrize.remove_parametrizations, prune.remove), or do it after a final fold"
     for path, module in model.named_modules():
         if isinstance(module, Adapter):
             continue
-        if is_generated(type(module), inherited=True) and not is_generated(type(module)):
-            raise LoraFxError(
-                f"since the module was adapted it has been given the class {type(module).__name__}",
-                place=path or "the model",
-                remedy=undo,
-            )
         folded = module.__dict__[FOLDED].originals if FOLDED in module.__dict__ else ()
         for attribute in (*map(attribute_of, adapters_of(module)), *folded):
             if attribute not in module._parameters:
                 raise LoraFxError(
                     "since it was adapted the weight has ceased to be a parameter: something computes it now",
                     place=f"{path}.{attribute}".lstrip("."),
-                    remedy=undo,
+                    remedy="undo that (torch.nn.utils.parametrize.remove_parametrizations, prune.remove), or do it "
+                    "after a final fold",
                 )
+
+
+def _refuse_derived(model: nn.Module) -> None:
+    """Raise where another tool has derived a class from a generated one (a parametrization, `fully_shard`): with the
+    generated class that one would go."""
+    for path, module in model.named_modules():
+        if is_generated(type(module), inherited=True) and not is_generated(type(module)):
+            raise LoraFxError(
+                f"since the module was adapted it has been given the class {type(module).__name__}, and would lose it",
+                place=path or "the model",
+                remedy="change the adapters before that, or undo it (torch.nn.utils.parametrize."
+                "remove_parametrizations) and do it again",
+            )
 
 
 def find_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
@@ -249,8 +256,13 @@ def wire_or_dispatch(model: nn.Module) -> None:
 
 
 def unwire(model: nn.Module) -> None:
-    """Give every module its original class and graph back; adapters stay where they are, and do nothing."""
+    """Give every module its original class and graph back; adapters stay where they are, and do nothing.
+
+    Raises:
+        LoraFxError: another tool has built on what would go.
+    """
     refuse_displaced(model)
+    _refuse_derived(model)
     for module in model.modules():
         spec = getattr(type(module), "_lora_fx", None)
         if spec is not None:

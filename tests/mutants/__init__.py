@@ -335,6 +335,12 @@ MUTANTS = (
                "tests/test_refusals.py::test_a_folded_weight_that_another_tool_has_taken_over"),
     ),
     Mutant(
+        "derived_class_lost", "wiring", "lora_fx/wiring.py",
+        "inherited=True) and not is_generated(type(module)):", "inherited=True) and False:",
+        "Fold and switch take away the class that a parametrization or fully_shard gave an adapted module.",
+        tests=("tests/test_refusals.py::test_a_weight_that_another_tool_has_taken_over",),
+    ),
+    Mutant(
         "classes_confused", "wiring", "lora_fx/wiring.py",
         "self.reads, self.source, names", "self.reads, names",
         "Modules of one class share one generated forward, whatever scale and dropout stand in it.",
