@@ -149,7 +149,8 @@ def _check_saveable(factor: torch.Tensor, place: str) -> None:
     if factor.is_meta:
         refuse(place, "it is on meta and has no numbers", "materialise the model first")
     if hasattr(factor, "full_tensor"):
-        refuse(place, "it is sharded (DTensor)", "gather the adapter before saving it")
+        how = "call unshard() on every FSDPModule of the model, in all processes, and save in one"
+        refuse(place, "it is sharded (DTensor)", how)
     if not bool(factor.isfinite().all()):
         refuse(place, "it holds NaN or Inf", "save an earlier checkpoint of the adapter")
 

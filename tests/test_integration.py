@@ -469,11 +469,12 @@ def test_the_model_moves_between_dtypes_with_its_adapters():
 
 _PARALLEL = """
 import copy, os, sys, warnings
+from safetensors.torch import load_file
 warnings.simplefilter("ignore")
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 torch.set_num_threads(1)
 path, rank = sys.argv[1], int(os.environ["RANK"])
@@ -489,6 +490,7 @@ def step(model, inputs):
     return [*(t.detach() for t in outputs), *(full(p.grad) for p in model.parameters() if p.requires_grad)]
 
 for model, inputs in torch.load(path, weights_only=False):
+    lora_fx.save_adapter(model, f"{path}.{rank}.whole", peft=False)
     alone = step(copy.deepcopy(model), inputs)
     ddp = step(nn.parallel.DistributedDataParallel(copy.deepcopy(model)), inputs)
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)][:1]:
@@ -497,9 +499,20 @@ for model, inputs in torch.load(path, weights_only=False):
         for layer in layers:
             fully_shard(layer, mesh=mesh)
     sharded = step(fully_shard(model, mesh=mesh), inputs)
-    assert lora_fx.adapters(model)
     for other in (ddp, sharded):
         assert len(other) == len(alone) and all(map(torch.equal, other, alone)), type(model).__name__
+    try:
+        lora_fx.save_adapter(model, f"{path}.{rank}.refused", peft=False)
+    except lora_fx.errors.FileError as error:
+        assert "unshard()" in error.remedy
+    else:
+        raise AssertionError("saved a shard")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    lora_fx.save_adapter(model, f"{path}.{rank}.gathered", peft=False)
+    whole, gathered = (load_file(f"{path}.{rank}.{name}/adapter_model.safetensors") for name in ("whole", "gathered"))
+    assert whole.keys() == gathered.keys() and all(torch.equal(whole[name], gathered[name]) for name in whole)
 dist.destroy_process_group()
 """
 
@@ -522,7 +535,7 @@ def test_two_processes_with_ddp_and_fsdp2_get_one_processs_outputs_and_gradients
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], errors[0][-2000:]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(error[-2000:] for error in errors)
 
 
 @pytest.mark.parametrize("name", ["llama", "olmoe-batched", *DISPATCHED, "native-bypassed-linear"])
