@@ -104,6 +104,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     """Write the adapter of this name into a folder that PEFT and `load_adapter` read.
 
     The folder is new or old in one step; files of other names in it stay. Only safetensors is written, never pickle.
+    Weights have the names of the model that `torch.compile`, DDP, FSDP or a checkpoint wrapper was put around.
 
     Args:
         path: the folder; made if it is not there.
@@ -115,6 +116,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
         FileError: there is no such adapter, a factor is not finite, or PEFT would compute something else; nothing has
             been written then.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
     held = _held(model, name)
     config, tensors, entries = _as_peft(model, held, name) if peft else _as_own(held)
     header = {"version": VERSION, "name": name, "config": meaning(config), "adapters": entries}
@@ -130,7 +133,7 @@ def _held(model: nn.Module, name: str) -> list[_Held]:
         if adapter.name != name:
             continue
         attribute = wiring.attribute_of(child)
-        found.setdefault(adapter, []).append(f"{path}.{attribute}".lstrip("."))
+        found.setdefault(adapter, []).append(f"{wiring.plain_path(path)}.{attribute}".lstrip("."))
         parts[adapter] = child.removeprefix(wiring.child_name(attribute, name)).lstrip("_")
     if not found:
         refuse(
@@ -148,9 +151,9 @@ def _held(model: nn.Module, name: str) -> list[_Held]:
 def _check_saveable(factor: torch.Tensor, place: str) -> None:
     if factor.is_meta:
         refuse(place, "it is on meta and has no numbers", "materialise the model first")
-    if hasattr(factor, "full_tensor"):
-        how = "call unshard() on every FSDPModule of the model, in all processes, and save in one"
-        refuse(place, "it is sharded (DTensor)", how)
+    if wiring.is_shard(factor):
+        how = "in all processes unshard() every FSDPModule, or enter FullyShardedDataParallel.summon_full_params(model)"
+        refuse(place, "it is sharded", f"{how}; then save in one of them")
     if not bool(factor.isfinite().all()):
         refuse(place, "it holds NaN or Inf", "save an earlier checkpoint of the adapter")
 

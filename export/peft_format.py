@@ -19,6 +19,7 @@ from torch import nn
 from lora_fx.adapter import Adapter
 from lora_fx.export.adapter_folder import TENSORS, refuse
 from lora_fx.layout import Layout
+from lora_fx.wiring import plain_path
 
 PREFIX = "base_model.model."
 _FUSED = "torch's fused TransformerEncoderLayer reads it in eval, past PEFT's modules"
@@ -101,7 +102,8 @@ class Modules:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.by_path = dict(model.named_modules(remove_duplicate=False))
+        named = model.named_modules(remove_duplicate=False)
+        self.by_path = {plain_path(path): module for path, module in named}  # what a wrapper holds comes after it
         self.paths: dict[int, list[str]] = {}
         for path, module in self.by_path.items():
             if not isinstance(module, Adapter):
@@ -113,7 +115,7 @@ class Modules:
     @property
     def parameters(self) -> list[str]:
         """The names of all parameters, as PEFT walks over them."""
-        modules = [(path, m) for path, m in self.model.named_modules() if not isinstance(m, Adapter)]
+        modules = [(plain_path(path), m) for path, m in self.model.named_modules() if not isinstance(m, Adapter)]
         return [f"{path}.{p}".lstrip(".") for path, m in modules for p, _ in m.named_parameters(recurse=False)]
 
     def is_raw(self, name: str) -> bool:

@@ -41,6 +41,7 @@ _CONVERSIONS = "_lora_fx_conversions"  # how transformers would have rewritten t
 FOLDED = "_lora_fx_folded"  # mark: what unfolding this module needs
 _SEPARATOR = "_lora_"
 _IMPORT = "import "
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def child_name(attribute: str, adapter: str, part: str = "") -> str:
@@ -70,6 +71,13 @@ def adapters_of(owner: nn.Module) -> dict[str, Adapter]:
 
 def attribute_of(child: str) -> str:
     return child.partition(_SEPARATOR)[0]
+
+
+def is_shard(parameter: torch.Tensor | None) -> bool:
+    """Whether this is one process's part of a parameter: of FSDP2, or of FSDP1, which makes it flat."""
+    if "torch.distributed.tensor" in sys.modules and isinstance(parameter, torch.distributed.tensor.DTensor):
+        return True
+    return parameter is not None and parameter.dim() == 1 and hasattr(parameter, "_fsdp_flattened")
 
 
 def refuse_displaced(model: nn.Module) -> None:
@@ -105,6 +113,11 @@ def _refuse_derived(model: nn.Module) -> None:
             )
 
 
+def plain_path(path: str) -> str:
+    """A module's path in the model that `torch.compile`, FSDP1 or `checkpoint_wrapper` have wrapped parts of."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
 def find_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
     """(path of the owner, owner, child name, adapter) of every adapter, tied owners included."""
     refuse_displaced(model)
@@ -135,16 +148,26 @@ class Storage:
 
 
 def adapted_storages(model: nn.Module) -> list[Storage]:
-    """Every storage that an active adapter acts on, once for each set of adapters it is read with."""
+    """Every storage that an active adapter acts on, once for each set of adapters it is read with.
+
+    Raises:
+        LoraFxError: an adapted weight is sharded, or no parameter any more.
+    """
     refuse_displaced(model)
     storages: dict[int, dict[tuple[Adapter, ...], list[tuple[nn.Module, str]]]] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         if isinstance(module, Adapter):
             continue
         active = _active(module)
         for attribute, parameter in module._parameters.items():
+            own = tuple(a for child, a in active.items() if attribute_of(child) == attribute)
+            if own and is_shard(parameter):
+                raise LoraFxError(
+                    f"the weight is sharded: this process has {parameter.numel()} of its elements",
+                    place=f"{path}.{attribute}".lstrip("."),
+                    remedy="save the adapter, and do this with a model in one process that has loaded it",
+                )
             if parameter is not None and parameter.ndim >= 2:
-                own = tuple(a for child, a in active.items() if attribute_of(child) == attribute)
                 readers = storages.setdefault(parameter.untyped_storage()._cdata, {})
                 readers.setdefault(own, []).append((module, attribute))
     return [
@@ -450,7 +473,10 @@ def _adapted_property(attribute: str, children: tuple[str, ...]) -> property:
     def read(self: nn.Module) -> Any:
         return adapted_weight(self, attribute, children)
 
-    return property(read)
+    def write(self: nn.Module, value: Any) -> None:
+        self._parameters[attribute] = value  # a plain tensor: FSDP1 puts one there for as long as a forward lasts
+
+    return property(read, write)
 
 
 def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) -> Any:
@@ -458,25 +484,23 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     tracer = active_tracer()
     if tracer is not None:
         return tracer.read(owner, attribute, children)
+    if attribute not in owner._parameters:  # FSDP1 takes the parameter away before it puts another one there
+        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {attribute!r}")
     parameter = owner._parameters[attribute]
-    if parameter is None or isinstance(parameter, torch.distributed.tensor.DTensor if _dtensor() else ()):
+    if parameter is None or is_shard(parameter):
         return parameter  # sharding code moves the parameter itself; it computes with the gathered one
     factors = []
     cast = False
     for child in children:
         adapter = getattr(owner, child)
-        drop = adapter.dropout if adapter.dropout.p else None
-        factors.append(Factors(adapter, adapter.A, adapter.B, drop, getattr(adapter, "index", None)))
-        cast = cast or adapter.dtype != parameter.dtype
+        A, drop = adapter.A, adapter.dropout if adapter.dropout.p else None
+        factors.append(Factors(adapter, A, adapter.B, drop, getattr(adapter, "index", None)))
+        cast = cast or A.dtype != parameter.dtype
     return AdaptedWeight(parameter, View.of(parameter.shape), factors, parameter, (), cast)
 
 
-def _dtensor() -> bool:
-    return "torch.distributed.tensor" in sys.modules
-
-
 def _flat_weights(self: nn.RNNBase) -> list[Any]:
-    return [getattr(self, name) for name in self._flat_weights_names]
+    return [getattr(self, name, None) for name in self._flat_weights_names]
 
 
 def _set_flat_weights(self: nn.RNNBase, value: list[Any]) -> None:

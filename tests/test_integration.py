@@ -474,7 +474,8 @@ warnings.simplefilter("ignore")
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 torch.set_num_threads(1)
 path, rank = sys.argv[1], int(os.environ["RANK"])
@@ -483,42 +484,79 @@ mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 import lora_fx
 from lora_fx.frontend import output_tensors
 
-def step(model, inputs):
+cpu = torch.device("cpu")
+
+def outputs_of(model, inputs):
     outputs = output_tensors(inputs.call(model))
     sum(t.square().mean() for t in outputs).backward()
+    return [t.detach() for t in outputs]
+
+def gradients(model):
     full = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
-    return [*(t.detach() for t in outputs), *(full(p.grad) for p in model.parameters() if p.requires_grad)]
+    return [full(p.grad) for p in model.parameters() if p.grad is not None]
+
+def step(model, inputs):
+    return [*outputs_of(model, inputs), *gradients(model)]
+
+def same(found, expected):
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected)), type(model).__name__
+
+def save(model, name):
+    lora_fx.save_adapter(model, f"{path}.{rank}.{name}", peft=False)
+
+def same_files(one, other):
+    one, other = (load_file(f"{path}.{rank}.{name}/adapter_model.safetensors") for name in (one, other))
+    same([one[name] for name in other], other.values())
+
+def refused(call, remedy):
+    try:
+        call()
+    except lora_fx.LoraFxError as error:
+        assert remedy in error.remedy, error
+    else:
+        raise AssertionError("done with shards")
 
 for model, inputs in torch.load(path, weights_only=False):
-    lora_fx.save_adapter(model, f"{path}.{rank}.whole", peft=False)
+    save(model, "whole")
     alone = step(copy.deepcopy(model), inputs)
     ddp = step(nn.parallel.DistributedDataParallel(copy.deepcopy(model)), inputs)
+    # FSDP1 makes one flat parameter of a unit's own, so that all or none require gradients.
+    trained = copy.deepcopy(model).requires_grad_(True)
+    units = {type(layer) for m in model.modules() if isinstance(m, nn.ModuleList) for layer in m}
+    fsdp1 = FullyShardedDataParallel(
+        copy.deepcopy(trained), use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy(units), device_id=cpu
+    )
+    same(outputs_of(fsdp1, inputs), outputs_of(trained, inputs))
+    refused(lambda: save(fsdp1, "refused"), "summon_full_params")
+    refused(lambda: lora_fx.fold(fsdp1), "in one process")
+    for other in (fsdp1, trained):  # whether the gradients are alike a step shows
+        torch.optim.SGD(other.parameters(), 0.25).step()
+    with FullyShardedDataParallel.summon_full_params(fsdp1):
+        same([*fsdp1.parameters()], [*trained.parameters()])
+        save(fsdp1, "summoned")
+    save(trained, "trained")
+    same_files("summoned", "trained")
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)][:1]:
         if type(model).__name__.startswith("Llama"):  # each adapted module a unit of its own: a class derived from ours
             layers = [*(m for m in model.modules() if isinstance(m, nn.Linear)), *layers]
         for layer in layers:
             fully_shard(layer, mesh=mesh)
     sharded = step(fully_shard(model, mesh=mesh), inputs)
-    for other in (ddp, sharded):
-        assert len(other) == len(alone) and all(map(torch.equal, other, alone)), type(model).__name__
-    try:
-        lora_fx.save_adapter(model, f"{path}.{rank}.refused", peft=False)
-    except lora_fx.errors.FileError as error:
-        assert "unshard()" in error.remedy
-    else:
-        raise AssertionError("saved a shard")
+    same(ddp, alone)
+    same(sharded, alone)
+    refused(lambda: save(model, "refused"), "unshard()")
+    refused(lambda: lora_fx.fold(model), "in one process")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
-    lora_fx.save_adapter(model, f"{path}.{rank}.gathered", peft=False)
-    whole, gathered = (load_file(f"{path}.{rank}.{name}/adapter_model.safetensors") for name in ("whole", "gathered"))
-    assert whole.keys() == gathered.keys() and all(torch.equal(whole[name], gathered[name]) for name in whole)
+    save(model, "gathered")
+    same_files("gathered", "whole")
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_with_ddp_and_fsdp2_get_one_processs_outputs_and_gradients_bitwise(tmp_path):
-    names = ["llama", "native-tied", "native-mha", "native-encoder"]
+def test_two_processes_with_ddp_and_fsdp_get_one_processs_outputs_and_gradients_bitwise(tmp_path):
+    names = ["llama", "native-tied", "native-mha", "native-encoder", "native-lstm", "olmoe-batched"]
     torch.save([built(name, double=True)[1:] for name in names], tmp_path / "models.pt")
     (tmp_path / "worker.py").write_text(_PARALLEL)
     with socket.socket() as free:
