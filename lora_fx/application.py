@@ -105,11 +105,15 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
     """Make exactly these adapters act (and train); all others stay, and do nothing. No name: the base model."""
     _known({a.name for a in _all(model)}, names)
     with changing(model, "activate"):
-        for adapter in _all(model):
-            adapter.active = adapter.name in names
-            adapter.requires_grad_(adapter.active)
+        _mark_active(model, names)
         wiring.wire_or_dispatch(model)
     return model
+
+
+def _mark_active(model: nn.Module, names: tuple[str, ...]) -> None:
+    for adapter in _all(model):
+        adapter.active = adapter.name in names
+        adapter.requires_grad_(adapter.active)
 
 
 def switch(model: nn.Module, *names: str) -> nn.Module:
@@ -118,14 +122,15 @@ def switch(model: nn.Module, *names: str) -> nn.Module:
     Raises:
         LoraFxError: a name is not there, or a fold is refused; see `fold`, `unfold`.
     """
-    from lora_fx.passes.fold import fold, is_folded, put_away, unfold
+    from lora_fx.passes.fold import fold, is_folded, put_away, take_back
 
     have = {*(a.name for a in put_away(model)), *(a.name for a in _all(model))}
     _known(have, names)
-    with changing(model, "switch"):
+    with changing(model, "switch") as undo:
         if is_folded(model):
-            unfold(model)
-        return fold(activate(model, *names))
+            take_back(model, undo)
+        _mark_active(model, names)
+        return fold(model)
 
 
 def deactivate(model: nn.Module) -> nn.Module:

@@ -208,25 +208,27 @@ class Unfold:
 
     def __call__(self, model: nn.Module) -> nn.Module:
         with changing(model, "unfold") as undo:
-            return self._unfold(model, undo)
-
-    def _unfold(self, model: nn.Module, undo: list[Undo]) -> nn.Module:
-        if not is_folded(model):
-            raise FoldError(
-                "the model is not folded, or its fold was final",
-                place=type(model).__name__,
-                remedy="only fold(model) without final=True can be undone",
-            )
-        wiring.refuse_displaced(model)
-        kept = [(m, m.__dict__[wiring.FOLDED]) for m in model.modules() if wiring.FOLDED in m.__dict__]
-        for path, module in model.named_modules():
-            if wiring.FOLDED in module.__dict__:
-                _check_unchanged(path, module, module.__dict__[wiring.FOLDED])
-        for module, what in kept:
-            _take_back(module, what, undo)
-            wiring.forget(module, wiring.FOLDED)
-        wiring.wire_or_dispatch(model)
+            take_back(model, undo)
+            wiring.wire_or_dispatch(model)
         return model
+
+
+def take_back(model: nn.Module, undo: list[Undo]) -> None:
+    """Unfold the weights; the adapters are back, but nothing reads them yet."""
+    if not is_folded(model):
+        raise FoldError(
+            "the model is not folded, or its fold was final",
+            place=type(model).__name__,
+            remedy="only fold(model) without final=True can be undone",
+        )
+    wiring.refuse_displaced(model)
+    kept = [(m, m.__dict__[wiring.FOLDED]) for m in model.modules() if wiring.FOLDED in m.__dict__]
+    for path, module in model.named_modules():
+        if wiring.FOLDED in module.__dict__:
+            _check_unchanged(path, module, module.__dict__[wiring.FOLDED])
+    for module, what in kept:
+        _take_back(module, what, undo)
+        wiring.forget(module, wiring.FOLDED)
 
 
 def fold(model: nn.Module, *, copy: bool = False, final: bool = False) -> nn.Module:
