@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError, ExportError, essence
 from lora_fx.export.onnx_calls import Call, graph_inputs
-from lora_fx.frontend import Inputs, no_fast_paths, undisturbed
+from lora_fx.frontend import Inputs, does_not_run, no_fast_paths, undisturbed
 from lora_fx.verification import Report, cast_inputs, compare, move_weights, relative_error, rounding_step
 
 PROVIDER = "CPUExecutionProvider"
@@ -155,11 +155,7 @@ def run_torch(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
         try:
             output = inputs.call(model)
         except Exception as error:
-            raise CaptureError(
-                f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}",
-                place="example_inputs",
-                remedy="pass inputs that model(*inputs) or model(**inputs) accepts, on the model's own device",
-            ) from error
+            raise does_not_run(model, error) from error
         return [_real(t.detach()).cpu().clone() for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
 
 

@@ -203,11 +203,16 @@ def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list) -> fx.Grap
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}",
-            place="example_inputs",
-            remedy="pass inputs that model(*inputs) or model(**inputs) accepts, on the model's own device",
-        ) from error
+        raise does_not_run(model, error) from error
+
+
+def does_not_run(model: nn.Module, error: Exception) -> CaptureError:
+    """What to raise where a model rejects its inputs."""
+    return CaptureError(
+        f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}",
+        place="example_inputs",
+        remedy="pass inputs that model(*inputs) or model(**inputs) accepts, on the model's own device",
+    )
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Adapter files: PEFT reads what we save, we read what PEFT saves, and every damaged file is refused."""
 
-import copy
 import json
 import os
 from collections.abc import Callable
@@ -24,8 +23,6 @@ from lora_fx.export.adapter_files import CONFIG, TENSORS, load_adapter, save_ada
 peft = pytest.importorskip("peft")
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
-
-from tests import reference  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's
 torch.set_num_threads(1)
@@ -468,17 +465,20 @@ def test_training_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("as_peft", [True, False])
 def test_a_wrapped_model_is_saved_under_the_names_of_its_own(tmp_path, as_peft):
     """As after training: `torch.compile` around the model, a checkpoint wrapper around a part of it."""
-    model, x = nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 3))), torch.randn(2, 4)
-    base = copy.deepcopy(model)
-    lora_fx.apply(model, Rule(where="*.weight", rank=2), x)
-    reference.fill(model)
-    lora_fx.save_adapter(model, tmp_path / "plain", peft=as_peft)
-    expected = lora_fx.load_adapter(copy.deepcopy(base), tmp_path / "plain", x)(x)
+
+    def make():
+        return nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 3)))
+
+    x = torch.randn(2, 4)
+    model = adapted(make, Rule(where="*.weight", rank=2), x)
+    save_adapter(model, tmp_path / "plain", peft=as_peft)
+    expected = load_adapter(fresh(make), tmp_path / "plain", x)(x)
+    assert torch.equal(expected, model(x)) and not torch.equal(expected, fresh(make)(x))
     model[1] = checkpoint_wrapper(model[1])
     for way, wrapped in (("compiled", torch.compile(model)), ("parallel", nn.DataParallel(model))):
-        lora_fx.save_adapter(wrapped, tmp_path / way, peft=as_peft)
+        save_adapter(wrapped, tmp_path / way, peft=as_peft)
         assert load_file(tmp_path / way / TENSORS).keys() == load_file(tmp_path / "plain" / TENSORS).keys()
-        assert torch.equal(lora_fx.load_adapter(copy.deepcopy(base), tmp_path / way, x)(x), expected)
+        assert torch.equal(load_adapter(fresh(make), tmp_path / way, x)(x), expected)
 
 
 def refused(call: Callable[[], Any], reason: str, place: str = "", why: str = "", remedy: str = "") -> None:
