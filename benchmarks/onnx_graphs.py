@@ -35,7 +35,7 @@ from transformers import (
 import lora_fx
 from lora_fx import Rule
 from lora_fx.export import Session, save_onnx_adapter
-from lora_fx.export.onnx_proof import fused_operators
+from lora_fx.export.onnx.proof import fused_operators
 
 RULE = Rule(role="attention.query | attention.value", rank=8)
 FORMS = ("base", "unfolded", "folded")

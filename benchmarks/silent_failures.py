@@ -32,10 +32,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 import lora_fx
-from lora_fx import LoraFxError, Rule, wiring
-from lora_fx.frontend import normalize_inputs
+from lora_fx import LoraFxError, Rule
+from lora_fx.checks.verification import cast_inputs, compare, dither, relative_error, run
+from lora_fx.graph.capture import normalize_inputs
+from lora_fx.model import wiring
 from lora_fx.tables import table
-from lora_fx.verification import cast_inputs, compare, dither, relative_error, run
 
 RANK, ALPHA = 2, 5
 CYCLES = 50

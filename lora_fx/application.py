@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx import wiring
-from lora_fx.adapter import Adapter
-from lora_fx.certification import Certificate, certify_adapted
 from lora_fx.changes import changing
+from lora_fx.checks.certification import Certificate, certify_adapted
+from lora_fx.checks.oracles import active_adapters, misrounded, parameters
+from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import PlanError
-from lora_fx.oracles import active_adapters, misrounded, parameters
-from lora_fx.planning import plan
+from lora_fx.model import wiring
+from lora_fx.passes.planning import plan
 
 
 def apply(

@@ -3,7 +3,7 @@
     W' = round(W + Σ s·B·A)
 
 Each storage once, in place, in row blocks of bounded memory; every element is the real sum rounded once to W's own
-dtype (`lora_fx.rounding`). After it every module has its original class, and the model is its base graph with other
+dtype (`deltas.rounding`). After it every module has its original class, and the model is its base graph with other
 numbers in it. A storage of which only some uses are adapted is split: those uses get a copy of their own.
 
 Unfolding is exact, bit for bit. The fold keeps what rounding took away, unless it is final: some tenths of a byte for
@@ -28,12 +28,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from lora_fx import wiring
-from lora_fx.adapter import Adapter
 from lora_fx.changes import Undo, changing, in_turn, uninterrupted
-from lora_fx.errors import FoldError
-from lora_fx.layout import Layout
-from lora_fx.rounding import (
+from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.rounding import (
     BEFORE,
     DELTA,
     ROUNDED,
@@ -45,6 +42,9 @@ from lora_fx.rounding import (
     round_once,
     round_sum,
 )
+from lora_fx.errors import FoldError
+from lora_fx.graph.layout import Layout
+from lora_fx.model import wiring
 
 _BLOCK = 2**19  # elements of a weight that are folded at a time: fewer calls of torch, and the caches still help
 _UNDOABLE = 2**25  # elements up to which a final fold can be undone until it is whole: that takes 32 MiB or less

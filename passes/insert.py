@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lora_fx import wiring
-from lora_fx.adapter import Adapter
-from lora_fx.certification import check_adapted
 from lora_fx.changes import changing
+from lora_fx.checks.certification import check_adapted
+from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import EquivalenceError
-from lora_fx.planning import DISPATCH, GRAPH, Plan, Row
+from lora_fx.model import wiring
+from lora_fx.passes.planning import DISPATCH, GRAPH, Plan, Row
 
 
 @dataclass(frozen=True)

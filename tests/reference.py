@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lora_fx import oracles, wiring
-from lora_fx.frontend import Inputs, normalize_inputs, output_tensors, undisturbed
-from lora_fx.oracles import bits as bits
-from lora_fx.oracles import graph_lines as graph_lines
-from lora_fx.verification import cast_inputs
+from lora_fx.checks import oracles
+from lora_fx.checks.oracles import bits as bits
+from lora_fx.checks.oracles import graph_lines as graph_lines
+from lora_fx.checks.verification import cast_inputs
+from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, undisturbed
+from lora_fx.model import wiring
 
 _LETTERS = "abcdefghijklmnopqstuvwxyz"  # without r, the rank
 

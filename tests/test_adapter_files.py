@@ -15,10 +15,11 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import lora_fx
-from lora_fx import Adapter, Rule, wiring
+from lora_fx import Adapter, Rule
 from lora_fx.errors import FileError, LoraFxError
-from lora_fx.export import adapter_files
-from lora_fx.export.adapter_files import CONFIG, TENSORS, load_adapter, save_adapter
+from lora_fx.export.adapters import files as adapter_files
+from lora_fx.export.adapters.files import CONFIG, TENSORS, load_adapter, save_adapter
+from lora_fx.model import wiring
 
 peft = pytest.importorskip("peft")
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM  # noqa: E402

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_fx import LoraFxError, demo, demo_report
+from lora_fx import LoraFxError
 from lora_fx.cli import main
+from lora_fx.demo import experiment as demo
+from lora_fx.demo import report as demo_report
 
 ROOT = Path(__file__).parents[1]
 ONE_WORKER = pytest.mark.xdist_group("demo")  # so that the demo runs once
@@ -195,14 +197,14 @@ def test_an_interrupt_ends_without_a_traceback(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "run_demo", interrupt)
+    monkeypatch.setattr("lora_fx.demo.run_demo", interrupt)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "lora-fx: interrupted\n"
 
 
 def test_every_option_reaches_the_demo(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(demo, "run_demo", lambda folder, **rest: calls.append((folder, rest)))
+    monkeypatch.setattr("lora_fx.demo.run_demo", lambda folder, **rest: calls.append((folder, rest)))
     assert main(["demo"]) == 0
     assert main(["demo", "--out", str(tmp_path), "--seed", "7", "--quick"]) == 0
     assert calls == [(Path("lora_fx_demo"), dict(seed=0, quick=False)), (tmp_path, dict(seed=7, quick=True))]
@@ -234,7 +236,7 @@ def test_the_family_of_errors_is_what_the_command_catches(monkeypatch, capsys):
     def refuse(*_, **__):
         raise LoraFxError("it is so", place="here", remedy="do that")
 
-    monkeypatch.setattr(demo, "run_demo", refuse)
+    monkeypatch.setattr("lora_fx.demo.run_demo", refuse)
     assert refused(capsys, "demo") == "lora-fx: here: it is so\n  → do that\n"
 
 

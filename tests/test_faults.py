@@ -24,10 +24,12 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
-from lora_fx import LoraFxError, Rule, application, changes, wiring
+from lora_fx import LoraFxError, Rule, application, changes
 from lora_fx.errors import ExportError, FileError, FoldError
-from lora_fx.export import adapter_files, adapter_folder
-from lora_fx.export.adapter_folder import CONFIG, TENSORS
+from lora_fx.export.adapters import files as adapter_files
+from lora_fx.export.adapters import folder as adapter_folder
+from lora_fx.export.adapters.folder import CONFIG, TENSORS
+from lora_fx.model import wiring
 from lora_fx.passes import fold as folding
 from lora_fx.passes import insert
 from tests import reference
@@ -515,7 +517,7 @@ class Finished(Exception):
 
 def exports_killed(place: str, external: bool) -> list[int]:
     """Export a new model over an old one, killed at every touch of a file once it is translated."""
-    from lora_fx.export import onnx_export
+    from lora_fx.export.onnx import export as onnx_export
 
     torch.set_num_threads(1)
     path, found, me, real = Path(place) / "m.onnx", [0, 0], os.getpid(), onnx_export.folder_beside

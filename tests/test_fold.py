@@ -14,8 +14,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Rule
+from lora_fx.deltas.rounding import round_once
 from lora_fx.passes import fold as folding
-from lora_fx.rounding import round_once
 from tests import reference
 
 HALF = [torch.bfloat16, torch.float16]
@@ -243,12 +243,12 @@ def test_several_adapters_fold_into_one_sum_and_inactive_ones_stay_out():
     reference.fill(model)
     lora_fx.activate(model, "default", "second")
     sums = reference.dense_weights(model)
-    before = lora_fx.verification.run(model, lora_fx.frontend.normalize_inputs(model, IDS))
+    before = lora_fx.checks.verification.run(model, lora_fx.graph.capture.normalize_inputs(model, IDS))
     lora_fx.fold(model)
     assert torch.equal(model.head.weight.detach(), sums["head.weight"].float())
     lora_fx.unfold(model)
     assert set(lora_fx.adapters(model)) == {"default", "second", "idle"}
-    after = lora_fx.verification.run(model, lora_fx.frontend.normalize_inputs(model, IDS))
+    after = lora_fx.checks.verification.run(model, lora_fx.graph.capture.normalize_inputs(model, IDS))
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_fx import forms
-from lora_fx.layout import Layout, infer, place
-from lora_fx.views import View, move
+from lora_fx.graph import forms
+from lora_fx.graph.layout import Layout, infer, place
+from lora_fx.graph.views import View, move
 
 W = object()  # stands for the weight among an op's arguments
 RANK = 3

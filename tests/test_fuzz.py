@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx import LoraFxError, Rule, wiring
-from lora_fx.export.adapter_folder import CONFIG, DIGEST, HEADER, TENSORS
+from lora_fx import LoraFxError, Rule
+from lora_fx.export.adapters.folder import CONFIG, DIGEST, HEADER, TENSORS
+from lora_fx.model import wiring
 from tests import reference
 
 FILES = 12_000 if os.environ.get("LORA_FX_PROFILE") == "deep" else 420
@@ -269,7 +270,7 @@ def in_our_header(change: Callable[[bytes, random.Random], bytes]) -> Callable[[
     """A change of our own header. Half of them come with the digest that a forger would put beside it."""
 
     def changed(data: bytes, at: random.Random) -> bytes:
-        from lora_fx.export.adapter_folder import _digest
+        from lora_fx.export.adapters.folder import _digest
 
         table, numbers = parse(data)
         meta = table["__metadata__"]

@@ -10,8 +10,8 @@ from torch.utils import _pytree as pytree
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.frontend import Inputs, no_fast_paths, normalize_inputs
-from lora_fx.verification import run
+from lora_fx.checks.verification import run
+from lora_fx.graph.capture import Inputs, no_fast_paths, normalize_inputs
 from tests import reference
 from tests.zoo import case
 

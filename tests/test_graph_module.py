@@ -13,8 +13,8 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import LoraFxError, Rule
-from lora_fx.frontend import normalize_inputs
-from lora_fx.verification import compare, run
+from lora_fx.checks.verification import compare, run
+from lora_fx.graph.capture import normalize_inputs
 from tests import reference
 
 RULE = Rule(where="*", rank=2, alpha=3)

@@ -25,9 +25,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lora_fx
-from lora_fx import Rule, schedules, wiring
-from lora_fx.frontend import Inputs, normalize_inputs, output_tensors
-from lora_fx.verification import compare, run, worst
+from lora_fx import Rule
+from lora_fx.checks.verification import compare, run, worst
+from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, recorded
+from lora_fx.model import wiring
 from tests import reference
 from tests.zoo import call, case
 
@@ -364,7 +365,7 @@ def test_another_process_reads_the_pickled_model(tmp_path):
     _, model, inputs = built("native-encoder")
     torch.save((model, inputs, run(model, inputs)), tmp_path / "model.pt")
     script = (
-        "import sys, torch; torch.set_num_threads(1); from lora_fx.verification import run\n"
+        "import sys, torch; torch.set_num_threads(1); from lora_fx.checks.verification import run\n"
         "model, inputs, outputs = torch.load(sys.argv[1], weights_only=False)\n"
         "assert all(torch.equal(a, b) for a, b in zip(run(model, inputs), outputs, strict=True))"
     )
@@ -482,7 +483,7 @@ path, rank = sys.argv[1], int(os.environ["RANK"])
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 import lora_fx
-from lora_fx.frontend import output_tensors
+from lora_fx.graph.capture import output_tensors
 
 cpu = torch.device("cpu")
 
@@ -692,7 +693,7 @@ def test_forwards_that_accelerate_replaced_keep_their_hook_and_gain_the_branch(h
 def test_torch_export_of_an_adapted_model_has_the_branch():
     _, model, inputs = built("native-bypassed-linear", double=True)
     program = torch.export.export(model, inputs.args)
-    with schedules.plainly():
+    with recorded():
         assert same(output_tensors(program.module()(*inputs.args)), output_tensors(inputs.call(model)))
     assert call(model, inputs.args[0]).shape == program.module()(*inputs.args).shape
     assert wiring.is_wired(model)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import lora_fx
-from lora_fx import Rule, wiring
-from lora_fx.frontend import no_fast_paths, normalize_inputs, output_tensors
-from lora_fx.verification import SLACK, compare, run, worst
+from lora_fx import Rule
+from lora_fx.checks.verification import SLACK, compare, run, worst
+from lora_fx.graph.capture import no_fast_paths, normalize_inputs, output_tensors
+from lora_fx.model import wiring
 from tests import reference
 from tests.zoo import ZOO, Case
 

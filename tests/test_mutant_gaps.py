@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import lora_fx
-from lora_fx import Rule, wiring
+from lora_fx import Rule
+from lora_fx.checks.verification import compare, run, worst
 from lora_fx.errors import EquivalenceError
-from lora_fx.frontend import normalize_inputs
+from lora_fx.graph.capture import normalize_inputs
+from lora_fx.graph.views import View, move
+from lora_fx.model import wiring
 from lora_fx.passes import fold as folding
-from lora_fx.verification import compare, run, worst
-from lora_fx.views import View, move
 from tests import reference
 
 EPS = torch.finfo(torch.float64).eps

@@ -71,20 +71,21 @@ def test_a_mutant_turns_a_test_red_that_is_green_without_it(name, test):
 
 
 def test_the_mutant_is_in_every_python_that_the_test_starts_and_its_source_can_be_read():
-    code = "import inspect, lora_fx.views as v; print(v.View.of((6, 8)).slice(0, None, None, 2).strides, v.__file__);"
+    code = "import inspect, lora_fx.graph.views as v;"
+    code += "print(v.View.of((6, 8)).slice(0, None, None, 2).strides, v.__file__);"
     code += "print('strides[d]\\n' in inspect.getsource(v.View.slice), v.__spec__.origin == v.__file__)"
     path = os.pathsep.join([str(ROOT / "tests/mutants/startup"), str(ROOT)])
     for name, strides in (("view_step_ignored", "(8, 1)"), ("", "(16, 1)")):
         environment = {**os.environ, "LORA_FX_MUTANT": name, "PYTHONPATH": path}
         shown = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True, timeout=120)
-        assert shown.splitlines() == [f"{strides} {ROOT / 'lora_fx/views.py'}", f"{bool(name)} True"]
+        assert shown.splitlines() == [f"{strides} {ROOT / 'lora_fx/graph/views.py'}", f"{bool(name)} True"]
 
 
 def test_a_mutant_that_comes_too_late_says_so():
     code = "import lora_fx, os; os.environ['LORA_FX_MUTANT'] = 'scale_dropped';"
     code += "from tests.mutants import hook; hook.install()"
     late = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120)
-    assert late.returncode == 1 and "lora_fx.adapter is imported already" in late.stderr
+    assert late.returncode == 1 and "lora_fx.deltas.adapter is imported already" in late.stderr
 
 
 # ── the runner ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,10 +16,14 @@ from torch import nn
 from torch.export import Dim
 
 import lora_fx
-from lora_fx import Rule, wiring
+from lora_fx import Rule
 from lora_fx.errors import CaptureError, ExportError
-from lora_fx.export import onnx_export, onnx_files, onnx_runs, onnx_weights
-from lora_fx.export.onnx_export import export_onnx
+from lora_fx.export.onnx import export as onnx_export
+from lora_fx.export.onnx import files as onnx_files
+from lora_fx.export.onnx import runs as onnx_runs
+from lora_fx.export.onnx import weights as onnx_weights
+from lora_fx.export.onnx.export import export_onnx
+from lora_fx.model import wiring
 from tests import reference
 from tests.zoo import case
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Rule
+from lora_fx.checks.verification import compare
 from lora_fx.errors import ExportError, FoldError
-from lora_fx.verification import compare
 from tests import reference
 from tests.zoo import case
 

@@ -202,7 +202,7 @@ def test_a_switchable_graph_from_a_checkpoint_takes_the_adapters_of_the_model(tm
         with torch.no_grad():
             wanted = real(IDS)
         (got,) = session.run(IDS, name).values()
-        assert lora_fx.verification.compare(wanted, got, wanted.double(), 0.0, torch.float32)
+        assert lora_fx.checks.verification.compare(wanted, got, wanted.double(), 0.0, torch.float32)
     with pytest.raises(ExportError, match="on meta: which base model this is cannot be told"):
         save_onnx_adapter(model, "default", tmp_path / "b.onnx_adapter")
 
@@ -214,12 +214,12 @@ def test_what_is_stored_in_float32_is_folded_in_it_and_rounded_once(tmp_path, re
     values = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(made.path).graph.initializer}
     exact = lora_fx.fold(real.double(), copy=True, final=True).mid.weight.detach()
     got = torch.from_numpy(values["mid.weight.transposed"].T.copy())
-    assert got.dtype == torch.float16 and torch.equal(got, lora_fx.rounding.round_once(exact, torch.float16))
+    assert got.dtype == torch.float16 and torch.equal(got, lora_fx.deltas.rounding.round_once(exact, torch.float16))
 
 
 def test_nothing_is_read_before_it_is_written(tmp_path, real, monkeypatch):
     """One tensor in memory at a time."""
-    from lora_fx.export import onnx_weights
+    from lora_fx.export.onnx import weights as onnx_weights
 
     place, model = checkpoint(tmp_path, real), lora_fx.load_adapter(on_meta(), tmp_path / "adapter", IDS)
     alive, most, read = [], [0], onnx_weights._read
@@ -231,7 +231,7 @@ def test_nothing_is_read_before_it_is_written(tmp_path, real, monkeypatch):
         return tensor
 
     monkeypatch.setattr(onnx_weights, "_read", counting)
-    monkeypatch.setattr("lora_fx.export.onnx_optimization._FOLDABLE", 0)  # as if every weight were large
+    monkeypatch.setattr("lora_fx.export.onnx.optimization._FOLDABLE", 0)  # as if every weight were large
     lora_fx.export_onnx(model, IDS, tmp_path / "m.onnx", weights=place, external_data=True)
     assert len(alive) >= 4 and most[0] <= 2
 

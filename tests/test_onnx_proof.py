@@ -11,7 +11,8 @@ from torch import nn
 import lora_fx
 from lora_fx import Rule
 from lora_fx.errors import ExportError
-from lora_fx.export import onnx_export, onnx_weights
+from lora_fx.export.onnx import export as onnx_export
+from lora_fx.export.onnx import weights as onnx_weights
 from tests import reference
 from tests.onnx_proofs import Variant, export
 

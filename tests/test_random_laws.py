@@ -22,8 +22,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraFxError, Rule
-from lora_fx.frontend import Inputs, no_fast_paths, normalize_inputs, output_tensors
-from lora_fx.random_models import BLOCKS, ConvTranspose, GroupedExperts, Whole
+from lora_fx.checks.verification import run
+from lora_fx.graph.capture import Inputs, no_fast_paths, normalize_inputs, output_tensors
 from lora_fx.testing import (
     Filling,
     adapters,
@@ -33,7 +33,7 @@ from lora_fx.testing import (
     models,
     rules_for,
 )
-from lora_fx.verification import run
+from lora_fx.testing.random_models import BLOCKS, ConvTranspose, GroupedExperts, Whole
 from tests import reference
 
 pytestmark = pytest.mark.laws
@@ -166,8 +166,8 @@ def test_l6_exactly_the_adapters_get_gradients_and_each_one_does(drawn):
     found = _with_gradient(drawn.model, drawn.inputs) & {name for name, _ in drawn.model.named_parameters()}
     expected = {
         f"{path}.{child}.{factor}".lstrip(".")
-        for path, owner, child, _ in lora_fx.wiring.find_adapters(drawn.model)
-        if child in owner._modules and f"{path}.{lora_fx.wiring.attribute_of(child)}".lstrip(".") in reached
+        for path, owner, child, _ in lora_fx.model.wiring.find_adapters(drawn.model)
+        if child in owner._modules and f"{path}.{lora_fx.model.wiring.attribute_of(child)}".lstrip(".") in reached
         for factor in "AB"
     }
     assert found == expected
@@ -198,8 +198,8 @@ def test_l7_folding_twice_is_folding_once(drawn):
 @given(adapted(), st.data())
 def test_l8_the_order_of_disjoint_rules_does_not_matter(drawn, data):
     found = {}  # a weight with several names has one rule here: by any of them it is found
-    for path, owner, child, _ in lora_fx.wiring.find_adapters(drawn.model):
-        attribute = lora_fx.wiring.attribute_of(child)
+    for path, owner, child, _ in lora_fx.model.wiring.find_adapters(drawn.model):
+        attribute = lora_fx.model.wiring.attribute_of(child)
         found.setdefault(id(owner._parameters[attribute]), f"{path}.{attribute}".lstrip("."))
     names = list(found.values())
     rules = [Rule(where=name, rank=1, alpha=n + 1) for n, name in enumerate(names)]

@@ -253,9 +253,9 @@ def test_an_attribute_of_a_forward_under_a_derived_class():
         model[0].scale = 3
     assert caught.value.place == "ParametrizedScaled.scale" and torch.equal(model(X), twice)
     parametrize.remove_parametrizations(model[0], "bias")
-    assert "self.scale" not in lora_fx.wiring.show(model[0])
+    assert "self.scale" not in lora_fx.model.wiring.show(model[0])
     model[0].scale = 2.0  # equal to 2, and another number to a forward: it makes floats of integers
-    assert "self.scale" in lora_fx.wiring.show(model[0])
+    assert "self.scale" in lora_fx.model.wiring.show(model[0])
     model[0].scale = 4
     assert torch.equal(model(X), 2 * twice)
 
@@ -440,7 +440,7 @@ def test_a_weight_with_dropout_cannot_be_read_whole():
     model = lora_fx.apply(nn.Linear(5, 4), Rule(where="*", rank=2, dropout=0.5), torch.randn(2, 5))
     (adapter,) = reference.distinct_adapters(model)
     adapter.realised = "dispatch"
-    lora_fx.wiring.wire_or_dispatch(model)
+    lora_fx.model.wiring.wire_or_dispatch(model)
     with pytest.raises(LoraFxError, match="dropout on the branch has no meaning") as caught:
         model.train().weight.square()
     assert caught.value.place == "adapter 'default'" and "dropout=0" in caught.value.remedy

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-from lora_fx import Rule, rematerialization
+from lora_fx import Rule
+from lora_fx.deltas import rematerialization
 from tests import reference
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx.layout import place
-from lora_fx.program import Program, Weight, capture
-from lora_fx.roles import ROLES, Label, _Labeller, label_uses
+from lora_fx.analysis.roles import ROLES, Label, _Labeller, label_uses
+from lora_fx.graph.layout import place
+from lora_fx.graph.program import Program, Weight, capture
 from tests.zoo import ZOO, Parts, case, expected_roles
 
 Q, K, V, OUT = "attention.query", "attention.key", "attention.value", "attention.output"

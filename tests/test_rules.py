@@ -109,14 +109,14 @@ def test_a_split_use_folds_into_a_copy_of_its_own_and_unfolds_to_one_storage():
     embedding = model.transformer.wte.weight.detach().clone()
     lora_fx.apply(model, Rule(role="lm_head", rank=2), inputs)
     reference.fill(model)
-    adapted = lora_fx.verification.run(model, lora_fx.frontend.normalize_inputs(model, inputs))
+    adapted = lora_fx.checks.verification.run(model, lora_fx.graph.capture.normalize_inputs(model, inputs))
     lora_fx.fold(model)
     assert torch.equal(model.transformer.wte.weight, embedding)
     assert not torch.equal(model.lm_head.weight, embedding)
-    folded = lora_fx.verification.run(model, lora_fx.frontend.normalize_inputs(model, inputs))
+    folded = lora_fx.checks.verification.run(model, lora_fx.graph.capture.normalize_inputs(model, inputs))
     lora_fx.unfold(model)
     assert model.lm_head._parameters["weight"] is model.transformer.wte._parameters["weight"]
-    again = lora_fx.verification.run(model, lora_fx.frontend.normalize_inputs(model, inputs))
+    again = lora_fx.checks.verification.run(model, lora_fx.graph.capture.normalize_inputs(model, inputs))
     assert all(torch.equal(a, b) for a, b in zip(adapted, again, strict=True))
     assert not torch.equal(folded[0], adapted[0])  # rounded once more, and no more than that:
     assert lora_fx.verify(model, lora_fx.fold(model, copy=True), inputs)

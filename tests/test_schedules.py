@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx import Rule, schedules
+from lora_fx import Rule
+from lora_fx.deltas import schedules
 from lora_fx.errors import PlanError, RuleError
+from lora_fx.graph.capture import recorded
 from tests import reference
 
 IN, OUT, RANK = 5, 7, 2
@@ -154,7 +156,7 @@ def test_it_is_taken_for_ordinary_calls_alone():
     case = Case("linear", "whole", False, "rows", torch.float32)
     inputs = (case.x, *case.factors)
     assert scheduled(case, *inputs)
-    with schedules.plainly():
+    with recorded():
         assert not scheduled(case, *inputs)
     with torch.autocast("cpu", torch.bfloat16):
         assert case(schedules.FUSED, *inputs).dtype == torch.bfloat16

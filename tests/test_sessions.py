@@ -14,9 +14,10 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Rule
+from lora_fx.checks.verification import compare
 from lora_fx.errors import ExportError
-from lora_fx.export import Session, runtimes, save_onnx_adapter, save_onnx_weights
-from lora_fx.verification import compare
+from lora_fx.export import Session, save_onnx_adapter, save_onnx_weights
+from lora_fx.export.onnx import runtimes
 from tests import reference
 
 pytestmark = pytest.mark.onnx

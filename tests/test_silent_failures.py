@@ -14,7 +14,7 @@ from torch import nn
 import lora_fx
 from benchmarks import silent_failures
 from benchmarks.silent_failures import CASES, NO_EFFECT, RIGHT, Case, Truth, is_sound, measure_peft, report
-from lora_fx.verification import compare
+from lora_fx.checks.verification import compare
 
 ROOT = Path(__file__).parent.parent
 BY_NAME = {case.name: case for case in CASES}

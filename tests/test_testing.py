@@ -19,10 +19,25 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_fx
-from lora_fx import LoraFxError, Rule, oracles, random_models, testing, wiring
-from lora_fx.forms import TABLE
-from lora_fx.frontend import normalize_inputs
-from lora_fx.random_models import (
+from lora_fx import LoraFxError, Rule, testing
+from lora_fx.checks import oracles
+from lora_fx.checks.verification import run, verify
+from lora_fx.graph.capture import normalize_inputs
+from lora_fx.graph.forms import TABLE
+from lora_fx.model import wiring
+from lora_fx.testing import (
+    Filling,
+    _options,
+    adapters,
+    assert_equivalent,
+    assert_folds_exactly,
+    assert_onnx_equivalent,
+    first_difference,
+    models,
+    random_models,
+    rules_for,
+)
+from lora_fx.testing.random_models import (
     BLOCKS,
     DTYPES,
     HEADS,
@@ -37,18 +52,6 @@ from lora_fx.random_models import (
     Matmul,
     RandomModel,
 )
-from lora_fx.testing import (
-    Filling,
-    _options,
-    adapters,
-    assert_equivalent,
-    assert_folds_exactly,
-    assert_onnx_equivalent,
-    first_difference,
-    models,
-    rules_for,
-)
-from lora_fx.verification import run, verify
 from tests import reference
 
 EVERYTHING = Rule(when=lambda site: not site.weight.problem, rank=1, alpha=2)

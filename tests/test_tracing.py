@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx import Rule, tracing
+from lora_fx import Rule
+from lora_fx.model import tracing
 
 
 class Annotated(nn.Module):
@@ -55,10 +56,11 @@ def test_whose_code_is_watched_for_decisions(file, watched):
 
 def test_our_own_code_is_not_watched_wherever_it_is_installed(monkeypatch):
     """Installed from a wheel it lies in site-packages, as models do: then every module would have dispatched."""
-    assert all(map(os.path.isfile, tracing._OWN))
-    own = frozenset(os.path.join(SITE, "lora_fx", os.path.basename(file)) for file in tracing._OWN)
+    assert all(map(os.path.isdir, tracing._OWN))
+    own = tuple(os.path.join(SITE, "lora_fx", os.path.basename(room[:-1]), "") for room in tracing._OWN)
     monkeypatch.setattr(tracing, "_OWN", own)
-    assert not any(map(tracing._is_model_file, own))
+    tracing._is_model_file.cache_clear()
+    assert not any(tracing._is_model_file(os.path.join(room, "some.py")) for room in own)
 
 
 def test_a_weight_that_is_also_read_whole_is_adapted_in_both_reads():

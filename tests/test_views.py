@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_fx.views import MOVES, View, move
+from lora_fx.graph.views import MOVES, View, move
 
 
 @st.composite

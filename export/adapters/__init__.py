@@ -1,0 +1,1 @@
+"""Adapter files: PEFT's format and our own."""

@@ -1,0 +1,377 @@
+"""PEFT's format: which weights of a model its config names, and where and in which axes it keeps their factors.
+
+`Layer` is a weight as PEFT sees it, `Modules` a model. Read off PEFT 0.21, and nothing of PEFT is imported; where PEFT
+computes something else than W + s·B·A, `Modules.why_not` says so.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.deltas.adapter import Adapter
+from lora_fx.export.adapters.folder import TENSORS, refuse
+from lora_fx.graph.layout import Layout
+from lora_fx.model.wiring import plain_path
+
+PREFIX = "base_model.model."
+_FUSED = "torch's fused TransformerEncoderLayer reads it in eval, past PEFT's modules"
+SPOKEN = (0, 21)  # the newest PEFT whose meaning of the files is known here
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The factors of one weight as PEFT keeps them."""
+
+    target: str
+    """The module or the parameter that PEFT is told to adapt."""
+    path: str
+    """What its keys begin with."""
+    shape: tuple[int, ...]
+    sides: str
+    """The weight's axes as PEFT takes them: A reads ``i``, B makes ``o``, ``b`` are experts."""
+    kind: str
+    """``linear``, ``conv1d`` (transformers' (in, out) one), ``embedding``, ``conv``, ``attention`` or ``parameter``."""
+    times: int = 1
+    """How often PEFT adds the delta: its MultiheadAttention adds that of `out_proj` twice (huggingface/peft#3774)."""
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        if self.kind == "embedding":
+            return f"{PREFIX}{self.path}.lora_embedding_A", f"{PREFIX}{self.path}.lora_embedding_B"
+        return f"{PREFIX}{self.path}.lora_A.weight", f"{PREFIX}{self.path}.lora_B.weight"
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.sides, self.shape)
+
+    @property
+    def experts(self) -> int:
+        return self.shape[0] if "b" in self.sides else 0
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of the two tensors in the file."""
+        inner, outer = self.layout.size("i"), self.layout.size("o")
+        if self.kind == "conv":
+            return (rank, *self.shape[1:]), (outer, rank, *[1] * (len(self.shape) - 2))
+        total = rank * max(self.experts, 1)
+        return (total, inner), (outer, total)
+
+    def encode(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
+        """Our factors, in this layer's axes, as PEFT's tensors: experts outermost in A's rows, innermost in B's."""
+        rank = B.shape[-1]
+        first, second = self.shapes(rank)
+        return A.reshape(first), (B.permute(1, 2, 0) if self.experts else B).reshape(second)
+
+    def decode(self, A: torch.Tensor, B: torch.Tensor, rank: int) -> Factors:
+        """The inverse of `encode`."""
+        inner, outer = self.layout.size("i"), self.layout.size("o")
+        if self.experts:
+            return A.reshape(-1, rank, inner), B.reshape(outer, rank, -1).permute(2, 0, 1)
+        return A.reshape(rank, inner), B.reshape(outer, rank)
+
+
+def known_kind(module: nn.Module, attribute: str) -> str:
+    """PEFT's dispatch by module type; empty where it knows no such module."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention" if attribute == "in_proj_weight" else ""
+    if attribute != "weight":
+        return ""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "conv"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf"):
+        return "conv1d"
+    return ""
+
+
+class Modules:
+    """A model as PEFT sees it: its modules by name, and the layer for each weight."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        named = model.named_modules(remove_duplicate=False)
+        self.by_path = {plain_path(path): module for path, module in named}  # what a wrapper holds comes after it
+        self.paths: dict[int, list[str]] = {}
+        for path, module in self.by_path.items():
+            if not isinstance(module, Adapter):
+                self.paths.setdefault(id(module), []).append(path)
+
+    def parent(self, path: str) -> nn.Module:
+        return self.by_path[path.rpartition(".")[0]]
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of all parameters, as PEFT walks over them."""
+        modules = [(plain_path(path), m) for path, m in self.model.named_modules() if not isinstance(m, Adapter)]
+        return [f"{path}.{p}".lstrip(".") for path, m in modules for p, _ in m.named_parameters(recurse=False)]
+
+    def is_raw(self, name: str) -> bool:
+        """Whether PEFT has to be given the parameter itself (`target_parameters`): it knows no such module."""
+        path, _, attribute = name.rpartition(".")
+        return not known_kind(self.by_path[path], attribute)
+
+    def why_not(self, name: str, raw: bool) -> str:
+        """Why PEFT would not compute W + s·B·A for this weight; empty where it does."""
+        path, _, attribute = name.rpartition(".")
+        module = self.by_path[path]
+        if not path:
+            return "the model itself holds it, and PEFT replaces modules inside the model"
+        if len(self.paths[id(module)]) > 1:
+            return f"its module has the names {' = '.join(self.paths[id(module)])}, and PEFT adapts only the first"
+        parts = path.split(".")
+        for n in range(len(parts)):
+            above = self.by_path[".".join(parts[:n])]
+            if isinstance(above, nn.TransformerEncoderLayer) and above.self_attn.batch_first:
+                return _FUSED
+        if raw:
+            return _why_not_raw(module, attribute)
+        kind = known_kind(module, attribute)
+        if kind == "conv" and (module.groups != 1 or set(module.dilation) != {1} or module.padding_mode != "zeros"):
+            return (
+                f"PEFT's branch of a convolution has one group, no dilation and zero padding, not {module.extra_repr()}"
+            )
+        if kind == "embedding" and module.max_norm is not None:
+            return f"PEFT renormalises A with the embedding's max_norm={module.max_norm}"
+        if kind == "attention" and not module._qkv_same_embed_dim:
+            return "PEFT adapts a MultiheadAttention only where query, key and value have one width"
+        return ""
+
+    def layer(self, name: str, raw: Sequence[str]) -> Layer:
+        """PEFT's layer for a weight; `raw` are all the parameters that PEFT is given."""
+        path, _, attribute = name.rpartition(".")
+        module = self.by_path[path]
+        weight = module._parameters[attribute]
+        assert weight is not None
+        shape = tuple(weight.shape)
+        kind = "" if name in raw else known_kind(module, attribute)
+        if kind == "linear" and isinstance(self.parent(path), nn.MultiheadAttention):
+            above, _, child = path.rpartition(".")
+            return Layer(above, f"{above}.base_layer.{child}", shape, "oi", "attention", times=2)
+        if kind:
+            sides = {"conv1d": "io", "embedding": "io", "conv": "o" + "i" * (len(shape) - 1)}.get(kind, "oi")
+            return Layer(path, path, shape, sides, kind)
+        nested = [p for p, _ in module.named_parameters(recurse=False) if f"{path}.{p}" in raw]
+        around = len(nested) - 1 - nested.index(attribute)
+        transposed = getattr(module, "is_transposed", False)
+        sides = "oi" if len(shape) == 2 else ("bio" if transposed else "boi")
+        return Layer(name, path + ".base_layer" * around, shape, sides, "parameter")
+
+
+def _why_not_raw(module: nn.Module, attribute: str) -> str:
+    weight = module._parameters[attribute]
+    if type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Linear | nn.Embedding):
+        return f"PEFT has no layer for the {attribute} of {type(module).__name__}"
+    if weight is None or weight.ndim not in (2, 3):
+        return f"PEFT adapts raw parameters of 2 or 3 axes, not of {0 if weight is None else weight.ndim}"
+    if weight.ndim == 3 and weight.shape[0] == 1 and getattr(module, "is_transposed", False):
+        return "PEFT adds the transposed delta to a single expert"
+    return ""
+
+
+def turned(A: torch.Tensor, B: torch.Tensor, have: str, want: str) -> Factors | None:
+    """Factors for a weight read with other sides: the same, with A and B in each other's place, or None."""
+    if have == want:
+        return A, B
+    if have.translate(str.maketrans("io", "oi")) == want:
+        return B.transpose(-2, -1), A.transpose(-2, -1)
+    return None
+
+
+def why_not_together(layers: Sequence[Layer], transposed: bool) -> str:
+    """PEFT has one `fan_in_fan_out`: each Linear or Conv1D sets it anew, and other layers take it as they find it."""
+    kinds = {layer.kind for layer in layers}
+    if "attention" in kinds and ("conv1d" in kinds or transposed):
+        return (
+            "PEFT transposes the delta of MultiheadAttention.out_proj where fan_in_fan_out is set, as by Conv1D layers"
+        )
+    if "parameter" in kinds and ("conv1d" in kinds or transposed):
+        return "PEFT refuses raw parameters where fan_in_fan_out is set, as by Conv1D layers"
+    return ""
+
+
+# ── its config ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+#: options of PEFT's LoraConfig that lora_fx honours, or that change nothing in a trained adapter
+_READ = frozenset({
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
+    "target_parameters", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "bias",
+    "init_lora_weights",
+})  # fmt: skip
+_FREE = frozenset({
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "runtime_config",
+})  # fmt: skip
+
+#: initialisations that leave the base weights alone
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+_MERGE = "merge it into its base with PEFT (merge_and_unload), or train plain LoRA"
+
+_REASONS = {
+    "use_dora": "DoRA also scales the columns of W + s·B·A",
+    "lora_bias": "the branch has a bias of its own",
+    "modules_to_save": "it replaces whole modules of the base model",
+    "trainable_token_indices": "it replaces rows of the embedding",
+    "layer_replication": "it changes how many layers the base model has",
+    "alora_invocation_tokens": "the branch acts only after certain tokens",
+    "use_qalora": "the branch reads pooled inputs",
+    "ensure_weight_tying": "one adapter stands under several modules",
+}
+
+
+def check_options(config: dict, place: Path) -> None:
+    """Every option that changes what the adapter computes is honoured or refused by name."""
+    for key, value in config.items():
+        if key in _READ or key in _FREE or value is None or value is False or value in ("", [], {}):
+            continue
+        why = _REASONS.get(key, "lora_fx does not know what this option does to the adapter")
+        refuse(f"{place}, {key}", f"{key}={value!r}: {why}", _MERGE)
+    if config.get("bias", "none") != "none":
+        refuse(f"{place}, bias", f"bias={config['bias']!r}: it also trains biases of the base model", _MERGE)
+    if config.get("init_lora_weights", True) not in _INITS:
+        refuse(
+            f"{place}, init_lora_weights",
+            f"init_lora_weights={config['init_lora_weights']!r}: it changes the base weights when it starts",
+            "convert it to plain LoRA with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+
+
+def targeted_layers(modules: Modules, config: dict, place: Path) -> Iterator[tuple[str, Layer]]:
+    """(name, layer) of every weight that PEFT adapts in this model by its config."""
+    linears = _all_linear(modules.model) if str(config.get("target_modules")).lower() == "all-linear" else None
+    for path, module in modules.model.named_modules():
+        if not path or isinstance(module, Adapter):
+            continue
+        if not (path in linears if linears is not None else _is_target(config, path)):
+            continue
+        inside = isinstance(modules.parent(path), nn.MultiheadAttention)
+        if inside or not (known_kind(module, "weight") or isinstance(module, nn.MultiheadAttention)):
+            refuse(
+                f"{place}, target_modules",
+                f"it takes {path}, a {type(module).__name__}"
+                + (" inside a MultiheadAttention, which never calls it" if inside else ""),
+                "target the attention module itself" if inside else "load the base model it was made for",
+            )
+        attention = isinstance(module, nn.MultiheadAttention)
+        for weight in ("in_proj_weight", "out_proj.weight") if attention else ("weight",):
+            yield _loadable(modules, f"{path}.{weight}", (), f"{place}, target_modules")
+    raw = [name for name in modules.parameters if _ends_in(name, config.get("target_parameters") or ())]
+    for name in raw:
+        yield _loadable(modules, name, raw, f"{place}, target_parameters")
+
+
+def _loadable(modules: Modules, name: str, raw: Sequence[str], place: str) -> tuple[str, Layer]:
+    why = modules.why_not(name, name in raw)
+    if why and why != _FUSED:  # such a layer PEFT trains well, and is wrong only in eval
+        refuse(f"{place}: {name}", why, "train it with lora_fx.apply, which computes W + s·B·A there")
+    return name, modules.layer(name, raw)
+
+
+def _all_linear(model: nn.Module) -> set[str]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {p for p, m in model.named_modules() if known_kind(m, "weight") in ("linear", "conv1d") and m is not head}
+
+
+def _is_target(config: dict, path: str) -> bool:
+    """PEFT's matching: excluded, full match of a pattern, exact path, or the end of a path in one of the layers."""
+    exclude, target = config.get("exclude_modules"), config.get("target_modules")
+    if exclude and (re.fullmatch(exclude, path) if isinstance(exclude, str) else _ends_in(path, exclude)):
+        return False
+    if isinstance(target, str):
+        return re.fullmatch(target, path) is not None
+    if target is None or path in target:
+        return target is not None
+    return _ends_in(path, target) and _in_layers(config, path)
+
+
+def _in_layers(config: dict, path: str) -> bool:
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is None or layers == []:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or [r"[^.]*"]
+    starts = r".*?\." if patterns == [r"[^.]*"] else r"(?:^|.*?\.)"
+    found = next(filter(None, (re.match(rf"{starts}{p}\.(\d+)\.", path) for p in patterns)), None)
+    return found is not None and int(found[found.lastindex or 1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _ends_in(path: str, targets: Sequence[str]) -> bool:
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def _pattern_value(config: dict, key: str, target: str, default: Any) -> Any:
+    """The value of the first pattern, in the file's order, that matches the target."""
+    for pattern, value in (config.get(key) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", target):
+            return value
+    return default
+
+
+def rank_of(config: dict, target: str) -> int:
+    return int(_pattern_value(config, "rank_pattern", target, config.get("r") or 8))
+
+
+def alpha_of(config: dict, target: str) -> float:
+    alpha = config.get("lora_alpha")
+    return float(_pattern_value(config, "alpha_pattern", target, 8 if alpha is None else alpha))
+
+
+def release(config: dict) -> tuple[int, ...]:
+    """The (major, minor) version of the PEFT that wrote the config; older ones did not write it."""
+    found = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or "0.0"))
+    return (int(found[1]), int(found[2])) if found else (sys.maxsize, 0)
+
+
+def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the config decides what the tensors mean: null where it says nothing."""
+    return {key: config.get(key) for key in sorted(_READ)}
+
+
+def check_shapes(layer: Layer, rank: int, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    for key, want in zip(layer.keys, layer.shapes(rank), strict=True):
+        place = f"{folder / TENSORS}, {key}"
+        if key not in tensors:
+            refuse(place, "the key is missing", "restore the file; its config says that this layer is adapted")
+        if tuple(tensors[key].shape) != want:
+            refuse(
+                place,
+                f"its shape is {tuple(tensors[key].shape)}; rank {rank} on {layer.target} {layer.shape} wants {want}",
+                "load the base model it was made for, with the adapter_config.json of the same save",
+            )
+
+
+def check_rest(model: nn.Module, rest: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """PEFT also writes base weights (of an adapted embedding): they must be the ones the model has."""
+    state = model.state_dict(keep_vars=True)
+    for key, value in rest.items():
+        place = f"{folder / TENSORS}, {key}"
+        if key.endswith(".lora_magnitude_vector"):
+            refuse(place, f"use_dora: {_REASONS['use_dora']}", _MERGE)
+        if key.endswith(".lora_B.bias"):
+            refuse(place, f"lora_bias: {_REASONS['lora_bias']}", _MERGE)
+        base = state.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if base is None or not key.startswith(PREFIX):
+            refuse(
+                place,
+                "no layer that the config names has this key",
+                "load the base model and the config it was saved with",
+            )
+        if base.shape != value.shape or not torch.equal(base.detach().cpu().to(value.dtype), value):
+            refuse(
+                place,
+                "the file carries a base weight, and the model's is another",
+                "load that base weight into the model first",
+            )

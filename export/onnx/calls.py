@@ -1,0 +1,281 @@
+"""A call of the model as the file will have it: flat tensors, in the model's order, with the names of dynamic axes.
+
+transformers' caches are objects that a file cannot take or give. Inside `flat_caches` the model is called with a list
+of (key, value) for each layer in their place, and returns one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import CaptureError, ExportError
+from lora_fx.graph.capture import Inputs
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the model, and which of its axes are dynamic."""
+
+    inputs: Inputs
+    """With keyword inputs in the order of the signature, which torch.export wants."""
+    shapes: dict[str, Any] | None
+    """torch.export's dynamic_shapes for every argument, without names."""
+    labels: dict[tuple[int, int], str]
+    """(number of the input tensor, axis) → the name of an axis that must be dynamic; "" where it was given none."""
+    names: tuple[str, ...]
+    """For each input tensor its name in the file; "" where the exporter's own is as good."""
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> Call:
+        bound = _bind(model, inputs)
+        order = {name: n for n, name in enumerate(bound)}
+        kwargs = dict(sorted(inputs.kwargs.items(), key=lambda item: order.get(item[0], len(order))))
+        inputs = Inputs(inputs.args, kwargs)
+        names = tuple(name for argument, value in bound.items() for name in _names(argument, value))
+        if dynamic_shapes is None:
+            return cls(inputs, None, {}, names)
+        if hasattr(dynamic_shapes, "dynamic_shapes"):  # torch.export.ShapesCollection
+            dynamic_shapes = dynamic_shapes.dynamic_shapes(model, inputs.args, inputs.kwargs)
+        labels: list[dict[int, str]] = []
+        shapes = _spread(_keyed(model, bound, dynamic_shapes), bound, "dynamic_shapes", labels)
+        named = {(n, axis): label for n, own in enumerate(labels) for axis, label in own.items()}
+        return cls(inputs, shapes, named, names)
+
+    def traced(self) -> Inputs:
+        """Inputs to translate with: torch.export takes a dynamic axis of one element, or none, for a special case."""
+        leaves, spec = pytree.tree_flatten((self.inputs.args, self.inputs.kwargs))
+        places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        sizes: dict[str, int] = {}
+        for (n, axis), label in self.labels.items():
+            if " + " not in label:
+                sizes[label] = max(2, leaves[places[n]].shape[axis], sizes.get(label, 0))
+        for (n, axis), label in self.labels.items():
+            tensor, parts = leaves[places[n]], label.split(" + ")
+            old = tensor.shape[axis]
+            new = sum(sizes[part] for part in parts) if label and all(part in sizes for part in parts) else max(2, old)
+            if new == old:
+                continue
+            if not old:
+                leaves[places[n]] = tensor.new_zeros([*tensor.shape[:axis], new, *tensor.shape[axis + 1 :]])
+            else:
+                picked = torch.arange(new, device=tensor.device) * old // new
+                leaves[places[n]] = tensor.index_select(axis, picked)
+        return Inputs(*pytree.tree_unflatten(leaves, spec))
+
+    def with_argument(self, model: nn.Module, name: str, value: Any, shapes: Any) -> Call:
+        """The call with one more keyword argument, behind all other tensors; the names stay those of the others."""
+        bound = _bind(model, Inputs(self.inputs.args, {**self.inputs.kwargs, name: value}))
+        behind = [*bound][[*bound].index(name) + 1 :]
+        if any(isinstance(leaf, torch.Tensor) for key in behind for leaf in pytree.tree_leaves(bound[key])):
+            raise ExportError(
+                f"{type(model).__name__}.forward takes tensors through **{behind[-1]}, where no other input can follow",
+                place="example_inputs",
+                remedy="pass only inputs that forward names",
+            )
+        first = {key: part for key, part in self.inputs.kwargs.items() if key in bound}
+        rest = {key: part for key, part in self.inputs.kwargs.items() if key not in bound}
+        every = dict.fromkeys(bound) if self.shapes is None else self.shapes
+        return replace(
+            self, inputs=Inputs(self.inputs.args, {**first, name: value, **rest}), shapes={**every, name: shapes}
+        )
+
+
+def _names(argument: str, value: Any) -> list[str]:
+    if is_flat_cache(value):
+        return [f"{argument}.{name}" for name in cache_names(value)]
+    return [""] * sum(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """argument name → value."""
+    try:
+        return inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
+    except TypeError as error:
+        raise CaptureError(
+            f"{type(model).__name__}.forward does not take {_described(inputs)}: {error}",
+            place="example_inputs",
+            remedy="pass inputs that model(*inputs) or model(**inputs) accepts",
+        ) from error
+
+
+def _described(inputs: Inputs) -> str:
+    return f"{len(inputs.args)} positional inputs" + "".join(f", {name}=…" for name in inputs.kwargs)
+
+
+def _keyed(model: nn.Module, bound: dict[str, Any], given: Any) -> dict[str, Any]:
+    """Dynamic shapes by the name of the argument."""
+    if isinstance(given, Mapping) and given and all(isinstance(key, int) for key in given):
+        given = (given,)  # the axes of the one input
+    if isinstance(given, tuple | list):
+        if len(given) > len(bound):
+            raise ExportError(
+                f"dynamic_shapes has {len(given)} entries for {len(bound)} inputs",
+                place="dynamic_shapes",
+                remedy=f"give one entry for each of {', '.join(bound)}",
+            )
+        return dict(zip(bound, given, strict=False))
+    if not isinstance(given, Mapping):
+        raise ExportError(
+            f"dynamic_shapes is {given!r}", place="dynamic_shapes", remedy='pass a dict: {"input": {0: "batch"}}'
+        )
+    keyed = dict(given)
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD and name in bound and name not in keyed:
+            keyed[name] = {key: keyed.pop(key) for key in list(keyed) if key in bound[name]}
+    return keyed
+
+
+def _spread(spec: Any, value: Any, place: str, labels: list[dict[int, str]]) -> Any:
+    """The dynamic shapes of `value` with an entry for every part of it; names go to `labels`, one for each tensor."""
+    if isinstance(value, torch.Tensor):
+        labels.append({})
+        return _axes(spec, value, place, labels[-1])
+    if isinstance(value, Mapping):
+        spec = {} if spec is None else spec
+        if not isinstance(spec, Mapping) or not set(spec) <= set(value):
+            raise _misfit(spec, place, f"a dict with keys among {', '.join(map(str, value))}")
+        return {key: _spread(spec.get(key), part, f"{place}[{key!r}]", labels) for key, part in value.items()}
+    if is_flat_cache(value) and isinstance(spec, Mapping):
+        spec = [(spec, spec)] * len(value)  # the axes of every key and value
+    if isinstance(value, tuple | list):
+        spec = (None,) * len(value) if spec is None else spec
+        if not isinstance(spec, tuple | list) or len(spec) != len(value):
+            raise _misfit(spec, place, f"{len(value)} entries")
+        parts = [_spread(s, part, f"{place}[{n}]", labels) for n, (s, part) in enumerate(zip(spec, value, strict=True))]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    if spec is not None and not tensors:
+        raise _misfit(spec, place, f"None: {value!r} is no tensor, and stays what it is")
+    labels += [{} for _ in tensors]  # a container of another kind: torch.export knows how it wants its shapes
+    return spec
+
+
+def _axes(spec: Any, tensor: torch.Tensor, place: str, labels: dict[int, str]) -> Any:
+    """The spec of one tensor, for torch.export, which knows no plain names."""
+    if spec is None:
+        return None
+    if isinstance(spec, tuple | list):
+        spec = dict(enumerate(spec))
+    if not isinstance(spec, Mapping) or not all(isinstance(a, int) and 0 <= a < tensor.ndim for a in spec):
+        raise _misfit(spec, place, f'axis numbers from 0 to {tensor.ndim - 1} as keys: {{0: "batch"}}')
+    for axis, size in spec.items():
+        hint = getattr(getattr(size, "type", None), "name", "")
+        if size is None or isinstance(size, int) or hint in ("AUTO", "STATIC"):
+            continue  # the exporter may decide
+        name = size if isinstance(size, str) else getattr(size, "__name__", "")
+        labels[axis] = name if all(part.isidentifier() for part in name.split(" + ")) else ""
+    return {axis: torch.export.Dim.DYNAMIC if isinstance(size, str) else size for axis, size in spec.items()}
+
+
+def _misfit(spec: Any, place: str, wanted: str) -> ExportError:
+    return ExportError(f"{spec!r} does not fit the input", place=place, remedy=f"give {wanted}")
+
+
+def axis_names(program: Any, call: Call) -> dict[Any, str]:
+    """torch's symbols → the names of the axes."""
+    names: dict[Any, str] = {}
+    for n, (value, _) in enumerate(graph_inputs(program, call.inputs)):
+        for axis, size in enumerate(value.shape):
+            name = call.labels.get((n, axis))
+            if isinstance(size, int) and name is not None:
+                raise ExportError(
+                    f"axis {axis} must be {size}: the model works with no other size, so the axis cannot be dynamic",
+                    place=f"input {value.name!r}",
+                    remedy="leave that axis out of dynamic_shapes",
+                )
+            if name:
+                names.setdefault(str(size.value), name)
+    return names
+
+
+def graph_inputs(program: Any, inputs: Inputs) -> list[tuple[Any, torch.Tensor]]:
+    """(input of the graph, the tensor that is fed to it); slots of a switchable graph come behind those."""
+    tensors = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
+    return list(zip(program.model.graph.inputs[: len(tensors)], tensors, strict=True))
+
+
+# ── caches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def flat_caches(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
+    """Inside, the model takes and returns a list of (key, value) for every cache object; what comes is the inputs so.
+    With ``use_cache=True`` and no cache among the inputs it returns one all the same.
+
+    Raises:
+        ExportError: a cache of another kind than transformers' `DynamicCache` of plain layers.
+    """
+    caches = [value for value in (*inputs.args, *inputs.kwargs.values()) if _is_cache(value)]
+    flat = Inputs(tuple(map(_flat, inputs.args)), {name: _flat(value) for name, value in inputs.kwargs.items()})
+    if not caches and not inputs.kwargs.get("use_cache"):
+        yield flat
+        return
+    places = {n for n, value in enumerate(inputs.args) if _is_cache(value)}
+    names = {name for name, value in inputs.kwargs.items() if _is_cache(value)}
+    kind, inner = type(caches[0]) if caches else list, model.__dict__.get("forward")
+
+    @functools.wraps(type(model).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = [kind(value) if n in places else value for n, value in enumerate(args)]
+        named = {name: kind(value) if name in names else value for name, value in kwargs.items()}
+        return _flat_output(inner(*given, **named) if inner else type(self).forward(self, *given, **named))
+
+    # A method, not a closure over the model: a deep copy of the model calls itself.
+    model.__dict__["forward"] = types.MethodType(forward, model)
+    try:
+        yield flat
+    finally:
+        del model.__dict__["forward"]
+        if inner is not None:
+            model.__dict__["forward"] = inner
+
+
+def _is_cache(value: Any) -> bool:
+    return any(cls.__module__ == "transformers.cache_utils" and cls.__name__ == "Cache" for cls in type(value).__mro__)
+
+
+def _flat(value: Any) -> Any:
+    """A cache as a list of its layers' (key, value); anything else as it is."""
+    if not _is_cache(value):
+        return value
+    layers = [type(layer).__name__ for layer in value.layers]
+    if type(value).__name__ != "DynamicCache" or set(layers) - {"DynamicLayer"}:
+        kinds = ", ".join(dict.fromkeys(layers)) or "no layers"
+        raise ExportError(
+            f"a {type(value).__name__} ({kinds}) has no form of plain tensors that the model could be given again",
+            place="example_inputs",
+            remedy="pass a DynamicCache() that was made without a config and filled by a forward; or use_cache=False",
+        )
+    if not all(layer.is_initialized for layer in value.layers):
+        raise ExportError(
+            "a layer of the cache is empty: its tensors have no shape yet",
+            place="example_inputs",
+            remedy="fill the cache with a forward of the model first; the file will take an empty past too",
+        )
+    return [(layer.keys, layer.values) for layer in value.layers]
+
+
+def _flat_output(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return {name: _flat(value) for name, value in output.items()}
+    return tuple(map(_flat, output)) if isinstance(output, tuple) else output
+
+
+def is_flat_cache(value: Any) -> bool:
+    """A list of pairs: what `flat_caches` makes of a cache."""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, tuple) and len(v) == 2 for v in value)
+
+
+def cache_names(value: Any) -> list[str]:
+    """Names of a flat cache's tensors, as Optimum's files have them: ``0.key``, ``0.value``, ``1.key`` …"""
+    return [f"{n}.{part}" for n in range(len(value)) for part in ("key", "value")]

@@ -1,0 +1,214 @@
+"""Optimization that cannot see the weights.
+
+torch's optimizer depends on numbers: it drops zero biases and merges equal initializers. A folded model has other
+numbers than its base model and must have the same graph, so the graph is optimized *blind*, while parameters have no
+values; then the values enter by name, and only what is computed from weights alone (a transposed weight, a batch norm
+behind a convolution) is evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from lora_fx.export.onnx.weights import Weights
+
+_FOLDABLE = 8192  # elements: from here on onnxscript evaluates nothing but the Transpose of a weight with no other use
+_KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the initializers of an optimized graph hold."""
+
+    read: frozenset[str]
+    """Parameters and buffers that the program reads."""
+    held: Mapping[str, tuple[str, tuple[int, ...]]]
+    """Initializer → the parameter or buffer whose numbers it holds, and its axes in the order that they have there."""
+
+
+def optimize(model: Any, weights: Weights, wanted: bool = True) -> Contents:
+    """Optimize blind, then let the values in and evaluate what depends on weights alone; where that is not wanted, let
+    the values in."""
+    import numpy
+    from onnx_ir.passes import common
+
+    values = _blind(model, weights)
+    read = frozenset(model.graph.initializers) & weights.keys()
+    axes = {name: (name, tuple(range(len(weights[name].shape)))) for name in read}
+    kept = {name: model.graph.initializers[name].const_value or values[name] for name in read}
+    if not wanted:
+        with _hidden(model, values, set()):
+            pass
+    else:
+        with numpy.errstate(all="ignore"):  # a constant log(0) is evaluated whatever the user's warning filters are
+            _optimize_blind(model)
+            shared = _shared(model, weights) & values.keys()  # buffers are the same in the base
+            axes |= _transpose_weights(model, values, shared)
+            large = {name for name, value in values.items() if value.size > _FOLDABLE}
+            with _hidden(model, values, large):
+                _evaluate_weights(model)
+            with _hidden(model, values, shared):
+                _fuse_batch_norms(model)
+    common.RemoveUnusedNodesPass()(model)
+    missing = [name for name, value in model.graph.initializers.items() if value.const_value is None]
+    assert not missing, f"initializers without a value: {missing}"
+    kept |= values
+    held = {name for name, value in model.graph.initializers.items() if value.const_value is kept.get(name)}
+    return Contents(read, {name: axes[name] for name in held})
+
+
+def _blind(model: Any, weights: Weights) -> dict[str, Any]:
+    """Take the values of all parameters out of the graph. Buffers (masks, positions) are what they are in the base."""
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    values = {}
+    for name, value in model.graph.initializers.items():
+        kind = value.metadata_props.get(_KIND)
+        weight = weights.get(name)
+        if weight is not None:
+            made = weight.stored or weight.adapters
+            value.const_value = _lazy(weight.numbers, value) if made else TorchTensor(weight.load(), name=name)
+        if kind == "PARAMETER":
+            values[name], value.const_value = value.const_value, None
+    return values
+
+
+def _lazy(numbers: Callable[[], torch.Tensor], value: Any, perm: Sequence[int] | None = None) -> Any:
+    """A tensor of the file that is made when it is asked for, each time anew: nothing keeps it."""
+    import onnx_ir
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    def make() -> Any:
+        tensor = numbers()
+        tensor = tensor if perm is None else tensor.permute(*perm)
+        return TorchTensor(tensor.contiguous(), name=value.name)
+
+    return onnx_ir.LazyTensor(make, dtype=value.dtype, shape=onnx_ir.Shape(value.shape), name=value.name)
+
+
+def _optimize_blind(model: Any) -> None:
+    """What torch does with a program. One rule is left out: it takes a batch of matrices that is as large as their
+    heads for a broadcast, and makes a wrong MatMul of it."""
+    from onnx_ir import passes
+    from onnx_ir.passes import common
+    from onnxscript import rewriter
+    from onnxscript.optimizer import _constant_folding as constants
+    from onnxscript.rewriter.rules.common import _broadcast_to_matmul
+
+    wrong = {id(rule) for rule in _broadcast_to_matmul.rules}
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if id(rule) not in wrong]
+    passes.Sequential(
+        common.InlinePass(),
+        passes.PassManager(
+            [
+                constants.FoldConstantsPass(
+                    shape_inference=True,
+                    input_size_limit=constants.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
+                    output_size_limit=constants.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
+                ),
+                rewriter.RewritePass(rules),
+                common.RemoveUnusedNodesPass(),
+                common.RemoveUnusedFunctionsPass(),
+                common.RemoveUnusedOpsetsPass(),
+            ],
+            steps=2,
+            early_stop=True,
+        ),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+
+
+@contextmanager
+def _hidden(model: Any, values: dict[str, Any], names: set[str]) -> Iterator[None]:
+    """Inside, all weights have their values but these."""
+    weights = model.graph.initializers
+    for name, value in values.items():
+        if name in weights and weights[name].const_value is None:
+            weights[name].const_value = None if name in names else value
+    yield
+    for name in names & set(weights):
+        weights[name].const_value = values[name]
+
+
+def _evaluate_weights(model: Any) -> None:
+    from onnxscript.optimizer import _constant_folding as constants
+
+    constants.FoldConstantsPass(
+        shape_inference=True,
+        input_size_limit=_FOLDABLE,
+        output_size_limit=constants.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
+    )(model)
+
+
+def _fuse_batch_norms(model: Any) -> None:
+    from onnxscript.rewriter import RewritePass
+    from onnxscript.rewriter.rules import common
+
+    RewritePass(
+        [
+            common.fuse_batchnorm_into_conv_rule,
+            common.fuse_batchnorm_into_conv_transpose_rule,
+            common.fuse_batchnorm_into_gemm_rule,
+        ]
+    )(model)
+
+
+def _shared(model: Any, own: Weights) -> set[str]:
+    """Weights that do several things in the base model. What the optimizer does to a weight with a single use, it must
+    not do to the copy that a fold has split off."""
+    weights = model.graph.initializers
+    groups: dict[int, list[str]] = {}
+    for name in weights:
+        if name in own:
+            groups.setdefault(own[name].storage, []).append(name)
+    jobs = {key: {_job(node) for name in names for node in weights[name].consumers()} for key, names in groups.items()}
+    return {name for key, names in groups.items() if len(jobs[key]) > 1 for name in names}
+
+
+def _job(node: Any) -> Any:
+    """What a node does with a weight: two transpositions of one weight are one."""
+    if node.op_type == "Transpose":
+        return "Transpose", *(node.attributes["perm"].as_ints() if "perm" in node.attributes else ())
+    return node
+
+
+def _transpose_weights(model: Any, values: dict[str, Any], shared: set[str]) -> dict[str, Any]:
+    """A weight that is only ever transposed goes into the file transposed, as ``….transposed``."""
+    import onnx_ir
+
+    weights, found = model.graph.initializers, {}
+    for node in list(model.graph):
+        source = node.inputs[0] if node.op_type == "Transpose" and not node.domain else None
+        if source is None or source.name not in values or source.name in shared or len(source.uses()) > 1:
+            continue
+        (old,) = node.outputs
+        if old.is_graph_output():
+            continue
+        given = node.attributes["perm"].as_ints() if "perm" in node.attributes else reversed(range(len(source.shape)))
+        perm = tuple(given)
+        shape = onnx_ir.Shape([source.shape[axis] for axis in perm])
+        new = onnx_ir.Value(name=f"{source.name}.transposed", shape=shape, type=source.type)
+        values[new.name] = _lazy(partial(_torch, values[source.name]), new, perm)
+        found[new.name] = source.name, perm
+        old.replace_all_uses_with(new)
+        model.graph.remove(node, safe=True)
+        weights[new.name] = new
+    return found
+
+
+def _torch(tensor: Any) -> torch.Tensor:
+    """The numbers of a parameter's tensor, in torch's own where they are there."""
+    raw = tensor.raw
+    return raw if isinstance(raw, torch.Tensor) else raw().raw

@@ -1,0 +1,162 @@
+"""The proof that a folded file is the base graph with other numbers in it.
+
+    graph(folded) = graph(base)          line for line: nodes, attributes, topology, names, shapes, types
+    W'            = round(W + Σ s·B·A)   element for element, for the folded weights; all others to the bit
+
+The base model is translated once more, by itself, and the file is read back: nothing of what wrote it is trusted. What
+a folded weight must be is computed without the fold's own algebra (`lora_fx.checks.oracles`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_fx.checks.oracles import misrounded
+from lora_fx.errors import ExportError
+from lora_fx.export.onnx.graphs import graph_lines, operators
+from lora_fx.export.onnx.optimization import Contents
+from lora_fx.export.onnx.weights import Weight, Weights
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared, and found equal: a proof that fails is an `ExportError`, and no file."""
+
+    nodes: int
+    """All of them, with subgraphs: the same in both graphs."""
+    graph: str
+    """sha256 of the graph without the numbers of its initializers."""
+    folded: Mapping[str, int]
+    """Initializers that hold folded weights → how many elements: each is W + Σ s·B·A rounded once."""
+    untouched: int
+    """Initializers that are the base's, bit for bit."""
+    evaluated: tuple[str, ...]
+    """Initializers that the optimizer computed from folded weights, as with a batch norm: no weight's own numbers any
+    more. What speaks for them is the comparison of outputs."""
+    split: Mapping[str, str]
+    """Where a fold has given one use of a tied weight a copy: the initializer more → the one that the base has."""
+    unread: tuple[str, ...]
+    """Adapted weights that the model does not read on the example inputs: neither graph has a use of them."""
+    fused: Mapping[str, int] = field(default_factory=dict)
+    """What ONNX Runtime fuses the folded graph to: operators of its own → how many."""
+    base_fused: Mapping[str, int] = field(default_factory=dict)
+    """The same of the base graph."""
+
+    def __str__(self) -> str:
+        total = sum(self.folded.values())
+        parts = [
+            f"{self.nodes} nodes are the base graph's",
+            f"{total:,} elements of {len(self.folded)} folded weights are W + s·B·A rounded once",
+            f"{self.untouched} initializers are the base's to the bit",
+        ]
+        parts += [f"{len(self.evaluated)} evaluated from folded weights"] if self.evaluated else []
+        parts += [f"untied: {', '.join(f'{new} from {old}' for new, old in self.split.items())}"] if self.split else []
+        parts += [f"adapted, but not read by the model here: {', '.join(self.unread)}"] if self.unread else []
+        lines = [f"proven: {'; '.join(parts)}"]
+        if self.fused or self.base_fused:
+            shown = [", ".join(f"{n} {op}" for op, n in f.items()) or "none" for f in (self.base_fused, self.fused)]
+            lines.append(f"fused by ONNX Runtime: base {shown[0]}; folded {shown[1]}")
+        return "\n  ".join(lines)
+
+
+def prove(path: Path, weights: Weights, contents: Contents, base: Any, base_weights: Weights) -> Proof:
+    """Hold the file against the base model's program.
+
+    Args:
+        weights, contents: what the file's initializers stand for.
+        base: the base model's program, translated and optimized by itself.
+    """
+    import onnx_ir
+
+    file = onnx_ir.load(path)
+    split = _split(file, weights, base, base_weights)
+    lines = graph_lines(file, split)
+    _compare_graphs(lines, graph_lines(base), path.name)
+    folded: dict[str, int] = {}
+    untouched, evaluated = 0, []
+    for name, value in file.graph.initializers.items():
+        actual = value.const_value
+        held, axes = contents.held.get(name, ("", ()))
+        if held and weights[held].adapters:
+            folded[name] = _check_folded(weights[held], _as_torch(actual, weights[held].dtype), axes, name)
+        elif _bytes(actual) == _bytes(base.graph.initializers[split.get(name, name)].const_value):
+            untouched += 1
+        elif held:
+            raise _unproven("no adapter is folded into it, and its numbers are not the base's", name)
+        else:
+            evaluated.append(name)
+    unread = tuple(names for names in _folded_names(weights) if not contents.read & {*names.split(" = ")})
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return Proof(operators(file).total(), digest, folded, untouched, tuple(evaluated), split, unread)
+
+
+def _check_folded(weight: Weight, actual: torch.Tensor, axes: Sequence[int], name: str) -> int:
+    """How many elements it has, all of them right."""
+    folded = actual.permute([axes.index(axis) for axis in range(len(axes))])
+    wrong = misrounded(weight.load().cpu(), folded, weight.adapters).numel()
+    if wrong:
+        raise _unproven(f"{wrong} of {folded.numel()} elements are not W + s·B·A rounded once", name)
+    return folded.numel()
+
+
+def _split(file: Any, weights: Weights, base: Any, base_weights: Weights) -> dict[str, str]:
+    """Initializers that the base graph does not have → the one there of the same storage."""
+    known = {base_weights[name].storage: name for name in base.graph.initializers if name in base_weights}
+    extra = [name for name in file.graph.initializers if name not in base.graph.initializers and name in weights]
+    return {name: known[weights[name].storage] for name in extra if weights[name].storage in known}
+
+
+def _compare_graphs(lines: list[str], wanted: list[str], file: str) -> None:
+    for mine, theirs in zip_longest(lines, wanted, fillvalue="nothing"):
+        if mine != theirs:
+            raise _unproven(f"the graph is not the base's: it has\n  {mine}\nwhere the base has\n  {theirs}", file)
+
+
+def _folded_names(weights: Weights) -> list[str]:
+    """The names of each weight that adapters are folded into, joined by `` = ``."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, weight in weights.items():
+        if weight.adapters:
+            groups.setdefault((weight.storage, *map(id, weight.adapters)), []).append(name)
+    return [" = ".join(names) for names in groups.values()]
+
+
+def _as_torch(tensor: Any, dtype: torch.dtype) -> torch.Tensor:
+    """By its bytes: numpy has no bfloat16."""
+    flat = torch.frombuffer(bytearray(tensor.tobytes()), dtype=dtype)
+    return flat.reshape(tuple(tensor.shape))
+
+
+def _bytes(tensor: Any) -> bytes:
+    data = tensor.tobytes()
+    return data if len(data) < 2**16 else hashlib.sha256(data).digest()
+
+
+def _unproven(reason: str, place: str) -> ExportError:
+    return ExportError(
+        reason, place=place, remedy="nothing was written; export without prove=True, and report it to lora_fx"
+    )
+
+
+def fused_operators(path: Path, folder: Path) -> dict[str, int]:
+    """What ONNX Runtime's optimizer makes of a file for a CPU: its own operators, and how many."""
+    import onnx
+    import onnxruntime
+
+    target = folder / f"{path.stem}.fused"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(target)
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    file = onnx.load(target, load_external_data=False)
+    found = Counter(node.op_type for node in file.graph.node if node.domain not in ("", "ai.onnx"))
+    return dict(sorted(found.items()))

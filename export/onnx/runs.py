@@ -1,0 +1,287 @@
+"""Is the file the model? ONNX Runtime against torch, on the example inputs and on another shape."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.checks.verification import Report, cast_inputs, compare, move_weights, relative_error, rounding_step
+from lora_fx.errors import CaptureError, ExportError, essence
+from lora_fx.export.onnx.calls import Call, graph_inputs
+from lora_fx.graph.capture import Inputs, does_not_run, no_fast_paths, undisturbed
+
+PROVIDER = "CPUExecutionProvider"
+
+_OTHER_SHAPES = 2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """torch and ONNX Runtime on the same inputs."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    """The shape of each input."""
+    reports: tuple[Report, ...]
+    """One for each output. Integers must be equal wherever rounding alone does not change them in torch: `error` is the
+    share of the elements that differ, `noise` the share that rounding changes."""
+    adapter: str = ""
+    """Which one was in the slots of a switchable graph."""
+
+    @property
+    def equivalent(self) -> bool:
+        return all(self.reports)
+
+    @property
+    def worst(self) -> Report:
+        return max(self.reports, key=_excess)
+
+    def __str__(self) -> str:
+        shapes = " ".join("×".join(map(str, s)) or "scalar" for s in self.shapes)
+        return f"{shapes}{f' with {self.adapter}' if self.adapter else ''}: {self.worst}"
+
+
+def _excess(report: Report) -> float:
+    """How many times its bound an error is."""
+    if not math.isfinite(report.error):
+        return math.inf
+    return report.error / report.bound if report.bound else (math.inf if report.error else 0.0)
+
+
+# ── ONNX Runtime against torch ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def open_session(path: Path) -> tuple[Any, str]:
+    """A session on the CPU provider; or None, and what that provider lacks."""
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as Missing
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER]), ""
+    except Missing as error:
+        return None, f"{PROVIDER} has no kernel for it: {essence(error)}"
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime does not load the file: {essence(error)}", place=path.name, remedy="try another opset"
+        ) from error
+
+
+def compare_runs(
+    model: nn.Module,
+    session: Any,
+    program: Any,
+    call: Call,
+    expected: list[torch.Tensor],
+    factors: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[Comparison, ...]:
+    """The example inputs, and other shapes where axes are dynamic, against the model as the user has it.
+
+    Args:
+        factors: what goes into the slots of a switchable graph.
+    """
+    runs = [(call.inputs, expected), *_other_shapes(model, program, call)]
+    actual = [run_session(session, program, inputs, factors or {}) for inputs, _ in runs]
+    reference = copy.deepcopy(model).to(torch.float64)
+    wide = [run_torch(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
+    move_weights(reference, _step(model, call.inputs))
+    moved = [run_torch(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
+    comparisons = []
+    for (inputs, outputs), got, exact, shifted in zip(runs, actual, wide, moved, strict=True):
+        shapes = tuple(tuple(tensor.shape) for _, tensor in graph_inputs(program, inputs))
+        reports = tuple(_judge(*four) for four in zip(outputs, got, exact, shifted, strict=True))
+        comparison = Comparison(shapes, reports)
+        _refuse_difference(comparison, program)
+        comparisons.append(comparison)
+    return tuple(comparisons)
+
+
+def _refuse_difference(comparison: Comparison, program: Any) -> None:
+    if comparison.equivalent:
+        return
+    number = comparison.reports.index(comparison.worst)
+    raise ExportError(
+        f"ONNX Runtime is not the model, on inputs of shapes {comparison}",
+        place=f"output {program.model.graph.outputs[number].name!r}",
+        remedy="nothing was written; try another opset, and report it to lora_fx if no opset helps",
+    )
+
+
+def _judge(expected: torch.Tensor, got: torch.Tensor, exact: torch.Tensor, moved: torch.Tensor) -> Report:
+    """One output: of torch in its own dtype, ONNX Runtime, torch in float64, and float64 with weights rounded once."""
+    if expected.shape != got.shape or expected.dtype != got.dtype:
+        raise ExportError(
+            f"ONNX Runtime returns {got.dtype} {tuple(got.shape)} where torch returns {expected.dtype} "
+            f"{tuple(expected.shape)}",
+            place="output",
+            remedy="nothing was written; an axis that changes may be missing in dynamic_shapes",
+        )
+    if expected.is_floating_point():
+        noise = max(relative_error(moved, exact, exact), relative_error(expected, exact, exact))
+        return compare(expected, got, exact, noise, expected.dtype)
+    undecided = (expected != exact) | (exact != moved)
+    wrong = (expected != got) & ~undecided
+    share = _share(undecided)
+    largest = float((expected.double() - got.double()).abs().max()) if expected.numel() else 0.0
+    return Report(_share(wrong), largest, share, 0.0, str(expected.dtype).removeprefix("torch."), 1)
+
+
+def _share(mask: torch.Tensor) -> float:
+    return float(mask.double().mean()) if mask.numel() else 0.0
+
+
+def _step(model: nn.Module, inputs: Inputs) -> float:
+    """The coarsest rounding step of a weight, casts inside the model included where it can be captured."""
+    try:
+        return rounding_step(model, inputs)
+    except CaptureError:  # it returns integers only
+        return max((torch.finfo(p.dtype).eps / 2 for p in model.parameters() if p.is_floating_point()), default=0.0)
+
+
+def run_torch(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """Every tensor the model returns, in order, integers too; complex ones as pairs of reals, as ONNX has them."""
+    with undisturbed(model), torch.no_grad(), no_fast_paths():
+        torch.manual_seed(0)
+        model.eval()
+        try:
+            output = inputs.call(model)
+        except Exception as error:
+            raise does_not_run(model, error) from error
+        return [_real(t.detach()).cpu().clone() for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def run_session(session: Any, program: Any, inputs: Inputs, factors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    feeds = {value.name: _real(t.detach()).cpu().numpy() for value, t in graph_inputs(program, inputs)}
+    feeds |= {name: factor.numpy() for name, factor in factors.items()}
+    try:
+        outputs = session.run(None, feeds)
+    except Exception as error:
+        shapes = {name: array.shape for name, array in feeds.items()}
+        raise ExportError(
+            f"ONNX Runtime does not run the file on inputs of shapes {shapes}: {essence(error)}",
+            place="the file",
+            remedy="nothing was written; make fewer axes dynamic, or try another opset",
+        ) from error
+    return [torch.from_numpy(array) for array in outputs]
+
+
+# ── another shape ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _other_shapes(model: nn.Module, program: Any, call: Call) -> list[tuple[Inputs, list[torch.Tensor]]]:
+    """Inputs of other sizes on every dynamic axis, and what torch returns for them: two where it runs on two."""
+    shapes = _symbolic_shapes(program)[: len(call.names)]
+    sizes = _symbol_sizes(shapes, call.inputs)
+    if not sizes:
+        return []
+    ranges = {
+        symbol: (bounds.lower, bounds.upper) for symbol, bounds in program.exported_program.range_constraints.items()
+    }
+    failure: Exception | None = None
+    seen: dict[tuple[int, ...], tuple[Inputs, list[torch.Tensor]]] = {}
+    labels = _symbol_labels(shapes, call)
+    for drawn in _draws(sizes, ranges, any(p.is_cuda for p in model.parameters())):
+        _agree(drawn, labels)
+        inputs = _resized(call.inputs, shapes, drawn)
+        try:
+            seen.setdefault(tuple(drawn.values()), (inputs, run_torch(model, inputs)))
+        except CaptureError as error:
+            failure = error
+        if len(seen) == _OTHER_SHAPES:
+            break
+    if not seen:
+        raise ExportError(
+            f"axes are dynamic, but the model ran on no other size than {sorted(sizes.values())}: {failure}",
+            place="dynamic_shapes",
+            remedy="make those axes static, or give their range: Dim(name, min=…, max=…)",
+        )
+    return [*seen.values()]
+
+
+def _symbolic_shapes(program: Any) -> list[tuple[Any, ...]]:
+    """For each input tensor its sizes: numbers, or sympy expressions."""
+    exported = program.exported_program
+    values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
+    tensors = [
+        values[name] for name in exported.graph_signature.user_inputs if isinstance(name, str) and name in values
+    ]
+    return [
+        tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in tensor.shape)
+        for tensor in tensors
+        if isinstance(tensor, torch.Tensor)
+    ]
+
+
+def _symbol_sizes(shapes: list[tuple[Any, ...]], inputs: Inputs) -> dict[Any, int]:
+    """symbol → its value in the example inputs."""
+    import sympy
+
+    sizes: dict[Any, int] = {}
+    tensors = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
+    for shape, tensor in zip(shapes, tensors, strict=True):
+        for expression, size in zip(shape, tensor.shape, strict=True):
+            free = list(getattr(expression, "free_symbols", ()))
+            if len(free) == 1:
+                symbol = free[0]
+                solutions = [s for s in sympy.solve(expression - size, symbol) if s.is_integer]
+                if solutions:
+                    sizes.setdefault(symbol, int(solutions[0]))
+    return sizes
+
+
+def _symbol_labels(shapes: list[tuple[Any, ...]], call: Call) -> dict[Any, str]:
+    """symbol → the name that the user gave the axis."""
+    named = {(n, axis): e for n, shape in enumerate(shapes) for axis, e in enumerate(shape)}
+    return {named[at]: label for at, label in call.labels.items() if label and getattr(named[at], "is_symbol", False)}
+
+
+def _agree(drawn: dict[Any, int], labels: Mapping[Any, str]) -> None:
+    """Axes of one name have one size, and one that is named as a sum has that sum, where torch saw no need of it."""
+    sizes = {label: drawn[symbol] for symbol, label in reversed(labels.items()) if symbol in drawn}
+    for symbol, label in labels.items():
+        parts = label.split(" + ")
+        if symbol in drawn and all(part in sizes for part in parts):
+            drawn[symbol] = sum(sizes[part] for part in parts)
+
+
+def _draws(sizes: dict[Any, int], ranges: Mapping[Any, tuple[Any, Any]], careful: bool) -> Iterator[dict[Any, int]]:
+    """Sizes to try, each axis by its own step. Growing can leave a table of positions, which a GPU never forgives."""
+    grow = [lambda size, n: size + 1 + n, lambda size, n: size * 2, lambda size, n: size + 8 * (n + 1)]
+    shrink = [lambda size, n: size - 1 - n, lambda size, n: size // 2, lambda size, n: size - 1]
+    for step in shrink + grow if careful else grow + shrink:
+        drawn = {}
+        for n, (symbol, size) in enumerate(sizes.items()):
+            lower, upper = ranges.get(symbol, (1, math.inf))
+            drawn[symbol] = int(max(1, lower, min(step(size, n), upper)))
+        if any(drawn[symbol] != size for symbol, size in sizes.items()):
+            yield drawn
+
+
+def _resized(inputs: Inputs, shapes: Sequence[tuple[Any, ...]], sizes: dict[Any, int]) -> Inputs:
+    """The inputs in other sizes: entries repeated or left out evenly, so that masks and positions keep their order."""
+    given = iter(shapes)
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        for axis, expression in enumerate(next(given)):
+            if getattr(expression, "free_symbols", ()):
+                new, old = int(expression.subs(sizes)), leaf.shape[axis]
+                leaf = leaf.index_select(axis, torch.arange(new, device=leaf.device) * old // new)
+        return leaf
+
+    args, kwargs = pytree.tree_map(resize, (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)

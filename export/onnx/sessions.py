@@ -1,0 +1,355 @@
+"""Run a file: the base model or any adapter, chosen for each call.
+
+ONNX Runtime has adapters of its own, and ignores them, with a log line or none, in bound and in asynchronous runs; of
+two that overlap it takes the first; one that Python has freed gives the numbers of another. Here an adapter is nothing
+but inputs: A and B of every slot are given in each call, in every kind of run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from lora_fx.errors import ExportError, essence
+from lora_fx.export.onnx.runtimes import GPU, Provider, open_session, require
+from lora_fx.export.onnx.switchable import MANIFEST, read_manifest
+from lora_fx.export.onnx.tasks import GRAPH, read_task, read_weights
+
+Adapters = str | Iterable[str] | None
+"""The name of an adapter, or names of several that share no weight; None is the base model."""
+
+
+class Session:
+    """A file that `export_onnx` wrote, ready to run; with ``adapters="switchable"`` also any adapter of its base model.
+
+    Args:
+        path: the file.
+        providers: as ONNX Runtime takes them: names, or (name, options). None takes TensorRT, CUDA and the CPU, those
+            that load; on a build for GPUs it is an error where no GPU provider does.
+        adapters: name → ``.onnx_adapter`` file, to begin with.
+        shared: keep the weights where `task` can share them with further sessions. The runtime then makes no packed
+            copies of its own, with which a session alone is faster.
+        options: `onnxruntime.SessionOptions`.
+
+    Raises:
+        ExportError: the file, a provider or an adapter does not load.
+
+    `session` is the `onnxruntime.InferenceSession`. Threads may share one.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        providers: Sequence[Provider] | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        shared: bool = False,
+        options: Any = None,
+    ) -> None:
+        self.path = Path(path)
+        self._asked = providers
+        self._weights = read_weights(self.path) if shared else {}
+        self._open(options or _options())
+        for name, file in (adapters or {}).items():
+            self.load_adapter(file, name)
+
+    def _open(self, options: Any) -> None:
+        onnxruntime = require("onnxruntime")
+        if self._weights:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        # The runtime holds no reference to them: `_values` does, as long as the session lives.
+        self._values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(array) for n, array in self._weights.items()}
+        for name, value in self._values.items():
+            options.add_initializer(name, value)
+        self.session = open_session(str(self.path), self._asked, options)
+        self.inputs = tuple(value.name for value in self.session.get_inputs())
+        self.outputs = tuple(value.name for value in self.session.get_outputs())
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self._manifest = read_manifest(metadata, str(self.path)) if MANIFEST in metadata else None
+        self._slots: dict[str, Any] = self._manifest["inputs"] if self._manifest else {}
+        self._check_slots()
+        self._empty = {name: self._value(_empty(slot)) for name, slot in self._slots.items()}
+        self._adapters: dict[str, dict[str, Any]] = {}
+        self._running: dict[int, Any] = {}
+
+    def _check_slots(self) -> None:
+        """The graph has what its manifest says: it may have been written over by another tool."""
+        found = {value.name: value for value in self.session.get_overridable_initializers()}
+        for name, slot in self._slots.items():
+            value = found.get(name)
+            sizes = [0 if isinstance(size, str) else size for size in value.shape] if value else None
+            if value is None or sizes != slot["shape"] or value.type != _onnx_type(slot["dtype"]):
+                raise ExportError(
+                    f"the graph has no input {name!r} of {slot['dtype']} {slot['shape']}, which its manifest names",
+                    place=str(self.path),
+                    remedy="export the model again: another tool has changed the file",
+                )
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """Those that loaded, in the order in which they are asked to run a node."""
+        return tuple(self.session.get_providers())
+
+    @property
+    def adapters(self) -> dict[str, tuple[str, ...]]:
+        """The adapters that are loaded → the weights they adapt."""
+        return {
+            name: tuple(sorted({self._slots[key]["weight"] for key in factors}))
+            for name, factors in self._adapters.items()
+        }
+
+    # ── tasks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def task(self, weights: str | os.PathLike[str], options: Any = None) -> Session:
+        """Another session of this graph, with a task's folded weights in the place of the base's: no node more, and no
+        second copy of the weights that the task leaves alone.
+
+        Args:
+            weights: what `save_onnx_weights` wrote.
+
+        Raises:
+            ExportError: this session is not shared, or the weights are for another graph.
+        """
+        if not self._weights:
+            raise ExportError(
+                "the session keeps no weights that another one could share",
+                place=str(self.path),
+                remedy="open it with Session(path, shared=True)",
+            )
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        own = read_task(Path(weights), metadata.get(GRAPH, ""), self._weights)
+        other = object.__new__(Session)
+        other.path, other._asked, other._weights = self.path, self._asked, {**self._weights, **own}
+        other._open(options or _options())
+        return other
+
+    # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def load_adapter(self, path: str | os.PathLike[str], name: str | None = None) -> str:
+        """Read an ``.onnx_adapter`` file, and check it against the graph's manifest.
+
+        Returns:
+            The name to run it by: `name`, or the file's own without its ending.
+
+        Raises:
+            ExportError: the file is damaged, or for another base model, graph, shape or dtype.
+        """
+        place, name = str(path), Path(path).stem if name is None else name
+        factors, version = self._read(place)
+        base = (self._manifest or read_manifest({}, str(self.path)))["base"]
+        if version != base:
+            raise ExportError(
+                f"it is for base model {version}, the graph is of base model {base}",
+                place=place,
+                remedy="save it with save_onnx_adapter from the model that was exported, its base weights unchanged",
+            )
+        self._check_factors(factors, place)
+        self._adapters[name] = {key: self._value(array) for key, array in factors.items()}
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Runs that use it now keep it until they end."""
+        self._factors(name)
+        del self._adapters[name]
+
+    def _read(self, place: str) -> tuple[dict[str, numpy.ndarray], int]:
+        onnxruntime = require("onnxruntime")
+        try:
+            file = onnxruntime.AdapterFormat.read_adapter(place)
+            # A copy: the values lie in the file's own memory.
+            return {key: v.numpy().copy() for key, v in file.get_parameters().items()}, file.get_model_version()
+        except Exception as error:
+            raise ExportError(
+                f"it is no adapter file that ONNX Runtime can read: {essence(error)}",
+                place=place,
+                remedy="pass a file that save_onnx_adapter wrote",
+            ) from error
+
+    def _check_factors(self, factors: Mapping[str, numpy.ndarray], place: str) -> None:
+        remedy = "save it with save_onnx_adapter from the model that was exported"
+        ranks: dict[str, list[int]] = {}
+        for key, array in sorted(factors.items()):
+            slot = self._slots.get(key)
+            if slot is None:
+                raise ExportError(f"the graph has no slot {key!r}", place=place, remedy=remedy)
+            axis = slot["shape"].index(0)
+            shape = [0 if n == axis else size for n, size in enumerate(array.shape)]
+            if shape != slot["shape"] or str(array.dtype) != slot["dtype"]:
+                raise ExportError(
+                    f"{key} is {array.dtype} {[*array.shape]}, the slot takes {slot['dtype']} {slot['shape']} of any "
+                    f"size in the place of 0",
+                    place=place,
+                    remedy=remedy,
+                )
+            if not numpy.isfinite(array).all():
+                raise ExportError(f"{key} holds NaN or Inf", place=place, remedy="save an earlier checkpoint")
+            ranks.setdefault(slot["weight"], []).append(array.shape[axis])
+        for weight, found in ranks.items():
+            if len(found) != 2 or found[0] != found[1]:
+                raise ExportError(f"A and B of {weight} are of ranks {found}", place=place, remedy=remedy)
+
+    def _factors(self, adapters: Adapters) -> dict[str, Any]:
+        """A and B of every slot."""
+        names = [adapters] if isinstance(adapters, str) else [*(adapters or ())]
+        found: dict[str, Any] = {}
+        for name in names:
+            if name not in self._adapters:
+                have = ", ".join(self._adapters) or "none"
+                raise ExportError(
+                    f"there is no adapter {name!r}", place=str(self.path), remedy=f"load it first; loaded: {have}"
+                )
+            twice = found.keys() & self._adapters[name].keys()
+            if twice:
+                raise ExportError(
+                    f"{', '.join(map(repr, names))} both adapt {self._slots[min(twice)]['weight']}",
+                    place="adapter",
+                    remedy="run one of them, or save their sum as one adapter",
+                )
+            found |= self._adapters[name]
+        return {**self._empty, **found}
+
+    # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, inputs: Any, adapter: Adapters = None, outputs: Sequence[str] | None = None) -> dict[str, Any]:
+        """Run the model with these adapters.
+
+        Args:
+            inputs: by name; or one after the other; numpy arrays, or torch tensors, which stay on their device.
+            adapter: the name of a loaded adapter, or several that share no weight; None runs the base model.
+            outputs: names; None for all.
+
+        Returns:
+            name → array, or tensor where torch tensors were given.
+        """
+        fed, names = self._fed(inputs), self._wanted(outputs)
+        factors = self._factors(adapter)
+        if any(isinstance(value, torch.Tensor) for value in fed.values()):
+            return self._run_tensors(fed, factors, names)
+        values = {name: self._value(array, host=True) for name, array in fed.items()} | factors
+        with self._told():
+            found = self.session.run_with_ort_values(names, values)
+        return {name: value.numpy() for name, value in zip(names, found, strict=True)}
+
+    def run_async(
+        self, inputs: Any, adapter: Adapters = None, outputs: Sequence[str] | None = None
+    ) -> Future[dict[str, Any]]:
+        """`run` in a thread of ONNX Runtime's; on arrays. Its session needs two intra-op threads or more."""
+        fed, names, future = self._fed(inputs), self._wanted(outputs), Future[dict[str, Any]]()
+        factors = self._factors(adapter)
+        feeds = {name: numpy.ascontiguousarray(_array(value)) for name, value in fed.items()}
+        feeds |= {name: value.numpy() for name, value in factors.items()}
+
+        def done(results: Any, kept: Any, error: str) -> None:
+            self._running.pop(id(future))
+            if error:
+                future.set_exception(ExportError(error, place=str(self.path), remedy="run it with run: that says more"))
+            else:
+                future.set_result(dict(zip(names, results, strict=True)))
+
+        # The runtime reads these while it runs, and keeps none of them alive.
+        self._running[id(future)] = future, feeds, factors
+        self.session.run_async(names, feeds, done, None)
+        return future
+
+    def bind_adapter(self, binding: Any, adapter: Adapters = None) -> None:
+        """Bind A and B of every slot in an `onnxruntime.IOBinding`, which an adapter of the runtime's own does not
+        reach. Then ``session.run_with_iobinding(binding)`` runs with it, and the next call of this one changes it."""
+        for name, value in self._factors(adapter).items():
+            binding.bind_ortvalue_input(name, value)
+
+    def _run_tensors(
+        self, fed: Mapping[str, Any], factors: Mapping[str, Any], names: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        onnxruntime = require("onnxruntime")
+        binding = self.session.io_binding()
+        tensors = {name: torch.as_tensor(value).detach().contiguous() for name, value in fed.items()}
+        values = {name: onnxruntime.OrtValue.from_dlpack(tensor) for name, tensor in tensors.items()}
+        for name, value in {**values, **factors}.items():
+            binding.bind_ortvalue_input(name, value)
+        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+        for name in names:
+            binding.bind_output(name, device.type, device.index or 0)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # what the inputs are computed by
+        with self._told():
+            binding.synchronize_inputs()
+            self.session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+        return {name: torch.from_dlpack(v) for name, v in zip(names, binding.get_outputs(), strict=True)}
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the runtime refuses to run, in our words."""
+        try:
+            yield
+        except Exception as error:
+            wanted = ", ".join(f"{v.name}: {v.type} {v.shape}" for v in self.session.get_inputs())
+            raise ExportError(essence(error), place=str(self.path), remedy=f"the model takes {wanted}") from error
+
+    def _fed(self, inputs: Any) -> dict[str, Any]:
+        if not isinstance(inputs, Mapping):
+            inputs = inputs if isinstance(inputs, tuple | list) else [inputs]
+            if len(inputs) > len(self.inputs):
+                raise self._unfit(f"{len(inputs)} inputs were given", "inputs")
+            inputs = dict(zip(self.inputs, inputs, strict=False))
+        for name in inputs:
+            if name in self._slots:
+                raise ExportError(
+                    f"{name!r} is a slot for an adapter", place="inputs", remedy="load_adapter, and run with its name"
+                )
+            if name not in self.inputs:
+                raise self._unfit(f"{name!r} is no input", "inputs")
+        missing = [name for name in self.inputs if name not in inputs]
+        if missing:
+            raise self._unfit(f"{', '.join(missing)} is missing", "inputs")
+        return dict(inputs)
+
+    def _wanted(self, outputs: Sequence[str] | None) -> list[str]:
+        names = [*(self.outputs if outputs is None else outputs)]
+        for name in names:
+            if name not in self.outputs:
+                raise ExportError(
+                    f"{name!r} is no output", place="outputs", remedy=f"the model returns {', '.join(self.outputs)}"
+                )
+        return names
+
+    def _unfit(self, reason: str, place: str) -> ExportError:
+        return ExportError(reason, place=place, remedy=f"the model takes {', '.join(self.inputs)}")
+
+    def _value(self, array: Any, host: bool = False) -> Any:
+        """An array as the runtime's own value, on the device that computes with it."""
+        onnxruntime = require("onnxruntime")
+        on_gpu = not host and self.session.get_providers()[0] in GPU
+        device = ("cuda", int(self._gpu_options().get("device_id", 0))) if on_gpu else ("cpu", 0)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(numpy.ascontiguousarray(array), *device)
+
+    def _gpu_options(self) -> Mapping[str, Any]:
+        return self.session.get_provider_options()[self.session.get_providers()[0]]
+
+
+def _empty(slot: Mapping[str, Any]) -> numpy.ndarray:
+    """What the graph itself has in the slot."""
+    shape = list(slot["shape"])
+    shape[shape.index(0)] = slot["rank"]
+    return numpy.zeros(shape, slot["dtype"])
+
+
+def _options() -> Any:
+    options = require("onnxruntime").SessionOptions()
+    options.log_severity_level = 3  # a warning for every slot, that it can be overridden
+    return options
+
+
+def _array(value: Any) -> numpy.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else numpy.asarray(value)
+
+
+def _onnx_type(dtype: str) -> str:
+    return f"tensor({ {'float32': 'float', 'float64': 'double'}.get(dtype, dtype) })"

@@ -1,0 +1,305 @@
+"""One graph with a slot for an adapter at every adapted weight: A and B are inputs, of any rank, which may be left out.
+
+    y = op(x, W) + up(down(x, A), B)          A: (…, r, in), B: (…, out, r), by default of rank 0 or of zeros
+
+The scale is in B, a part of a fused weight has zero rows for the others, and several adapters of one weight stand
+beside each other along the rank. Each slot has the name of its weight, so that an adapter's file fits every graph of
+its model: ``<weight>.lora_A`` and ``<weight>.lora_B``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.changes import borrowed, changing
+from lora_fx.checks.oracles import parameters
+from lora_fx.deltas.adapter import Adapter
+from lora_fx.errors import ExportError
+from lora_fx.export.onnx.calls import Call
+from lora_fx.export.onnx.files import folder_beside, move_files, writable
+from lora_fx.export.onnx.runtimes import require
+from lora_fx.export.onnx.weights import Weights, tensor_bytes
+from lora_fx.model import wiring
+
+SWITCHABLE = "switchable"
+MANIFEST = "lora_fx.slots"
+FACTORS = "lora_fx_factors"
+"""The argument that A and B are given in while a model is translated."""
+
+_RANK = torch.export.Dim.DYNAMIC
+
+# What ONNX Runtime runs with a rank of 0. It dies of a division by zero in a Conv, and in an Einsum.
+_MULTIPLY = frozenset({"MatMul", "Gemm"})
+_MOVE = frozenset(
+    {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Slice", "Gather", "GatherND", "Cast", "Identity"}
+)
+
+_TRACED = 2  # the rank that a slot is traced with: torch.export takes 0 and 1 for special sizes
+_SLOT = "slot"
+
+Factors = dict[str, torch.Tensor]
+"""Name of the graph's input → A or B."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where adapters of one weight enter the graph."""
+
+    weight: str
+    adapter: Adapter
+    """What the model reads while it is translated: of all rows, with scale 1."""
+    least: int = 0
+    """The rank of an empty slot."""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return f"{self.weight}.lora_A", f"{self.weight}.lora_B"
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """Where A and B have the rank."""
+        return self.adapter.A.ndim - 2, self.adapter.B.ndim - 1
+
+    @property
+    def empty(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of the least rank, which add nothing."""
+        a, b = torch.zeros_like(self.adapter.A), torch.zeros_like(self.adapter.B)
+        return a[..., : self.least, :].contiguous(), b[..., : self.least].contiguous()
+
+
+def owners_of(model: nn.Module) -> dict[str, tuple[nn.Module, str, list[Adapter]]]:
+    """Name of each adapted weight → its owner, its attribute there, and its adapters, active or not."""
+    found: dict[str, tuple[nn.Module, str, list[Adapter]]] = {}
+    for path, owner, child, adapter in wiring.find_adapters(model):
+        attribute = wiring.attribute_of(child)
+        found.setdefault(f"{path}.{attribute}".lstrip("."), (owner, attribute, []))[2].append(adapter)
+    if not found:
+        raise ExportError(
+            "the model has no adapter",
+            place=type(model).__name__,
+            remedy="apply or load the adapters first; unfold a folded model",
+        )
+    return found
+
+
+@contextmanager
+def slots_in(model: nn.Module) -> Iterator[list[Slot]]:
+    """Inside, the model reads a slot in the place of the adapters of each weight."""
+    with borrowed(model):
+        slots = []
+        for name, (owner, attribute, adapters) in owners_of(model).items():
+            for child in [c for c in wiring.adapters_of(owner) if wiring.attribute_of(c) == attribute]:
+                wiring.detach(owner, child)
+            slot = Adapter(
+                adapters[0].layout,
+                rank=_TRACED,
+                alpha=_TRACED,
+                name=_SLOT,
+                dtype=adapters[0].dtype,
+                device=adapters[0].A.device,
+            ).eval()
+            slot.realised = adapters[0].realised
+            slots.append(Slot(name, slot))
+            wiring.attach(owner, wiring.child_name(attribute, _SLOT), slot)
+        wiring.wire_or_dispatch(model)
+        yield slots
+
+
+@contextmanager
+def factors_as_inputs(model: nn.Module, slots: list[Slot], call: Call) -> Iterator[Call]:
+    """Inside, the model takes the slots' A and B as one more argument; what comes is the call with it."""
+    plain = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.pop(FACTORS)
+        before = [dict(slot.adapter._parameters) for slot in slots]
+        try:
+            for slot, (a, b) in zip(slots, given, strict=True):
+                slot.adapter._parameters.update(A=a, B=b)
+            return plain(*args, **kwargs)
+        finally:
+            for slot, own in zip(slots, before, strict=True):
+                slot.adapter._parameters.update(own)
+
+    signature = inspect.signature(plain)
+    last = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = inspect.Parameter(FACTORS, inspect.Parameter.KEYWORD_ONLY)
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([_free(me, named), *named, own, *last])  # type: ignore[attr-defined]
+    with borrowed(model):
+        model.__dict__["forward"] = types.MethodType(forward, model)
+        factors = [(slot.adapter.A.detach(), slot.adapter.B.detach()) for slot in slots]
+        ranks = [tuple({axis: _RANK} for axis in slot.axes) for slot in slots]
+        yield call.with_argument(model, FACTORS, factors, ranks)
+
+
+def _free(me: inspect.Parameter, others: list[inspect.Parameter]) -> inspect.Parameter:
+    only = any(p.kind is p.POSITIONAL_ONLY for p in others)
+    return me.replace(kind=inspect.Parameter.POSITIONAL_ONLY) if only else me
+
+
+def open_slots(graph: Any, slots: list[Slot], inputs: int) -> list[Slot]:
+    """Give the inputs that are A and B their names, a place behind the model's own inputs, and empty defaults.
+
+    Returns:
+        The slots, each with the least rank that the graph runs with.
+    """
+    import onnx_ir
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    values = [value for value in graph.inputs if _is_factor(value)]
+    own = [value for value in graph.inputs if not _is_factor(value)]
+    assert len(own) == inputs and len(values) == 2 * len(slots), "the exporter has dropped an input"
+    graph.inputs[:] = [*own, *values]
+    opened = []
+    for n, given in enumerate(slots):
+        factors = values[2 * n : 2 * n + 2]
+        slot = replace(given, least=0 if all(map(_may_be_empty, factors)) else 1)
+        opened.append(slot)
+        for value, name, default, axis in zip(factors, slot.names, slot.empty, slot.axes, strict=True):
+            sizes = list(default.shape)
+            value.shape = onnx_ir.Shape([*sizes[:axis], f"{slot.weight}.rank", *sizes[axis + 1 :]])
+            value.name = name
+            value.const_value = TorchTensor(default, name=name)
+            graph.initializers[name] = value
+    return opened
+
+
+def _may_be_empty(factor: Any) -> bool:
+    """Whether all that multiplies with this factor runs where its rank is 0."""
+    nodes = factor.consumers()
+    moved = [value for node in nodes if node.op_type in _MOVE for value in node.outputs]
+    return all(node.op_type in _MOVE | _MULTIPLY for node in nodes) and all(map(_may_be_empty, moved))
+
+
+def _is_factor(value: Any) -> bool:
+    return value.name.startswith(FACTORS)
+
+
+# ── what goes into the slots ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def factors_of(model: nn.Module, name: str) -> Factors:
+    """A and B of the adapter of this name, as the graph's inputs take them."""
+    found: Factors = {}
+    have: set[str] = set()
+    for weight, (_, _, adapters) in owners_of(model).items():
+        have |= {adapter.name for adapter in adapters}
+        own = [adapter for adapter in adapters if adapter.name == name]
+        if own:
+            found[f"{weight}.lora_A"] = torch.cat([a.A.detach() for a in own], -2).cpu()
+            found[f"{weight}.lora_B"] = torch.cat([a.whole(a.B.detach()) * a.scale for a in own], -1).cpu()
+    if not found:
+        raise ExportError(
+            f"there is no adapter named {name!r}", place="the model", remedy=f"it has {', '.join(sorted(have))}"
+        )
+    for key, factor in found.items():
+        if not bool(factor.isfinite().all()):
+            raise ExportError(
+                f"adapter {name!r} holds NaN or Inf, or does with its scale in it",
+                place=key,
+                remedy="load an earlier checkpoint of the adapter",
+            )
+    return found
+
+
+def base_version(model: nn.Module, load: Callable[[str], torch.Tensor] | None = None) -> int:
+    """31 bits of the sha256 of the base model's parameters, names and numbers: which model an adapter is for.
+
+    Args:
+        load: reads the numbers of a parameter on meta, by its name.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters(model).items()):
+        if parameter.is_meta and load is None:
+            raise ExportError(
+                "the weight is on meta: which base model this is cannot be told",
+                place=name,
+                remedy="save the adapter from a model that has its weights",
+            )
+        numbers = load(name) if parameter.is_meta and load else parameter
+        digest.update(json.dumps([name, str(parameter.dtype), [*parameter.shape]]).encode())
+        digest.update(tensor_bytes(numbers.to(parameter.dtype)))
+    return int.from_bytes(digest.digest()[:4], "big") >> 1
+
+
+def manifest(model: nn.Module, slots: list[Slot], graph: str, weights: Weights) -> dict[str, Any]:
+    """What a session checks before it lets an adapter in."""
+    described = {}
+    for slot in slots:
+        for name, empty, axis in zip(slot.names, slot.empty, slot.axes, strict=True):
+            shape = [0 if n == axis else size for n, size in enumerate(empty.shape)]
+            dtype = str(empty.dtype).removeprefix("torch.")
+            described[name] = {"weight": slot.weight, "dtype": dtype, "shape": shape, "rank": slot.least}
+    version = base_version(model, lambda name: weights[name].load())
+    return {"version": 1, "base": version, "graph": graph, "inputs": described}
+
+
+def save_onnx_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]) -> Path:
+    """Write one adapter of a model as an ``.onnx_adapter`` file, for the switchable graphs of the same base model.
+
+    The scale is in B. The file's model version is `base_version`: a `Session` refuses files of other base models.
+
+    Args:
+        name: the adapter's name, as in `apply`.
+        path: the file. It is replaced in one step.
+
+    Raises:
+        ExportError: there is no such adapter, it holds NaN or Inf, or the path cannot be written.
+    """
+    onnxruntime = require("onnxruntime")
+    target = writable(path)
+    with changing(model, "save_onnx_adapter"):
+        factors, version = factors_of(model, name), base_version(model)
+    for key, factor in factors.items():
+        if factor.dtype == torch.bfloat16:
+            raise ExportError(
+                "the factor is bfloat16, which the file format cannot be given from Python",
+                place=key,
+                remedy="adapters of lora_fx are float32 beside bfloat16 weights: cast this one back",
+            )
+    file = onnxruntime.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(version)
+    values = {key: onnxruntime.OrtValue.ortvalue_from_numpy(t.contiguous().numpy()) for key, t in factors.items()}
+    file.set_parameters(values)
+    with folder_beside(target) as folder:
+        made = folder / target.name
+        file.export_adapter(str(made))
+        move_files([made], target)
+    return target
+
+
+def read_manifest(metadata: Mapping[str, str], place: str) -> dict[str, Any]:
+    """The manifest in a file's metadata.
+
+    Raises:
+        ExportError: there is none that this version reads.
+    """
+    try:
+        found = json.loads(metadata[MANIFEST])
+        known = found["version"] == 1 and isinstance(found["inputs"], dict)
+    except (KeyError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise ExportError(
+            "the graph has no slots for adapters that this version of lora_fx knows",
+            place=place,
+            remedy='export it with adapters="switchable"',
+        )
+    return found

@@ -1,0 +1,218 @@
+"""The numbers of an exported program, by name: where each comes from, and when.
+
+A program is translated from the structure of the base model alone. The numbers are put in by name, one tensor at a
+time and not before the file is written: a fold takes no second copy of the model, and a model on meta takes its weights
+from a checkpoint that never has to fit into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from lora_fx.deltas.adapter import Adapter
+from lora_fx.errors import ExportError
+from lora_fx.graph.capture import on_meta
+from lora_fx.model import wiring
+from lora_fx.passes.fold import check_foldable, folded_weight
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter or buffer of the program."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    storage: int
+    """Which storage it has in the base model: a fold may give one use of a tied weight a copy of its own."""
+    load: Callable[[], torch.Tensor]
+    """The numbers in the base model."""
+    stored: bool
+    """They are in a file: each `load` reads them."""
+    adapters: tuple[Adapter, ...] = ()
+    """Those that are folded into it."""
+
+    def numbers(self) -> torch.Tensor:
+        """round(W + Σ s·B·A), or W."""
+        loaded = self.load()
+        if self.adapters:
+            return folded_weight(loaded, self.adapters, self.dtype, self.name)
+        return loaded.to(self.dtype)
+
+
+Weights = dict[str, Weight]
+
+
+@contextmanager
+def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = None) -> Iterator[Weights]:
+    """Inside, the model may be traced; what comes says what its tensors hold, under all their names.
+
+    Args:
+        folded: trace the base model, with the active adapters folded into what the tensors hold. A use of a tied weight
+            that is folded alone has a parameter of its own then, without numbers.
+        checkpoint: where the numbers of tensors on meta are.
+    """
+    with ExitStack() as stack:
+        adapters: dict[int, tuple[Adapter, ...]] = {}
+        split: dict[int, nn.Parameter] = {}
+        if folded:
+            storages = wiring.adapted_storages(model)
+            for storage in storages:
+                if checkpoint is None:
+                    check_foldable(storage, next(n for n, p in model.named_parameters() if p is storage.parameter))
+            stack.enter_context(wiring.unwired(model))
+            for storage in storages:
+                old = storage.parameter
+                if storage.split:
+                    storage.replace(nn.Parameter(torch.empty_like(old), old.requires_grad))
+                    stack.callback(storage.replace, old)
+                    split[id(storage.parameter)] = old
+                for owner, attribute in storage.owners:
+                    adapters[id(owner._parameters[attribute])] = storage.adapters
+        weights = _weights(model, adapters, split, checkpoint)
+        if checkpoint is not None:
+            stack.enter_context(on_meta(model))
+        yield weights
+
+
+def _weights(
+    model: nn.Module,
+    adapters: Mapping[int, tuple[Adapter, ...]],
+    split: Mapping[int, nn.Parameter],
+    checkpoint: Checkpoint | None,
+) -> Weights:
+    names: dict[int, list[str]] = {}
+    for name, tensor in _named_tensors(model):
+        names.setdefault(id(split.get(id(tensor), tensor)), []).append(name)
+    kept, weights = _kept_originals(model), {}
+    for name, tensor in _named_tensors(model):
+        source = split.get(id(tensor), tensor)
+        storage = kept.get(name, source.untyped_storage()._cdata)
+        stored = checkpoint is not None and source.is_meta
+        load = checkpoint.loader(names[id(source)], source) if stored else source.detach
+        own = adapters.get(id(tensor), ())
+        weights[name] = Weight(name, source.dtype, source.shape, storage, load, stored, own)
+    return weights
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _kept_originals(model: nn.Module) -> dict[str, int]:
+    """Of a model that has been folded: parameter name → its storage in the base model, where the fold split it off."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kept = module.__dict__.get(wiring.FOLDED)
+        for attribute, original in (kept.originals if kept else {}).items():
+            if isinstance(original, nn.Parameter):
+                found[f"{path}.{attribute}".lstrip(".")] = original.untyped_storage()._cdata
+    return found
+
+
+def adapter_digest(adapters: Mapping[str, tuple[Adapter, ...]]) -> str:
+    """sha256 over the numbers of adapters and what they stand for, by the names of their weights."""
+    digest = hashlib.sha256()
+    for name in sorted(adapters):
+        for adapter in adapters[name]:
+            digest.update(json.dumps([name, adapter.name, adapter.scale, adapter.rows]).encode())
+            for factor in (adapter.A, adapter.B):
+                digest.update(str((factor.dtype, tuple(factor.shape))).encode())
+                digest.update(tensor_bytes(factor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bits of a tensor's numbers."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+# ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Checkpoint:
+    """Tensors by name in safetensors files, read when they are asked for.
+
+    Args:
+        place: a ``.safetensors`` file, an ``….index.json``, or a folder with one index, or with files.
+    """
+
+    def __init__(self, place: str | os.PathLike[str]) -> None:
+        self.place = Path(place)
+        self._found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        for file in self._files():
+            with _opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    self._found[name] = file, tuple(tensors.get_slice(name).get_shape())
+
+    def _files(self) -> list[Path]:
+        place = self.place
+        if place.is_dir():
+            index = [*place.glob("*.safetensors.index.json")]
+            if len(index) != 1:
+                files = sorted(place.glob("*.safetensors"))
+                return files or self._refuse("the folder holds no .safetensors file")
+            place = index[0]
+        if not place.is_file():
+            self._refuse("there is no such file or folder")
+        if not place.name.endswith(".index.json"):
+            return [place]
+        try:
+            names = {*json.loads(place.read_bytes())["weight_map"].values()}
+            inside = all(Path(name).name == name for name in names)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            inside = False
+        return [place.with_name(n) for n in sorted(names)] if inside else self._refuse("it is no index of files beside")
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise ExportError(
+            reason, place=str(self.place), remedy="pass a .safetensors file, an index of some, or the folder with them"
+        )
+
+    def loader(self, names: Sequence[str], tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """What reads the numbers of a tensor of the model, which may have several names, one of them in the files."""
+        name = next((n for n in names if n in self._found), None)
+        if name is None:
+            raise ExportError(
+                f"{' = '.join(names)} is on meta, and in none of its files",
+                place=str(self.place),
+                remedy="pass this model's own checkpoint; give buffers that no checkpoint holds their numbers",
+            )
+        file, shape = self._found[name]
+        if shape != tuple(tensor.shape):
+            raise ExportError(
+                f"it has shape {shape} where the model has {tuple(tensor.shape)}",
+                place=f"{file}, {name}",
+                remedy="pass the checkpoint of this model",
+            )
+        return partial(_read, file, name)
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    with _opened(file) as tensors:
+        return tensors.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"it cannot be read: {error}", place=str(file), remedy="restore the file, or pass another path"
+        ) from error

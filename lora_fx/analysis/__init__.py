@@ -1,0 +1,1 @@
+"""What weights do, and which of them rules mean."""

@@ -1,0 +1,459 @@
+"""What every value in a captured graph comes from: one walk, in the graph's order.
+
+For every node it notes which uses of weights its value comes from, never looking past a use, and whether it is in the
+residual stream: that is the sum of everything before it, so it says nothing of any one use. On the way it finds the
+attentions, with their operands, and the nonlinearities, with what they are multiplied by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import fx
+
+from lora_fx.analysis.feature_split import Splitter, Target
+from lora_fx.graph.nodes import ALIASES, PRODUCTS, base_name, dim_of, is_float, shape_of, written_by
+from lora_fx.graph.program import Program, Use
+
+_LIKE = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})  # the second argument gives no values
+_FUSED_ATTENTION = frozenset({"flex_attention", "_flash_attention_forward", "_efficient_attention_forward"})
+_SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
+_BENDS = frozenset({  # the nonlinearities of MLPs; a clamp with two bounds is none
+    "silu", "gelu", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "mish", "hardswish", "hardsigmoid",
+    "hardtanh", "tanh", "sigmoid", "softplus", "log_sigmoid", "prelu", "threshold", "erf", "softsign", "glu", "expm1",
+})  # fmt: skip
+_ADDS = frozenset({"add", "sub", "rsub", "index_add", "scatter_add", "addcmul", "lerp"})
+_CHOICES = frozenset({"topk", "argmax", "sort", "argsort", "kthvalue"})
+_CUTS = frozenset({  # what separates features
+    "slice", "select", "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "getitem", "index",
+    "index_select", "gather", "unsafe_chunk", "unsafe_split",
+})  # fmt: skip
+_RELAYS = frozenset({  # what moves axes or elements to other places
+    "transpose", "permute", "t", "mT", "movedim", "swapaxes", "gather", "index", "index_select", "flip", "roll",
+    "as_strided", "index_put", "take_along_dim", "scatter", "copy",
+})  # fmt: skip
+_RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"})
+PLAIN_PRODUCTS = PRODUCTS | {"linear", "mv", "inner", "addmv", "chain_matmul", "linalg_multi_dot", "grouped_mm",
+                               "_grouped_mm", "grouped_mm_fallback"}  # fmt: skip
+
+_INPUT, CORE, MIX = 1, 2, 4  # what a value may come from beside uses: model input, attention, another product
+FIRST_USE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class _Act:
+    """A nonlinearity behind a value: f(gate), and the factor beside it where there is one."""
+
+    gate: Target
+    up: Target | None
+    origins: int
+    """The uses it comes from."""
+    clear: bool = True
+
+
+@dataclass(slots=True)
+class Fact:
+    """What a node's value comes from, looking no further than the nearest uses."""
+
+    live: bool = False
+    """It depends on the model's inputs."""
+    frontier: int = 0
+    """The nearest uses, a bit each."""
+    above: int = 0
+    """Every use before those."""
+    stream: bool = False
+    """It is a residual sum, or made of one."""
+    bent: bool = False
+    """A nonlinearity lies between the uses and it."""
+    weighs: bool = False
+    """It comes out of a softmax or a top-k: a weighting, no feature."""
+    softmax: fx.Node | None = None
+    """It is this softmax, perhaps masked, scaled or sliced."""
+    origin: fx.Node | None = None
+    """The node that it is an elementwise function of."""
+    acts: tuple[_Act, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Core:
+    """One attention: its operands."""
+
+    node: fx.Node
+    query: tuple[Target, ...]
+    key: tuple[Target, ...]
+    value: tuple[Target, ...]
+
+
+class Flow:
+    """One walk over the graph, in its order; linear, since nothing looks past a use."""
+
+    def __init__(self, program: Program) -> None:
+        assert program.capture is not None
+        self.nodes = list(program.graph.nodes)
+        self.order = {node: k for k, node in enumerate(self.nodes)}
+        self.capture = program.capture
+        self.splitter = Splitter(self)
+        self.uses: dict[fx.Node, list[Use]] = {}
+        for use in program.uses:
+            if use.multiplies:
+                self.uses.setdefault(use.node, []).append(use)
+        in_order = sorted(self.uses, key=self.order.__getitem__)
+        self.bit = {node: FIRST_USE << k for k, node in enumerate(in_order)}
+        self.at = {bit: node for node, bit in self.bit.items()}
+        self._facts: dict[fx.Node, Fact] = {}
+        self.inputs: dict[fx.Node, Fact] = {}  # what each use multiplies its weight with
+        self.cores: list[_Core] = []
+        self.root: dict[fx.Node, fx.Node] = {}  # the tensor that a view looks into
+        self.writes: dict[fx.Node, list[fx.Node]] = {}
+        self.over: dict[fx.Node, Fact] = {}  # what was written into a tensor so far
+        # Bits of the uses that …
+        self.added = 0  # … are added to the residual stream
+        self.used = 0  # … feed another use
+        self.bending = 0  # … feed a nonlinearity
+        self.chosen = 0  # … feed a top-k
+        self.out = 0  # … reach the model's output
+        self.cut = 0  # … are sliced
+        self.operands = 0  # … feed an attention
+        self.mixed = 0  # … feed a product of activations that is no attention
+        self.positions = 0  # … multiply a table of relative positions
+        self.visits = 0
+        for node in self.nodes:
+            self._visit(node)
+
+    def uses_in(self, bits: int) -> Iterator[fx.Node]:
+        bits &= -FIRST_USE
+        while bits:
+            lowest = bits & -bits
+            yield self.at[lowest]
+            bits ^= lowest
+
+    def _visit(self, node: fx.Node) -> None:
+        self.visits += 1
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                self.out |= self.fact(source).frontier
+            return
+        if node.op != "call_function":
+            given = node.op == "placeholder" and node not in self.capture.tensors
+            floats = given and is_float(node.meta.get("val"))
+            self._facts[node] = Fact(live=given, frontier=_INPUT if floats else 0, origin=node)
+            return
+        name = base_name(node)
+        self._facts[node] = self._fact(node, name)
+        self._note_aliases(node, name)
+
+    def _fact(self, node: fx.Node, name: str) -> Fact:
+        reads = [self.fact(n) for n in node.all_input_nodes]
+        live = any(f.live for f in reads)
+        above = 0
+        for f in reads:
+            above |= f.frontier | f.above
+        if node in self.uses:
+            return self._use(node, name, live, above)
+        if _is_fused_attention(name):
+            q, k, v = ((Target(node, operand),) for operand in _operands(node, name)[:3])
+            return self._core(_Core(node, q, k, v), live, above)
+        if name in _CHOICES or (name == "max" and self._picks(node)):
+            self.chosen |= self._chosen(node.all_input_nodes)
+        if not is_float(node.meta.get("val")):
+            return Fact(live=live, origin=node)
+        found = None
+        if name in PRODUCTS:
+            found = self._attention(node, name, live, above) or self._mix(node, name, live)
+        return found or self._plain(node, name, live)
+
+    def _chosen(self, nodes: Iterable[fx.Node]) -> int:
+        """The uses that a top-k chooses by, unless it is the stream or a product of activations that it sorts."""
+        bits = 0
+        for fact in (self.fact(n) for n in nodes):
+            bits |= 0 if fact.stream or fact.frontier & (MIX | CORE) else fact.frontier
+        return bits
+
+    @staticmethod
+    def _picks(node: fx.Node) -> bool:
+        """Its indices are used, not only the largest values."""
+        return any(base_name(user) == "getitem" and user.args[1] == 1 and user.users for user in node.users)
+
+    # A use: what is behind it stays behind.
+
+    def _use(self, node: fx.Node, name: str, live: bool, above: int) -> Fact:
+        read = {u.call.x for u in self.uses[node] if u.call is not None} or set(node.all_input_nodes)
+        fact = _join([self.fact(n) for n in read if isinstance(n, fx.Node)])
+        if name in PRODUCTS and (core := self._attention(node, name, live, above)) is not None:
+            fact = core  # a weight inside the second product: p, v and W in one einsum
+        self.inputs[node] = fact
+        self.used |= fact.frontier
+        after = Fact(live=live, frontier=self.bit[node], above=above, origin=node)
+        if self.is_depthwise(node) and not fact.stream:  # features stay apart: it is seen through
+            after.frontier |= fact.frontier
+            after.bent, after.acts = fact.bent, fact.acts
+        if any(self.fact(n).frontier for n in node.all_input_nodes if n not in read):  # addmm(residual, x, W)
+            after.stream = True
+            self.added |= after.frontier
+        return after
+
+    def is_depthwise(self, node: fx.Node) -> bool:
+        use = self.uses[node][0]
+        return use.form == "conv" and use.weight.shape[1] == 1 and use.weight.shape[0] > 1
+
+    # Attention.
+
+    def _core(self, core: _Core, live: bool, above: int) -> Fact:
+        self.cores.append(core)
+        for target in (*core.query, *core.key, *core.value):
+            fact = self.fact(target.node)
+            self.operands |= 0 if fact.stream else fact.frontier
+        return Fact(live=live, frontier=CORE, above=above, origin=core.node)
+
+    def _factors(self, node: fx.Node, name: str) -> list[fx.Node]:
+        return [n for n in _operands(node, name) if self.fact(n).frontier]
+
+    def _attention(self, node: fx.Node, name: str, live: bool, above: int) -> Fact | None:
+        """softmax(…)·v, where the softmax is one of products of activations."""
+        factors = self._factors(node, name)
+        weights = [n for n in factors if self.fact(n).softmax is not None]
+        if len(factors) < 2 or len(weights) != 1:
+            return None
+        scores = _Scores(self, self.fact(weights[0]).softmax)  # type: ignore[arg-type]
+        if not scores.found:
+            return None
+        values = tuple(Target(node, n) for n in factors if n is not weights[0])
+        return self._core(_Core(node, scores.query, scores.key, values), live, above)
+
+    def _mix(self, node: fx.Node, name: str, live: bool) -> Fact | None:
+        """Another product of activations: what comes out of it is made of tokens, not of features."""
+        factors = self._factors(node, name)
+        if len(factors) < 2:
+            return None
+        for n in factors:
+            self.mixed |= self.fact(n).frontier
+        fact = self._plain(node, name, live)
+        fact.frontier |= MIX
+        fact.bent, fact.acts, fact.origin, fact.softmax = False, (), node, None
+        return fact
+
+    # Everything else.
+
+    def _plain(self, node: fx.Node, name: str, live: bool) -> Fact:
+        sources = [n for n in node.all_input_nodes[: 1 if name in _LIKE else None] if self.fact(n).frontier]
+        fact = _join([self.fact(n) for n in sources])
+        fact.live = live
+        cuts = name in _CUTS
+        fact.origin = node if cuts or fact.origin is None else fact.origin
+        if not fact.stream and cuts:
+            self.cut |= fact.frontier
+        if name in _SOFTMAX:
+            fact.softmax, fact.weighs, fact.bent, fact.acts = node, True, False, ()
+        elif name in _CHOICES:
+            fact.weighs, fact.softmax = True, None
+        if name in PLAIN_PRODUCTS and len(node.all_input_nodes) > len(sources):
+            self.used |= fact.frontier  # by a computed weight, which is no use that could be adapted
+        if name in _ADDS and len(sources) > 1:
+            self._add(fact, sources)
+        elif name in ("mul", "div") and len(sources) == 2 and not fact.stream:
+            self._multiply(fact, node, *sources)
+        if self._bends(node, name) and sources:
+            self._bend(fact, node, name, sources[0])
+        if fact.stream:
+            fact.acts, fact.bent = (), False
+        return fact
+
+    def _add(self, fact: Fact, sources: list[fx.Node]) -> None:
+        """A sum with something that lies before the uses of the other summand is the residual stream."""
+        for a in sources:
+            for b in sources:
+                older, branch = self.fact(a), self.fact(b)
+                at = older.frontier & ~(CORE | MIX | (self.operands if branch.frontier & CORE else 0))
+                # Where both come from one use, it is a recurrence within a block: a state space, a scan.
+                if at & branch.above and not at & branch.frontier & -FIRST_USE:
+                    fact.stream = True
+                    self.added |= 0 if branch.stream else branch.frontier
+
+    @staticmethod
+    def _bends(node: fx.Node, name: str) -> bool:
+        if name in ("clamp", "clamp_min"):  # with zero below and nothing above it is a relu
+            low, high = [*node.args[1:], None, None][:2]
+            return bool(node.kwargs.get("min", low) == 0) and node.kwargs.get("max", high) is None
+        return name in _BENDS
+
+    def _bend(self, fact: Fact, node: fx.Node, name: str, source: fx.Node) -> None:
+        if fact.stream or fact.frontier < FIRST_USE:
+            return
+        self.bending |= fact.frontier
+        fact.bent = True
+        if name == "glu":
+            dim, half = dim_of(node), shape_of(node)[dim_of(node)]
+            up, gate = (Target(node, source, (dim, start, half)) for start in (0, half))
+            fact.acts, fact.origin = (_Act(gate, up, fact.frontier),), node
+        elif not fact.acts:
+            fact.acts = (_Act(Target(node, source), None, fact.frontier),)
+
+    def _multiply(self, fact: Fact, node: fx.Node, a: fx.Node, b: fx.Node) -> None:
+        """f(gate) * up, unless one is an elementwise function of the other (x * sigmoid(x)) or only weighs."""
+        left, right = self.fact(a), self.fact(b)
+        scales = [self._scales(a, b), self._scales(b, a)]
+        if scales[0] != scales[1]:
+            kept, scale = (right, left) if scales[0] else (left, right)
+            self.used |= scale.frontier & ~kept.frontier
+            fact.frontier, fact.acts, fact.bent = kept.frontier, kept.acts, kept.bent
+            fact.origin, fact.weighs, fact.softmax = kept.origin, kept.weighs, kept.softmax
+            return
+        features = left.frontier >= FIRST_USE and right.frontier >= FIRST_USE
+        if left.origin is right.origin or not features or not (left.bent or right.bent):
+            return
+        gate, up = (a, b) if left.bent else (b, a)
+        acts = self.fact(gate).acts
+        clear = left.bent != right.bent and all(act.up is None for act in acts)
+        fact.acts = (_Act(Target(node, gate), Target(node, up), fact.frontier, clear),)
+
+    def _scales(self, node: fx.Node, other: fx.Node) -> bool:
+        """It weighs the other's features, all alike: a routing weight, a gate with one value a token."""
+        mine, theirs = shape_of(node), shape_of(other)
+        one = mine[-1:] == (1,) and theirs[-1:] != (1,) and len(theirs) > 0
+        return one or (self.fact(node).weighs and self.fact(node).softmax is None and not self.fact(other).weighs)
+
+    # Tensors written in place.
+
+    def _note_aliases(self, node: fx.Node, name: str) -> None:
+        written = written_by(node)
+        source = written[0] if written else node.args[0] if node.args else None
+        looks = bool(written) or name in ALIASES or name == "getitem"
+        root = self.root.get(source, source) if looks and isinstance(source, fx.Node) else node
+        self.root[node] = root
+        if written:
+            self._write(node, written)
+
+    def _write(self, node: fx.Node, written: list[fx.Node]) -> None:
+        """Whoever reads the tensor from now on, through whatever view, reads what was written."""
+        new = self._facts[node]
+        for root in {self.root.get(w, w) for w in written}:
+            self.writes.setdefault(root, []).append(node)
+            before = self.over.get(root)
+            self.over[root] = _join([before, new]) if before else new
+
+    def fact(self, node: fx.Node) -> Fact:
+        """What is known of the node's value by now."""
+        fact = self._facts[node]
+        over = self.over.get(self.root.get(node, node))
+        if over is None or over is fact or not is_float(node.meta.get("val")):
+            return fact
+        joined = _join([fact, over])
+        joined.origin, joined.softmax = node, over.softmax
+        return joined
+
+    def writes_between(self, target: fx.Node, reader: fx.Node) -> list[fx.Node]:
+        writes = self.writes.get(self.root.get(target, target), ())
+        first, last = self.order[target], self.order[reader]
+        return [w for w in writes if first < self.order[w] < last]
+
+
+def _join(facts: list[Fact]) -> Fact:
+    """What is known of a value computed from all of these."""
+    joined = Fact()
+    softmaxes, origins = set(), set()
+    acts: list[_Act] = []
+    for f in facts:
+        joined.live |= f.live
+        joined.frontier |= f.frontier
+        joined.above |= f.above
+        joined.stream |= f.stream
+        joined.bent |= f.bent
+        joined.weighs |= f.weighs
+        if f.frontier:
+            softmaxes.add(f.softmax)
+            origins.add(f.origin)
+            acts += f.acts
+    joined.softmax = softmaxes.pop() if len(softmaxes) == 1 else None
+    joined.origin = origins.pop() if len(origins) == 1 else None
+    joined.acts = tuple(dict.fromkeys(acts))
+    return joined
+
+
+def _is_fused_attention(name: str) -> bool:
+    return "scaled_dot_product" in name or name in _FUSED_ATTENTION
+
+
+def _operands(node: fx.Node, name: str) -> list[fx.Node]:
+    """The factors of a product."""
+    args: Any = node.args
+    if name == "einsum":
+        args = args[1] if isinstance(args[1], list | tuple) else args[1:]
+    elif name in ("baddbmm", "addmm", "addbmm"):
+        args = [*args[1:3], *(v for k, v in node.kwargs.items() if k[:-1] in ("batch", "mat"))]
+    return [a for a in args if isinstance(a, fx.Node)]
+
+
+# ── attention spelled out: which operand of the first product is the query ───────────────────────────────────────────
+
+
+class _Scores:
+    """The products q·kᵀ whose sum is the input of a softmax; the key is the operand that owns the softmaxed axis."""
+
+    def __init__(self, flow: Flow, softmax: fx.Node) -> None:
+        self.flow, self.softmax = flow, softmax
+        self.toward: dict[fx.Node, fx.Node] = {}  # node → the one after it on the way to the softmax
+        pairs = [(p, ops) for p in self._products() if len(ops := flow._factors(p, base_name(p))) == 2]
+        live = [(p, ops) for p, ops in pairs if all(flow.fact(n).live for n in ops)]
+        self._note_positions(pairs if live else [])
+        query, key = [], []
+        for product, operands in live or pairs:
+            side = self._key_side(product, operands)
+            if side is not None:
+                key.append(Target(product, operands[side]))
+                query.append(Target(product, operands[1 - side]))
+        self.found = bool(query)
+        self.query, self.key = tuple(query), tuple(key)
+
+    def _products(self) -> list[fx.Node]:
+        flow, found, stack = self.flow, [], [self.softmax]
+        while stack:
+            node = stack.pop()
+            flow.visits += 1
+            for n in [w for source in node.all_input_nodes for w in (source, *flow.writes_between(source, node))]:
+                if n in self.toward or n.op != "call_function" or n in flow.uses or not flow.fact(n).frontier & ~CORE:
+                    continue
+                self.toward[n] = node
+                name = base_name(n)
+                if name in PRODUCTS and len(flow._factors(n, name)) >= 2:
+                    found.append(n)
+                elif name not in _SOFTMAX:
+                    stack.append(n)
+        return found
+
+    def _note_positions(self, pairs: list[tuple[fx.Node, list[fx.Node]]]) -> None:
+        """Beside a product of two activations, one with a table of positions is no attention of its own."""
+        fact = self.flow.fact
+        for _, operands in pairs:
+            fixed = [n for n in operands if not fact(n).live]
+            if len(fixed) == 1:
+                self.flow.positions |= fact(fixed[0]).frontier
+
+    def _path(self, product: fx.Node) -> list[fx.Node]:
+        path = [product]
+        while path[-1] is not self.softmax:
+            path.append(self.toward[path[-1]])
+        return path
+
+    def _key_side(self, product: fx.Node, operands: list[fx.Node]) -> int | None:
+        dim = dim_of(self.softmax)
+        if dim < -2 or not all(_keeps_axes(before, after, dim) for before, after in pairwise(self._path(product))):
+            return self.flow.splitter.key_side(product, operands, self.softmax, set(self.toward))
+        if base_name(product) == "einsum":
+            terms, _, out = str(product.args[0]).replace(" ", "").partition("->")
+            owners = [k for k, term in enumerate(terms.split(",")) if out and out[dim] in term]
+            return owners[0] if len(owners) == 1 else None
+        return 1 if dim == -1 else 0
+
+
+def _keeps_axes(before: fx.Node, after: fx.Node, dim: int) -> bool:
+    """The last two axes are the same two after the op; along `dim` it may cut off, pad or append."""
+    name, old, new = base_name(after), shape_of(before), shape_of(after)
+    if name in _RELAYS:
+        return False
+    if name in _RESHAPES:
+        return old[-2:] == new[-2:]
+    at = len(old) + dim
+    return len(old) == len(new) and old[:at] == new[:at] and old[at + 1 :] == new[at + 1 :]

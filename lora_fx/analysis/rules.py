@@ -1,0 +1,249 @@
+"""Rules: which sites, and what they get. The first rule that matches a site decides; one without a rank excludes.
+
+Rule(role="attention.query | attention.value", rank=8, alpha=16)
+Rule(where="*.mlp.*", layers="4-11", rank=4)
+Rule(pattern=lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down), rank=4)
+Rule(where="lm_head")                                                    # leave it alone
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from lora_fx.analysis.sites import UNKNOWN, Site
+from lora_fx.deltas.schedules import AUTO, SCHEDULES
+from lora_fx.errors import RuleError
+
+INITS = ("kaiming", "gaussian", "zero")
+SCALINGS = ("standard", "rslora")
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """Keys (all that are given must match) and settings.
+
+    Args:
+        where: glob over the weight's and its modules' names, several with ``|``.
+        role: glob over roles, several with ``|``; selects parts of fused weights and uses of tied ones.
+        op: glob over forms (``linear``, ``matmul``, ``conv*`` …), several with ``|``.
+        layers: layer indices: ``"0-3, 7"``, a range or integers; the first integer in the weight's name counts.
+        pattern: a plain function of ordinary torch calls; its weights are the arguments that it multiplies with.
+        adapt: which of the pattern's weights, several with ``|``; all by default.
+        when: a predicate on the `Site`.
+        rank: of the low-rank branch; None excludes the sites.
+        alpha: the scale is alpha / rank; alpha = rank by default.
+        dropout: probability on the branch input, in training.
+        init: ``kaiming`` (A as in `nn.Linear`, B = 0), ``gaussian`` (A normal with std 1/rank, B = 0), ``zero``
+            (A and B zero, for loading), or a function ``(A, B) -> None`` that fills both in place.
+        scaling: ``standard``, or ``rslora``: alpha / sqrt(rank).
+        schedule: in which order the branches are computed: ``auto``, ``branch``, ``fused`` or ``dense`` (see
+            `lora_fx.deltas.schedules`); all are the same function.
+        expect: how many sites the rule must decide.
+    """
+
+    where: str | None = None
+    role: str | None = None
+    op: str | None = None
+    layers: str | int | Sequence[int] | None = None
+    pattern: Callable[..., Any] | None = None
+    adapt: str | None = None
+    when: Callable[[Site], bool] | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    init: str | Callable[..., None] = "kaiming"
+    scaling: str = "standard"
+    schedule: str = AUTO
+    expect: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_keys()
+        if self.rank is not None:
+            self._check_settings()
+
+    def _check_keys(self) -> None:
+        for key in ("where", "role", "op", "adapt"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, str) or not all(_globs(value))):
+                raise self._error(
+                    f"{key}={value!r} is no glob", "write a glob such as '*.mlp.*', several joined by ' | '"
+                )
+        if all(getattr(self, key) is None for key in ("where", "role", "op", "layers", "pattern", "when")):
+            raise self._error("the rule has no key", "say which sites: where, role, op, layers, pattern or when")
+        if self.adapt is not None and self.pattern is None:
+            raise self._error(f"adapt={self.adapt!r} without a pattern", "adapt names arguments of pattern")
+        if self.layers is not None:
+            self.layer_numbers  # noqa: B018  (parses, and raises)
+
+    def _check_settings(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank <= 0:
+            raise self._error(f"rank={self.rank!r} is no positive integer", "give rank=8, or leave it out to exclude")
+        if not math.isfinite(self.scale_numerator):
+            raise self._error(f"alpha={self.alpha!r} is not finite", "give a finite alpha")
+        if not 0 <= self.dropout < 1:
+            raise self._error(f"dropout={self.dropout!r} is no probability below 1", "give 0 <= dropout < 1")
+        if self.scaling not in SCALINGS:
+            raise self._error(f"scaling={self.scaling!r} is unknown", f"one of {', '.join(SCALINGS)}")
+        if self.schedule not in SCHEDULES:
+            raise self._error(f"schedule={self.schedule!r} is unknown", f"one of {', '.join(SCHEDULES)}")
+        if not callable(self.init) and self.init not in INITS:
+            raise self._error(
+                f"init={self.init!r} is unknown", f"one of {', '.join(INITS)}, or a function (A, B) -> None"
+            )
+
+    def _error(self, reason: str, remedy: str) -> RuleError:
+        return RuleError(reason, place=self.label, remedy=remedy)
+
+    @property
+    def scale_numerator(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)  # type: ignore[arg-type]
+
+    @property
+    def label(self) -> str:
+        """The rule as it was written: its keys and the settings that are not the default."""
+        shown = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value != f.default:
+                shown.append(f"{f.name}={getattr(value, '__name__', None) or repr(value)}")
+        return f"Rule({', '.join(shown)})"
+
+    @property
+    def layer_numbers(self) -> frozenset[int]:
+        if isinstance(self.layers, int):
+            return frozenset([self.layers])
+        if not isinstance(self.layers, str):
+            return frozenset(self.layers or ())
+        numbers: set[int] = set()
+        for part in self.layers.split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdigit() or (dash and not last.isdigit()):
+                raise self._error(f"layers={self.layers!r} is no list of layers", "write '0-3, 7', a range or integers")
+            numbers.update(range(int(first), int(last or first) + 1))
+        return frozenset(numbers)
+
+    def matches(self, site: Site, in_pattern: frozenset[int] | None = None) -> bool:
+        """Whether every key matches. `in_pattern` holds the ids of the weights that the pattern found."""
+        return (
+            (self.where is None or any(_any_glob(self.where, name) for name in site.names))
+            and (self.role is None or _any_glob(self.role, site.role))
+            and (self.op is None or any(_any_glob(self.op, use.form) for use in site.uses))
+            and (self.layers is None or site.layer in self.layer_numbers)
+            and (in_pattern is None or id(site.weight) in in_pattern)
+            and (self.when is None or bool(self.when(site)))
+        )
+
+
+def _globs(text: str) -> list[str]:
+    return [glob.strip() for glob in text.split("|")]
+
+
+def _any_glob(text: str, name: str) -> bool:
+    return any(fnmatchcase(name, glob) for glob in _globs(text))
+
+
+def read_rules(rules: Any) -> tuple[Rule, ...]:
+    """Rules from a `Rule`, a dict of its arguments, a sequence of those, or a TOML file with ``[[rule]]`` tables."""
+    if isinstance(rules, Rule):
+        return (rules,)
+    if isinstance(rules, str | Path):
+        return _from_toml(Path(rules))
+    if isinstance(rules, Mapping):
+        return tuple(_from_dict(r) for r in rules["rule"]) if set(rules) == {"rule"} else (_from_dict(rules),)
+    if not isinstance(rules, Iterable):
+        raise RuleError(
+            f"{rules!r} is no rule", place="rules", remedy="pass Rule objects, dicts or the path of a TOML file"
+        )
+    found = tuple(rule for item in rules for rule in read_rules(item))
+    if not found:
+        raise RuleError("there is no rule", place="rules", remedy="pass at least one Rule")
+    return found
+
+
+def _from_dict(given: Mapping[str, Any]) -> Rule:
+    known = [f.name for f in fields(Rule)]
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            raise RuleError(
+                f"unknown key {key!r}",
+                place=f"rule {dict(given)!r}",
+                remedy=f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}",
+            )
+    return Rule(**given)
+
+
+def _from_toml(path: Path) -> tuple[Rule, ...]:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RuleError(
+            f"cannot read it: {error.strerror}", place=str(path), remedy="pass the path of a TOML file"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RuleError(f"is no TOML: {error}", place=str(path), remedy="write [[rule]] tables") from error
+    if set(data) != {"rule"} or not isinstance(data["rule"], list):
+        raise RuleError(
+            f"has the tables {sorted(data)}", place=str(path), remedy="write one [[rule]] table for each rule"
+        )
+    return tuple(_from_dict(rule) for rule in data["rule"])
+
+
+def select(
+    rules: Sequence[Rule], sites: Sequence[Site], found: Mapping[Rule, frozenset[int]], seen: bool
+) -> dict[Site, Rule]:
+    """The rule that decides each site.
+
+    Args:
+        found: for each rule with a pattern, the ids of the weights it matched.
+        seen: whether the sites come from a captured graph.
+
+    Raises:
+        RuleError: a rule decides no site, or not as many as it expects, or needs a graph that is not there.
+    """
+    chosen: dict[Site, Rule] = {}
+    for rule in rules:
+        if not seen and (rule.role is not None or rule.pattern is not None):
+            raise rule._error(
+                "roles and patterns are read from the graph, and there are no example inputs to capture one",
+                "pass example_inputs, or select by where, op or layers",
+            )
+        matched = [site for site in sites if rule.matches(site, found.get(rule))]
+        taken = [site for site in matched if site in chosen]
+        decided = [site for site in matched if site not in chosen]
+        if not decided or rule.expect not in (None, len(decided)):
+            raise _miss(rule, decided, taken, sites)
+        chosen.update(dict.fromkeys(decided, rule))
+    return chosen
+
+
+def _miss(rule: Rule, decided: list[Site], taken: list[Site], sites: Sequence[Site]) -> RuleError:
+    count = f"matches {len(decided)} sites" if decided else "matches nothing"
+    reason = count if rule.expect is None else f"{count}, and expect={rule.expect}"
+    if taken:
+        reason += f" ({len(taken)} more are decided by earlier rules)"
+    if decided:
+        return rule._error(reason, f"it matches {_listing(decided)}")
+    return rule._error(reason, f"the nearest of {len(sites)} sites: {_listing(_nearest(rule, sites))}")
+
+
+def _nearest(rule: Rule, sites: Sequence[Site]) -> list[Site]:
+    wanted = [glob.strip("*. ") for key in (rule.where, rule.role) if key for glob in _globs(key)]
+
+    def distance(site: Site) -> float:
+        texts = (*site.names, *(name.rpartition(".")[2] for name in site.names), site.role)
+        return max((difflib.SequenceMatcher(None, w, t).ratio() for w in wanted for t in texts), default=0.0)
+
+    return sorted(sites, key=distance, reverse=True)[:5]
+
+
+def _listing(sites: Sequence[Site]) -> str:
+    shown = [f"{site.weight.name} ({site.role if site.role != UNKNOWN else 'role unknown'})" for site in sites[:6]]
+    return ", ".join(shown) + (f", … {len(sites) - 6} more" if len(sites) > 6 else "")

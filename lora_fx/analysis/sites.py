@@ -1,0 +1,136 @@
+"""Sites: what a rule can adapt. A weight with one role is one site; a fused weight has one for each of its parts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_fx.analysis import roles
+from lora_fx.graph import layout
+from lora_fx.graph.forms import FORMS, Call
+from lora_fx.graph.program import Program, Use, Weight
+from lora_fx.graph.views import View
+
+UNKNOWN = ""  # the role of a site that was never seen in a graph
+
+
+@dataclass(eq=False)
+class Site:
+    """A weight, or the part of one with one role."""
+
+    weight: Weight
+    role: str
+    rows: tuple[int, ...] | None
+    """The output features of this part; None for all."""
+    uses: tuple[Use, ...]
+    reason: str = ""
+    """Why the role is `other`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name of the weight and of the modules that hold it."""
+        modules = tuple(re.sub(r"\.parametrizations\..*", "", name.rpartition(".")[0]) for name in self.weight.names)
+        return tuple(dict.fromkeys(n for n in (*self.weight.names, *modules) if n))
+
+    @property
+    def form(self) -> str:
+        return ", ".join(dict.fromkeys(use.form for use in self.uses)) or "unseen"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.layout.size("i")
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.layout.size("o") if self.rows is None else len(self.rows)
+
+    @property
+    def layer(self) -> int | None:
+        """The first integer in the weight's name: ``h.3.attn.c_attn.weight`` → 3."""
+        for name in self.weight.names:
+            if found := re.search(r"(?:^|\.)(\d+)(?:\.|$)", name):
+                return int(found[1])
+        return None
+
+    def __repr__(self) -> str:
+        return f"Site({self.weight.name}, {self.role or 'role unknown'})"
+
+
+def find_sites(program: Program) -> tuple[Site, ...]:
+    """Every site of the program, in the order of the model's parameters."""
+    if program.capture is None:
+        return tuple(site for weight in program.weights for site in _unseen_site(program.model, weight))
+    labels = roles.label_uses(program)
+    found = []
+    for weight in program.weights:
+        if weight.problem:  # a rule that asks for it is told why not
+            found.append(Site(weight, roles.OTHER, None, tuple(weight.uses), weight.problem))
+        elif weight.multiplied:
+            found += _sites_of(weight, labels)
+    return tuple(found)
+
+
+def _sites_of(weight: Weight, labels: dict[Use, tuple[roles.Label, ...]]) -> list[Site]:
+    found: dict[str, Site] = {}
+    everything = weight.layout.size("o")
+    for use in (u for u in weight.uses if u.multiplies):
+        for label in labels[use]:
+            rows = label.rows if label.rows is not None else _rows_of(weight, use)
+            site = found.get(label.role)
+            if site is None:
+                found[label.role] = Site(weight, label.role, rows, (use,), label.reason)
+                continue
+            joined = None if site.rows is None or rows is None else tuple(sorted({*site.rows, *rows}))
+            site.rows = joined
+            site.uses = tuple(dict.fromkeys((*site.uses, use)))
+    for site in found.values():
+        if site.rows is not None and len(site.rows) == everything:
+            site.rows = None
+    return list(found.values())
+
+
+def _rows_of(weight: Weight, use: Use) -> tuple[int, ...] | None:
+    """The weight's output features that a use reads, where it reads a slice of them."""
+    placement = layout.place(weight.layout, use.view, use.call.sides) if use.call else None
+    if placement is None or placement.swapped or use.view.shape == weight.shape:
+        return None
+    rows = tuple(sorted(set(placement.rows())))
+    return None if len(rows) == weight.layout.size("o") else rows
+
+
+# ── without example inputs ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _unseen_site(model: nn.Module, weight: Weight) -> list[Site]:
+    """What the type of the owning module alone says: enough for rules by name and op."""
+    for name in weight.names:
+        path, _, attribute = name.rpartition(".")
+        known = _known_form(model.get_submodule(path), attribute, len(weight.shape))
+        if known is None:
+            continue
+        form, sides, role = known
+        call = Call(FORMS[form], None, None, sides)
+        use = Use(weight, None, View.of(weight.shape), path, call)  # type: ignore[arg-type]
+        weight.uses.append(use)
+        return [Site(weight, role, None, (use,))]
+    return []
+
+
+def _known_form(module: nn.Module, attribute: str, ndim: int) -> tuple[str, str, str] | None:
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return f"conv_transpose{ndim - 2}d", "i" + "o" * (ndim - 1), "conv"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return f"conv{ndim - 2}d", "o" + "i" * (ndim - 1), "conv"
+    if isinstance(module, nn.Embedding):
+        return "embedding", "io", "embedding"
+    if isinstance(module, nn.Linear | nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase) and ndim == 2:
+        return "linear", "oi", UNKNOWN
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and ndim == 2:  # transformers' (in, out) linear
+        return "addmm", "io", UNKNOWN
+    return None

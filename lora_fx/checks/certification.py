@@ -1,0 +1,507 @@
+"""The coverage certificate: every use of every adapted weight, and how it was seen to be realised.
+
+    out(use)  =  use(x, W + s·B·A)          measured at each use, on the x that reached it in the adapted model
+
+The adapted model is captured with random factors (B ≠ 0), and the recorded program is run once more. At every node that
+consumes an adapted weight the dense sum is put in the weight's place, and what the node and its branch gave is held
+against that. So a use that reads the plain weight, a branch that another node bypasses, a lost scale or a wrong slice
+shows at the use where it happens, and nothing further down can hide it. The uses themselves are counted in the base
+model: one that is gone from the adapted program is missed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.checks.verification import (
+    Report,
+    check_once,
+    compare,
+    compare_with_dense,
+    dense_delta,
+    dither,
+    filled,
+    in_mode,
+    relative_error,
+    with_dense_weights,
+    worst,
+)
+from lora_fx.deltas.adapter import Adapter
+from lora_fx.errors import CaptureError, EquivalenceError, PlanError
+from lora_fx.graph.capture import MODULE, Capture, Inputs, capture_graph, normalize_inputs, output_tensors, undisturbed
+from lora_fx.graph.forms import FORMS, op_name
+from lora_fx.graph.program import capture, storage_key
+from lora_fx.graph.views import COPIES, MOVES
+from lora_fx.model import wiring
+from lora_fx.tables import table
+
+DENSE, SPLIT_OFF, MISSED, UNSEEN = "dense", "split off", "missed", "unseen"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One use of one adapted weight."""
+
+    weight: str
+    """Its names where it is read with the branch, joined by ``=``."""
+    adapters: tuple[str, ...]
+    """The adapters that act on this use; none where it was split off and must stay as it was."""
+    module: str
+    """Path of the module whose forward executes the use; empty for the model itself."""
+    form: str
+    realised: str
+    """``graph``: a branch in a generated forward. ``dispatch``: a branch put there when the op runs. ``dense``: the op
+    takes W + s·B·A whole. ``split off``: another use of a tied weight, which reads the plain W. ``missed``: the base
+    model has this use, and the adapted one does not. ``unseen``: the example inputs did not reach it."""
+    effect: float = 0.0
+    """How far the adapters move this use's output, relative to its root mean square."""
+    error: float = 0.0
+    """How far the output is from the use of the dense W + s·B·A, relative likewise."""
+    bound: float = 0.0
+    """What rounding explains: see `lora_fx.verify`."""
+    problem: str = ""
+    """Why this use is not covered; empty where it is."""
+
+    @property
+    def covered(self) -> bool:
+        return not self.problem
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was measured. True where every use of every adapted weight was seen and is W + s·B·A."""
+
+    rows: tuple[Coverage, ...]
+    whole: tuple[Report, ...] = ()
+    """The whole model against the model with the dense sums in its weights, in eval and in train mode."""
+    gradient_free: tuple[str, ...] = ()
+    """Adapters, as ``weight (name)``, that no gradient reaches on the example inputs: training would not move them."""
+    inactive: tuple[str, ...] = ()
+    """Names of adapters that are in the model and do not act."""
+    folded: Mapping[str, int] = field(default_factory=dict)
+    """Of a folded model: weight → how many of its elements are not W + s·B·A rounded once. All must be 0."""
+
+    @property
+    def unseen(self) -> tuple[Coverage, ...]:
+        return tuple(row for row in self.rows if row.realised == UNSEEN)
+
+    @property
+    def problems(self) -> tuple[Coverage, ...]:
+        return tuple(row for row in self.rows if row.problem and row.realised != UNSEEN)
+
+    def __bool__(self) -> bool:
+        return all(row.covered for row in self.rows) and all(self.whole) and not any(self.folded.values())
+
+    def to_json(self) -> str:
+        """Everything in it, and the verdict, as one JSON object."""
+        return json.dumps({"certified": bool(self), **asdict(self)}, indent=1)
+
+    def __str__(self) -> str:
+        header = ("weight", "adapters", "use", "in", "realised", "effect", "error", "bound", "")
+        lines = [table(header, [_cells(row) for row in self.rows], right=(5, 6, 7))]
+        lines += [f"whole model, {mode}: {report}" for mode, report in zip(("eval", "train"), self.whole, strict=False)]
+        lines += [f"folded {name}: {wrong} elements not rounded once" for name, wrong in self.folded.items() if wrong]
+        if self.folded and not any(self.folded.values()):
+            lines.append(f"folded: every element of {len(self.folded)} weights is W + s·B·A rounded once")
+        if self.gradient_free:
+            lines.append(f"no gradient reaches {', '.join(self.gradient_free)}")
+        if self.inactive:
+            lines.append(f"inactive: {', '.join(self.inactive)}")
+        right = sum(row.covered for row in self.rows)
+        verdict = "certified" if self else "NOT certified"
+        return "\n".join([*lines, f"{verdict}: {right} of {len(self.rows)} uses are covered"])
+
+
+def _cells(row: Coverage) -> tuple[str, ...]:
+    seen = row.realised != UNSEEN
+    numbers = [f"{value:.1e}" if seen else "" for value in (row.effect, row.error, row.bound)]
+    names = ", ".join(row.adapters) or "–"
+    return row.weight, names, row.form, row.module or "the model", row.realised, *numbers, row.problem or "ok"
+
+
+def certify_adapted(
+    model: nn.Module, example_inputs: Any = None, *, whole: bool = True, gradients: bool = True
+) -> Certificate:
+    """The certificate of a model with branches; see `lora_fx.certify`, which takes folded models too."""
+    inputs = normalize_inputs(model, example_inputs)
+    storages = wiring.adapted_storages(model)
+    if not storages:
+        raise PlanError(
+            "the model has no active adapter", place=type(model).__name__, remedy="apply or activate one first"
+        )
+    if any(t.is_meta for t in model.parameters()):
+        raise CaptureError(
+            "parameters are on meta: there is nothing to measure",
+            place=type(model).__name__,
+            remedy="materialise the model first",
+        )
+    active = list(dict.fromkeys(a for storage in storages for a in storage.adapters))
+    with filled(model, active, seed=0):
+        with wiring.unwired(model), with_dense_weights(model):  # the adapted model's numbers, so that it takes its path
+            program = capture(model, inputs)
+            base = _count(_Flow(program.capture, storages), _Names(model))
+        rows = tuple(_measure(model, inputs, storages, base))
+        modes = (False, True) if whole else ()
+        reports = tuple(check_once(model, inputs, training, program.rounding()) for training in modes)
+        free = tuple(_without_gradient(model, inputs, storages)) if gradients else ()
+    idle = {a.name for *_, a in wiring.find_adapters(model) if not a.active}
+    return Certificate(rows, reports, free, tuple(sorted(idle)))
+
+
+def check_adapted(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float]) -> None:
+    """The self-check of `apply`: the adapted model must be the model with W + s·B·A in its weights.
+
+    Raises:
+        EquivalenceError: it is not, in train or in eval mode; the error names the first use that is not covered.
+    """
+    if any(t.is_meta for t in model.parameters()):
+        return
+    report = compare_with_dense(model, inputs, adapters, rounding)
+    if not report:
+        raise EquivalenceError(
+            f"the adapted model is not the model with W + s·B·A: {report}",
+            place=_suspect(model, inputs, adapters, rounding),
+            remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
+        )
+
+
+def _suspect(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float]) -> str:
+    """The weight of the first use that is not covered; the first one that is wrong in train mode, where all are."""
+    try:
+        problems = certify_adapted(model, inputs, whole=False, gradients=False).problems
+    except CaptureError:
+        problems = ()
+    if problems:
+        return problems[0].weight
+    names, storages = _Names(model), wiring.adapted_storages(model)
+    for adapter in dict.fromkeys(adapters):
+        with filled(model, [adapter], seed=0):
+            if not check_once(model, inputs, True, rounding):
+                return next(names.of(storage) for storage in storages if adapter in storage.adapters)
+    return "several weights together"
+
+
+# ── where adapted weights are read ───────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A node that consumes adapted weights, and the node at which its branches have been added."""
+
+    node: fx.Node
+    roots: tuple[fx.Node, ...]
+    """The placeholders of the weights that it consumes."""
+    end: fx.Node
+    dense: bool
+    """It is handed the sum W + s·B·A."""
+    adapters: frozenset[int]
+    """The ids of the adapters whose branches, or sums, were found here."""
+    bypass: str = ""
+    """Who reads the node's output before the branch is added."""
+
+    @property
+    def module(self) -> str:
+        return self.node.meta.get(MODULE, "")
+
+
+class _Flow:
+    """One walk over a captured graph: which nodes carry an adapted weight, or factors, and who consumes the weights."""
+
+    def __init__(self, captured: Capture, storages: Sequence[wiring.Storage]) -> None:
+        self.captured = captured
+        self.storages: dict[fx.Node, list[wiring.Storage]] = {}
+        self.carriers: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        """node → the placeholders of the weights that it is a view or a function of."""
+        self.sums: dict[fx.Node, frozenset[int]] = {}
+        """W + s·B·A → the ids of the adapters."""
+        self.factors: dict[fx.Node, frozenset[int]] = {}
+        """node made of factors alone → the ids of their adapters."""
+        self._pure: set[fx.Node] = set(captured.tensors)
+        self._find_roots(storages)
+        consumers = [n for n in captured.graph.nodes if n.op == "call_function" and self._consumes(n)]
+        self.readings = [self._reading(node) for node in consumers]
+
+    def _find_roots(self, storages: Sequence[wiring.Storage]) -> None:
+        weights: dict[tuple, list[wiring.Storage]] = {}
+        factors: dict[tuple, int] = {}
+        for storage in storages:
+            weights.setdefault(storage_key(storage.parameter), []).append(storage)
+            for adapter in storage.adapters:
+                factors.update((storage_key(t), id(adapter)) for t in (adapter.A, adapter.B))
+        for node, tensor in self.captured.tensors.items():
+            key = storage_key(tensor)
+            if key in weights:
+                self.storages[node], self.carriers[node] = weights[key], (node,)
+            elif key in factors:
+                self.factors[node] = frozenset([factors[key]])
+
+    def _consumes(self, node: fx.Node) -> bool:
+        """Whether the node makes an activation from a weight; notes what it carries where it does not."""
+        inputs = node.all_input_nodes
+        pure = all(n in self._pure for n in inputs)
+        if pure:
+            self._pure.add(node)
+        carried = [n for n in inputs if n in self.carriers]
+        made_of = [self.factors[n] for n in inputs if n in self.factors]
+        if not carried:
+            if made_of and (pure or _moves(node, self.factors)):
+                self.factors[node] = frozenset().union(*made_of)
+            return False
+        if pure and made_of and _is_add(node):
+            self.sums[node] = frozenset().union(*made_of)
+        elif not (pure or _moves(node, self.carriers)):
+            return True
+        self.carriers[node] = self._roots(node)
+        return False
+
+    def _roots(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        return tuple(dict.fromkeys(root for n in node.all_input_nodes for root in self.carriers.get(n, ())))
+
+    def _reading(self, node: fx.Node) -> _Reading:
+        roots = self._roots(node)
+        carried = [n for n in node.all_input_nodes if n in self.carriers]
+        summed = [self._summed(n) for n in carried]
+        end, added, bypass = self._end(node, roots)
+        return _Reading(node, roots, end, all(summed), added.union(*summed), bypass)
+
+    def _summed(self, node: fx.Node) -> frozenset[int]:
+        """The adapters whose delta has been added to this weight."""
+        return self.sums.get(node, frozenset()).union(
+            *(self._summed(n) for n in node.all_input_nodes if n in self.carriers)
+        )
+
+    def _end(self, node: fx.Node, roots: tuple[fx.Node, ...]) -> tuple[fx.Node, frozenset[int], str]:
+        """The last of the adds that put branches of these weights onto the node's output, and whose branches."""
+        own = frozenset(id(a) for root in roots for storage in self.storages[root] for a in storage.adapters)
+        added: frozenset[int] = frozenset()
+        while True:
+            adds = [(u, made) for u in node.users if _is_add(u) and (made := self._branch(u, node) & own)]
+            if not adds:
+                return node, added, ""
+            (add, made), added = adds[0], added | adds[0][1]
+            if others := [u for u in node.users if u is not add]:
+                return add, added, f"{others[0].name} in {others[0].meta.get(MODULE, '') or 'the model'}"
+            node = add
+
+    def _branch(self, add: fx.Node, node: fx.Node) -> frozenset[int]:
+        """The adapters of the branch that is added to `node`."""
+        return frozenset().union(*(self._made_by(n) for n in add.all_input_nodes if n is not node))
+
+    def _made_by(self, node: fx.Node) -> frozenset[int]:
+        """The adapters with whose factors it multiplies, or whose product it moves or scales."""
+        inputs = node.all_input_nodes
+        made = frozenset().union(*(self.factors.get(n, frozenset()) for n in inputs))
+        return self._made_by(inputs[0]) if not made and len(inputs) == 1 else made
+
+
+def _is_add(node: fx.Node) -> bool:
+    return op_name(node.target) in ("add", "add_", "__add__", "__iadd__")
+
+
+def _moves(node: fx.Node, carriers: Mapping[fx.Node, Any]) -> bool:
+    """A movement op, or a gather of whole experts, of a carrier."""
+    first, name = node.args[0] if node.args else None, op_name(node.target)
+    if not isinstance(first, fx.Node) or first not in carriers:
+        return False
+    if name in ("index", "index_select"):
+        return first.meta["val"].ndim >= 3
+    return name in MOVES or name in COPIES
+
+
+# ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Names:
+    """Paths of modules and names of weights, and which adapters act where."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths: dict[nn.Module, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            self.paths.setdefault(module, []).append(path)
+
+    def of(self, storage: wiring.Storage) -> str:
+        names = (f"{path}.{attribute}".lstrip(".") for owner, attribute in storage.owners for path in self.paths[owner])
+        return " = ".join(names)
+
+    def acting(self, storages: Sequence[wiring.Storage], reading: _Reading) -> wiring.Storage | None:
+        """The storage as this use reads it; None where the use was split off."""
+        if not storages[0].split:
+            return storages[0]
+        for storage in storages:
+            inside = any(reading.module in self.paths[owner] for owner, _ in storage.owners)
+            if inside or reading.adapters & {id(a) for a in storage.adapters}:
+                return storage
+        return None
+
+
+def _measure(
+    model: nn.Module, inputs: Inputs, storages: Sequence[wiring.Storage], base: Counter[wiring.Storage]
+) -> list[Coverage]:
+    """A row for each use of each adapted weight; `base` counts those of the base model."""
+    names = _Names(model)
+    flow = _Flow(capture_graph(model, inputs), storages)
+    with undisturbed(model), torch.no_grad():
+        replay = _Replay(flow, names)
+        replay.run(*replay.arguments())
+    adapted, rows = _count(flow, names), list(replay.rows)
+    for storage in storages:
+        if not base[storage]:
+            rows.append(_row(names, storage, "", "", UNSEEN, problem="the example inputs do not reach it"))
+        elif adapted[storage] != base[storage]:
+            reason = f"the base model reads it {base[storage]} times, the adapted one {adapted[storage]} times"
+            rows.append(_row(names, storage, "", "", MISSED, problem=reason))
+    return rows
+
+
+def _count(flow: _Flow, names: _Names) -> Counter[wiring.Storage]:
+    """weight → how many nodes consume it."""
+    acting = (names.acting(flow.storages[root], reading) for reading in flow.readings for root in reading.roots)
+    return Counter(storage for storage in acting if storage is not None)
+
+
+def _row(names: _Names, storage: wiring.Storage, *rest: Any, **more: Any) -> Coverage:
+    return Coverage(names.of(storage), tuple(a.name for a in storage.adapters), *rest, **more)
+
+
+class _Replay(fx.Interpreter):
+    """Runs a captured graph on its own inputs, and holds each use of an adapted weight against the dense sum."""
+
+    def __init__(self, flow: _Flow, names: _Names) -> None:
+        super().__init__(flow.captured.module)
+        self.flow, self.names = flow, names
+        self.rows: list[Coverage] = []
+        self._waiting: dict[fx.Node, list[tuple[_Reading, _Expected]]] = {}
+        self._readings = {reading.node: reading for reading in flow.readings}
+        kept = {n for node in flow.carriers for n in node.all_input_nodes if n not in flow.carriers}
+        for last, freed in self.user_to_last_uses.items():  # indices of gathered experts are needed once more
+            self.user_to_last_uses[last] = [n for n in freed if n not in kept]
+
+    def arguments(self) -> list[torch.Tensor]:
+        captured = self.flow.captured
+        leaves = pytree.tree_leaves((captured.inputs.args, captured.inputs.kwargs))
+        placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
+        state = [captured.tensors[n] for n in placeholders if n in captured.tensors]
+        return [*state, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
+
+    def run_node(self, node: fx.Node) -> Any:
+        reading = self._readings.get(node)
+        expected = None if reading is None else self._expect(reading)
+        result = super().run_node(node)
+        if reading is not None and expected is not None:
+            self._waiting.setdefault(reading.end, []).append((reading, expected))
+        for waiting, wanted in self._waiting.pop(node, ()):
+            self._judge(waiting, wanted, result)
+        return result
+
+    def _expect(self, reading: _Reading) -> _Expected:
+        """What the use gives with the dense sums: before it runs, since it may write into its operands."""
+        acting = {root: self.names.acting(self.flow.storages[root], reading) for root in reading.roots}
+        plain = {root: self.flow.captured.tensors[root] for root in reading.roots}
+        dense = {root: _sums(plain[root], storage) for root, storage in acting.items() if storage is not None}
+        whole = {root: dense[root][0] if root in dense else plain[root] for root in reading.roots}
+        moved = {root: dense[root][1] if root in dense else plain[root] for root in reading.roots}
+        without = {root: self._call(reading.node, {**whole, root: plain[root]}) for root in dense}
+        return _Expected(self._call(reading.node, whole), self._call(reading.node, moved), without, acting)
+
+    def _call(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
+        """The node's floating-point outputs with these weights in the place of its own."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._operand(n, weights))
+        return [t.clone() for t in pytree.tree_leaves(node.target(*args, **kwargs)) if _is_float(t)]
+
+    def _operand(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
+        if node in weights:
+            return weights[node]
+        if node not in self.flow.carriers:
+            return self.env[node]
+        if node in self.flow.sums:
+            return self._operand(next(n for n in node.all_input_nodes if n in self.flow.carriers), weights)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._operand(n, weights))
+        return node.target(*args, **kwargs)
+
+    def _judge(self, reading: _Reading, expected: _Expected, result: Any) -> None:
+        actual = [t for t in pytree.tree_leaves(result) if _is_float(t)]
+        report = worst([
+            compare(a, e, e, relative_error(m, e, e), a.dtype)
+            for a, e, m in zip(actual, expected.whole, expected.moved, strict=True)
+        ])  # fmt: skip
+        for root, storage in expected.acting.items():
+            form = _form(reading.node)
+            if storage is None:
+                first = self.flow.storages[root][0]
+                problem = "" if report else "it must read the plain weight, and does not"
+                error = dict(error=report.error, bound=report.bound)
+                self.rows.append(
+                    Coverage(self.names.of(first), (), reading.module, form, SPLIT_OFF, problem=problem, **error)
+                )
+                continue
+            pairs = zip(expected.without[root], expected.whole, strict=True)
+            effect = max((relative_error(w, e, e) for w, e in pairs), default=0.0)
+            realised = DENSE if reading.dense else storage.adapters[0].realised
+            numbers = effect, report.error, report.bound
+            problem = _problem(reading, effect, report)
+            self.rows.append(_row(self.names, storage, reading.module, form, realised, *numbers, problem=problem))
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a use gives."""
+
+    whole: list[torch.Tensor]
+    """With W + s·B·A for every weight that it reads."""
+    moved: list[torch.Tensor]
+    """The same, each weight moved by one rounding step."""
+    without: dict[fx.Node, list[torch.Tensor]]
+    """The same, with the plain W for one of the weights."""
+    acting: dict[fx.Node, wiring.Storage | None]
+
+
+def _sums(weight: torch.Tensor, storage: wiring.Storage) -> tuple[torch.Tensor, torch.Tensor]:
+    """W + Σ s·B·A in W's dtype, and the same moved by one rounding step."""
+    total = weight.detach().to(torch.float64) + sum(dense_delta(a).to(weight.device) for a in storage.adapters)
+    step = torch.finfo(weight.dtype).eps / 2
+    moved = total * dither(weight, step, torch.Generator().manual_seed(0))
+    return total.to(weight.dtype), moved.to(weight.dtype)
+
+
+def _problem(reading: _Reading, effect: float, report: Report) -> str:
+    if reading.bypass:
+        return f"{reading.bypass} reads its output without the branch"
+    if not report:
+        without = abs(report.error - effect) <= report.bound
+        return "the adapters have no effect here" if without else "it is not the use of W + s·B·A"
+    if effect > report.bound:
+        return ""
+    if effect > report.noise:
+        return f"rounding in {report.dtype} could hide its effect: certify a copy in float32 or float64"
+    return "nothing to measure: on these inputs its output does not depend on the adapters"
+
+
+def _form(node: fx.Node) -> str:
+    name = op_name(node.target)
+    return FORMS[name].name if name in FORMS else name
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _without_gradient(model: nn.Module, inputs: Inputs, storages: Sequence[wiring.Storage]) -> list[str]:
+    """The adapters, as ``weight (name)``, that no gradient of the model's outputs reaches, in train mode."""
+    names = _Names(model)
+    labels = {a: f"{names.of(storage)} ({a.name})" for storage in storages for a in storage.adapters}
+    factors = [(a, t) for a in labels for t in (a.A, a.B) if t.requires_grad]
+    with undisturbed(model), in_mode(model, True), torch.enable_grad():
+        torch.manual_seed(0)
+        outputs = [t for t in output_tensors(inputs.call(model)) if t.requires_grad]
+        cotangents = [torch.randn_like(t) for t in outputs]
+        found = torch.autograd.grad(outputs, [t for _, t in factors], cotangents, allow_unused=True) if outputs else ()
+    reached = {a for (a, _), g in zip(factors, found, strict=False) if g is not None and bool((g != 0).any())}
+    return [label for a, label in labels.items() if a not in reached]

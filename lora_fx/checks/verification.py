@@ -1,0 +1,319 @@
+"""Are two models the same function? By how much do they differ, and is that noise?
+
+No tolerance is set by hand. `verify` runs both models in their own dtype and one of them in float64: a model may be
+as far from float64 as the other one is, give or take `SLACK`. What a float64 reference cannot say (a float64 model, a
+model too large to copy) is measured by moving the weights by one rounding step and watching the output.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.changes import undo_list
+from lora_fx.deltas.adapter import Adapter
+from lora_fx.errors import EquivalenceError
+from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, undisturbed
+from lora_fx.graph.program import capture
+from lora_fx.model import wiring
+
+#: How many times the noise floor an error may be. Two computations of one function differ by a sum of as many
+#: rounding errors as there are terms. On every architecture of the zoo a lost branch is more than ten times the bound
+#: (tests/test_laws.py measures that).
+SLACK = 16.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` measured, for the output tensor that is worst."""
+
+    error: float
+    """Root mean square difference of the two models, relative to the reference's root mean square."""
+    largest: float
+    """Largest absolute difference of one element."""
+    noise: float
+    """The noise floor: what rounding alone does to this output, relative like `error`."""
+    bound: float
+    """`SLACK` × noise."""
+    dtype: str
+    outputs: int
+    """How many output tensors were compared."""
+
+    @property
+    def equivalent(self) -> bool:
+        return self.error <= self.bound
+
+    def __bool__(self) -> bool:
+        return self.equivalent
+
+    def __str__(self) -> str:
+        verdict = "equivalent" if self.equivalent else "DIFFERENT"
+        return (
+            f"{verdict}: error {self.error:.3g} against a bound of {self.bound:.3g} (noise floor {self.noise:.3g}, "
+            f"largest difference {self.largest:.3g}, {self.outputs} outputs in {self.dtype})"
+        )
+
+
+def verify(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> Report:
+    """Whether two models are the same function on these inputs, up to rounding.
+
+    Both run as they are (their own train/eval mode, no gradients); a float64 copy of `before` is the reference, or
+    `before` itself where a kernel takes no float64.
+
+    Raises:
+        EquivalenceError: they return different numbers or shapes of tensors.
+        CaptureError: a model does not run on the inputs.
+    """
+    inputs = normalize_inputs(before, example_inputs)
+    a, b = run(before, inputs), run(after, inputs)
+    _same_structure(a, b)
+    floors = noise_floors(before, inputs, a)
+    return worst([compare(x, y, exact, noise, x.dtype) for x, y, (exact, noise) in zip(a, b, floors, strict=True)])
+
+
+def noise_floors(model: nn.Module, inputs: Inputs, outputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
+    """For each output: its float64 value, and what rounding alone does to it, relative to its root mean square.
+
+    That is how far the model's own output is from float64, or how far the output moves when each weight moves by one
+    rounding step, whichever is more.
+    """
+    step = rounding_step(model, inputs)
+    wide, wide_inputs, exact = in_float64(model, inputs)
+    move_weights(wide, step)
+    moved = run(wide, wide_inputs)
+    return [
+        (w, max(relative_error(x, w, w), relative_error(m, w, w)))
+        for x, w, m in zip(outputs, exact, moved, strict=True)
+    ]
+
+
+def in_float64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, list[torch.Tensor]]:
+    """A float64 copy, its inputs and its outputs; in the own dtype where a kernel takes no float64 (`grouped_mm`)."""
+    wide, wide_inputs = copy.deepcopy(model).to(torch.float64), cast_inputs(inputs, torch.float64)
+    try:
+        return wide, wide_inputs, run(wide, wide_inputs)
+    except (RuntimeError, NotImplementedError):
+        wide = copy.deepcopy(model)
+        return wide, inputs, run(wide, inputs)
+
+
+@torch.no_grad()
+def move_weights(model: nn.Module, step: float) -> None:
+    """Every parameter by one rounding step, in place; below float64 by a whole one, which is not rounded away again."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            least = 0.0 if parameter.dtype == torch.float64 else torch.finfo(parameter.dtype).eps
+            parameter.mul_(dither(parameter, max(step, least), generator))
+
+
+def compare(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor, noise: float, dtype: torch.dtype) -> Report:
+    """One output tensor of two models; `noise` is relative to the reference's root mean square."""
+    noise = max(noise, torch.finfo(dtype).eps / 2)
+    difference = (a.to(torch.float64) - b.to(torch.float64)).abs()
+    largest = float(difference.max()) if difference.numel() else 0.0
+    error = relative_error(a, b, reference)
+    return Report(error, largest, noise, SLACK * noise, str(dtype).removeprefix("torch."), 1)
+
+
+def worst(reports: Sequence[Report]) -> Report:
+    top = max(reports, key=lambda r: r.error / r.bound if math.isfinite(r.error) else math.inf)
+    return Report(top.error, top.largest, top.noise, top.bound, top.dtype, len(reports))
+
+
+def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> list[torch.Tensor]:
+    """The floating-point outputs, without gradients and without a trace; random draws start from `seed`."""
+    with undisturbed(model), torch.no_grad():
+        torch.manual_seed(seed)
+        return [t.detach().clone() for t in output_tensors(inputs.call(model))]
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor) -> float:
+    a, b, reference = a.to(torch.float64), b.to(torch.float64), reference.to(torch.float64)
+    same = (a == b) | (a.isnan() & b.isnan())  # infinities of a mask on both sides are no difference
+    difference = torch.where(same, 0.0, a - b)
+    if not bool(difference.isfinite().all()):
+        return math.inf
+    size = torch.where(reference.isfinite(), reference, 0.0).square().mean().sqrt()
+    error = difference.square().mean().sqrt()
+    return float(error / size) if float(size) > 0 else (0.0 if float(error) == 0 else math.inf)
+
+
+def _same_structure(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+    shapes = [tuple(t.shape) for t in a], [tuple(t.shape) for t in b]
+    if shapes[0] != shapes[1]:
+        raise EquivalenceError(
+            f"one model returns tensors of shapes {shapes[0]}, the other {shapes[1]}",
+            place="output",
+            remedy="compare models of the same interface",
+        )
+
+
+def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    args, kwargs = pytree.tree_map(cast, (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)
+
+
+def rounding_step(model: nn.Module, inputs: Inputs) -> float:
+    """The coarsest rounding step at which the model multiplies with a weight."""
+    steps = [torch.finfo(p.dtype).eps / 2 for p in model.parameters() if p.is_floating_point()]
+    return max([*steps, *(use.rounding for use in capture(model, inputs).uses if use.multiplies)], default=0.0)
+
+
+def dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> torch.Tensor:
+    """1 ± step, a sign for each element: whole rows or columns could be scaled without effect before a norm."""
+    signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
+    return 1 + step * signs.to(weight.device, torch.float64)
+
+
+# ── the self-check of `apply` ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compare_with_dense(
+    model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float]
+) -> Report:
+    """The adapted model against the base model with the dense W + s·B·A in place of each weight.
+
+    B is nonzero while this runs. The dense sums are written into the base weights, and taken out again bit for bit;
+    what is kept for that is bounded: of large weights only some output features are adapted.
+
+    Args:
+        rounding: storage → one rounding step of the weight where the model multiplies with it (`Program.rounding`).
+
+    Returns:
+        The worse of eval and train mode. A and B are what they were, and every weight.
+    """
+    reports: list[Report] = []
+    for seed in range(3):  # rounding can flip a router's choice: such an error goes away with other numbers
+        with filled(model, list(dict.fromkeys(adapters)), seed):
+            reports = [check_once(model, inputs, training, rounding) for training in (False, True)]
+        if all(reports):
+            break
+    return worst(reports)
+
+
+def check_once(model: nn.Module, inputs: Inputs, training: bool, rounding: Mapping[int, float]) -> Report:
+    """The adapted model, with the factors it has, against the one with the dense sums, in one mode."""
+    with in_mode(model, training):
+        adapted = run(model, inputs)
+        with wiring.unwired(model):
+            with with_dense_weights(model):
+                dense = run(model, inputs)
+            with with_dense_weights(model, rounding):
+                moved = run(model, inputs)
+    _same_structure(adapted, dense)
+    return worst(
+        [compare(a, d, d, relative_error(m, d, d), a.dtype) for a, d, m in zip(adapted, dense, moved, strict=True)]
+    )
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Every module in train or eval mode, with the dropout of branches off."""
+    flags = [(m, m.training) for m in model.modules()]
+    try:
+        for module in model.modules():
+            module.training = training
+        for module in model.modules():
+            if isinstance(module, Adapter):
+                module.training = module.dropout.training = False
+        yield
+    finally:
+        for module, was in flags:
+            module.training = was
+
+
+@contextmanager
+def filled(model: nn.Module, adapters: Sequence[Adapter], seed: int) -> Iterator[None]:
+    """Random factors, with a delta half as large as its weight; then the old ones again."""
+    weights = {a: storage.parameter for storage in wiring.adapted_storages(model) for a in storage.adapters}
+    saved = [(p, p.detach().clone()) for adapter in adapters for p in adapter.parameters()]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.no_grad():
+            for adapter in adapters:
+                _fill(adapter, weights.get(adapter), generator)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, old in saved:
+                parameter.copy_(old)
+
+
+#: bytes of weight elements that the check keeps a copy of, for each weight
+_KEPT = 2**22
+
+
+def _fill(adapter: Adapter, weight: torch.Tensor | None, generator: torch.Generator) -> None:
+    """A and B with variance 1 / in and 1 / rank, B times half the weight's root mean square: that is the delta's."""
+    for factor, fan in ((adapter.A, adapter.A.shape[-1]), (adapter.B, adapter.rank)):
+        factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float32) / math.sqrt(fan))
+    inputs = adapter.A.shape[-1]
+    size = 0.0 if weight is None else float(weight.detach().norm(dtype=torch.float64)) / math.sqrt(weight.numel())
+    adapter.B.mul_(0.5 * (size * math.sqrt(inputs) if size else 1.0) / (adapter.scale or 1.0))
+    rows = adapter.B.shape[-2]
+    kept = max(1, _KEPT // (4 * adapter.A[..., 0, :].numel()))
+    if rows > kept:
+        chosen = torch.randperm(rows, generator=generator)[:kept].to(adapter.B.device)
+        mask = torch.ones(rows, dtype=torch.bool, device=adapter.B.device)
+        mask[chosen] = False
+        adapter.B.masked_fill_(mask.unsqueeze(-1), 0.0)
+
+
+@contextmanager
+def with_dense_weights(model: nn.Module, rounding: Mapping[int, float] | None = None) -> Iterator[None]:
+    """Inside, every adapted parameter holds W + Σ s·B·A, from A and B alone; moved by one `rounding` step."""
+    generator = torch.Generator().manual_seed(1)
+    undo = undo_list()
+    outer = len(undo)
+    try:
+        with torch.no_grad():
+            for storage in wiring.adapted_storages(model):
+                parameter = storage.parameter
+                delta = sum(dense_delta(a) for a in storage.adapters).to(parameter.device)  # type: ignore[union-attr]
+                changed = delta != 0
+                if storage.split:
+                    undo.append(partial(storage.replace, parameter))
+                    parameter = nn.Parameter(parameter.detach().clone(), False)
+                    storage.replace(parameter)
+                else:
+                    undo.append(partial(_put_back, parameter.detach(), changed, parameter.detach()[changed].clone()))
+                new = parameter.detach().to(torch.float64) + delta
+                if rounding is not None:
+                    step = rounding.get(storage.parameter.untyped_storage()._cdata, 0.0)
+                    new *= dither(parameter, max(step, torch.finfo(parameter.dtype).eps / 2), generator)
+                parameter.detach()[changed] = new.to(parameter.dtype)[changed]
+        yield
+    finally:
+        while len(undo) > outer:  # what Ctrl-C leaves on the list is undone with the verb
+            undo[-1]()
+            undo.pop()
+
+
+def _put_back(weight: torch.Tensor, changed: torch.Tensor, old: torch.Tensor) -> None:
+    weight[changed] = old
+
+
+def dense_delta(adapter: Adapter) -> torch.Tensor:
+    """s·B·A in float64 and the weight's axes. Written again on purpose: a check shares no algebra with its subject."""
+    layout, rank = adapter.layout, adapter.rank
+    A = adapter.A.detach().to(torch.float64)
+    B = adapter.B.detach().to(torch.float64)
+    scale = adapter.alpha / (math.sqrt(rank) if adapter.scaling == "rslora" else rank)
+    out = torch.zeros(*layout.batch, layout.size("o"), layout.size("i"), dtype=torch.float64, device=A.device)
+    rows = list(range(layout.size("o"))) if adapter.rows is None else list(adapter.rows)
+    out[..., rows, :] = scale * torch.einsum("...or,...ri->...oi", B, A)
+    order = [k for side in "boi" for k, s in enumerate(layout.sides) if s == side]
+    return out.reshape([layout.shape[k] for k in order]).permute([order.index(k) for k in range(len(order))])

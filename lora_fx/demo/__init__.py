@@ -1,0 +1,45 @@
+"""`lora-fx demo`: the experiment, then the table and the picture of it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_fx.demo.experiment import (
+    FULL,
+    PICTURE,
+    QUICK,
+    Outcome,
+    measure,
+    one_thread,
+    prepare,
+    progress_bars,
+    require_packages,
+    stage,
+)
+from lora_fx.demo.report import draw_figure, print_outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run_demo(folder: Path, *, seed: int = 0, quick: bool = False, console: Console | None = None) -> Outcome:
+    """Do it all, print the table, and leave an ONNX file, the adapter and a figure in `folder`.
+
+    Raises:
+        LoraFxError: a package is missing, or the folder cannot be written; nothing has been trained then.
+    """
+    from rich.console import Console
+
+    started = time.perf_counter()
+    require_packages()
+    prepare(folder)
+    console = console or Console()
+    with one_thread(seed), progress_bars(console) as progress:
+        outcome = measure(folder, QUICK if quick else FULL, seed, progress)
+        with stage(progress, "drawing the figure", 1) as step:
+            draw_figure(outcome, folder / PICTURE)
+            step()
+    print_outcome(outcome, folder, time.perf_counter() - started, console)
+    return outcome

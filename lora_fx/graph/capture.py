@@ -1,0 +1,344 @@
+"""Capture: a model and example inputs become one concrete `torch.fx` graph, for reading.
+
+`make_fx` runs the model once on the example inputs and records what it did at the ATen level, with `linear`, `matmul`
+and `scaled_dot_product_attention` still whole. The run leaves no trace: buffers, random state, train/eval flags and
+gradient mode are what they were, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch.fx.experimental import proxy_tensor
+from torch.utils import _pytree as pytree
+
+from lora_fx.changes import in_turn
+from lora_fx.errors import CaptureError
+
+MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
+
+
+class _Recording(threading.local):
+    """Whether this thread is recording a program that is to be read: what has several orders takes the plainest."""
+
+    on = False
+
+
+recording = _Recording()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """In this thread, every schedule is `branch`: for programs that are to be read."""
+    before, recording.on = recording.on, True
+    try:
+        yield
+    finally:
+        recording.on = before
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Example inputs, as the model is called with them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def call(self, model: nn.Module) -> Any:
+        return model(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The whole-model graph and which placeholder is which parameter or buffer."""
+
+    graph: fx.Graph
+    module: fx.GraphModule
+    tensors: dict[fx.Node, torch.Tensor]
+    """Each node that stands for a parameter, buffer or constant of the model → that tensor."""
+    inputs: Inputs
+
+
+def normalize_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+    """A tensor, a tuple or list of positional inputs, or a mapping of keyword inputs; None asks the model."""
+    if isinstance(example_inputs, Inputs):
+        return example_inputs
+    if example_inputs is None:
+        example_inputs = getattr(model, "dummy_inputs", None)
+        if example_inputs is None:
+            raise CaptureError(
+                f"{type(model).__name__} has no example inputs",
+                place="example_inputs",
+                remedy="pass example_inputs: a tensor, a tuple of positional or a dict of keyword inputs",
+            )
+    if isinstance(example_inputs, Mapping):
+        inputs = Inputs((), dict(example_inputs))
+    elif isinstance(example_inputs, tuple | list):
+        inputs = Inputs(tuple(example_inputs), {})
+    else:
+        inputs = Inputs((example_inputs,), {})
+    return _without_cache(model, inputs)
+
+
+def _without_cache(model: nn.Module, inputs: Inputs) -> Inputs:
+    """transformers' models return a cache object by default; it is no part of the function."""
+    if not hasattr(model, "config") or "use_cache" in inputs.kwargs:
+        return inputs
+    try:
+        takes = "use_cache" in inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return inputs
+    if not (takes and getattr(model.config, "use_cache", None) is not None):
+        return inputs
+    return Inputs(inputs.args, {**inputs.kwargs, "use_cache": False})
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside leaves buffers, flags, random state and gradient mode of the model bitwise as they were.
+
+    Only buffers are copied (never a weight), so a model that fills its device can be run in here.
+    """
+    modules = list(model.modules())
+    flags = [(m, m.training) for m in modules]
+    buffers = [(m, dict(m._buffers)) for m in modules if m._buffers]
+    saved = {id(b): (b, b.detach().clone()) for _, own in buffers for b in own.values() if b is not None}
+    devices = {t.device for t in _tensors(model) if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
+        try:
+            yield
+        finally:
+            for module, own in buffers:
+                module._buffers.clear()
+                module._buffers.update(own)
+            with torch.no_grad():
+                for buffer, copy in saved.values():
+                    buffer.copy_(copy)  # batch norm moves its statistics without moving their version counter
+            for module, training in flags:
+                module.training = training
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """While it traces, torch hands a bfloat16 LSTM to oneDNN on CPUs whose oneDNN has none; eager mode does not."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextlib.contextmanager
+def no_fast_paths() -> Iterator[None]:
+    """torch's fused encoder kernels read weights that no trace shows: switch them off."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def on_meta(model: nn.Module) -> Iterator[None]:
+    """Inside, all of a model that is partly on meta is there: buffers, and factors that a file gave numbers."""
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    places = [(t, name, old) for t in tables for name, old in t.items() if old is not None and not old.is_meta]
+    try:
+        for table, name, old in places:
+            new = old.detach().to("meta")
+            table[name] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
+        yield
+    finally:
+        for table, name, old in places:
+            table[name] = old
+
+
+def inputs_on_meta(inputs: Inputs) -> Inputs:
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)
+
+
+def capture_graph(model: nn.Module, example_inputs: Any = None) -> Capture:
+    """Run `model` once, in eval mode, and record the concrete graph of what it did. A model on meta runs there.
+
+    Raises:
+        CaptureError: the model rejects the inputs, is scripted, or returns no tensor.
+    """
+    refuse_unready(model)
+    inputs = normalize_inputs(model, example_inputs)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return _capture(model, inputs)
+    with on_meta(model):
+        return _capture(model, inputs_on_meta(inputs))
+
+
+def _capture(model: nn.Module, inputs: Inputs) -> Capture:
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    flat, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
+    is_tensor = [isinstance(leaf, torch.Tensor) for leaf in flat]
+
+    def run(tensors: list[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+        given = iter(leaves)
+        args, kwargs = pytree.tree_unflatten(
+            [next(given) if is_t else leaf for leaf, is_t in zip(flat, is_tensor, strict=True)], spec
+        )
+        return output_tensors(model(*args, **kwargs))
+
+    leaves = [leaf for leaf, is_t in zip(flat, is_tensor, strict=True) if is_t]
+    # In turn: tracing patches torch, here and in torch.fx.
+    with in_turn(), undisturbed(model), no_fast_paths(), recorded(), torch.no_grad():
+        model.eval()
+        module = _make_fx(model, run, list(state.values()), leaves)
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    tensors = dict(zip(placeholders, state.values(), strict=False))
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(module, node.target, None)
+            if isinstance(value, torch.Tensor):
+                tensors[node] = value
+    return Capture(module.graph, module, tensors, inputs)
+
+
+def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list) -> fx.GraphModule:
+    # Without data, only fake tensors let a model see that it is being traced and leave its data-dependent checks out.
+    mode = "fake" if any(t.is_meta for t in tensors) else "real"
+    trace = proxy_tensor.make_fx(
+        run, tracing_mode=mode, pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
+    )
+    try:
+        with _module_paths(model), _described_in_one_mode(), _without_onednn():
+            return trace(tensors, leaves)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise does_not_run(model, error) from error
+
+
+def does_not_run(model: nn.Module, error: Exception) -> CaptureError:
+    """What to raise where a model rejects its inputs."""
+    return CaptureError(
+        f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}",
+        place="example_inputs",
+        remedy="pass inputs that model(*inputs) or model(**inputs) accepts, on the model's own device",
+    )
+
+
+@contextlib.contextmanager
+def _described_in_one_mode() -> Iterator[None]:
+    """`make_fx` describes each result of a real run by a fake tensor of a mode of its own, which holds a traceback:
+    two fifths of the time that a capture takes, in torch 2.13. One mode will do."""
+    mode, describe, here = FakeTensorMode(), proxy_tensor.extract_val, threading.get_ident()
+
+    def described(value: Any, *args: Any, **options: Any) -> Any:
+        real = isinstance(value, torch.Tensor) and not is_fake(value) and value.layout == torch.strided
+        if not real or threading.get_ident() != here:
+            return describe(value, *args, **options)
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), device=value.device, dtype=value.dtype)
+
+    proxy_tensor.extract_val = described
+    try:
+        yield
+    finally:
+        proxy_tensor.extract_val = describe
+
+
+@contextlib.contextmanager
+def _module_paths(model: nn.Module) -> Iterator[None]:
+    """Inside, each recorded node is stamped with the path of the module whose forward is running."""
+    paths = {module: name for name, module in reversed(list(model.named_modules()))}
+    stack: list[str] = []
+    here = threading.get_ident()  # the hooks are global: other threads may be running other models
+    create = fx.proxy.TracerBase.create_node
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == here:
+            stack.append(paths.get(module, stack[-1] if stack else ""))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == here:
+            stack.pop()
+
+    def create_node(tracer: fx.Tracer, *args: Any, **kwargs: Any) -> fx.Node:
+        node = create(tracer, *args, **kwargs)
+        node.meta[MODULE] = stack[-1] if stack else ""
+        return node
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    fx.proxy.TracerBase.create_node = create_node
+    try:
+        yield
+    finally:
+        fx.proxy.TracerBase.create_node = create
+        for handle in handles:
+            handle.remove()
+
+
+def output_tensors(output: Any) -> list[torch.Tensor]:
+    """The floating-point tensors a model returns, in order, out of any nesting of containers.
+
+    Raises:
+        CaptureError: there is none.
+    """
+    leaves = [t for t in pytree.tree_leaves(_plain(output)) if isinstance(t, torch.Tensor)]
+    floats = [t for t in leaves if t.is_floating_point() or t.is_complex()]
+    if not floats:
+        raise CaptureError(
+            f"the model returns {type(output).__name__} with no floating-point tensor in it",
+            place="output",
+            remedy="adapt a model that returns a tensor, or a tuple, list, dict or dataclass of tensors",
+        )
+    return floats
+
+
+def _plain(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return {k: _plain(v) for k, v in output.items()}
+    if isinstance(output, list | tuple):
+        return [_plain(v) for v in output]
+    if hasattr(output, "__dataclass_fields__"):
+        return [_plain(getattr(output, name)) for name in output.__dataclass_fields__]
+    return output
+
+
+def refuse_unready(model: nn.Module) -> None:
+    """Raise for what no later step could get right: scripted and exported modules, parameters that do not exist yet."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise CaptureError(
+                "the parameter is lazy: it has no shape yet",
+                place=name,
+                remedy="run the model once on real inputs before",
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, fx.GraphModule) and "eval" in module.__dict__:  # torch.export replaces train and eval
+            raise CaptureError(
+                "the module comes from torch.export: it shares its parameters with the model it was exported from",
+                place=name or "the model",
+                remedy="apply lora_fx to that model, or to copy.deepcopy(exported.module())",
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{module.original_name} is a torch.jit.ScriptModule: its graph cannot be rewritten from Python",
+                place=name or "the model",
+                remedy="apply lora_fx to the module before torch.jit.script",
+            )
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

@@ -1,0 +1,288 @@
+"""The program: every weight storage of a captured model, its names, its uses, and what could not be seen.
+
+A weight is what one reaches from a matmul operand by walking back over movement ops to a parameter. Everything is keyed
+by storage, never by name: tied and aliased parameters are one weight with several names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.graph import layout
+from lora_fx.graph.capture import MODULE, Capture, capture_graph
+from lora_fx.graph.forms import DENSE_OPS, Call, find, op_name
+from lora_fx.graph.layout import Layout
+from lora_fx.graph.views import View, move
+
+
+@dataclass(eq=False)
+class Use:
+    """One node of the captured graph that reads a weight."""
+
+    weight: Weight
+    node: fx.Node
+    view: View
+    module: str
+    """Path of the module whose forward executes it."""
+    call: Call | None = None
+    """How it multiplies; None where only the dense W + s·B·A serves, or where it does not multiply."""
+    multiplies: bool = True
+
+    @property
+    def form(self) -> str:
+        return self.call.form.name if self.call else op_name(self.node.target)
+
+    @property
+    def rounding(self) -> float:
+        """One rounding step, relative, of the weight as this use reads it: models cast weights, up and down."""
+        operand = self.call.weight if self.call and self.call.weight is not None else None
+        dtype = operand.meta["val"].dtype if operand is not None else self.weight.parameter.dtype
+        return torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0
+
+    @property
+    def x(self) -> fx.Node | None:
+        """The node of the activation operand."""
+        return self.call.x if self.call else None
+
+
+@dataclass(eq=False)
+class Weight:
+    """One parameter storage with two or more dimensions, under all its names."""
+
+    names: tuple[str, ...]
+    parameter: nn.Parameter
+    uses: list[Use] = field(default_factory=list)
+    problem: str = ""
+    """Why it cannot be adapted; empty where it can."""
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.parameter.shape)
+
+    @property
+    def layout(self) -> Layout:
+        for use in self.uses:
+            if use.call and (found := layout.infer(self.shape, use.view, use.call.sides)):
+                return found
+        return layout.default(self.shape)
+
+    @property
+    def multiplied(self) -> bool:
+        return any(use.multiplies for use in self.uses)
+
+    def __repr__(self) -> str:
+        return f"Weight({' = '.join(self.names)}, {self.shape}, {len(self.uses)} uses)"
+
+
+@dataclass(eq=False)
+class Program:
+    """What a model does with its weights on the example inputs: for reading only, never run for training."""
+
+    model: nn.Module
+    capture: Capture | None
+    """None without example inputs: then only module types and parameters are known."""
+    weights: tuple[Weight, ...]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The concrete ATen-level graph of the whole model."""
+        assert self.capture is not None
+        return self.capture.graph
+
+    @property
+    def uses(self) -> Iterator[Use]:
+        for weight in self.weights:
+            yield from weight.uses
+
+    @property
+    def unseen(self) -> tuple[Weight, ...]:
+        """Weights of two or more dimensions that the example inputs did not reach."""
+        return tuple(w for w in self.weights if not w.uses)
+
+    def rounding(self) -> dict[int, float]:
+        """Storage → the coarsest rounding step of its uses."""
+        return {
+            w.parameter.untyped_storage()._cdata: max(use.rounding for use in w.uses) for w in self.weights if w.uses
+        }
+
+    def weight(self, name: str) -> Weight:
+        return next(w for w in self.weights if name in w.names)
+
+    def __str__(self) -> str:
+        lines = []
+        for w in self.weights:
+            uses = ", ".join(f"{u.form} in {u.module or 'the model'}" for u in w.uses) or "unseen"
+            lines.append(f"{' = '.join(w.names)}  {tuple(w.shape)}  {w.problem or uses}")
+        return "\n".join(lines)
+
+
+def capture(model: nn.Module, example_inputs: Any = None) -> Program:
+    """The program of `model` on these inputs: its `torch.fx` graph (`.graph`) and every weight with its uses.
+
+    Args:
+        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; None asks the model for its own.
+
+    Raises:
+        CaptureError: the model rejects the inputs, is scripted, or returns no tensor.
+    """
+    captured = capture_graph(model, example_inputs)
+    return Program(model, captured, _Reader(model, captured).weights())
+
+
+def storage_key(tensor: torch.Tensor) -> tuple:
+    """Equal for tensors that are the same elements of the same storage, on every device, `meta` too."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def find_weights(model: nn.Module) -> dict[tuple, Weight]:
+    """Every parameter of two or more dimensions by storage, with all names, before anything is known of its uses."""
+    found: dict[tuple, Weight] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.ndim < 2 or is_adapter_name(model, name):
+            continue
+        known = found.get(storage_key(parameter))
+        if known is not None:
+            known.names += (name,)
+        else:
+            found[storage_key(parameter)] = Weight((name,), parameter, problem=_unadaptable(parameter))
+    _mark_overlaps(found)
+    return found
+
+
+class Beside(nn.Module):
+    """Parameters that stand beside a weight of the model, and are none of its own: an adapter's."""
+
+
+def is_adapter_name(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), Beside)
+
+
+def _unadaptable(parameter: nn.Parameter) -> str:
+    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        return f"is quantised ({parameter.dtype}): a delta cannot be folded into it without loss"
+    if parameter.layout is not torch.strided:
+        return f"is stored as {parameter.layout}: only strided weights can be adapted"
+    return ""
+
+
+def _mark_overlaps(found: dict[tuple, Weight]) -> None:
+    by_storage: dict[int, list[Weight]] = {}
+    for key, weight in found.items():
+        by_storage.setdefault(key[0], []).append(weight)
+    for group in by_storage.values():
+        for weight in group:
+            others = [w.name for w in group if w is not weight and _overlap(w.parameter, weight.parameter)]
+            if others:
+                weight.problem = weight.problem or f"shares a part of its storage with {', '.join(others)}"
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    spans = []
+    for t in (a, b):
+        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        spans.append((t.storage_offset(), t.storage_offset() + last))
+    return spans[0][0] <= spans[1][1] and spans[1][0] <= spans[0][1]
+
+
+class _Reader:
+    """One walk over the captured graph: views of weights are followed, matmuls become uses."""
+
+    def __init__(self, model: nn.Module, captured: Capture) -> None:
+        self.graph = captured.graph
+        self.found = find_weights(model)
+        self.views: dict[fx.Node, tuple[Weight, View]] = {}
+        self.tuples: dict[fx.Node, tuple[Weight, tuple[View, ...]]] = {}
+        self.computed: dict[fx.Node, tuple[str, set[Weight]]] = {}  # parameter-only arithmetic: its op and weights
+        self.constant: set[fx.Node] = set(captured.tensors)
+        for node, tensor in captured.tensors.items():
+            weight = self.found.get(storage_key(tensor))
+            if weight is not None:
+                self.views[node] = weight, View.of(weight.shape)
+
+    def weights(self) -> tuple[Weight, ...]:
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                self._read(node)
+        return tuple(self.found.values())
+
+    def _ndim(self, operand: Any) -> int | None:
+        return self.views[operand][1].ndim if isinstance(operand, fx.Node) and operand in self.views else None
+
+    def _read(self, node: fx.Node) -> None:
+        first = node.args[0] if node.args else None
+        if isinstance(first, fx.Node) and first in self.tuples and op_name(node.target) == "getitem":
+            weight, views = self.tuples[first]
+            self.views[node] = weight, views[node.args[1]]
+            return
+        if isinstance(first, fx.Node) and first in self.views and self._move(node, first):
+            return
+        read = [n for n in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, fx.Node)]
+        weights = [n for n in read if n in self.views]
+        if not weights and not any(n in self.computed for n in read):
+            if read and all(n in self.constant for n in read):
+                self.constant.add(node)
+            return
+        self._multiply_or_read(node, read, weights)
+
+    def _move(self, node: fx.Node, first: fx.Node) -> bool:
+        weight, view = self.views[first]
+        name = op_name(node.target)
+        moved = move(name, view, node.args[1:], dict(node.kwargs)) or self._gather(name, node, weight, view)
+        if moved is None:
+            return False
+        (self.tuples if isinstance(moved, tuple) else self.views)[node] = weight, moved  # type: ignore[index]
+        return True
+
+    def _gather(self, name: str, node: fx.Node, weight: Weight, view: View) -> View | None:
+        """`W[indices]` of a weight with three or more axes picks experts; of a 2-D table it makes an activation."""
+        if view != View.of(weight.shape) or view.ndim < 3:
+            return None
+        if name == "index" and len(node.args[1]) == 1:
+            picked = node.args[1][0].meta["val"].shape
+        elif name == "index_select" and node.args[1] == 0:
+            picked = node.args[2].meta["val"].shape
+        else:
+            return None
+        one = view.select(0, 0)
+        return View((*picked, *one.shape), (*[0] * len(picked), *one.strides))
+
+    def _multiply_or_read(self, node: fx.Node, read: list[fx.Node], weights: list[fx.Node]) -> None:
+        name = op_name(node.target)
+        call = find(node.target, node.args, dict(node.kwargs), self._ndim)
+        for n in (n for n in read if n in self.computed):
+            op, sources = self.computed[n]
+            if all(m in self.constant or m in self.computed or m in self.views for m in read):
+                continue
+            if name in DENSE_OPS or name.startswith(("conv", "grouped", "_grouped")):
+                for source in sources:
+                    source.problem = (
+                        source.problem or f"is computed before it multiplies (by {op}, as weight_norm does)"
+                    )
+        if all(n in self.constant or n in self.computed or n in self.views for n in read) and call is None:
+            sources = {self.views[n][0] for n in weights}.union(
+                *(self.computed[n][1] for n in read if n in self.computed)
+            )
+            self.computed[node] = name, sources
+            if not any(u.node is node for w in sources for u in w.uses):
+                self._add(node, weights, None, multiplies=False)
+            return
+        self._add(node, weights, call, multiplies=name in DENSE_OPS)
+
+    def _add(self, node: fx.Node, weights: list[fx.Node], call: Call | None, multiplies: bool) -> None:
+        for n in dict.fromkeys(weights):
+            weight, view = self.views[n]
+            own = (
+                call if call is not None and call.weight is n else None
+            )  # it may also be the other summand of an addmm
+            does = own is not None or (multiplies and call is None)
+            weight.uses.append(Use(weight, node, view, node.meta.get(MODULE, ""), own, does))

@@ -1,0 +1,1 @@
+"""A model with adapters: which are here, and the classes that read them."""

@@ -1,0 +1,419 @@
+"""The plan: what the rules come to on this model, one row for each adapter. Making it changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from lora_fx.analysis.patterns import find_pattern
+from lora_fx.analysis.rules import Rule, read_rules, select
+from lora_fx.analysis.sites import Site, find_sites
+from lora_fx.deltas import schedules
+from lora_fx.deltas.adapter import schedulable
+from lora_fx.errors import PlanError
+from lora_fx.graph import layout
+from lora_fx.graph.capture import refuse_unready
+from lora_fx.graph.layout import Layout
+from lora_fx.graph.program import Program, Use, Weight, capture, find_weights
+from lora_fx.model import tracing, wiring
+from lora_fx.tables import table
+
+GRAPH, DISPATCH = "graph", "dispatch"
+
+#: torch's modules whose fused fast path reads their children's weights, in eval, without calling the children
+_FUSED = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
+
+
+@dataclass(eq=False)
+class Row:
+    """One adapter to be."""
+
+    weight: Weight
+    rule: Rule
+    role: str
+    part: str
+    """The role of the part, in the adapter's name; empty where the whole weight is adapted."""
+    rows: tuple[int, ...] | None
+    uses: tuple[Use, ...]
+    owners: tuple[tuple[str, str], ...]
+    """(path of the module, attribute): where the weight is read with the branch."""
+    split: bool
+    """Other uses of the same storage stay as they are; folding gives these uses a copy of their own."""
+    realised: str = DISPATCH
+    why: str = ""
+    """Why it dispatches instead of being rewritten as a graph."""
+    stored: bool = False
+    """Its factors have numbers already, from a file: beside a weight on meta they lie on the CPU."""
+
+    @property
+    def name(self) -> str:
+        """The weight's name where it is read with the branch."""
+        return ".".join(filter(None, self.owners[0]))
+
+    @property
+    def layout(self) -> Layout:
+        return self.weight.layout
+
+    @property
+    def rank(self) -> int:
+        assert self.rule.rank is not None
+        return self.rule.rank
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters of this adapter."""
+        out = self.layout.size("o") if self.rows is None else len(self.rows)
+        batch = 1
+        for n in self.layout.batch:
+            batch *= n
+        return batch * self.rank * (out + self.layout.size("i"))
+
+    @property
+    def schedule(self) -> str:
+        """How its branches are computed: `lora_fx.deltas.schedules`."""
+        if self.why_branch:
+            return schedules.BRANCH
+        if self.rule.schedule != schedules.AUTO:
+            return self.rule.schedule
+        if self.why_not_dense:
+            return schedules.FUSED
+        return f"{schedules.FUSED}; {schedules.DENSE} from {schedules.dense_from(*self.weight.shape[-2:]):,} tokens"
+
+    @property
+    def why_branch(self) -> str:
+        """Why its matmuls can only have the parallel branch; empty where they can be scheduled."""
+        forms = dict.fromkeys(u.form for u in self.uses if u.call is None or not schedulable(u.call)[0])
+        return f"{', '.join(forms)} has no other form than the parallel branch" if forms else ""
+
+    def why_not(self, schedule: str) -> str:
+        """Why it cannot have this schedule; empty where it can."""
+        if schedule == schedules.DENSE:
+            return self.why_branch or self.why_not_dense
+        return self.why_branch if schedule == schedules.FUSED else ""
+
+    @property
+    def why_not_dense(self) -> str:
+        dtype = self.weight.parameter.dtype
+        if not schedules.loses_nothing(dtype):
+            return f"W + s·B·A would be rounded to {dtype} in every forward"
+        return f"dropout={self.rule.dropout} acts on the branch alone" if self.rule.dropout else ""
+
+    @property
+    def copied_bytes(self) -> int:
+        """What splitting a tied storage costs when it is folded."""
+        return self.weight.parameter.numel() * self.weight.parameter.element_size() if self.split else 0
+
+
+@dataclass(eq=False)
+class Plan:
+    """Rows, totals and remarks. `print(plan)` shows them as a table."""
+
+    program: Program
+    rules: tuple[Rule, ...]
+    name: str
+    rows: tuple[Row, ...]
+    sites: tuple[Site, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def model_parameters(self) -> int:
+        return sum(p.numel() for p in self.program.model.parameters())
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters as a share of the base model's."""
+        return self.parameters / max(self.model_parameters, 1)
+
+    def __str__(self) -> str:
+        header = ("weight", "role", "form", "shape", "rank", "trainable", "realised", "schedule", "shared storage")
+        reasons = list(dict.fromkeys(row.why for row in self.rows if row.why))
+        body = [self._cells(row, reasons) for row in self.rows]
+        total = f"{len(self.rows)} adapters, {self.parameters:,} trainable parameters: "
+        total += f"{self.share:.3%} of {self.model_parameters:,}"
+        footnotes = [f"({n}) {why}" for n, why in enumerate(reasons, 1)]
+        return "\n".join([table(header, body, right=(4, 5)), *footnotes, total, *self.notes])
+
+    def _cells(self, row: Row, reasons: list[str]) -> tuple[str, ...]:
+        part = f"[{len(row.rows)} rows]" if row.rows is not None else ""
+        shared = " = ".join(row.weight.names) if len(row.weight.names) > 1 else ""
+        if row.split:
+            shared += f"; split off, {row.copied_bytes / 2**20:.2f} MiB when folded"
+        realised = f"{row.realised} ({reasons.index(row.why) + 1})" if row.why else row.realised
+        forms = ", ".join(dict.fromkeys(use.form for use in row.uses))
+        return (
+            row.name + part, row.role or "?", forms, "×".join(map(str, row.weight.shape)), str(row.rank),
+            f"{row.parameters:,}", realised, row.schedule, shared,
+        )  # fmt: skip
+
+
+def plan(model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str = "default") -> Plan:
+    """What `apply` would do. Nothing is changed.
+
+    Args:
+        rules: see `lora_fx.Rule`; also dicts, a sequence of those, or the path of a TOML file.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs. Without them the model is asked for
+            its own (`dummy_inputs`); a model that has none is planned from its module types, and rules by name and op
+            work.
+        name: the adapter's name.
+
+    Raises:
+        RuleError: a rule is malformed or decides no site; PlanError: a site cannot be adapted; CaptureError: the model
+        cannot be captured.
+    """
+    rules = read_rules(rules)
+    refuse_unready(model)
+    if not name.isidentifier():
+        raise PlanError(
+            f"{name!r} is no identifier", place="name", remedy="name the adapter with letters, digits and _"
+        )
+    if any(wiring.FOLDED in module.__dict__ for module in model.modules()):
+        raise PlanError(
+            "the model is folded: what would be adapted is W + s·B·A, and unfolding would lose it",
+            place=type(model).__name__,
+            remedy="lora_fx.unfold(model) first, or make the fold final: fold(model, final=True)",
+        )
+    with wiring.unwired(model):
+        program = read_program(model, example_inputs)
+        sites = find_sites(program)
+        patterns = {
+            rule: frozenset(_pattern_weights(program, rule)) for rule in rules if rule.pattern and program.capture
+        }
+        chosen = select(rules, sites, patterns, seen=program.capture is not None)
+        rows = _rows(program, sites, chosen)
+        found = plan_rows(program, rules, name, rows, sites)
+        for row in rows:
+            _check_rank(row)
+        return found
+
+
+def plan_rows(
+    program: Program, rules: tuple[Rule, ...], name: str, rows: list[Row], sites: tuple[Site, ...] = ()
+) -> Plan:
+    """The plan of these rows: each is checked, and it is decided how each is realised.
+
+    Raises:
+        PlanError: a row cannot be adapted.
+    """
+    for row in rows:
+        _check(row, program.model, name)
+    _realise(rows, program)
+    return Plan(program, rules, name, tuple(rows), sites, _notes(program, rows))
+
+
+def read_program(model: nn.Module, example_inputs: Any) -> Program:
+    if example_inputs is None and getattr(model, "dummy_inputs", None) is None:
+        return Program(model, None, tuple(find_weights(model).values()))
+    return capture(model, example_inputs)
+
+
+def _pattern_weights(program: Program, rule: Rule) -> list[int]:
+    assert rule.pattern is not None
+    found = find_pattern(program, rule.pattern, rule.label)
+    wanted = None if rule.adapt is None else {name.strip() for name in rule.adapt.split("|")}
+    named = {name for bound in found for name in bound}
+    if wanted is not None and found and not wanted <= named:
+        raise rule._error(
+            f"adapt={rule.adapt!r} names no weight of the pattern", f"its weights are {', '.join(sorted(named))}"
+        )
+    return [id(w) for bound in found for name, w in bound.items() if wanted is None or name in wanted]
+
+
+def _rows(program: Program, sites: Sequence[Site], chosen: dict[Site, Rule]) -> list[Row]:
+    """Sites of one weight under one rule become one row, unless the rule asks for parts by their role."""
+    groups: dict[tuple, list[Site]] = {}
+    for site in sites:
+        rule = chosen.get(site)
+        if rule is None or rule.rank is None:
+            continue
+        part = (site.rows, site.role) if rule.role is not None and site.rows is not None else None
+        groups.setdefault((id(site.weight), rule, part), []).append(site)
+    rows = []
+    for (_, rule, _), group in groups.items():
+        weight = group[0].weight
+        uses = tuple(dict.fromkeys(use for site in group for use in site.uses))
+        covered = (
+            None if any(s.rows is None for s in group) else tuple(sorted({r for s in group for r in s.rows or ()}))
+        )
+        if covered is not None and len(covered) == weight.layout.size("o"):
+            covered = None
+        role = ", ".join(dict.fromkeys(site.role for site in group))
+        part = "_".join(dict.fromkeys(s.role.rpartition(".")[2] for s in group)) if covered is not None else ""
+        owners, split = _owners(weight, covered, uses, rule)
+        rows.append(Row(weight, rule, role, part, covered, uses, owners, split))
+    return rows
+
+
+def _owners(weight: Weight, rows: Any, uses: tuple[Use, ...], rule: Rule) -> tuple[tuple[tuple[str, str], ...], bool]:
+    """Where the weight must be read with the branch: everywhere, or only where the chosen uses read it."""
+    owners = tuple((name.rpartition(".")[0], name.rpartition(".")[2]) for name in weight.names)
+    others = [u for u in weight.uses if u not in uses and _reads_rows(u, rows)]
+    if not any(u.multiplies for u in others):  # whoever else reads the weight, a penalty on it say, reads the sum
+        return owners, False
+    inside = tuple(o for o in owners if o[0] in {u.module for u in uses})
+    reads_inside = {o[0] for o in inside}
+    clean = all(u.module in reads_inside for u in uses) and not any(u.module in reads_inside for u in others)
+    if not clean or not inside or any(u.module not in {o[0] for o in owners} for u in others):
+        raise PlanError(
+            f"{rule.label} adapts {len(uses)} of its {len(weight.uses)} uses, and the others "
+            f"({', '.join(sorted({u.form for u in others}))}) read the same attribute",
+            place=weight.name,
+            remedy="adapt all its uses (select by `where`), or give the use a parameter of its own",
+        )
+    return inside, True
+
+
+def _reads_rows(use: Use, rows: tuple[int, ...] | None) -> bool:
+    if rows is None or use.call is None:
+        return True
+    placement = layout.place(use.weight.layout, use.view, use.call.sides)
+    return placement is None or placement.swapped or bool(set(placement.rows()) & set(rows))
+
+
+def _check_rank(row: Row) -> None:
+    out = row.layout.size("o") if row.rows is None else len(row.rows)
+    most = min(row.layout.size("i"), out)
+    if row.rank > most:
+        raise PlanError(
+            f"rank={row.rank} is more than min(in, out) = min({row.layout.size('i')}, {out}) = {most}",
+            place=row.weight.name,
+            remedy=f"choose a rank of at most {most}",
+        )
+
+
+def _check(row: Row, model: nn.Module, name: str) -> None:
+    weight, rule = row.weight, row.rule
+    if weight.problem:
+        raise PlanError(
+            f"the weight {weight.problem}",
+            place=weight.name,
+            remedy=f"exclude it with a rule before {rule.label}: Rule(where={weight.name!r}); a computed weight can "
+            "be made a plain one first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)",
+        )
+    if rule.dropout and any(_is_dense(u) for u in row.uses):
+        raise PlanError(
+            f"dropout={rule.dropout} on a weight that {', '.join(u.form for u in row.uses if _is_dense(u))} reads "
+            "whole: there is no branch input to drop",
+            place=weight.name,
+            remedy="set dropout=0 in the rule for this weight",
+        )
+    if not bool(weight.parameter.is_meta) and not bool(weight.parameter.detach().isfinite().all()):
+        raise PlanError(
+            "the weight holds NaN or Inf", place=weight.name, remedy="repair the checkpoint, or exclude the weight"
+        )
+    _check_schedule(row)
+    for path, attribute in row.owners:
+        for child, adapter in wiring.adapters_of(model.get_submodule(path)).items():
+            same = wiring.attribute_of(child) == attribute and adapter.name == name
+            if same and (adapter.rows is None or row.rows is None or set(adapter.rows) & set(row.rows)):
+                raise PlanError(
+                    f"it already has an adapter named {name!r}",
+                    place=weight.name,
+                    remedy=f"pass another name to apply, or lora_fx.remove(model, {name!r}) first",
+                )
+
+
+def _check_schedule(row: Row) -> None:
+    wanted = row.rule.schedule
+    if why := row.why_not(wanted):
+        raise PlanError(
+            f"schedule={wanted!r}: {why}", place=row.weight.name, remedy="leave the schedule out: auto takes what fits"
+        )
+
+
+def _is_dense(use: Use) -> bool:
+    return use.call is None or layout.place(use.weight.layout, use.view, use.call.sides) is None
+
+
+def _realise(rows: list[Row], program: Program) -> None:
+    """By graph where every use sits in a forward that can be traced soundly; by dispatch otherwise."""
+    model = program.model
+    traces: dict[str, _Trace] = {}
+    for row in rows:
+        row.why = _why_dispatch(row, model, program, traces)
+    refused: set[int] = {id(row.weight) for row in rows if row.why}
+    for row in rows:  # all adapters of one weight are read in the same way
+        if id(row.weight) in refused and not row.why:
+            row.why = next(r.why for r in rows if r.weight is row.weight and r.why)
+        row.realised = DISPATCH if row.why else GRAPH
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What tracing a module's forward came to."""
+
+    why: str
+    reads: frozenset[str] = frozenset()
+    """Names, relative to the module, of the parameters that its forward reads."""
+    baked: frozenset[str] = frozenset()
+
+
+def _why_dispatch(row: Row, model: nn.Module, program: Program, traces: dict[str, _Trace]) -> str:
+    if program.capture is None:
+        return "no example inputs: whoever reads it is served"
+    if all(use.node is None for use in row.weight.uses):
+        return "unseen by the example inputs: whoever reads it is served"
+    for path, _ in row.owners:
+        if any(isinstance(model.get_submodule(above), _FUSED) for above in _ancestors(path)):
+            return "torch's fused encoder reads it"
+    for use in row.weight.uses:
+        if _is_dense(use):
+            return f"{use.form} takes it whole"
+        if use.module not in traces:
+            traces[use.module] = _trace(model.get_submodule(use.module))
+        if why := _why_not_here(row.weight, use, traces[use.module]):
+            return why
+    return ""
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts) + 1)]
+
+
+def _why_not_here(weight: Weight, use: Use, trace: _Trace) -> str:
+    if trace.why:
+        return trace.why
+    prefix = f"{use.module}." if use.module else ""
+    inside = [name.removeprefix(prefix) for name in weight.names if name.startswith(prefix)]
+    read = [name for name in inside if name in trace.reads]
+    if not read:
+        return f"{use.module or 'the model'} is handed it as an argument"
+    if trace.baked and all("." in name for name in read):
+        return f"{use.module or 'the model'} may change {', '.join(sorted(trace.baked)[:3])}"
+    return ""
+
+
+def _trace(module: nn.Module) -> _Trace:
+    if isinstance(module, fx.GraphModule):
+        return _Trace("", frozenset(name for name, _ in module.named_parameters(remove_duplicate=False)))
+    try:
+        graph = tracing.trace_forward(module)
+    except tracing.Untraceable as why:
+        return _Trace(str(why))
+    first = {id(p): name for name, p in module.named_parameters()}
+    reads = {n.target for n in graph.nodes if n.op == "get_attr"}
+    tied = {name for name, p in module.named_parameters(remove_duplicate=False) if first[id(p)] in reads}
+    return _Trace("", frozenset(tied), tracing.baked_attributes(module))
+
+
+def _notes(program: Program, rows: Sequence[Row]) -> tuple[str, ...]:
+    notes = []
+    if program.capture is None:
+        notes.append(
+            "Without example inputs nothing was captured: roles are unknown, and the adapted model is not checked."
+        )
+        return tuple(notes)
+    if any(row.weight.parameter.is_meta for row in rows):
+        notes.append("On meta tensors the adapted model is not checked: lora_fx.verify it once it is materialised.")
+    if program.unseen:
+        names = [w.name for w in program.unseen]
+        shown = ", ".join(names[:5]) + (f", … {len(names) - 5} more" if len(names) > 5 else "")
+        notes.append(f"Unseen by the example inputs: {shown}")
+    return tuple(notes)
