@@ -36,6 +36,14 @@ class PlanError(LoraFxError):
     """A site that a rule asks for cannot be adapted."""
 
 
+class AdapterError(LoraFxError):
+    """There is no adapter of that name."""
+
+
+class PipelineError(LoraFxError):
+    """A pipeline is put together wrongly, or a pass cannot run where it stands."""
+
+
 class EquivalenceError(LoraFxError):
     """Two models that must be the same function are not."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -72,6 +72,16 @@ class Layout:
         grouped = matrix.reshape([axis.size for side in order for axis in self.axes if axis.side == side])
         axes = [k for side in order for k, axis in enumerate(self.axes) if axis.side == side]
         return grouped.permute([axes.index(k) for k in range(len(axes))]).reshape(self.shape)
+
+    def picked(self, count: int | None) -> Layout:
+        """The layout of some of the experts along the first axis; of one of them, without that axis, for None."""
+        first, *rest = self.axes
+        if count is None:
+            few, axes = Layout(self.sides[1:], self.shape[1:]), tuple(rest)
+        else:
+            few, axes = Layout(self.sides, (count, *self.shape[1:])), (replace(first, size=count), *rest)
+        object.__setattr__(few, "axes", axes)  # a cached_property, whose lock Dynamo cannot enter
+        return few
 
     def locate(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(batch, out, in) index of elements of the weight, each flattened over its own axes."""

@@ -1,0 +1,121 @@
+"""What we keep on the modules of a model: adapters beside their weights, marks, and the record of a fold.
+
+All state lives in the model itself, so that copies, pickles and `state_dict` have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import fx, nn
+
+from lora_fx.deltas.adapter import Adapter
+
+ORIGINAL = "_lora_fx_graph"
+"""The graph that a GraphModule had before."""
+_READS = "_lora_fx_reads"  # this module's forward is rewritten as a graph
+_FOLDED = "_lora_fx_folded"  # what unfolding this module needs
+_PRESERVED = "_user_preserved_attributes"  # in a GraphModule's meta: attributes that torch gives to its copies
+_SEPARATOR = "_lora_"
+
+
+def child_name(attribute: str, adapter: str, part: str = "") -> str:
+    """The name of the `Adapter` child beside its weight: ``weight_lora_default``, ``weight_lora_default_query``."""
+    return f"{attribute}{_SEPARATOR}{adapter}" + (f"_{part.rpartition('.')[2]}" if part else "")
+
+
+def attribute_of(child: str) -> str:
+    """The attribute that the weight has, beside which an adapter of this name stands."""
+    return child.partition(_SEPARATOR)[0]
+
+
+def attach(owner: nn.Module, child: str, adapter: Adapter, register: bool = True) -> None:
+    """Put an adapter beside its weight. A tied weight's other owners refer to it without registering it twice."""
+    if register:
+        owner.add_module(child, adapter)
+    else:
+        owner.__dict__[child] = adapter
+
+
+def detach(owner: nn.Module, child: str) -> None:
+    """Take an adapter away from beside its weight."""
+    owner._modules.pop(child, None)
+    owner.__dict__.pop(child, None)
+
+
+def remember(module: nn.Module, key: str, value: Any) -> None:
+    """Keep something of ours on a module. A GraphModule's copies only have what its meta names."""
+    module.__dict__[key] = value
+    if isinstance(module, fx.GraphModule):
+        module.meta.setdefault(_PRESERVED, {})[key] = value
+
+
+def forget(module: nn.Module, key: str) -> Any:
+    """Take it off again; None where there was nothing."""
+    if isinstance(module, fx.GraphModule) and key in module.meta.get(_PRESERVED, {}):
+        del module.meta[_PRESERVED][key]
+        if not module.meta[_PRESERVED]:
+            del module.meta[_PRESERVED]
+    return module.__dict__.pop(key, None)
+
+
+def mark_reader(module: nn.Module) -> None:
+    """This module's forward is to be rewritten as a graph."""
+    remember(module, _READS, True)
+
+
+def is_reader(module: nn.Module) -> bool:
+    return _READS in module.__dict__
+
+
+def unmark(module: nn.Module) -> None:
+    forget(module, _READS)
+
+
+# ── the record of a fold ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class WayBack(Protocol):
+    """From a folded weight to the original one."""
+
+    @property
+    def bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class PutAway:
+    """An adapter that a fold has taken from beside its weight."""
+
+    adapter: Adapter
+    registered: bool
+    """It was a child of the module; the other owners of a tied weight refer to it."""
+
+
+@dataclass(frozen=True)
+class FoldRecord:
+    """What one module needs to be unfolded."""
+
+    children: Mapping[str, PutAway]
+    ways: Mapping[str, WayBack] = field(default_factory=dict)
+    """attribute → the way back to the original weight, which the fold has overwritten."""
+    originals: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    """attribute → the original parameter: the fold has given this module a copy of its own."""
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return *self.ways, *self.originals
+
+
+def fold_record(module: nn.Module) -> FoldRecord | None:
+    """The record of this module; None where nothing of it is folded."""
+    return module.__dict__.get(_FOLDED)
+
+
+def keep_fold_record(module: nn.Module, record: FoldRecord) -> None:
+    remember(module, _FOLDED, record)
+
+
+def drop_fold_record(module: nn.Module) -> None:
+    forget(module, _FOLDED)
