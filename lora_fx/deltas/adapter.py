@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx.deltas import schedules
+from lora_fx.deltas.low_rank import LowRank
+from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.forms import FORMS, Call, find, op_name
 from lora_fx.graph.layout import Layout, Placement, place
@@ -61,8 +63,8 @@ class Adapter(Beside):
         self.layout, self.rank, self.alpha, self.scaling = layout, rank, float(alpha), scaling
         self.rows, self.name, self.role, self.schedule = rows, name, role, schedule
         self.active = True
-        self.realised = "dispatch"
-        """How the weight is read: ``graph`` (generated forwards) or ``dispatch`` (an `AdaptedWeight` property)."""
+        self.realised = Realisation.DISPATCH
+        """How the weight is read: `GRAPH` (generated forwards) or `DISPATCH` (an `AdaptedWeight` property)."""
         self.dropout = nn.Dropout(dropout)
         shape_b = layout.shape_of("B", rank) if rows is None else (*layout.batch, len(rows), rank)
         self.A = nn.Parameter(torch.zeros(layout.shape_of("A", rank), dtype=dtype, device=device))
@@ -79,6 +81,11 @@ class Adapter(Beside):
     def dtype(self) -> torch.dtype:
         # Not through `self.A`: while a module is traced, reading a parameter gives a proxy.
         return self._parameters["A"].dtype  # type: ignore[union-attr]
+
+    def low_rank(self) -> LowRank:
+        """Its delta as a value, of the factors as they are now."""
+        index = self._buffers.get("index")
+        return LowRank(self.layout, self.A, self.B, self.scale, self.rank, self.rows, index)
 
     def whole(self, B: Any, index: Any = None) -> Any:
         """B for every output feature: zero rows for the features that are no part of the site."""
