@@ -1,6 +1,6 @@
 """A delta of low rank as a value:   δ = scale · B·A,   the one type that torch, ONNX, files and checks share.
 
-It holds tensors; or `torch.fx` proxies, while a module is rewritten. `Adapter` is the module that has them as parameters.
+It holds tensors; or `torch.fx` proxies, while a module is rewritten. `Adapter` is the module that has them.
 """
 
 from __future__ import annotations
