@@ -82,7 +82,8 @@ class Spoil(Pass):
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         weight = model[0].weight.detach()
-        facts.undo.append(lambda old=weight.clone(): weight.copy_(old))
+        old = weight.clone()
+        facts.undo.append(lambda: weight.copy_(old))
         weight.add_(1)
         if self.fails:
             raise PlanError("it is spoilt", place="spoil", remedy="leave it out")
