@@ -31,6 +31,7 @@ from lora_fx.model.inventory import inventory, is_shard
 from lora_fx.model.marks import ORIGINAL, attribute_of, forget, remember
 
 _IMPORT = "import "
+_FREES = re.compile(r";  [\w =]+ = None$", re.MULTILINE)  # how generated code lets go of what it does not read again
 
 Reads = tuple[tuple[str, tuple[str, ...]], ...]
 """(attribute, adapter children) for each weight that reads as an `AdaptedWeight`."""
@@ -133,10 +134,10 @@ def is_wired(model: nn.Module) -> bool:
 def show(module: nn.Module) -> str:
     """The source of the forward that `module` runs: generated where it was rewritten, its own otherwise."""
     if isinstance(module, fx.GraphModule):
-        return module.code.strip()
+        return _FREES.sub("", module.code.strip())
     spec = spec_of(module)
     if spec is not None and spec.source:
-        return spec.source.strip()
+        return _FREES.sub("", spec.source.strip())
     reads = spec.reads if spec else ()
     notes = [f"# self.{attribute} reads with {', '.join(children)}" for attribute, children in reads]
     base = spec.base if spec else type(module)
