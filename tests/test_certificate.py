@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.deltas.adapter import AdaptedWeight
+from lora_fx.deltas.adapted_weight import AdaptedWeight
 from lora_fx.errors import CaptureError, PlanError
 from lora_fx.passes.wiring import wire
 from tests import reference

@@ -204,7 +204,7 @@ def factors_of(model: nn.Module, name: str) -> Factors:
         own = [adapter for adapter in adapters if adapter.name == name]
         if own:
             found[f"{weight}.lora_A"] = torch.cat([a.A.detach() for a in own], -2).cpu()
-            found[f"{weight}.lora_B"] = torch.cat([a.whole(a.B.detach()) * a.scale for a in own], -1).cpu()
+            found[f"{weight}.lora_B"] = torch.cat([a.low_rank().detached().whole * a.scale for a in own], -1).cpu()
     if not found:
         raise ExportError(
             f"there is no adapter named {name!r}", place="the model", remedy=f"it has {', '.join(sorted(have))}"
