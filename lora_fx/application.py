@@ -10,10 +10,11 @@ from torch import nn
 
 from lora_fx.changes import changing
 from lora_fx.checks.certification import Certificate, certify_adapted
-from lora_fx.checks.oracles import active_adapters, misrounded, parameters
+from lora_fx.checks.oracles import misrounded
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import PlanError
 from lora_fx.model import wiring
+from lora_fx.model.inventory import base_parameters, inventory
 from lora_fx.passes.planning import plan
 
 
@@ -68,13 +69,13 @@ def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = T
     """
     from lora_fx.passes.fold import fold, is_folded, unfold
 
-    with changing(model, "certify"):
+    with changing(model, "certify") as undo:
         if not is_folded(model):
-            return certify_adapted(model, example_inputs, gradients=gradients)
+            return certify_adapted(model, example_inputs, undo, gradients=gradients)
         folded = _folded_weights(model)
         unfold(model)
-        certificate = certify_adapted(model, example_inputs, gradients=gradients)
-        plain, acting = parameters(model), active_adapters(model)
+        certificate = certify_adapted(model, example_inputs, undo, gradients=gradients)
+        plain, acting = base_parameters(model), inventory(model).by_weight(active=True)
         wrong = {name: misrounded(plain[name], weight, acting[name]).numel() for name, weight in folded.items()}
         fold(model)
     return replace(certificate, folded=wrong)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lora_fx.changes import changing
+from lora_fx.changes import Undo, changing
 from lora_fx.checks.certification import check_adapted
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import EquivalenceError
@@ -34,29 +34,29 @@ class Insert:
     def __call__(self) -> nn.Module:
         model = self.plan.program.model
         new: list[tuple[nn.Module, str]] = []
-        with changing(model, "apply"):
+        with changing(model, "apply") as undo:
             for row in self.plan.rows:
                 new += _attach(model, row, self.plan.name)
             _freeze(model)
             _mark(model, self.plan)
             wiring.wire_or_dispatch(model)
-            self._check([getattr(owner, child) for owner, child in new])
+            self._check([getattr(owner, child) for owner, child in new], undo)
         return model
 
-    def _check(self, adapters: list[Adapter]) -> None:
+    def _check(self, adapters: list[Adapter], undo: list[Undo]) -> None:
         model, capture = self.plan.program.model, self.plan.program.capture
         if not self.check or capture is None:
             return
         rounding = self.plan.program.rounding()
         try:
-            check_adapted(model, capture.inputs, adapters, rounding)
+            check_adapted(model, capture.inputs, adapters, rounding, undo)
         except EquivalenceError:
             if all(adapter.realised != GRAPH for adapter in adapters):
                 raise
             for adapter in adapters:  # a rewritten forward is not the path that ran: serve whoever reads the weight
                 adapter.realised = DISPATCH
             wiring.wire_or_dispatch(model)
-            check_adapted(model, capture.inputs, adapters, rounding)
+            check_adapted(model, capture.inputs, adapters, rounding, undo)
 
 
 def _attach(model: nn.Module, row: Row, name: str) -> list[tuple[nn.Module, str]]:
