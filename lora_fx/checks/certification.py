@@ -42,7 +42,7 @@ from lora_fx.graph.capture import MODULE, Capture, Inputs, capture_graph, normal
 from lora_fx.graph.forms import FORMS, op_name
 from lora_fx.graph.program import capture, storage_key
 from lora_fx.graph.views import COPIES, MOVES
-from lora_fx.model import wiring
+from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Storage, inventory
 from lora_fx.tables import table
 
@@ -148,7 +148,7 @@ def certify_adapted(
     active = [adapter for storage in storages for adapter in storage.adapters]
     with filled(model, active, 0, undo):
         # The base model takes the adapted one's path with the adapted one's numbers.
-        with wiring.unwired(model), with_dense_weights(model, undo):
+        with unwired(model), with_dense_weights(model, undo):
             program = capture(model, inputs)
             assert program.capture is not None
             base = _Flow(program.capture, storages, found.modules).counts()

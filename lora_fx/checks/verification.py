@@ -25,7 +25,7 @@ from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import EquivalenceError
 from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, undisturbed
 from lora_fx.graph.program import capture
-from lora_fx.model import wiring
+from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory
 
 #: How many times the noise floor an error may be. Two computations of one function differ by a sum of as many
@@ -213,7 +213,7 @@ def check_once(
     """The adapted model, with the factors it has, against the one with the dense sums, in one mode."""
     with in_mode(model, training):
         adapted = run(model, inputs)
-        with wiring.unwired(model):
+        with unwired(model):
             with with_dense_weights(model, undo):
                 dense = run(model, inputs)
             with with_dense_weights(model, undo, rounding):

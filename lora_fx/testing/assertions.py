@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.application import fold, unfold
 from lora_fx.checks.oracles import delta, misrounded
 from lora_fx.checks.verification import Report, compare, noise_floors, run, verify
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.capture import Inputs, capture_graph, no_fast_paths, normalize_inputs
 from lora_fx.model.inventory import base_parameters, inventory
-from lora_fx.passes.fold import fold, unfold
 from lora_fx.testing import comparing
 from lora_fx.testing.random_models import RandomModel
 

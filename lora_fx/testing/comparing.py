@@ -20,7 +20,7 @@ from lora_fx.deltas.adapter import Adapter
 from lora_fx.graph.capture import MODULE, Inputs, capture_graph, no_fast_paths, normalize_inputs, undisturbed
 from lora_fx.graph.forms import op_name
 from lora_fx.graph.program import Use, capture
-from lora_fx.model import wiring
+from lora_fx.model.classes import unwire, unwired
 from lora_fx.model.inventory import base_parameters, inventory
 from lora_fx.model.marks import detach, unmark
 
@@ -54,12 +54,11 @@ def classes(model: nn.Module) -> dict[str, type]:
 def base_of(model: nn.Module) -> nn.Module:
     """A copy without its adapters: the model that they were applied to."""
     base = copy.deepcopy(model)
-    wiring.unwire(base)
+    unwire(base)
     for place in inventory(base).places:
         detach(place.owner, place.child)
     for module in base.modules():
         unmark(module)
-    wiring.keep_keys(base)
     return base
 
 
@@ -127,7 +126,7 @@ def first_difference(before: nn.Module, after: nn.Module, example_inputs: Any = 
     module that executes them, their op, and their number in there. The bound is that of `lora_fx.verify`, for each use.
     """
     inputs = normalize_inputs(before, example_inputs)
-    with wiring.unwired(before):
+    with unwired(before):
         uses = _uses(before, inputs)
     mine, theirs = _Tape(before, inputs).play(), _Tape(after, inputs).play()
     wide, wide_inputs, _ = in_float64(before, inputs)

@@ -12,11 +12,12 @@ from torch import nn
 
 from lora_fx.analysis.rules import Rule
 from lora_fx.analysis.sites import Site, find_sites
+from lora_fx.application import plan
 from lora_fx.deltas.schedules import AUTO, BRANCH, SCHEDULES
 from lora_fx.errors import LoraFxError
-from lora_fx.model import wiring
+from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory
-from lora_fx.passes.planning import plan, read_program
+from lora_fx.passes.planning import read_program
 from lora_fx.testing.random_models import BLOCKS, DTYPES, GLUE, HEADS, Again, Block, Embedding, RandomModel, Tied
 
 try:
@@ -98,7 +99,7 @@ def rules_for(draw: st.DrawFn, model: nn.Module, example_inputs: Any = None, *, 
     Args:
         dropout: also draw a dropout of the branches, where every use can have one.
     """
-    with wiring.unwired(model):
+    with unwired(model):
         sites = [s for s in find_sites(read_program(model, example_inputs)) if min(s.in_features, s.out_features)]
     refused = dict.fromkeys(s.weight.name for s in sites if s.weight.problem)
     rules, left = [Rule(where=name) for name in refused], [s for s in sites if not s.weight.problem]
@@ -123,7 +124,7 @@ def _rule(
     chosen = draw(st.sampled_from(left))
     by_role = {"role": chosen.role or "*"}
     keys: list[dict[str, Any]] = [
-        *({"where": "*"}, by_role, {"op": chosen.uses[0].form}, {"where": chosen.weight.name}),
+        *({"where": "*"}, by_role, {"form": chosen.uses[0].form}, {"where": chosen.weight.name}),
         by_role,  # twice: only a role asks for a part of a weight, or for one use of a tied one
         {"when": Narrower(chosen.in_features + 1)},
     ]
