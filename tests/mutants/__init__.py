@@ -725,7 +725,7 @@ MUTANTS = (
     ),
     Mutant(
         "self_check_leaves_b", "verification", "lora_fx/checks/verification.py",
-        "                parameter.copy_(old)", "                pass",
+        "undo.append(partial(parameter.detach().copy_, parameter.detach().clone()))", "pass",
         "After apply B holds the random numbers of the check.",
     ),
     Mutant(
