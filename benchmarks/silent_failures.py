@@ -35,7 +35,7 @@ import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.checks.verification import cast_inputs, compare, dither, relative_error, run
 from lora_fx.graph.capture import normalize_inputs
-from lora_fx.model import wiring
+from lora_fx.model.inventory import inventory
 from lora_fx.tables import table
 
 RANK, ALPHA = 2, 5
@@ -244,8 +244,9 @@ def measure_lora_fx(case: Case) -> tuple[str, str]:
 
 @torch.no_grad()
 def _fill(model: nn.Module, truth: Truth) -> None:
-    for path, _, child, adapter in wiring.find_adapters(model):
-        A, B = truth.factors[f"{path}.{wiring.attribute_of(child)}".lstrip(".")][adapter.name]
+    for place in inventory(model).places:
+        adapter = place.adapter
+        A, B = truth.factors[place.weight][adapter.name]
         if adapter.A.shape != A.shape:  # a head tied to an embedding has that one's layout: (B·A)ᵀ = Aᵀ·Bᵀ
             A, B = B.T, A.T
         adapter.A.copy_(A)

@@ -30,9 +30,9 @@ from lora_fx.errors import ExportError, FileError, FoldError
 from lora_fx.export.adapters import files as adapter_files
 from lora_fx.export.adapters import folder as adapter_folder
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
-from lora_fx.model import wiring
+from lora_fx.model import classes
 from lora_fx.passes import fold as folding
-from lora_fx.passes import insert
+from lora_fx.passes import insert, wiring
 from tests import reference
 
 DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
@@ -174,7 +174,8 @@ def test_the_look_sees_what_a_verb_changes() -> None:
 # ── at every line ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 FILES = {
-    m.__file__ for m in (application, changes, wiring, folding, insert, adapter_files, certification, verification)
+    m.__file__
+    for m in (application, changes, classes, wiring, folding, insert, adapter_files, certification, verification)
 }
 
 
