@@ -25,6 +25,7 @@ from lora_fx.checks.verification import run, verify
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.graph.forms import TABLE
 from lora_fx.model import wiring
+from lora_fx.passes.wiring import wire
 from lora_fx.testing import (
     Filling,
     _options,
@@ -244,7 +245,7 @@ def test_rules_are_valid_and_of_every_kind():
         rows = lora_fx.plan(model, rules, inputs).rows
         assert rows and all(row.rank >= 1 for row in rows)
         for rule in rules:
-            seen.update(key for key in ("where", "role", "op", "when") if getattr(rule, key) is not None)
+            seen.update(key for key in ("where", "role", "form", "when") if getattr(rule, key) is not None)
             seen.update([rule.scaling, "excluded" if rule.rank is None else "adapted"])
             seen["dropout"] += rule.dropout > 0
         seen["rows"] += any(row.rows is not None for row in rows)
@@ -252,7 +253,7 @@ def test_rules_are_valid_and_of_every_kind():
         seen["higher rank"] += any(row.rank > 1 for row in rows)
 
     check()
-    wanted = ("where", "role", "op", "when", "rslora", "excluded", "dropout", "rows", "split", "higher rank")
+    wanted = ("where", "role", "form", "when", "rslora", "excluded", "dropout", "rows", "split", "higher rank")
     assert all(seen[key] for key in wanted), seen
 
 
@@ -306,7 +307,7 @@ def test_the_first_use_that_differs_is_named(defect):
     model = square()
     broken = copy.deepcopy(model)
     defect(broken.blocks[1].linear.weight_lora_default)
-    wiring.wire_or_dispatch(broken)
+    wire(broken)
     with pytest.raises(AssertionError) as caught:
         assert_equivalent(model, broken, model.example())
     message = str(caught.value)

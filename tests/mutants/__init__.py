@@ -273,8 +273,8 @@ MUTANTS = (
     ),
     Mutant(
         "site_skipped", "insert", "passes/insert.py",
-        "for row in self.plan.rows:\n                new",
-        "for row in self.plan.rows[:-1] or self.plan.rows:\n                new",
+        "_insert(model, row, plan.name) for row in plan.rows)",
+        "_insert(model, row, plan.name) for row in plan.rows[:-1] or plan.rows)",
         "The last site of a plan with several gets no adapter.",
     ),
     Mutant(
@@ -284,12 +284,12 @@ MUTANTS = (
     ),
     Mutant(
         "adapters_not_trainable", "insert", "passes/insert.py",
-        "module.requires_grad_(True)", "module.requires_grad_(False)",
+        "adapter.requires_grad_(True)", "adapter.requires_grad_(False)",
         "Nothing trains.",
     ),
     Mutant(
         "factors_in_the_weights_dtype", "insert", "passes/insert.py",
-        "dtype = parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32", "dtype = parameter.dtype",
+        "dtype=parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32", "dtype=parameter.dtype",
         "The factors of a bfloat16 model are bfloat16: small updates vanish.",
         tests=("tests/test_adapter_files.py::test_dtypes", GAPS),
     ),
@@ -310,56 +310,55 @@ MUTANTS = (
         "After a refused apply the adapters are still there.",
     ),
     Mutant(
-        "decisions_baked_in", "wiring", "lora_fx/model/tracing.py",
+        "decisions_baked_in", "wiring", "passes/rewriting.py",
         "if why := _decides(code):", "if why := '':",
         "A forward that tests for None or for train mode is rewritten as the path it took once.",
         tests=("tests/test_integration.py::test_a_plain_attribute_and_a_parameter_set_after_apply_take_effect", GAPS),
     ),
     Mutant(
-        "attributes_baked_in", "wiring", "lora_fx/model/wiring.py",
+        "attributes_baked_in", "wiring", "lora_fx/model/classes.py",
         "if spec.baked:", "if False:",
         "Stride, dilation or padding mode of a convolution set after apply have no effect.",
         tests=("tests/test_integration.py::test_an_attribute_changed_after_apply_takes_effect", GAPS),
     ),
     Mutant(
-        "attribute_under_a_derived_class", "wiring", "lora_fx/model/wiring.py",
+        "attribute_under_a_derived_class", "wiring", "lora_fx/model/classes.py",
         "        if not is_generated(type(self)):\n            raise", "        if False:\n            raise",
         "An attribute set after another tool derived a class takes that class away.",
         tests=("tests/test_refusals.py::test_an_attribute_of_a_forward_under_a_derived_class",),
     ),
     Mutant(
-        "taken_weight_left_out", "wiring", "lora_fx/model/wiring.py",
-        "            if attribute not in module._parameters:", "            if attribute is None:",
+        "taken_weight_left_out", "wiring", "lora_fx/model/inventory.py",
+        "        if attribute not in module._parameters:", "        if attribute is None:",
         "The branch of a weight that is pruned after apply is left out of fold and files.",
         tests=("tests/test_refusals.py::test_a_weight_that_another_tool_has_taken_over",
                "tests/test_refusals.py::test_a_folded_weight_that_another_tool_has_taken_over"),
     ),
     Mutant(
-        "derived_class_lost", "wiring", "lora_fx/model/wiring.py",
-        "inherited=True) and not is_generated(type(module)):", "inherited=True) and False:",
+        "derived_class_lost", "wiring", "lora_fx/model/classes.py",
+        "spec_of(module) is not None and not is_generated(type(module)):", "False:",
         "Fold and switch take away the class that a parametrization or fully_shard gave an adapted module.",
         tests=("tests/test_refusals.py::test_a_weight_that_another_tool_has_taken_over",),
     ),
     Mutant(
-        "classes_confused", "wiring", "lora_fx/model/wiring.py",
+        "classes_confused", "wiring", "lora_fx/model/classes.py",
         "self.reads, self.source, names", "self.reads, names",
         "Modules of one class share one generated forward, whatever scale and dropout stand in it.",
     ),
     Mutant(
-        "inactive_adapter_acts", "wiring", "lora_fx/model/wiring.py",
-        "return {child: a for child, a in adapters_of(owner).items() if a.active}",
-        "return dict(adapters_of(owner))",
+        "inactive_adapter_acts", "wiring", "lora_fx/model/inventory.py",
+        "if a.active or not active}", "}",
         "A deactivated adapter goes on acting.",
         tests=("tests/test_graph_module.py", "tests/test_fold.py", GAPS),
     ),
     Mutant(
-        "deactivated_adapter_trains", "wiring", "lora_fx/application.py",
+        "deactivated_adapter_trains", "wiring", "passes/activate.py",
         "adapter.requires_grad_(adapter.active)", "pass",
         "activate() leaves the adapters trainable that do not act, and frozen the ones that do.",
         tests=(GAPS,),
     ),
     Mutant(
-        "inlined_keywords_lost", "wiring", "lora_fx/model/tracing.py",
+        "inlined_keywords_lost", "wiring", "passes/rewriting.py",
         "next(placeholders, kwargs.get(node.target, default))", "next(placeholders, default)",
         "A GraphModule's call of an adapted leaf by keyword gets the default instead.",
         tests=(GAPS,),
@@ -382,7 +381,7 @@ MUTANTS = (
     ),
     Mutant(
         "computed_weight_accepted", "capture", "lora_fx/graph/program.py",
-        'if name in DENSE_OPS or name.startswith(("conv", "grouped", "_grouped")):', "if False:",
+        "if computed and not constant and _multiplies(name):", "if False:",
         "The parameters behind a weight_norm are adapted, which means nothing.",
     ),
     Mutant(
@@ -427,7 +426,7 @@ MUTANTS = (
         tests=("tests/test_rules.py", GAPS),
     ),
     Mutant(
-        "folded_once_for_each_owner", "fold", "lora_fx/model/wiring.py",
+        "folded_once_for_each_owner", "fold", "lora_fx/model/inventory.py",
         "readers = storages.setdefault(parameter.untyped_storage()._cdata, {})",
         "readers = storages.setdefault(id(module), {})",
         "A tied weight is folded as often as it has owners.",
@@ -679,7 +678,7 @@ MUTANTS = (
     # ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "parts_merged", "plan", "passes/planning.py",
-        "part = (site.rows, site.role) if rule.role is not None and site.rows is not None else None", "part = None",
+        "own = (site.rows, site.role) if rule.role is not None and site.rows is not None else None", "own = None",
         "Query and value of a fused weight share one adapter instead of having one each.",
         tests=("tests/test_rules.py::test_a_role_picks_the_rows_of_a_fused_weight_and_a_name_the_whole",),
     ),
@@ -691,14 +690,14 @@ MUTANTS = (
     ),
     Mutant(
         "adapted_twice_under_one_name", "plan", "passes/planning.py",
-        "same = wiring.attribute_of(child) == attribute and adapter.name == name", "same = False",
+        "same = attribute_of(child) == attribute and adapter.name == name", "same = False",
         "A second apply replaces a trained adapter of the same name.",
         tests=("tests/test_refusals.py",),
     ),
     # ── verification ─────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "self_check_off", "verification", "passes/insert.py",
-        "if not self.check or capture is None:", "if self is not None:",
+        "if program.capture is None:", "if program is not None:",
         "apply does not check itself.",
     ),
     Mutant(
