@@ -141,3 +141,47 @@ def test_a_gate_that_is_none_is_refused(capsys):
     with pytest.raises(SystemExit):
         gates.main(["speling"])
     assert "speling: no such gate; there are lint, format" in capsys.readouterr().err
+
+
+# ── the laws on other versions ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_lowest_set_pins_every_bound():
+    pins = versions.SETS["lowest"]
+    for row in [*versions.requirements(""), *versions.requirements("test")]:
+        name, bound = re.match(r"([\w-]+)>=([\d.]+)", row).groups()
+        assert pins[name] == (bound if name != "torch" else "2.13.0")
+
+
+@pytest.mark.parametrize(
+    ("last", "count"),
+    [
+        ("640 passed in 300.12s (0:05:00)", "640 passed"),
+        ("1 failed, 2891 passed, 3 skipped, 2 warnings in 31.99s", "1 failed, 2891 passed, 3 skipped, 2 warnings"),
+        ("===== 2 errors in 0.50s =====", "2 errors"),
+    ],
+)
+def test_the_count_is_read_off_the_last_line(last, count):
+    assert versions.COUNT.findall(f"F.. [100%]\nFAILED tests/test_laws.py::test_l1 - AssertionError\n{last}\n") == [
+        count
+    ]
+
+
+def test_a_set_of_ones_own_is_one_environment_with_those_pins(monkeypatch, capsys, tmp_path):
+    made = {}
+    monkeypatch.setattr(versions, "environment", lambda folder, pins, python: made.setdefault(folder, pins))
+    monkeypatch.setattr(versions, "installed", lambda python: dict.fromkeys(versions.NAMED, "1"))
+    monkeypatch.setattr(versions, "run", lambda python, selection, log: ("laws" in selection, "1 passed"))
+    own = ["--torch", "2.14.1", "--peft", "0.21.2", "--folder", str(tmp_path)]
+    assert versions.main(own) == 1  # the integration tests were red
+    language = "python-{}.{}".format(*sys.version_info)
+    assert made == {tmp_path / language / "torch-2.14.1-peft-0.21.2": {"torch": "2.14.1", "peft": "0.21.2"}}
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first == f"torch-2.14.1-peft-0.21.2, {language}, torch 1, transformers 1, peft 1"
+    assert second.startswith("  laws: 1 passed")
+
+
+def test_a_set_that_is_none_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        versions.main(["nwest"])
+    assert "nwest: no such set of versions; there are torch-2.13, newest, lowest" in capsys.readouterr().err

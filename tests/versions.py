@@ -76,11 +76,15 @@ def environment(folder: Path, pins: Mapping[str, str], python: str) -> Path:
     return found
 
 
-def installed(python: Path, names: Sequence[str]) -> dict[str, str]:
-    """Name → version, in that environment."""
-    code = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
-    found = subprocess.run([python, "-c", code, *names], check=True, capture_output=True, text=True).stdout
-    return dict(zip(names, found.split(), strict=True))
+def installed(python: Path) -> dict[str, str]:
+    """Name → version, in that environment, of the packages that can be named."""
+    return dict(zip(NAMED, _ask(python, f"*map(importlib.metadata.version, {NAMED!r})").split(), strict=True))
+
+
+def _ask(python: str | Path, what: str) -> str:
+    """What `print(what)` says in that Python."""
+    command = [python, "-c", f"import importlib.metadata, sys; print({what})"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def run(python: Path, arguments: Sequence[str], log: Path) -> tuple[bool, str]:
@@ -104,13 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = {name: SETS[name] for name in options.names}
     if own:
         chosen["-".join(f"{name}-{version}" for name, version in own.items())] = own
-    green = True
+    green, language = True, "python-" + _ask(options.python, "'%d.%d' % sys.version_info[:2]")
     for name, pins in (chosen or {name: SETS[name] for name in DEFAULT}).items():
-        python = environment(options.folder / name, pins, options.python)
-        print(name, *(f"{n} {v}" for n, v in installed(python, NAMED).items()), sep=", ", flush=True)
+        python = environment(options.folder / language / name, pins, options.python)
+        print(f"{name}, {language}", *(f"{n} {v}" for n, v in installed(python).items()), sep=", ", flush=True)
         for what, selection in RUNS.items():
             start = time.monotonic()
-            passed, count = run(python, selection, options.folder / f"{name}-{what}.log")
+            passed, count = run(python, selection, options.folder / language / f"{name}-{what}.log")
             print(f"  {what}: {count}, {time.monotonic() - start:.0f} s", flush=True)
             green &= passed
     return 0 if green else 1
