@@ -163,7 +163,7 @@ def refused(capsys, *arguments: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "onnx", "onnxruntime"])
+@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "onnx", "onnxruntime", "rich"])
 def test_a_missing_package_is_named_with_its_cure(missing, monkeypatch, capsys, tmp_path):
     found = importlib.import_module
 

@@ -30,10 +30,10 @@ def run_demo(folder: Path, *, seed: int = 0, quick: bool = False, console: Conso
     Raises:
         LoraFxError: a package is missing, or the folder cannot be written; nothing has been trained then.
     """
-    from rich.console import Console
-
     started = time.perf_counter()
     require_packages()
+    from rich.console import Console
+
     prepare(folder)
     console = console or Console()
     with one_thread(seed), progress_bars(console) as progress:

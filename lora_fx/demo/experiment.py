@@ -37,7 +37,7 @@ MODEL, ADAPTER, PICTURE = "model.onnx", "adapter", "figure.png"
 
 _PACKAGES = {
     "sklearn": "scikit-learn", "matplotlib": "matplotlib", "onnx": "onnx", "onnxscript": "onnxscript",
-    "onnxruntime": "onnxruntime",
+    "onnxruntime": "onnxruntime", "rich": "rich",
 }  # fmt: skip
 
 

@@ -20,8 +20,9 @@ def print_outcome(outcome: Outcome, folder: Path, seconds: float, console: Conso
 
     title = f"\n{len(outcome.test.labels)} held-out digits, read by three ONNX files"
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name, justify in (("", "left"), ("base", "right"), ("with branches", "right"), ("folded", "right")):
-        table.add_column(name, justify=justify)
+    table.add_column("")
+    for name in ("base", "with branches", "folded"):
+        table.add_column(name, justify="right")
     for group in rows(outcome):
         for cells in group:
             table.add_row(*cells)
@@ -97,12 +98,12 @@ def draw_figure(outcome: Outcome, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    style: Any = {"font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK)
     with rc_context(style):
         figure = Figure(figsize=(13, 4.8), dpi=150)
         figure.text(0.018, 0.935, _headline(outcome), fontsize=14, fontweight="bold")
-        examples, bars, price = figure.subfigures(1, 3, width_ratios=(4.9, 3.6, 3.1))
+        examples, bars, price = figure.subfigures(1, 3, squeeze=False, width_ratios=(4.9, 3.6, 3.1))[0]
         _draw_examples(examples, outcome)
         _draw_accuracy(bars, outcome)
         _draw_latency(price, outcome)
