@@ -1,0 +1,100 @@
+"""The documentation as a program: its Python blocks, and what the page shows that they print or refuse.
+
+A page's blocks run from top to bottom in one scope. A comment on the line before a block says more:
+
+    <!-- not run: why -->                 before a python block
+    <!-- prints -->                       before a text block: exactly what the python block before it printed
+    <!-- prints, with other numbers -->   the same, whatever its numbers are
+    <!-- refuses -->                      before a text block: the error that ended the python block before it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_fx import LoraFxError
+
+ROOT = Path(__file__).parent.parent
+PAGES = tuple(sorted((ROOT / "docs").glob("*.md")))
+_FENCE = re.compile(r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block."""
+
+    page: Path
+    line: int
+    """Of its first line, from 1."""
+    language: str
+    mark: str
+    """The comment before it."""
+    text: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    """Every fenced block of a page with its language, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, m.start("text")) + 1, m["language"], m["mark"] or "", m["text"])
+        for m in _FENCE.finditer(text)
+    ]
+
+
+def run(page: Path, scope: dict[str, Any]) -> int:
+    """Run a page in this scope; the number of python blocks that ran comes back.
+
+    Raises:
+        AssertionError: something that the page shows is not what comes out.
+    """
+    ran = 0
+    for block, shown in _with_what_is_shown(blocks(page)):
+        if block.mark.startswith("not run"):
+            assert block.mark.removeprefix("not run").strip(": "), f"{block.place}: say why it is not run"
+            continue
+        ran += 1
+        came = _execute(block, scope, refuses=shown is not None and shown.mark == "refuses")
+        if shown is not None:
+            same = _without_numbers if shown.mark.endswith("with other numbers") else _trimmed
+            assert same(came) == same(shown.text), f"{block.place} gives\n{came}\nand the page shows\n{shown.text}"
+    return ran
+
+
+def _with_what_is_shown(found: list[Block]) -> Iterator[tuple[Block, Block | None]]:
+    for block, after in zip(found, [*found[1:], None], strict=True):
+        if block.language == "python":
+            yield block, after if after is not None and after.mark.startswith(("prints", "refuses")) else None
+
+
+def _execute(block: Block, scope: dict[str, Any], refuses: bool) -> str:
+    """What it printed, or the error that it must end with."""
+    code = compile("\n" * (block.line - 1) + block.text, str(block.page), "exec")  # a trace points into the page
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(code, scope)
+        except LoraFxError as error:
+            if refuses:
+                return f"{type(error).__name__}: {error}"
+            raise
+    assert not refuses, f"{block.place} refuses nothing"
+    return printed.getvalue()
+
+
+def _trimmed(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+def _without_numbers(text: str) -> list[str]:
+    """Words alone: columns are as wide as their widest number."""
+    return re.sub(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?", "#", re.sub("─+", "─", text)).split()
