@@ -1,7 +1,19 @@
 """LoRA as a graph-rewriting compiler pass:   y = x·Wᵀ   ⇄   y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ"""
 
 from lora_fx.analysis.rules import Rule
-from lora_fx.application import activate, adapters, apply, certify, deactivate, remove, switch
+from lora_fx.application import (
+    activate,
+    adapters,
+    apply,
+    certify,
+    deactivate,
+    fold,
+    pipeline,
+    plan,
+    remove,
+    switch,
+    unfold,
+)
 from lora_fx.checks.certification import Certificate
 from lora_fx.checks.verification import Report, verify
 from lora_fx.deltas.adapter import Adapter
@@ -11,15 +23,16 @@ from lora_fx.export.onnx.export import ExportReport, export_onnx
 from lora_fx.export.onnx.folding import fold_onnx
 from lora_fx.export.onnx.switchable import save_onnx_adapter
 from lora_fx.graph.program import Program, capture
-from lora_fx.model.wiring import show
-from lora_fx.passes.fold import fold, unfold
-from lora_fx.passes.planning import Plan, plan
+from lora_fx.model.classes import show
+from lora_fx.passes.pipeline import Pipeline
+from lora_fx.passes.planning import Plan
 
 __all__ = [
     "Adapter",
     "Certificate",
     "ExportReport",
     "LoraFxError",
+    "Pipeline",
     "Plan",
     "Program",
     "Report",
@@ -34,6 +47,7 @@ __all__ = [
     "fold",
     "fold_onnx",
     "load_adapter",
+    "pipeline",
     "plan",
     "remove",
     "save_adapter",

@@ -1,20 +1,94 @@
-"""`apply`: plan, insert, and the small verbs on what was inserted."""
+"""The verbs. Each that changes a model is a pipeline of passes, which `pipeline` hands out."""
 
 from __future__ import annotations
 
+import copy as copying
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from lora_fx.changes import changing
+from lora_fx.analysis.rules import read_rules
+from lora_fx.changes import changing, in_turn
 from lora_fx.checks.certification import Certificate, certify_adapted
-from lora_fx.checks.oracles import active_adapters, misrounded, parameters
-from lora_fx.deltas.adapter import Adapter
-from lora_fx.errors import PlanError
-from lora_fx.model import wiring
-from lora_fx.passes.planning import plan
+from lora_fx.checks.oracles import misrounded
+from lora_fx.errors import PipelineError
+from lora_fx.export.adapters.files import loading
+from lora_fx.model.inventory import base_parameters, inventory, weight_name
+from lora_fx.passes.activate import Activate, Remove, Require
+from lora_fx.passes.base import Pass
+from lora_fx.passes.fold import Fold, Unfold
+from lora_fx.passes.insert import Check, Insert, Rewrite
+from lora_fx.passes.pipeline import Pipeline
+from lora_fx.passes.planning import Analyse, Capture, Plan, Schedule, Select
+
+# ── pipelines ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pipeline(verb: str, *arguments: Any, **options: Any) -> Pipeline:
+    """The passes that a verb runs, to print, to change, and to run on a model.
+
+    Args:
+        verb: ``plan``, ``apply``, ``fold``, ``unfold``, ``activate``, ``deactivate``, ``remove``, ``switch``,
+            ``load_adapter`` or ``export_onnx``.
+        arguments, options: those of the verb, without the model; ``fold`` has no ``copy`` here.
+
+    Raises:
+        PipelineError: there is no such verb.
+        RuleError, PlanError: a rule or a name among the arguments is malformed.
+    """
+    if verb not in _PIPELINES:
+        raise PipelineError(
+            f"there is no pipeline {verb!r}", place="pipeline", remedy=f"there are {', '.join(_PIPELINES)}"
+        )
+    return Pipeline(verb, tuple(_PIPELINES[verb](*arguments, **options)))
+
+
+def _plan(rules: Any, example_inputs: Any = None, *, name: str = "default") -> tuple[Pass, ...]:
+    return Capture(example_inputs), Analyse(), Select(read_rules(rules), name), Schedule()
+
+
+def _apply(rules: Any, example_inputs: Any = None, *, name: str = "default", check: bool = True) -> tuple[Pass, ...]:
+    return *_plan(rules, example_inputs, name=name), Insert(), Rewrite(), *([Check()] if check else [])
+
+
+def _switch(*names: str) -> tuple[Pass, ...]:
+    return Require(names), Unfold(if_folded=True), Activate(names), Fold()
+
+
+_PIPELINES: dict[str, Callable[..., tuple[Pass, ...]]] = {
+    "plan": _plan,
+    "apply": _apply,
+    "fold": lambda final=False: (Fold(final),),
+    "unfold": lambda: (Unfold(), Rewrite()),
+    "activate": lambda *names: (Activate(names), Rewrite()),
+    "deactivate": lambda: (Activate(()), Rewrite()),
+    "remove": lambda *names: (Remove(names), Rewrite()),
+    "switch": _switch,
+    "load_adapter": loading,
+}
+
+
+# ── verbs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plan(model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str = "default") -> Plan:
+    """What `apply` would do. Nothing is changed.
+
+    Args:
+        rules: see `lora_fx.Rule`; also dicts, a sequence of those, or the path of a TOML file.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs. Without them the model is asked for
+            its own (`dummy_inputs`); a model that has none is planned from its module types, and rules by name and form
+            work.
+        name: the adapter's name.
+
+    Raises:
+        RuleError: a rule is malformed or decides no site.
+        PlanError: a site cannot be adapted.
+        CaptureError: the model cannot be captured.
+    """
+    return pipeline("plan", rules, example_inputs, name=name)(model).facts[Plan]
 
 
 def apply(
@@ -37,10 +111,7 @@ def apply(
     Raises:
         LoraFxError: a rule, a site, the inputs or the self-check refuses; the model is bitwise what it was.
     """
-    from lora_fx.passes.insert import Insert
-
-    with changing(model, "apply"):
-        return Insert(plan(model, rules, example_inputs, name=name), check)()
+    return pipeline("apply", rules, example_inputs, name=name, check=check)(model).model
 
 
 def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = True) -> Certificate:
@@ -66,102 +137,109 @@ def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = T
         CaptureError: the model does not run on the inputs, or is on meta.
         LoraFxError: a thread is inside a forward of the model.
     """
-    from lora_fx.passes.fold import fold, is_folded, unfold
-
     with changing(model, "certify"):
-        if not is_folded(model):
+        here = inventory(model)
+        if not here.folded:
             return certify_adapted(model, example_inputs, gradients=gradients)
-        folded = _folded_weights(model)
+        folded = {
+            weight_name(here.modules[module][0], attribute): module._parameters[attribute].detach().clone()  # type: ignore[union-attr]
+            for module, record in here.records.items()
+            for attribute in record.attributes
+        }
         unfold(model)
         certificate = certify_adapted(model, example_inputs, gradients=gradients)
-        plain, acting = parameters(model), active_adapters(model)
+        plain, acting = base_parameters(model), inventory(model).by_weight(active=True)
         wrong = {name: misrounded(plain[name], weight, acting[name]).numel() for name, weight in folded.items()}
         fold(model)
     return replace(certificate, folded=wrong)
 
 
-def _folded_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """name → a copy of each weight that a fold has written."""
-    return {
-        f"{path}.{attribute}".lstrip("."): module._parameters[attribute].detach().clone()
-        for path, module in model.named_modules()
-        if wiring.FOLDED in module.__dict__
-        for attribute in module.__dict__[wiring.FOLDED].originals
-    }
-
-
 def adapters(model: nn.Module) -> dict[str, list[str]]:
-    """The adapters in the model: name → names of the weights it adapts."""
+    """The adapters in the model: name → names of the weights it adapts. Those that a fold put away are not among them.
+
+    Raises:
+        LoraFxError: an adapted weight is no parameter any more.
+    """
     found: dict[str, list[str]] = {}
-    for path, _, child, adapter in wiring.find_adapters(model):
-        weight = f"{path}.{wiring.attribute_of(child)}".lstrip(".")
-        names = found.setdefault(adapter.name, [])
-        if weight not in names:
-            names.append(weight)
+    for place in inventory(model).places:
+        names = found.setdefault(place.adapter.name, [])
+        if place.weight not in names:
+            names.append(place.weight)
     return found
 
 
 def activate(model: nn.Module, *names: str) -> nn.Module:
-    """Make exactly these adapters act (and train); all others stay, and do nothing. No name: the base model."""
-    _known({a.name for a in _all(model)}, names)
-    with changing(model, "activate"):
-        _mark_active(model, names)
-        wiring.wire_or_dispatch(model)
-    return model
+    """Make exactly these adapters act (and train); all others stay, and do nothing. No name: the base model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: there is no adapter of a name.
+        LoraFxError: a thread is inside a forward of the model.
+    """
+    return pipeline("activate", *names)(model).model
 
 
-def _mark_active(model: nn.Module, names: tuple[str, ...]) -> None:
-    for adapter in _all(model):
-        adapter.active = adapter.name in names
-        adapter.requires_grad_(adapter.active)
+def deactivate(model: nn.Module) -> nn.Module:
+    """The base model again, with all adapters kept for `activate`; returns the same model."""
+    return pipeline("deactivate")(model).model
+
+
+def remove(model: nn.Module, *names: str) -> nn.Module:
+    """Take these adapters out for good. When the last one is gone, every module has its original class.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: there is no adapter of a name, or no name is given.
+        LoraFxError: a thread is inside a forward of the model.
+    """
+    return pipeline("remove", *names)(model).model
+
+
+def fold(model: nn.Module, *, copy: bool = False, final: bool = False) -> nn.Module:
+    """Fold the active adapters into the weights (the LoRA papers say *merge*), each storage once, rounded once.
+
+    Args:
+        copy: fold a copy, and leave `model` alone.
+        final: keep nothing for `unfold`. Otherwise what rounding took away is kept: see `kept_bytes`.
+
+    Returns:
+        The model, or its copy: its original classes, the base model's `state_dict` keys, other numbers.
+
+    Raises:
+        FoldError: there is no active adapter, or a factor or sum is not finite; nothing has been written then.
+        LoraFxError: a thread is inside a forward of the model.
+    """
+    if copy:
+        with in_turn():
+            model = copying.deepcopy(model)
+    return pipeline("fold", final)(model).model
+
+
+def unfold(model: nn.Module) -> nn.Module:
+    """Undo `fold`: every weight bitwise as before, the branches back in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FoldError: the model is not folded, or its fold was final.
+        LoraFxError: a thread is inside a forward of the model.
+    """
+    return pipeline("unfold")(model).model
 
 
 def switch(model: nn.Module, *names: str) -> nn.Module:
     """Fold these adapters in the place of those that are folded now, through the exact base weights.
 
+    Returns:
+        The same model.
+
     Raises:
-        LoraFxError: a name is not there, or a fold is refused; see `fold`, `unfold`.
+        AdapterError: there is no adapter of a name.
+        FoldError: a fold is refused; see `fold`, `unfold`.
     """
-    from lora_fx.passes.fold import fold, is_folded, put_away, take_back
-
-    have = {*(a.name for a in put_away(model)), *(a.name for a in _all(model))}
-    _known(have, names)
-    with changing(model, "switch") as undo:
-        if is_folded(model):
-            take_back(model, undo)
-        _mark_active(model, names)
-        return fold(model)
-
-
-def deactivate(model: nn.Module) -> nn.Module:
-    """The base model again, with all adapters kept for `activate`."""
-    return activate(model)
-
-
-def remove(model: nn.Module, *names: str) -> nn.Module:
-    """Take these adapters out for good. When the last one is gone, every module has its original class."""
-    _known({a.name for a in _all(model)}, names)
-    with changing(model, "remove"):
-        wiring.unwire(model)
-        for _, owner, child, adapter in list(wiring.find_adapters(model)):
-            if adapter.name in names:
-                wiring.detach(owner, child)
-        if not any(_all(model)):
-            for module in model.modules():
-                wiring.unmark(module)
-        wiring.wire_or_dispatch(model)
-    return model
-
-
-def _all(model: nn.Module) -> list[Adapter]:
-    return list(dict.fromkeys(adapter for *_, adapter in wiring.find_adapters(model)))
-
-
-def _known(have: set[str], names: tuple[str, ...]) -> None:
-    for name in names:
-        if name not in have:
-            raise PlanError(
-                f"there is no adapter named {name!r}",
-                place="the model",
-                remedy=f"it has {', '.join(sorted(have)) or 'no adapters'}",
-            )
+    return pipeline("switch", *names)(model).model

@@ -43,7 +43,29 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_seed, default=0, metavar="N", help=seed)
     demo.add_argument("--quick", action="store_true", help="the same path with few training steps, for CI")
     demo.set_defaults(run=_demo)
+    pipeline = commands.add_parser(
+        "pipeline",
+        help="show the passes that a verb runs on a model",
+        description="Show the passes that a verb runs on a model, with what each requires and ensures. "
+        "In Python: lora_fx.pipeline(verb, ...), to insert passes of your own.",
+    )
+    pipeline.add_argument("verb", nargs="?", default="apply", choices=tuple(_VERBS), help="default: %(default)s")
+    pipeline.set_defaults(run=_pipeline)
     return parser
+
+
+#: each verb with arguments that stand for a user's
+_VERBS: dict[str, tuple[str, ...]] = {
+    "apply": ("rules",), "plan": ("rules",), "fold": (), "unfold": (), "activate": ("adapter",), "deactivate": (),
+    "remove": ("adapter",), "switch": ("adapter",), "load_adapter": ("folder",),
+}  # fmt: skip
+
+
+def _pipeline(options: argparse.Namespace) -> None:
+    from lora_fx import Rule, pipeline
+
+    arguments = (Rule(where="*", rank=8) if word == "rules" else word for word in _VERBS[options.verb])
+    print(pipeline(options.verb, *arguments))
 
 
 def _seed(text: str) -> int:

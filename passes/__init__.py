@@ -1,6 +1,35 @@
-"""Rewrites of a model: insert the branches, fold them into the weights, and back."""
+"""Passes over a model, and pipelines of them."""
 
+from lora_fx.passes.activate import Activate, Remove, Require
+from lora_fx.passes.base import Condition, Facts, Pass, Result, given
 from lora_fx.passes.fold import Fold, Unfold
-from lora_fx.passes.insert import Insert
+from lora_fx.passes.insert import Check, Insert, Inserted, Rewrite
+from lora_fx.passes.pipeline import Pipeline, Run, Step
+from lora_fx.passes.planning import Analyse, Capture, Plan, Row, Schedule, Select, Sites
 
-__all__ = ["Fold", "Insert", "Unfold"]
+__all__ = [
+    "Activate",
+    "Analyse",
+    "Capture",
+    "Check",
+    "Condition",
+    "Facts",
+    "Fold",
+    "Insert",
+    "Inserted",
+    "Pass",
+    "Pipeline",
+    "Plan",
+    "Remove",
+    "Require",
+    "Result",
+    "Rewrite",
+    "Row",
+    "Run",
+    "Schedule",
+    "Select",
+    "Sites",
+    "Step",
+    "Unfold",
+    "given",
+]

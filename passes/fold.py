@@ -17,10 +17,9 @@ block that finds no memory is folded in halves, down to a row. Either way the we
 
 from __future__ import annotations
 
-import copy as copying
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -28,7 +27,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from lora_fx.changes import Undo, changing, in_turn, uninterrupted
+from lora_fx.changes import Undo, uninterrupted
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.rounding import (
     BEFORE,
@@ -45,6 +44,11 @@ from lora_fx.deltas.rounding import (
 from lora_fx.errors import FoldError
 from lora_fx.graph.layout import Layout
 from lora_fx.model import wiring
+from lora_fx.model.classes import is_wired, unwire
+from lora_fx.model.inventory import inventory
+from lora_fx.model.marks import PutAway
+from lora_fx.passes.base import UNFOLDED, Condition, Facts, Pass, Result
+from lora_fx.passes.wiring import keep_keys
 
 _BLOCK = 2**19  # elements of a weight that are folded at a time: fewer calls of torch, and the caches still help
 _UNDOABLE = 2**25  # elements up to which a final fold can be undone until it is whole: that takes 32 MiB or less
@@ -54,10 +58,13 @@ _UNDOABLE = 2**25  # elements up to which a final fold can be undone until it is
 class _Kept:
     """What one owner needs to be unfolded."""
 
-    children: dict[str, tuple[Adapter, bool]]
-    """Its adapters, and whether they were registered as children."""
+    children: dict[str, PutAway]
     originals: dict[str, nn.Parameter | _Way]
     """attribute → the original parameter (of a split storage), or the way back to its elements."""
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return tuple(self.originals)
 
 
 @dataclass(frozen=True)
@@ -158,9 +165,33 @@ class _Way:
         return sum(r.bytes for r in self.remainders)
 
 
+def _why_inactive(model: nn.Module, facts: Facts) -> str:
+    here = inventory(model)
+    found = here.folded or any(place.adapter.active for place in here.places)
+    return "" if found else "the model has no active adapter"
+
+
+def _why_unfolded(model: nn.Module, facts: Facts) -> str:
+    return "" if inventory(model).folded else "the model is not folded, or its fold was final"
+
+
+def _why_wired(model: nn.Module, facts: Facts) -> str:
+    return "a module has a generated class still" if is_wired(model) else ""
+
+
+ACTIVE = Condition(
+    "an active adapter",
+    _why_inactive,
+    "apply or activate one first; lora_fx.adapters(model) lists them",
+    FoldError,
+)
+FOLDED = Condition("a folded model", _why_unfolded, "only fold(model) without final=True can be undone", FoldError)
+PLAIN = Condition("every module in its own class", _why_wired)
+
+
 @dataclass(frozen=True)
-class Fold:
-    """Fold every active adapter of a model, in place.
+class Fold(Pass):
+    """Fold every active adapter of a model, in place; a folded model stays as it is.
 
     Args:
         final: keep nothing: no memory, and no way back.
@@ -168,49 +199,60 @@ class Fold:
 
     final: bool = False
 
-    def __call__(self, model: nn.Module) -> nn.Module:
-        with ExitStack() as held, changing(model, "fold") as undo:
-            return model if is_folded(model) else self._fold(model, undo, held)
+    name = "fold"
+    requires = (ACTIVE,)
+    ensures = (PLAIN,)
 
-    def _fold(self, model: nn.Module, undo: list[Undo], held: ExitStack) -> nn.Module:
-        storages = wiring.adapted_storages(model)
-        if not storages:
-            raise FoldError(
-                "the model has no active adapter",
-                place=type(model).__name__,
-                remedy="apply or activate one first; lora_fx.adapters(model) lists them",
-            )
-        magnitudes = [check_foldable(storage, _name(model, storage)) for storage in storages]
-        for_good = self.final and sum(s.parameter.numel() for s in storages) > _UNDOABLE
-        wiring.unwire(model)
-        originals: dict[int, dict[str, nn.Parameter | _Way]] = {}
-        with torch.no_grad():
-            begun = [(storage, *_begin(storage)) for storage in storages]
-            scratches = _scratches([storage.parameter for storage in storages])
-            if for_good:
-                held.enter_context(uninterrupted())
-            with _for_good(model) if for_good else nullcontext():
-                for (storage, old, terms, wide), magnitude in zip(begun, magnitudes, strict=True):
-                    weight, keep = storage.parameter.detach(), not (storage.split or for_good)
-                    scratch = scratches[weight.dtype, weight.device]
-                    way = _fold_weight(weight, terms, wide, magnitude, scratch, undo, keep)
-                    for owner, attribute in storage.owners if storage.split else storage.owners[:1]:
-                        originals.setdefault(id(owner), {})[attribute] = old if storage.split else way
-                for module in list(model.modules()):
-                    _put_away(module, originals.get(id(module), {}), self.final)
-                wiring.keep_keys(model)
-        return model
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        if inventory(model).folded:
+            return Result(model, False)
+        fold_model(model, self.final, facts)
+        return Result(model, True)
 
 
 @dataclass(frozen=True)
-class Unfold:
-    """Take the adapters out of the weights again; every weight is bitwise what it was before the fold."""
+class Unfold(Pass):
+    """Take the adapters out of the weights again, to the bit. Nothing reads them until a `Rewrite`.
 
-    def __call__(self, model: nn.Module) -> nn.Module:
-        with changing(model, "unfold") as undo:
-            take_back(model, undo)
-            wiring.wire_or_dispatch(model)
-        return model
+    Args:
+        if_folded: leave a model alone that is not folded, in the place of refusing it.
+    """
+
+    if_folded: bool = False
+
+    name = "unfold"
+    ensures = (UNFOLDED,)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        if self.if_folded and not inventory(model).folded:
+            return Result(model, False)
+        FOLDED.check(model, facts, self.name)
+        take_back(model, facts.undo)
+        return Result(model, True)
+
+
+def fold_model(model: nn.Module, final: bool, facts: Facts) -> None:
+    """Write W + Σ s·B·A into every storage that an active adapter acts on, and put the adapters away."""
+    storages = inventory(model).storages()
+    magnitudes = [check_foldable(storage, _name(model, storage)) for storage in storages]
+    for_good = final and sum(s.parameter.numel() for s in storages) > _UNDOABLE
+    unwire(model)
+    originals: dict[int, dict[str, nn.Parameter | _Way]] = {}
+    with torch.no_grad():
+        begun = [(storage, *_begin(storage)) for storage in storages]
+        scratches = _scratches([storage.parameter for storage in storages])
+        if for_good:
+            facts.outlast(uninterrupted())
+        with _for_good(model) if for_good else nullcontext():
+            for (storage, old, terms, wide), magnitude in zip(begun, magnitudes, strict=True):
+                weight, keep = storage.parameter.detach(), not (storage.split or for_good)
+                scratch = scratches[weight.dtype, weight.device]
+                way = _fold_weight(weight, terms, wide, magnitude, scratch, facts.undo, keep)
+                for owner, attribute in storage.owners if storage.split else storage.owners[:1]:
+                    originals.setdefault(id(owner), {})[attribute] = old if storage.split else way
+            for module in list(model.modules()):
+                _put_away(module, originals.get(id(module), {}), final)
+            keep_keys(model)
 
 
 def take_back(model: nn.Module, undo: list[Undo]) -> None:
@@ -229,26 +271,6 @@ def take_back(model: nn.Module, undo: list[Undo]) -> None:
     for module, what in kept:
         _take_back(module, what, undo)
         wiring.forget(module, wiring.FOLDED)
-
-
-def fold(model: nn.Module, *, copy: bool = False, final: bool = False) -> nn.Module:
-    """Fold the active adapters into the weights (the LoRA papers say *merge*), each storage once, rounded once.
-
-    Args:
-        copy: fold a copy, and leave `model` alone.
-        final: keep nothing for `unfold`. Otherwise what rounding took away is kept: see `kept_bytes`.
-
-    Returns:
-        The model, or its copy: its original classes, the base model's `state_dict` keys, other numbers.
-
-    Raises:
-        FoldError: there is no active adapter, or a factor or sum is not finite; nothing has been written then.
-        LoraFxError: a thread is inside a forward of the model.
-    """
-    if not copy:
-        return Fold(final)(model)
-    with in_turn():
-        return Fold(final)(copying.deepcopy(model))
 
 
 def folded_weight(weight: torch.Tensor, adapters: Sequence[Adapter], dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -275,16 +297,6 @@ def folded_weight(weight: torch.Tensor, adapters: Sequence[Adapter], dtype: torc
     return folded
 
 
-def unfold(model: nn.Module) -> nn.Module:
-    """Undo `fold`: every weight bitwise as before, the branches back in place.
-
-    Raises:
-        FoldError: the model is not folded, or its fold was final.
-        LoraFxError: a thread is inside a forward of the model.
-    """
-    return Unfold()(model)
-
-
 def is_folded(model: nn.Module) -> bool:
     """Whether the model carries what `unfold` needs."""
     return any(wiring.FOLDED in module.__dict__ for module in model.modules())
@@ -293,7 +305,7 @@ def is_folded(model: nn.Module) -> bool:
 def put_away(model: nn.Module) -> list[Adapter]:
     """The adapters that a folded model keeps for `unfold`."""
     kept = [m.__dict__[wiring.FOLDED] for m in model.modules() if wiring.FOLDED in m.__dict__]
-    return list(dict.fromkeys(adapter for k in kept for adapter, _ in k.children.values()))
+    return list(dict.fromkeys(away.adapter for k in kept for away in k.children.values()))
 
 
 def kept_bytes(model: nn.Module) -> int:
@@ -528,7 +540,7 @@ def _blocks(parameter: torch.Tensor) -> Iterator[tuple[int, int]]:
 
 def _put_away(module: nn.Module, originals: dict[str, nn.Parameter | _Way], final: bool) -> None:
     children = {
-        child: (adapter, child in module._modules)
+        child: PutAway(adapter, child in module._modules)
         for child, adapter in ({} if isinstance(module, Adapter) else wiring.adapters_of(module)).items()
     }
     for child in children:
@@ -560,7 +572,7 @@ def _take_back(module: nn.Module, kept: _Kept, undo: list[Undo]) -> None:
             weight = module._parameters[attribute].detach()  # type: ignore[union-attr]
             _unfold_weight(weight, original, undo)
             assert _checksum(weight) == original.original, "unfolding is exact"
-    for child, (adapter, registered) in kept.children.items():
+    for child, away in kept.children.items():
         parameter = module._parameters[wiring.attribute_of(child)]
         assert parameter is not None
-        wiring.attach(module, child, adapter.to(parameter.device), registered)
+        wiring.attach(module, child, away.adapter.to(parameter.device), away.registered)

@@ -1,7 +1,6 @@
 """Insert the branches of a plan:   y = x·Wᵀ   ⇒   y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ,   W frozen.
 
-Requires a plan of this very model. Ensures that every use of every planned weight reads W + s·B·A: `check=True` runs
-the adapted model against the dense sum, and where they differ the model is bitwise what it was.
+Insert  the adapters beside their weights  →  Rewrite  the forwards that read them  →  Check  every use
 """
 
 from __future__ import annotations
@@ -11,70 +10,118 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lora_fx.changes import changing
 from lora_fx.checks.certification import check_adapted
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import EquivalenceError
-from lora_fx.model import wiring
-from lora_fx.passes.planning import DISPATCH, GRAPH, Plan, Row
+from lora_fx.graph.program import Program
+from lora_fx.model.classes import is_wired
+from lora_fx.model.inventory import inventory
+from lora_fx.model.marks import attach, child_name, mark_reader
+from lora_fx.passes.base import Condition, Facts, Pass, Result, given
+from lora_fx.passes.planning import Plan, Row
+from lora_fx.passes.realising import demote
+from lora_fx.passes.wiring import wire
 
 
 @dataclass(frozen=True)
-class Insert:
-    """Rewrite `plan.program.model` in place.
+class Inserted:
+    """The adapters that a run has put into the model, each once."""
 
-    Args:
-        plan: what to insert.
-        check: compare the adapted model with the dense W + s·B·A on the example inputs, in train and in eval mode.
+    adapters: tuple[Adapter, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{a.name}: {a.role or '?'}, {a.extra_repr()}" for a in self.adapters)
+
+
+def _why_other(model: nn.Module, facts: Facts) -> str:
+    plan = facts.get(Plan)
+    other = plan is not None and plan.program.model is not model
+    return "the plan is of another model object, whose parameters it names" if other else ""
+
+
+OF_THIS_MODEL = Condition("a plan of this model", _why_other, "make the plan of the model that the pass is given")
+
+
+@dataclass(frozen=True)
+class Insert(Pass):
+    """Put the adapters of a plan beside their weights, and freeze everything else. Nothing reads them yet."""
+
+    name = "insert"
+    requires = (given(Program), given(Plan), OF_THIS_MODEL)
+    ensures = (given(Inserted),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        plan = facts[Plan]
+        adapters = tuple(_insert(model, row, plan.name) for row in plan.rows)
+        _freeze(model)
+        for row in plan.rows:
+            if row.realised == Realisation.GRAPH:
+                for use in row.weight.uses:
+                    if not row.split or use in row.uses:
+                        mark_reader(model.get_submodule(use.module))
+        return Result(model, True, (Inserted(adapters),))
+
+
+def _why_unwired(model: nn.Module, facts: Facts) -> str:
+    adapters = any(place.adapter.active for place in inventory(model).places)
+    return "no module has a class that reads them" if adapters and not is_wired(model) else ""
+
+
+WIRED = Condition("active adapters are read", _why_unwired, "put a Rewrite behind what changes the adapters")
+
+
+@dataclass(frozen=True)
+class Rewrite(Pass):
+    """Give every module the class that its active adapters ask for, with branches in its forward or its weights."""
+
+    name = "rewrite"
+    ensures = (WIRED,)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        wire(model)
+        return Result(model, True)
+
+
+@dataclass(frozen=True)
+class Check(Pass):
+    """Hold every use of what was inserted against the use of W + δ, in train and in eval mode.
+
+    A rewritten forward that is not the path that ran is given up first: then whoever reads the weight is served.
     """
 
-    plan: Plan
-    check: bool = True
+    name = "check"
+    requires = (given(Inserted), given(Program), WIRED)
 
-    def __call__(self) -> nn.Module:
-        model = self.plan.program.model
-        new: list[tuple[nn.Module, str]] = []
-        with changing(model, "apply"):
-            for row in self.plan.rows:
-                new += _attach(model, row, self.plan.name)
-            _freeze(model)
-            _mark(model, self.plan)
-            wiring.wire_or_dispatch(model)
-            self._check([getattr(owner, child) for owner, child in new])
-        return model
-
-    def _check(self, adapters: list[Adapter]) -> None:
-        model, capture = self.plan.program.model, self.plan.program.capture
-        if not self.check or capture is None:
-            return
-        rounding = self.plan.program.rounding()
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        adapters, program = facts[Inserted].adapters, facts[Program]
+        if program.capture is None:
+            return Result(model, False)
+        inputs, rounding = program.capture.inputs, program.rounding()
         try:
-            check_adapted(model, capture.inputs, adapters, rounding)
+            check_adapted(model, inputs, adapters, rounding)
         except EquivalenceError:
-            if all(adapter.realised != GRAPH for adapter in adapters):
+            if all(adapter.realised != Realisation.GRAPH for adapter in adapters):
                 raise
-            for adapter in adapters:  # a rewritten forward is not the path that ran: serve whoever reads the weight
-                adapter.realised = DISPATCH
-            wiring.wire_or_dispatch(model)
-            check_adapted(model, capture.inputs, adapters, rounding)
+            demote(adapters)
+            wire(model)
+            check_adapted(model, inputs, adapters, rounding)
+            return Result(model, True)
+        return Result(model, False)
 
 
-def _attach(model: nn.Module, row: Row, name: str) -> list[tuple[nn.Module, str]]:
+def _insert(model: nn.Module, row: Row, name: str) -> Adapter:
     adapter = make_adapter(row, name)
-    done = []
     for n, (path, attribute) in enumerate(row.owners):
         owner = model.get_submodule(path)
-        child = wiring.child_name(attribute, name, row.part)
         adapter.train(owner.training)
-        wiring.attach(owner, child, adapter, register=n == 0)
-        done.append((owner, child))
-    return done
+        attach(owner, child_name(attribute, name, row.part), adapter, register=n == 0)
+    return adapter
 
 
 def make_adapter(row: Row, name: str) -> Adapter:
     """A fresh adapter for a row of the plan, on the weight's own device."""
     rule, parameter = row.rule, row.weight.parameter
-    dtype = parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32
     adapter = Adapter(
         row.layout,
         rank=row.rank,
@@ -85,7 +132,7 @@ def make_adapter(row: Row, name: str) -> Adapter:
         name=name,
         role=row.role,
         schedule=rule.schedule,
-        dtype=dtype,
+        dtype=parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32,
         device="cpu" if row.stored and parameter.is_meta else parameter.device,
     )
     adapter.realised = row.realised
@@ -97,14 +144,6 @@ def _freeze(model: nn.Module) -> None:
     """Exactly the active adapters are trainable."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, Adapter) and module.active:
-            module.requires_grad_(True)
-
-
-def _mark(model: nn.Module, plan: Plan) -> None:
-    for row in plan.rows:
-        if row.realised == GRAPH:
-            for use in row.weight.uses:
-                if not row.split or use in row.uses:
-                    wiring.mark_reader(model.get_submodule(use.module))
+    for adapter in inventory(model).adapters:
+        if adapter.active:
+            adapter.requires_grad_(True)

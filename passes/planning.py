@@ -1,4 +1,7 @@
-"""The plan: what the rules come to on this model, one row for each adapter. Making it changes nothing."""
+"""The plan: what the rules come to on this model, one row for each adapter. Making it changes nothing.
+
+plan  =  Capture → Analyse → Select → Schedule
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from lora_fx.analysis.patterns import find_pattern
 from lora_fx.analysis.rules import Rule, read_rules, select
 from lora_fx.analysis.sites import Site, find_sites
 from lora_fx.deltas import schedules
 from lora_fx.deltas.adapter import schedulable
+from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import PlanError
 from lora_fx.graph import layout
 from lora_fx.graph.capture import refuse_unready
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.program import Program, Use, Weight, capture, find_weights
-from lora_fx.model import tracing, wiring
+from lora_fx.model.classes import unwired
+from lora_fx.model.inventory import Inventory, inventory
+from lora_fx.model.marks import attribute_of
+from lora_fx.passes.base import UNFOLDED, Facts, Pass, Result, given
+from lora_fx.passes.realising import Decider, is_dense
 from lora_fx.tables import table
-
-GRAPH, DISPATCH = "graph", "dispatch"
-
-#: torch's modules whose fused fast path reads their children's weights, in eval, without calling the children
-_FUSED = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
 
 
 @dataclass(eq=False)
@@ -42,11 +45,13 @@ class Row:
     """(path of the module, attribute): where the weight is read with the branch."""
     split: bool
     """Other uses of the same storage stay as they are; folding gives these uses a copy of their own."""
-    realised: str = DISPATCH
+    realised: Realisation = Realisation.DISPATCH
     why: str = ""
     """Why it dispatches instead of being rewritten as a graph."""
     stored: bool = False
     """Its factors have numbers already, from a file: beside a weight on meta they lie on the CPU."""
+    schedule: str = ""
+    """How its branches are computed, in words: `lora_fx.deltas.schedules`."""
 
     @property
     def name(self) -> str:
@@ -70,17 +75,6 @@ class Row:
         for n in self.layout.batch:
             batch *= n
         return batch * self.rank * (out + self.layout.size("i"))
-
-    @property
-    def schedule(self) -> str:
-        """How its branches are computed: `lora_fx.deltas.schedules`."""
-        if self.why_branch:
-            return schedules.BRANCH
-        if self.rule.schedule != schedules.AUTO:
-            return self.rule.schedule
-        if self.why_not_dense:
-            return schedules.FUSED
-        return f"{schedules.FUSED}; {schedules.DENSE} from {schedules.dense_from(*self.weight.shape[-2:]):,} tokens"
 
     @property
     def why_branch(self) -> str:
@@ -153,44 +147,120 @@ class Plan:
         )  # fmt: skip
 
 
-def plan(model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str = "default") -> Plan:
-    """What `apply` would do. Nothing is changed.
+# ── the passes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Capture(Pass):
+    """Run the model once on example inputs, and read its program.
+
+    Args:
+        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs. Without them the model is asked for
+            its own (`dummy_inputs`); of one that has none only module types and parameters are known.
+    """
+
+    example_inputs: Any = None
+
+    name = "capture"
+    requires = (UNFOLDED,)
+    ensures = (given(Program),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        refuse_unready(model)
+        with unwired(model):
+            return Result(model, False, (read_program(model, self.example_inputs),))
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What a rule can adapt, in the order of the model's parameters."""
+
+    found: tuple[Site, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{site.weight.name}  {site.form}  {site.role or 'role unknown'}" for site in self.found)
+
+
+@dataclass(frozen=True)
+class Analyse(Pass):
+    """Read off the program what each weight does: its sites, with their roles."""
+
+    name = "analyse"
+    requires = (given(Program),)
+    ensures = (given(Sites),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        with unwired(model):
+            return Result(model, False, (Sites(find_sites(facts[Program])),))
+
+
+@dataclass(frozen=True)
+class Select(Pass):
+    """Decide by the rules which sites get what, and how each is realised.
 
     Args:
         rules: see `lora_fx.Rule`; also dicts, a sequence of those, or the path of a TOML file.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs. Without them the model is asked for
-            its own (`dummy_inputs`); a model that has none is planned from its module types, and rules by name and op
-            work.
-        name: the adapter's name.
-
-    Raises:
-        RuleError: a rule is malformed or decides no site; PlanError: a site cannot be adapted; CaptureError: the model
-        cannot be captured.
+        adapter: the adapter's name.
     """
-    rules = read_rules(rules)
-    refuse_unready(model)
-    if not name.isidentifier():
-        raise PlanError(
-            f"{name!r} is no identifier", place="name", remedy="name the adapter with letters, digits and _"
-        )
-    if any(wiring.FOLDED in module.__dict__ for module in model.modules()):
-        raise PlanError(
-            "the model is folded: what would be adapted is W + s·B·A, and unfolding would lose it",
-            place=type(model).__name__,
-            remedy="lora_fx.unfold(model) first, or make the fold final: fold(model, final=True)",
-        )
-    with wiring.unwired(model):
-        program = read_program(model, example_inputs)
-        sites = find_sites(program)
-        patterns = {
-            rule: frozenset(_pattern_weights(program, rule)) for rule in rules if rule.pattern and program.capture
-        }
-        chosen = select(rules, sites, patterns, seen=program.capture is not None)
-        rows = _rows(program, sites, chosen)
-        found = plan_rows(program, rules, name, rows, sites)
+
+    rules: Any
+    adapter: str = "default"
+
+    name = "select"
+    requires = (given(Program), given(Sites))
+    ensures = (given(Plan),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        if not self.adapter.isidentifier():
+            raise PlanError(
+                f"{self.adapter!r} is no identifier",
+                place="name",
+                remedy="name the adapter with letters, digits and _",
+            )
+        program, sites, rules = facts[Program], facts[Sites].found, read_rules(self.rules)
+        with unwired(model):
+            patterns = {
+                rule: frozenset(_pattern_weights(program, rule)) for rule in rules if rule.pattern and program.capture
+            }
+            chosen = select(rules, sites, patterns, seen=program.capture is not None)
+            rows = _rows(program, sites, chosen)
+            found = plan_rows(program, rules, self.adapter, rows, sites)
         for row in rows:
             _check_rank(row)
-        return found
+        return Result(model, False, (found,))
+
+
+@dataclass(frozen=True)
+class Schedule(Pass):
+    """Decide in which order the branches of each row are computed; see `lora_fx.deltas.schedules`."""
+
+    name = "schedule"
+    requires = (given(Plan),)
+    ensures = (given(Plan),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        for row in facts[Plan].rows:
+            if why := row.why_not(row.rule.schedule):
+                raise PlanError(
+                    f"schedule={row.rule.schedule!r}: {why}",
+                    place=row.weight.name,
+                    remedy="leave the schedule out: auto takes what fits",
+                )
+            row.schedule = _schedule(row)
+        return Result(model, False, (facts[Plan],))
+
+
+def _schedule(row: Row) -> str:
+    if row.why_branch:
+        return schedules.BRANCH
+    if row.rule.schedule != schedules.AUTO:
+        return row.rule.schedule
+    if row.why_not_dense:
+        return schedules.FUSED
+    return f"{schedules.FUSED}; {schedules.DENSE} from {schedules.dense_from(*row.weight.shape[-2:]):,} tokens"
+
+
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def plan_rows(
@@ -201,16 +271,30 @@ def plan_rows(
     Raises:
         PlanError: a row cannot be adapted.
     """
+    here = inventory(program.model)
     for row in rows:
-        _check(row, program.model, name)
+        _check(row, program.model, name, here)
     _realise(rows, program)
     return Plan(program, rules, name, tuple(rows), sites, _notes(program, rows))
 
 
 def read_program(model: nn.Module, example_inputs: Any) -> Program:
+    """The program on these inputs; of a model that has none, its weights alone."""
     if example_inputs is None and getattr(model, "dummy_inputs", None) is None:
         return Program(model, None, tuple(find_weights(model).values()))
     return capture(model, example_inputs)
+
+
+def _realise(rows: Sequence[Row], program: Program) -> None:
+    """All adapters of one weight are read in one way: by graph, where that is sound for each of them."""
+    decider = Decider(program)
+    reasons: dict[Weight, str] = {}
+    for row in rows:
+        row.why = decider.why_dispatch(row.weight, (path for path, _ in row.owners))
+        reasons[row.weight] = reasons.get(row.weight) or row.why
+    for row in rows:
+        row.why = row.why or reasons[row.weight]
+        row.realised = Realisation.DISPATCH if row.why else Realisation.GRAPH
 
 
 def _pattern_weights(program: Program, rule: Rule) -> list[int]:
@@ -287,7 +371,7 @@ def _check_rank(row: Row) -> None:
         )
 
 
-def _check(row: Row, model: nn.Module, name: str) -> None:
+def _check(row: Row, model: nn.Module, name: str, here: Inventory) -> None:
     weight, rule = row.weight, row.rule
     if weight.problem:
         raise PlanError(
@@ -296,9 +380,9 @@ def _check(row: Row, model: nn.Module, name: str) -> None:
             remedy=f"exclude it with a rule before {rule.label}: Rule(where={weight.name!r}); a computed weight can "
             "be made a plain one first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)",
         )
-    if rule.dropout and any(_is_dense(u) for u in row.uses):
+    if rule.dropout and any(is_dense(u) for u in row.uses):
         raise PlanError(
-            f"dropout={rule.dropout} on a weight that {', '.join(u.form for u in row.uses if _is_dense(u))} reads "
+            f"dropout={rule.dropout} on a weight that {', '.join(u.form for u in row.uses if is_dense(u))} reads "
             "whole: there is no branch input to drop",
             place=weight.name,
             remedy="set dropout=0 in the rule for this weight",
@@ -307,100 +391,15 @@ def _check(row: Row, model: nn.Module, name: str) -> None:
         raise PlanError(
             "the weight holds NaN or Inf", place=weight.name, remedy="repair the checkpoint, or exclude the weight"
         )
-    _check_schedule(row)
     for path, attribute in row.owners:
-        for child, adapter in wiring.adapters_of(model.get_submodule(path)).items():
-            same = wiring.attribute_of(child) == attribute and adapter.name == name
+        for child, adapter in here.of(model.get_submodule(path)).items():
+            same = attribute_of(child) == attribute and adapter.name == name
             if same and (adapter.rows is None or row.rows is None or set(adapter.rows) & set(row.rows)):
                 raise PlanError(
                     f"it already has an adapter named {name!r}",
                     place=weight.name,
                     remedy=f"pass another name to apply, or lora_fx.remove(model, {name!r}) first",
                 )
-
-
-def _check_schedule(row: Row) -> None:
-    wanted = row.rule.schedule
-    if why := row.why_not(wanted):
-        raise PlanError(
-            f"schedule={wanted!r}: {why}", place=row.weight.name, remedy="leave the schedule out: auto takes what fits"
-        )
-
-
-def _is_dense(use: Use) -> bool:
-    return use.call is None or layout.place(use.weight.layout, use.view, use.call.sides) is None
-
-
-def _realise(rows: list[Row], program: Program) -> None:
-    """By graph where every use sits in a forward that can be traced soundly; by dispatch otherwise."""
-    model = program.model
-    traces: dict[str, _Trace] = {}
-    for row in rows:
-        row.why = _why_dispatch(row, model, program, traces)
-    refused: set[int] = {id(row.weight) for row in rows if row.why}
-    for row in rows:  # all adapters of one weight are read in the same way
-        if id(row.weight) in refused and not row.why:
-            row.why = next(r.why for r in rows if r.weight is row.weight and r.why)
-        row.realised = DISPATCH if row.why else GRAPH
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """What tracing a module's forward came to."""
-
-    why: str
-    reads: frozenset[str] = frozenset()
-    """Names, relative to the module, of the parameters that its forward reads."""
-    baked: frozenset[str] = frozenset()
-
-
-def _why_dispatch(row: Row, model: nn.Module, program: Program, traces: dict[str, _Trace]) -> str:
-    if program.capture is None:
-        return "no example inputs: whoever reads it is served"
-    if all(use.node is None for use in row.weight.uses):
-        return "unseen by the example inputs: whoever reads it is served"
-    for path, _ in row.owners:
-        if any(isinstance(model.get_submodule(above), _FUSED) for above in _ancestors(path)):
-            return "torch's fused encoder reads it"
-    for use in row.weight.uses:
-        if _is_dense(use):
-            return f"{use.form} takes it whole"
-        if use.module not in traces:
-            traces[use.module] = _trace(model.get_submodule(use.module))
-        if why := _why_not_here(row.weight, use, traces[use.module]):
-            return why
-    return ""
-
-
-def _ancestors(path: str) -> list[str]:
-    parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts) + 1)]
-
-
-def _why_not_here(weight: Weight, use: Use, trace: _Trace) -> str:
-    if trace.why:
-        return trace.why
-    prefix = f"{use.module}." if use.module else ""
-    inside = [name.removeprefix(prefix) for name in weight.names if name.startswith(prefix)]
-    read = [name for name in inside if name in trace.reads]
-    if not read:
-        return f"{use.module or 'the model'} is handed it as an argument"
-    if trace.baked and all("." in name for name in read):
-        return f"{use.module or 'the model'} may change {', '.join(sorted(trace.baked)[:3])}"
-    return ""
-
-
-def _trace(module: nn.Module) -> _Trace:
-    if isinstance(module, fx.GraphModule):
-        return _Trace("", frozenset(name for name, _ in module.named_parameters(remove_duplicate=False)))
-    try:
-        graph = tracing.trace_forward(module)
-    except tracing.Untraceable as why:
-        return _Trace(str(why))
-    first = {id(p): name for name, p in module.named_parameters()}
-    reads = {n.target for n in graph.nodes if n.op == "get_attr"}
-    tied = {name for name, p in module.named_parameters(remove_duplicate=False) if first[id(p)] in reads}
-    return _Trace("", frozenset(tied), tracing.baked_attributes(module))
 
 
 def _notes(program: Program, rows: Sequence[Row]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import lora_fx
 from lora_fx import Rule
 from lora_fx.deltas.adapter import AdaptedWeight
 from lora_fx.errors import CaptureError, PlanError
+from lora_fx.passes.wiring import wire
 from tests import reference
 from tests.zoo import case
 
@@ -109,7 +110,7 @@ def broken(monkeypatch, change) -> lora_fx.Certificate:
     model = adapted()
     for adapter in reference.distinct_adapters(model):
         adapter.realised, adapter.schedule = "dispatch", "branch"
-    lora_fx.model.wiring.wire_or_dispatch(model)
+    wire(model)
     assert lora_fx.certify(model, torch.arange(10)), "right before it is broken"
     honest = AdaptedWeight.branch
     monkeypatch.setattr(AdaptedWeight, "branch", lambda self, *args: change(honest, self, *args))

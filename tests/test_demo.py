@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_fx import LoraFxError
-from lora_fx.cli import main
+import lora_fx
+from lora_fx import LoraFxError, Rule
+from lora_fx.cli import _VERBS, main
 from lora_fx.demo import experiment as demo
 from lora_fx.demo import report as demo_report
 
@@ -223,6 +224,7 @@ def test_every_option_reaches_the_demo(monkeypatch, tmp_path):
         (["dmeo"], 2, "dmeo"),
         (["demo", "--seed", "-1"], 2, "-1 is not between"),
         (["demo", "--seed", "x"], 2, "'x'"),
+        (["pipeline", "nothing"], 2, "load_adapter"),
     ],
 )
 def test_what_argparse_answers(arguments, code, shown, capsys):
@@ -230,6 +232,14 @@ def test_what_argparse_answers(arguments, code, shown, capsys):
         main(arguments)
     assert stopped.value.code == code
     assert shown in "".join(capsys.readouterr())
+
+
+def test_the_pipelines_are_shown(capsys):
+    assert main(["pipeline"]) == 0
+    assert capsys.readouterr().out == f"{lora_fx.pipeline('apply', Rule(where='*', rank=8))}\n"
+    for verb in _VERBS:
+        assert main(["pipeline", verb]) == 0
+        assert capsys.readouterr().out.startswith(f"{verb}\n")
 
 
 def test_the_family_of_errors_is_what_the_command_catches(monkeypatch, capsys):

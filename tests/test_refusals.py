@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize, prune
 
 import lora_fx
 from lora_fx import LoraFxError, Rule
-from lora_fx.errors import CaptureError, EquivalenceError, FileError, FoldError, PlanError, RuleError
+from lora_fx.errors import AdapterError, CaptureError, EquivalenceError, FileError, FoldError, PlanError, RuleError
+from lora_fx.passes.wiring import wire
 from lora_fx.testing import assert_equivalent, assert_folds_exactly
 from tests import reference
 
@@ -309,9 +310,10 @@ def test_an_adapter_applied_twice_under_one_name(model):
 
 
 def test_names_of_adapters_that_are_not_there(model):
-    refused(lambda: lora_fx.activate(model, "task"), model, PlanError, "'task'", "no adapters")
+    refused(lambda: lora_fx.activate(model, "task"), model, AdapterError, "'task'", "no adapters")
     lora_fx.apply(model, Rule(where="gate", rank=2), X)
-    refused(lambda: lora_fx.remove(model, "task"), model, PlanError, "'task'", "it has default")
+    refused(lambda: lora_fx.remove(model, "task"), model, AdapterError, "'task'", "it has default")
+    refused(lambda: lora_fx.remove(model), model, AdapterError, "no name is given", "'default'")
 
 
 def test_fold_and_unfold_of_what_is_not_there(model):
@@ -440,7 +442,7 @@ def test_a_weight_with_dropout_cannot_be_read_whole():
     model = lora_fx.apply(nn.Linear(5, 4), Rule(where="*", rank=2, dropout=0.5), torch.randn(2, 5))
     (adapter,) = reference.distinct_adapters(model)
     adapter.realised = "dispatch"
-    lora_fx.model.wiring.wire_or_dispatch(model)
+    wire(model)
     with pytest.raises(LoraFxError, match="dropout on the branch has no meaning") as caught:
         model.train().weight.square()
     assert caught.value.place == "adapter 'default'" and "dropout=0" in caught.value.remedy

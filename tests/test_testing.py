@@ -25,6 +25,7 @@ from lora_fx.checks.verification import run, verify
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.graph.forms import TABLE
 from lora_fx.model import wiring
+from lora_fx.passes.wiring import wire
 from lora_fx.testing import (
     Filling,
     _options,
@@ -306,7 +307,7 @@ def test_the_first_use_that_differs_is_named(defect):
     model = square()
     broken = copy.deepcopy(model)
     defect(broken.blocks[1].linear.weight_lora_default)
-    wiring.wire_or_dispatch(broken)
+    wire(broken)
     with pytest.raises(AssertionError) as caught:
         assert_equivalent(model, broken, model.example())
     message = str(caught.value)

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.model import tracing
+from lora_fx.passes import rewriting as tracing
 
 
 class Annotated(nn.Module):

@@ -29,7 +29,6 @@ import torch
 from torch import nn
 
 from lora_fx.analysis.rules import Rule
-from lora_fx.changes import changing
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.schedules import AUTO
 from lora_fx.export.adapters.folder import (
@@ -68,9 +67,12 @@ from lora_fx.graph.layout import Layout
 from lora_fx.graph.program import Program, Use, Weight
 from lora_fx.graph.views import View
 from lora_fx.model import wiring
+from lora_fx.model.classes import unwired
+from lora_fx.passes.base import Facts, Pass, Result, given
 from lora_fx.passes.fold import is_folded
-from lora_fx.passes.insert import Insert
-from lora_fx.passes.planning import Plan, Row, plan_rows, read_program
+from lora_fx.passes.insert import Check, Insert, Rewrite
+from lora_fx.passes.pipeline import Pipeline
+from lora_fx.passes.planning import Plan, Row, Schedule, plan_rows, read_program
 
 OWN_FORMAT = "save_adapter(..., peft=False) writes a folder that lora_fx can load and PEFT refuses"
 
@@ -418,17 +420,37 @@ def load_adapter(
         FileError: a file is missing, damaged, made for another model, or uses what lora_fx does not compute.
         LoraFxError: the model cannot be adapted there. The model is bitwise what it was, each time.
     """
-    folder = find_folder(Path(path))
-    config = read_config(folder / CONFIG)
-    tensors, header = unpack(folder)
-    read = _read_own if header else _read_peft
-    with changing(model, "load_adapter"):
-        with wiring.unwired(model):
-            saved = read(model, folder, config, tensors, header)
-            name = name or (header["name"] if header else "default")
+    return Pipeline("load_adapter", loading(path, example_inputs, name=name, check=check))(model).model
+
+
+def loading(
+    path: str | os.PathLike, example_inputs: Any = None, *, name: str | None = None, check: bool = True
+) -> tuple[Pass, ...]:
+    """The passes of `load_adapter`."""
+    return Read(path, example_inputs, name), Schedule(), Insert(), Rewrite(), *([Check()] if check else [])
+
+
+@dataclass(frozen=True)
+class Read(Pass):
+    """Read an adapter's files, and plan where it goes in this model; arguments as in `load_adapter`."""
+
+    path: str | os.PathLike
+    example_inputs: Any = None
+    adapter: str | None = None
+
+    name = "read"
+    ensures = (given(Program), given(Plan))
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        folder = find_folder(Path(self.path))
+        config = read_config(folder / CONFIG)
+        tensors, header = unpack(folder)
+        with unwired(model):
+            saved = (_read_own if header else _read_peft)(model, folder, config, tensors, header)
+            name = self.adapter or (header["name"] if header else "default")
             _refuse_name(model, name)
-            plan = _plan(model, saved, example_inputs, name)
-        return Insert(plan, check)()
+            plan = _plan(model, saved, self.example_inputs, name)
+        return Result(model, False, (plan.program, plan))
 
 
 def _refuse_name(model: nn.Module, name: str) -> None:

@@ -51,7 +51,9 @@ from lora_fx.export.onnx.tasks import GRAPH
 from lora_fx.export.onnx.weights import Checkpoint, Weights, adapter_digest, structure
 from lora_fx.graph.capture import inputs_on_meta, normalize_inputs, refuse_unready, undisturbed
 from lora_fx.model import wiring
-from lora_fx.passes.fold import fold, is_folded, unfold
+from lora_fx.passes.fold import is_folded
+from lora_fx.passes.pipelines import FOLD, UNFOLD
+from lora_fx.passes.wiring import wire
 
 OPSETS = range(18, 25)
 FORMS = ("folded", "unfolded", SWITCHABLE)
@@ -260,9 +262,9 @@ def _unfolded(model: nn.Module, prove: bool) -> Iterator[None]:
     if not (prove and is_folded(model)):
         yield
         return
-    unfold(model)
+    UNFOLD(model)
     yield
-    fold(model)
+    FOLD(model)
 
 
 # ── what is exported ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -277,10 +279,10 @@ def _form(model: nn.Module, adapters: str) -> tuple[str, dict[str, tuple[Adapter
         return adapters, acting
     for path, module in model.named_modules(remove_duplicate=False):
         kept = module.__dict__.get(wiring.FOLDED)
-        for child, (adapter, _) in (kept.children if kept else {}).items():
-            if adapter.active:
+        for child, away in (kept.children if kept else {}).items():
+            if away.adapter.active:
                 name = f"{path}.{wiring.attribute_of(child)}".lstrip(".")
-                acting[name] = (*acting.get(name, ()), adapter)
+                acting[name] = (*acting.get(name, ()), away.adapter)
     return "folded" if acting else "base", acting
 
 
@@ -337,7 +339,7 @@ def _compared(job: _Job, made: _Made, session: Any, expected: list[torch.Tensor]
         with borrowed(model):
             for adapter in every:
                 adapter.active = adapter.name == name
-            wiring.wire_or_dispatch(model)
+            wire(model)
             fed = factors_of(model, name) if name else {}
             expected = run_torch(model, job.call.inputs)
             own = compare_runs(model, session, made.program, job.call, expected, fed)

@@ -33,6 +33,7 @@ from lora_fx.export.onnx.files import folder_beside, move_files, writable
 from lora_fx.export.onnx.runtimes import require
 from lora_fx.export.onnx.weights import Weights, tensor_bytes
 from lora_fx.model import wiring
+from lora_fx.passes.wiring import wire
 
 SWITCHABLE = "switchable"
 MANIFEST = "lora_fx.slots"
@@ -114,7 +115,7 @@ def slots_in(model: nn.Module) -> Iterator[list[Slot]]:
             slot.realised = adapters[0].realised
             slots.append(Slot(name, slot))
             wiring.attach(owner, wiring.child_name(attribute, _SLOT), slot)
-        wiring.wire_or_dispatch(model)
+        wire(model)
         yield slots
 
 

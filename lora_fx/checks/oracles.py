@@ -79,7 +79,6 @@ def base_of(model: nn.Module) -> nn.Module:
         wiring.detach(owner, child)
     for module in base.modules():
         wiring.unmark(module)
-    wiring.keep_keys(base)
     return base
 
 

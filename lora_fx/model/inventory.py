@@ -91,7 +91,7 @@ class Inventory:
     """The adapters of a model, in the order of its modules."""
 
     modules: Mapping[nn.Module, tuple[str, ...]]
-    """Each module that is no adapter → its paths."""
+    """Each module that is no part of an adapter → its paths."""
     places: tuple[Place, ...]
     """Beside their weights."""
     put_away: tuple[Place, ...]
@@ -180,8 +180,9 @@ def inventory(model: nn.Module) -> Inventory:
         LoraFxError: an adapted or folded weight is no parameter any more, so that its branch would be left out.
     """
     modules: dict[nn.Module, tuple[str, ...]] = {}
+    inside = {module for adapter in model.modules() if isinstance(adapter, Adapter) for module in adapter.modules()}
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, Adapter):
+        if module not in inside:
             modules[module] = (*modules.get(module, ()), path)
     places: list[Place] = []
     put_away: list[Place] = []

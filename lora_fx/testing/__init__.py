@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.analysis.rules import Rule
 from lora_fx.analysis.sites import Site, find_sites
+from lora_fx.application import fold, plan, unfold
 from lora_fx.checks import oracles
 from lora_fx.checks.oracles import Difference, first_difference
 from lora_fx.checks.verification import Report, compare, noise_floors, run, verify
@@ -38,8 +39,7 @@ from lora_fx.deltas.schedules import AUTO, BRANCH, SCHEDULES
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.capture import Inputs, capture_graph, no_fast_paths, normalize_inputs
 from lora_fx.model import wiring
-from lora_fx.passes.fold import fold, unfold
-from lora_fx.passes.planning import plan, read_program
+from lora_fx.passes.planning import read_program
 from lora_fx.testing import random_models
 from lora_fx.testing.random_models import BLOCKS, DTYPES, HEADS, Again, Block, RandomModel, Tied
 

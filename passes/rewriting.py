@@ -23,16 +23,20 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.deltas import schedules
 from lora_fx.deltas.adapter import AdaptedWeight, Factors, dispatch
+from lora_fx.deltas.realisation import Realisation
+from lora_fx.graph import views
 from lora_fx.graph.forms import op_name
 from lora_fx.graph.views import View
+from lora_fx.model import classes
+from lora_fx.model.classes import Reader
 
 _TORCH = os.path.dirname(torch.__file__)
 _NN_MODULES = os.path.join(_TORCH, "nn", "modules")
 _STANDARD = os.path.dirname(os.__file__) + os.sep
-_ROOM = os.path.dirname(__file__)
-_OWN = tuple(  # what of lora_fx runs while a model is traced
-    os.path.join(os.path.dirname(_ROOM), room) + os.sep for room in ("graph", "deltas", "model")
+_OWN = tuple(  # the rooms of lora_fx that run while a model is traced
+    os.path.dirname(file) + os.sep for file in (views.__file__, schedules.__file__, classes.__file__, __file__)
 )
 _DECIDES = frozenset({
     "isinstance", "issubclass", "hasattr", "type", "training", "is_grad_enabled", "is_inference_mode_enabled",
@@ -83,8 +87,10 @@ class Tracer(fx.Tracer):
         prefix = self.path_of(owner)
         prefix = f"{prefix}." if prefix else ""
         parameter = owner._parameters[attribute]
+        assert parameter is not None, attribute
         base = self.attribute(prefix + attribute)
-        if not isinstance(owner, fx.GraphModule) and any(getattr(owner, c).realised == "dispatch" for c in children):
+        dispatches = any(getattr(owner, child).realised == Realisation.DISPATCH for child in children)
+        if dispatches and not isinstance(owner, fx.GraphModule):
             return base  # the attribute itself will read as an adapted weight when the rewritten forward runs
         factors, cast = [], False
         for child in children:
@@ -115,26 +121,11 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
 
-_active: Tracer | None = None
-
-
-def active_tracer() -> Tracer | None:
-    """The tracer that is rewriting a module in this thread right now; adapted weights then read as proxies."""
-    return _active if _active is not None and _active.thread == threading.get_ident() else None
-
-
-@contextmanager
-def _activate(tracer: Tracer) -> Iterator[None]:
-    global _active
-    before, _active = _active, tracer
-    try:
-        yield
-    finally:
-        _active = before
-
-
-def trace_forward(module: nn.Module, plain: bool = False) -> fx.Graph:
+def trace_forward(module: nn.Module, plain: bool = False, reader: Reader | None = None) -> fx.Graph:
     """The graph of `module.forward` with its children as leaves and its adapted weights as branches.
+
+    Args:
+        reader: what the model's adapted weights are read through; None where there are none.
 
     Raises:
         Untraceable: the forward decides something in Python that a later call could decide otherwise.
@@ -142,7 +133,7 @@ def trace_forward(module: nn.Module, plain: bool = False) -> fx.Graph:
     if "forward" in module.__dict__:
         raise Untraceable("its forward is replaced on the instance (as accelerate does)")
     tracer = Tracer(plain)
-    with _activate(tracer), _watch() as seen:
+    with (reader or Reader()).by(tracer), _watch() as seen:
         try:
             graph = tracer.trace(module)
         except Untraceable:
@@ -160,9 +151,9 @@ def trace_forward(module: nn.Module, plain: bool = False) -> fx.Graph:
 
 def baked_attributes(module: nn.Module) -> frozenset[str]:
     """Plain attributes of the module that its traced code may have baked in."""
-    names = _names(type(module))
+    cls: Any = type(module)  # hashable: mypy takes modules' `__hash__` for the class's
     own = {name for name in module.__dict__ if not name.startswith("_") and name != "training"}
-    return frozenset(own & names)
+    return frozenset(own & _names(cls))
 
 
 @lru_cache(maxsize=1024)
@@ -219,7 +210,7 @@ def _decides(code: CodeType) -> str:
     return ""
 
 
-def rewrite_graph(module: fx.GraphModule, inlined: Callable[[nn.Module], bool]) -> fx.Graph:
+def rewrite_graph(module: fx.GraphModule, inlined: Callable[[nn.Module], bool], reader: Reader) -> fx.Graph:
     """The graph of a GraphModule with branches: copied node by node, weights dispatched, adapted leaves inlined.
 
     Args:
@@ -231,25 +222,26 @@ def rewrite_graph(module: fx.GraphModule, inlined: Callable[[nn.Module], bool]) 
     tracer.graph._codegen = module.graph._codegen
     tracer.tensor_attrs = {}
     env: dict[fx.Node, Any] = {}
-    with _activate(tracer):
+    with reader.by(tracer):
         for node in module.graph.nodes:
             args = fx.node.map_arg(node.args, env.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
-            env[node] = _copy(tracer, module, node, args, kwargs, inlined)
+            if node.op == "call_module" and inlined(child := module.get_submodule(str(node.target))):
+                env[node] = _inline(tracer, child, args, kwargs, reader)
+            else:
+                env[node] = _copy(tracer, module, node, args, kwargs)
     return tracer.graph
 
 
-def _copy(tracer: Tracer, module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, inlined: Callable) -> Any:
+def _copy(tracer: Tracer, module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "get_attr":
-        owner, _, attribute = node.target.rpartition(".")
+        owner, _, attribute = str(node.target).rpartition(".")
         value = getattr(module.get_submodule(owner), attribute)
         if isinstance(value, AdaptedWeight):
             return value
-    if node.op == "call_module" and inlined(child := module.get_submodule(node.target)):
-        return _inline(tracer, child, args, kwargs)
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, AdaptedWeight))
     if any(isinstance(leaf, AdaptedWeight) for leaf in leaves) and node.op in ("call_function", "call_method"):
-        func = node.target if node.op == "call_function" else getattr(torch.Tensor, node.target)
+        func = node.target if node.op == "call_function" else getattr(torch.Tensor, str(node.target))
         return dispatch(func, args, kwargs)
     if node.op == "call_function" and op_name(node.target) == "getitem" and isinstance(args[0], tuple):
         return args[0][args[1]]
@@ -258,10 +250,10 @@ def _copy(tracer: Tracer, module: fx.GraphModule, node: fx.Node, args: Any, kwar
     return proxy
 
 
-def _inline(tracer: Tracer, child: nn.Module, args: Any, kwargs: Any) -> Any:
+def _inline(tracer: Tracer, child: nn.Module, args: Any, kwargs: Any, reader: Reader) -> Any:
     """The child's forward, op by op, in the parent's graph."""
     prefix = tracer.path_of(child)
-    graph = trace_forward(child, plain=True)
+    graph = trace_forward(child, plain=True, reader=reader)
     placeholders = iter(args)
     env: dict[fx.Node, Any] = {}
     for node in graph.nodes:

@@ -1,0 +1,335 @@
+"""The classes that adapted modules have: generated, each a subclass of the module's own.
+
+* with a forward of its own, generated from the traced graph with the branches in it (`Realisation.GRAPH`);
+* with a property in the place of the parameter, which reads as an `AdaptedWeight` (`Realisation.DISPATCH`). Whoever
+  reads the weight gets the branches: another module, a fused kernel's Python front, an LSTM.
+
+Modules whose generated code is the same share one class, so `torch.compile` compiles it once. The subclass names what
+it was made from, so instances can be copied and pickled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import linecache
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+from torch import fx, nn
+
+from lora_fx.deltas.adapter import AdaptedWeight, Adapter, Factors
+from lora_fx.errors import LoraFxError
+from lora_fx.graph.views import View
+from lora_fx.model.inventory import inventory, is_shard
+from lora_fx.model.marks import ORIGINAL, attribute_of, forget, remember
+
+_IMPORT = "import "
+
+Reads = tuple[tuple[str, tuple[str, ...]], ...]
+"""(attribute, adapter children) for each weight that reads as an `AdaptedWeight`."""
+
+
+def reads_of(adapters: Mapping[str, Adapter]) -> Reads:
+    """What a module reads, from its adapters by child name."""
+    reads: dict[str, tuple[str, ...]] = {}
+    for child in adapters:
+        reads[attribute_of(child)] = (*reads.get(attribute_of(child), ()), child)
+    return tuple(reads.items())
+
+
+def spec_of(module: nn.Module) -> Spec | None:
+    """What the module's class was made from, or the class that another tool's was derived from; None for its own."""
+    return getattr(type(module), "_lora_fx", None)
+
+
+def is_generated(cls: type) -> bool:
+    """Whether the class is one of ours, and not another tool's that was derived from one."""
+    return "_lora_fx" in vars(cls)
+
+
+def give_class(module: nn.Module, reads: Reads = ()) -> None:
+    """The class in which the module reads these weights with their branches; its own for none."""
+    spec = spec_of(module)
+    base = spec.base if spec else type(module)
+    module.__class__ = generated_class(Spec(base, reads)) if reads else base
+
+
+def give_forward(module: nn.Module, graph: fx.Graph, baked: frozenset[str], fallback: Reads) -> None:
+    """The class with this graph as its forward, beside what the module reads already.
+
+    Args:
+        baked: attributes whose values are in the graph: setting one gives the base forward back, which then reads
+        fallback: these weights with their branches.
+    """
+    if isinstance(module, fx.GraphModule):
+        remember(module, ORIGINAL, module.graph)
+        module.graph = graph
+        return
+    code = graph.python_code("self")
+    spec = spec_of(module)
+    base, reads = (spec.base, spec.reads) if spec else (type(module), ())
+    names = _used_globals(code.src, code.globals)
+    module.__class__ = generated_class(Spec(base, reads, code.src, names, baked, fallback))
+
+
+def _refuse_derived(model: nn.Module) -> None:
+    """Raise where another tool has derived a class from a generated one (a parametrization, `fully_shard`): with the
+    generated class that one would go."""
+    for path, module in model.named_modules():
+        if spec_of(module) is not None and not is_generated(type(module)):
+            raise LoraFxError(
+                f"since the module was adapted it has been given the class {type(module).__name__}, and would lose it",
+                place=path or "the model",
+                remedy="change the adapters before that, or undo it (torch.nn.utils.parametrize."
+                "remove_parametrizations) and do it again",
+            )
+
+
+def unwire(model: nn.Module) -> None:
+    """Give every module its original class and graph back; adapters stay where they are, and do nothing.
+
+    Raises:
+        LoraFxError: another tool has built on what would go.
+    """
+    inventory(model)  # refuses displaced weights
+    _refuse_derived(model)
+    for module in model.modules():
+        spec = spec_of(module)
+        if spec is not None:
+            module.__class__ = spec.base
+        if ORIGINAL in module.__dict__:
+            module.graph = forget(module, ORIGINAL)
+
+
+@contextmanager
+def unwired(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the base model."""
+    classes = [(m, type(m)) for m in model.modules()]
+    graphs = [(m, m.graph, m.__dict__[ORIGINAL]) for m in model.modules() if ORIGINAL in m.__dict__]
+    unwire(model)
+    try:
+        yield
+    finally:
+        for module, cls in classes:
+            if type(module) is not cls:
+                module.__class__ = cls
+        for module, graph, original in graphs:
+            module.graph = graph
+            remember(module, ORIGINAL, original)
+
+
+def is_wired(model: nn.Module) -> bool:
+    """Whether a module has a class or a graph of ours."""
+    return any(spec_of(m) is not None or ORIGINAL in m.__dict__ for m in model.modules())
+
+
+def show(module: nn.Module) -> str:
+    """The source of the forward that `module` runs: generated where it was rewritten, its own otherwise."""
+    if isinstance(module, fx.GraphModule):
+        return module.code.strip()
+    spec = spec_of(module)
+    if spec is not None and spec.source:
+        return spec.source.strip()
+    reads = spec.reads if spec else ()
+    notes = [f"# self.{attribute} reads with {', '.join(children)}" for attribute, children in reads]
+    base = spec.base if spec else type(module)
+    return "\n".join([*notes, textwrap.dedent(inspect.getsource(base.forward)).strip()])
+
+
+# ── generated classes ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _used_globals(source: str, scope: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The globals that the source names, so that a class can be made again from them; modules by their name."""
+    words = set(re.findall(r"\w+", source))
+    used = ((name, value) for name, value in sorted(scope.items()) if name in words)
+    return tuple((name, f"{_IMPORT}{v.__name__}" if isinstance(v, ModuleType) else v) for name, v in used)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a generated class is made from; equal specs share one class."""
+
+    base: type
+    reads: Reads
+    source: str = ""
+    """The generated forward; empty where the base class's own runs."""
+    names: tuple[tuple[str, Any], ...] = ()
+    """The globals of the generated forward."""
+    baked: frozenset[str] = frozenset()
+    """Attributes the generated forward has baked in: setting one gives the base forward back."""
+    fallback: Reads = ()
+    """What is read then."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        names = tuple((name, value if isinstance(value, str) else id(value)) for name, value in self.names)
+        return self.base, self.reads, self.source, names, self.baked, self.fallback
+
+    def __deepcopy__(self, memo: dict) -> Spec:
+        return self
+
+
+_classes: WeakValueDictionary[tuple, type] = WeakValueDictionary()
+
+
+def generated_class(spec: Spec) -> type:
+    """The subclass of `spec.base`, one for equal specs."""
+    known = _classes.get(spec.key)
+    if known is not None:
+        return known
+    base = spec.base
+    body: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    body["_lora_fx"] = spec
+    body[READER] = None
+    body["__reduce_ex__"] = _reduce
+    for attribute, children in spec.reads:
+        body[attribute] = _adapted_property(attribute, children)
+    if spec.reads and issubclass(base, nn.RNNBase):
+        body["_flat_weights"] = property(_flat_weights, _set_flat_weights)
+    if spec.source:
+        body["forward"] = _forward(spec)
+    if spec.baked:
+        body["__setattr__"] = _guarded_setattr
+    cls = type(base)(base.__name__, (base,), body)
+    _classes[spec.key] = cls
+    return cls
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple:
+    """Copy and pickle by what the class was made from, since the class itself is found in no module."""
+    plain = object.__reduce_ex__(self, max(int(protocol), 2))
+    if not is_generated(type(self)):
+        return plain
+    _, _, *state = plain
+    return _remake, (self._lora_fx,), *state
+
+
+def _remake(spec: Spec) -> nn.Module:
+    cls = generated_class(spec)
+    return cls.__new__(cls)
+
+
+def _guarded_setattr(self: nn.Module, name: str, value: Any) -> None:
+    spec = type(self)._lora_fx
+    if name in spec.baked and _differ(self.__dict__.get(name), value):
+        if not is_generated(type(self)):
+            raise LoraFxError(
+                f"the generated forward has {name}={self.__dict__.get(name)!r} in it, and cannot be left for another: "
+                f"since the module was adapted it has been given the class {type(self).__name__}",
+                place=f"{type(self).__name__}.{name}",
+                remedy=f"set {name} before",
+            )
+        # The generated forward assumes the old value; the base forward, which dispatches, reads the new one.
+        self.__class__ = generated_class(Spec(spec.base, spec.fallback))
+    spec.base.__setattr__(self, name, value)  # the class may have become another's base, as in torch.export
+
+
+def _differ(old: Any, new: Any) -> bool:
+    """Whether a forward may tell these apart: tensors always, and 2 from 2.0."""
+    return old is not new and (type(old) is not type(new) or (old == new) is not True)
+
+
+def _adapted_property(attribute: str, children: tuple[str, ...]) -> property:
+    def read(self: nn.Module) -> Any:
+        return adapted_weight(self, attribute, children)
+
+    def write(self: nn.Module, value: Any) -> None:
+        self._parameters[attribute] = value  # a plain tensor: FSDP1 puts one there for as long as a forward lasts
+
+    return property(read, write)
+
+
+class Tracer(Protocol):
+    """What reads adapted weights while a module is rewritten."""
+
+    def read(self, owner: nn.Module, attribute: str, children: tuple[str, ...]) -> Any: ...
+
+
+@dataclass
+class Reader:
+    """Through which tracer the weights of a model read just now; none outside of a trace."""
+
+    tracer: Tracer | None = None
+
+    @contextmanager
+    def by(self, tracer: Tracer) -> Iterator[None]:
+        before, self.tracer = self.tracer, tracer
+        try:
+            yield
+        finally:
+            self.tracer = before
+
+
+READER = "_lora_fx_reader"
+"""The attribute that a module has its `Reader` in, for as long as the model is rewritten."""
+
+
+def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) -> Any:
+    """`owner.<attribute>` with the branches of these adapters."""
+    reader: Reader | None = getattr(owner, READER)  # None in the class
+    if reader is not None and reader.tracer is not None:
+        return reader.tracer.read(owner, attribute, children)
+    if attribute not in owner._parameters:  # FSDP1 takes the parameter away before it puts another one there
+        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {attribute!r}")
+    parameter = owner._parameters[attribute]
+    if parameter is None or is_shard(parameter):
+        return parameter  # sharding code moves the parameter itself; it computes with the gathered one
+    factors = []
+    cast = False
+    for child in children:
+        adapter = getattr(owner, child)
+        A, drop = adapter.A, adapter.dropout if adapter.dropout.p else None
+        factors.append(Factors(adapter, A, adapter.B, drop, getattr(adapter, "index", None)))
+        cast = cast or A.dtype != parameter.dtype
+    return AdaptedWeight(parameter, View.of(parameter.shape), factors, parameter, (), cast)
+
+
+def _flat_weights(self: nn.RNNBase) -> list[Any]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _set_flat_weights(self: nn.RNNBase, value: list[Any]) -> None:
+    self.__dict__["_flat_weights"] = [self._parameters[name] for name in self._flat_weights_names]
+
+
+def _is_import(value: Any) -> bool:
+    """Other strings are annotations, which a file with postponed annotations keeps as text."""
+    return isinstance(value, str) and value.startswith(_IMPORT)
+
+
+def _forward(spec: Spec) -> Any:
+    """Compile the generated forward so that tracebacks and debuggers show its source."""
+    filename = f"<lora_fx {spec.base.__qualname__} {abs(hash((spec.source, spec.base))):x}>"
+    scope: dict[str, Any] = {
+        name: importlib.import_module(value.removeprefix(_IMPORT)) if _is_import(value) else value
+        for name, value in spec.names
+    }
+    exec(spec.source, scope)
+    source = _with_guard(spec.source, inspect.signature(scope["forward"]))
+    scope["lora_fx_spec"] = spec
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec"), scope)
+    forward = scope["forward"]
+    forward.__qualname__ = f"{spec.base.__qualname__}.forward"
+    return forward
+
+
+def _with_guard(source: str, signature: inspect.Signature) -> str:
+    """Whoever wrapped this forward may keep it beyond its time: then the forward of today runs."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*{0}", inspect.Parameter.VAR_KEYWORD: "**{0}"}
+    stars[inspect.Parameter.KEYWORD_ONLY] = "{0}={0}"
+    passed = ", ".join(stars.get(p.kind, "{0}").format(p.name) for p in signature.parameters.values())
+    guard = f"""
+    if getattr(type(self), "_lora_fx", None) is not lora_fx_spec:
+        return type(self).forward({passed})"""
+    guarded, found = re.subn(r"^def forward\(.*:$", lambda line: line[0] + guard, source, count=1, flags=re.MULTILINE)
+    assert found, source
+    return guarded
