@@ -678,7 +678,7 @@ MUTANTS = (
     # ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "parts_merged", "plan", "passes/planning.py",
-        "part = (site.rows, site.role) if rule.role is not None and site.rows is not None else None", "part = None",
+        "own = (site.rows, site.role) if rule.role is not None and site.rows is not None else None", "own = None",
         "Query and value of a fused weight share one adapter instead of having one each.",
         tests=("tests/test_rules.py::test_a_role_picks_the_rows_of_a_fused_weight_and_a_name_the_whole",),
     ),
