@@ -9,9 +9,12 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+from mkdocs.plugins import event_priority
+
 _stage = Path(tempfile.gettempdir())
 
 
+@event_priority(100)  # before mkdocstrings reads its own settings
 def on_config(config):
     global _stage
     root = Path(config.config_file_path).parent
