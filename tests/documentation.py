@@ -5,7 +5,8 @@ A page's blocks run from top to bottom in one scope. A comment on the line befor
     <!-- not run: why -->                 before a python block
     <!-- prints -->                       before a text block: exactly what the python block before it printed
     <!-- prints, with other numbers -->   the same, whatever its numbers are
-    <!-- refuses -->                      before a text block: the error that ended the python block before it
+    <!-- refuses -->                      before a text block: the error that ended the python block before it; also
+                                          with other numbers
 
 `python -m tests.documentation [page …]` writes what comes out into the pages.
 """
@@ -90,7 +91,7 @@ def _come(page: Path, scope: dict[str, Any]) -> Iterator[tuple[Block, Block | No
             if block.mark.startswith("not run"):
                 assert block.mark.removeprefix("not run").strip(": "), f"{block.place}: say why it is not run"
                 continue
-            came = _execute(block, module.__dict__, refuses=shown is not None and shown.mark == "refuses")
+            came = _execute(block, module.__dict__, refuses=shown is not None and shown.mark.startswith("refuses"))
             yield block, shown, came
     finally:
         del sys.modules[module.__name__]
