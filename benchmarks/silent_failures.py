@@ -94,7 +94,7 @@ class Case:
 
     @property
     def keys(self) -> Mapping[str, Any]:
-        return self.rule if "op" in self.rule else {"where": " | ".join(self.weights), **self.rule}
+        return self.rule if "form" in self.rule else {"where": " | ".join(self.weights), **self.rule}
 
     def make(self) -> nn.Module:
         torch.manual_seed(0)
@@ -390,7 +390,7 @@ CASES = (
     Case(
         "a head tied to the embedding, the head alone",
         _tied_head, lambda: torch.randint(0, 11, (4, 3)), ("read.weight",), dict(target_modules=["read"]),
-        rule=dict(op="linear"),
+        rule=dict(form="linear"),
     ),
     Case('Conv1d, padding="same", dilation 2', _conv(nn.Conv1d, 3, 5, 3, padding="same", dilation=2), X, **CONV),
     Case("Conv1d, circular padding", _conv(nn.Conv1d, 3, 5, 3, padding=1, padding_mode="circular"), X, **CONV),

@@ -240,7 +240,7 @@ CASES = {
     ),
     "tied": Case(Tied, IDS, [Rule(where="*", **TWO)], dict(target_modules=["table", "mix", "head"])),
     "one of tied": Case(
-        Tied, IDS, [Rule(where="mix", **TWO), Rule(op="embedding", **TWO)], dict(target_modules=["head"])
+        Tied, IDS, [Rule(where="mix", **TWO), Rule(form="embedding", **TWO)], dict(target_modules=["head"])
     ),
     "gpt2": Case(
         gpt2, {"input_ids": IDS}, [Rule(where="*c_attn", rank=3, alpha=4, layers="1"), Rule(where="*", **TWO)],

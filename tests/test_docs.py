@@ -8,8 +8,6 @@ import importlib.util
 import inspect
 import pkgutil
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -132,11 +130,3 @@ def test_the_schedules_are_all_in_their_page():
 def test_the_navigation_has_every_page():
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert {*re.findall(r"^  - .*: (\w+)\.md$", settings, re.M)} == {path.stem for path in PAGES}
-
-
-def test_the_site_builds_strictly(tmp_path):
-    pytest.importorskip("mkdocstrings", reason='pip install -e ".[docs]"')
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "lora_fx.Rule" in (tmp_path / "reference" / "index.html").read_text(encoding="utf-8")

@@ -56,7 +56,7 @@ class Small(nn.Module):
 
 
 IDS = torch.arange(10).reshape(2, 5)
-RULES = [Rule(op="linear", where="head", rank=2, alpha=3), Rule(where="up | down | side", rank=3, alpha=5)]
+RULES = [Rule(form="linear", where="head", rank=2, alpha=3), Rule(where="up | down | side", rank=3, alpha=5)]
 
 
 def small(dtype: torch.dtype = torch.float32) -> nn.Module:

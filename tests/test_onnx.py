@@ -259,7 +259,7 @@ def test_a_tied_weight_that_a_fold_splits_keeps_the_graph(tmp_path, early):
     torch.manual_seed(0)
     model, ids = Tied().eval(), torch.randint(0, 300, (2, 5))
     base = export_onnx(model, ids, tmp_path / "base.onnx")
-    model = adapted(model, ids, Rule(op="linear", rank=2))
+    model = adapted(model, ids, Rule(form="linear", rank=2))
     (storage,) = wiring.adapted_storages(model)
     assert storage.split
     folded = export_onnx(lora_fx.fold(model, copy=True) if early else model, ids, tmp_path / "folded.onnx")

@@ -362,7 +362,9 @@ def test_one_use_of_a_weight_whose_other_use_reads_the_same_attribute():
 
     model = Shared()
     ids = torch.arange(5)
-    refused(lambda: lora_fx.apply(model, Rule(op="linear", rank=2), ids), model, PlanError, "embed.weight", "embedding")
+    refused(
+        lambda: lora_fx.apply(model, Rule(form="linear", rank=2), ids), model, PlanError, "embed.weight", "embedding"
+    )
     lora_fx.apply(model, Rule(where="embed", rank=2), ids)
 
 

@@ -44,9 +44,9 @@ def test_where_is_a_glob_over_names_of_weights_and_modules(llama):
     assert set(decided(model, Rule(where="*.q_proj | lm_head", rank=2), inputs)) == q | {"lm_head.weight"}
 
 
-def test_roles_op_layers_and_when_all_have_to_match(llama):
+def test_roles_forms_layers_and_when_all_have_to_match(llama):
     model, inputs = llama
-    rule = Rule(role="attention.* | mlp.down", layers="1", op="linear", when=lambda s: s.in_features != 56, rank=2)
+    rule = Rule(role="attention.* | mlp.down", layers="1", form="linear", when=lambda s: s.in_features != 56, rank=2)
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     assert set(decided(model, rule, inputs)) == layer(1, *(f"self_attn.{n}" for n in names))
 
@@ -221,7 +221,7 @@ def test_the_plan_is_a_table_and_changes_nothing(gpt2):
     assert plan.parameters == trainable and f"{trainable:,} trainable parameters" in lines[-1]
 
 
-def test_without_example_inputs_names_and_ops_work():
+def test_without_example_inputs_names_and_forms_work():
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -231,10 +231,10 @@ def test_without_example_inputs_names_and_ops_work():
             return self.lin(self.conv(self.embed(i).transpose(1, 2)).mean(-1))
 
     model, ids = Net(), torch.arange(8).reshape(2, 4)
-    plan = lora_fx.plan(model, [Rule(op="conv*", rank=2), Rule(where="lin | embed", rank=2)])
+    plan = lora_fx.plan(model, [Rule(form="conv*", rank=2), Rule(where="lin | embed", rank=2)])
     assert {row.weight.name for row in plan.rows} == {"conv.weight", "lin.weight", "embed.weight"}
     assert "nothing was captured" in str(plan)
-    lora_fx.apply(model, [Rule(op="conv*", rank=2), Rule(where="lin | embed", rank=2)])
+    lora_fx.apply(model, [Rule(form="conv*", rank=2), Rule(where="lin | embed", rank=2)])
     reference.fill(model)
     assert lora_fx.verify(model, lora_fx.fold(model, copy=True), ids)
     base = copy.deepcopy(model)

@@ -245,7 +245,7 @@ def test_rules_are_valid_and_of_every_kind():
         rows = lora_fx.plan(model, rules, inputs).rows
         assert rows and all(row.rank >= 1 for row in rows)
         for rule in rules:
-            seen.update(key for key in ("where", "role", "op", "when") if getattr(rule, key) is not None)
+            seen.update(key for key in ("where", "role", "form", "when") if getattr(rule, key) is not None)
             seen.update([rule.scaling, "excluded" if rule.rank is None else "adapted"])
             seen["dropout"] += rule.dropout > 0
         seen["rows"] += any(row.rows is not None for row in rows)
@@ -253,7 +253,7 @@ def test_rules_are_valid_and_of_every_kind():
         seen["higher rank"] += any(row.rank > 1 for row in rows)
 
     check()
-    wanted = ("where", "role", "op", "when", "rslora", "excluded", "dropout", "rows", "split", "higher rank")
+    wanted = ("where", "role", "form", "when", "rslora", "excluded", "dropout", "rows", "split", "higher rank")
     assert all(seen[key] for key in wanted), seen
 
 

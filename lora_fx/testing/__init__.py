@@ -166,8 +166,8 @@ def _rule(
     by_role = {
         "role": chosen.role or "*"
     }  # twice: only a role asks for a part of a weight, or for one use of a tied one
-    by_name, by_op = {"where": chosen.weight.name}, {"op": chosen.uses[0].form}
-    keys: list[dict[str, Any]] = [{"where": "*"}, by_role, by_op, by_name, by_role]
+    by_name, by_form = {"where": chosen.weight.name}, {"form": chosen.uses[0].form}
+    keys: list[dict[str, Any]] = [{"where": "*"}, by_role, by_form, by_name, by_role]
     keys.append({"when": Narrower(chosen.in_features + 1)})
     key = draw(st.sampled_from(keys))
     settings: dict[str, Any] = dict(

@@ -381,7 +381,7 @@ MUTANTS = (
     ),
     Mutant(
         "computed_weight_accepted", "capture", "lora_fx/graph/program.py",
-        'if name in DENSE_OPS or name.startswith(("conv", "grouped", "_grouped")):', "if False:",
+        "if computed and not constant and _multiplies(name):", "if False:",
         "The parameters behind a weight_norm are adapted, which means nothing.",
     ),
     Mutant(
