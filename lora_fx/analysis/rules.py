@@ -127,6 +127,9 @@ class Rule:
                 shown.append(f"{f.name}={getattr(value, '__name__', None) or repr(value)}")
         return f"Rule({', '.join(shown)})"
 
+    def __repr__(self) -> str:
+        return self.label
+
     @property
     def layer_numbers(self) -> frozenset[int]:
         if isinstance(self.layers, int):
