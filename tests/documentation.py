@@ -98,7 +98,7 @@ def _come(page: Path, scope: dict[str, Any]) -> Iterator[tuple[Block, Block | No
 
 
 def _with_what_is_shown(found: list[Block]) -> Iterator[tuple[Block, Block | None]]:
-    for block, after in zip(found, [*found[1:], None], strict=True):
+    for block, after in zip(found, [*found[1:], None], strict=False):
         if block.language == "python":
             yield block, after if after is not None and after.mark.startswith(("prints", "refuses")) else None
 

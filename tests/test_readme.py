@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import runpy
 from pathlib import Path
@@ -23,7 +24,8 @@ def test_its_blocks_run(tmp_path, monkeypatch):
     model, example_inputs = case("llama").build()
     budget = runpy.run_path(str(ROOT / "examples" / "budget_pass.py"))["Budget"]
     monkeypatch.chdir(tmp_path)
-    assert run(PAGE, model=model, example_inputs=example_inputs, Budget=budget) == 2
+    scope = dict(model=model, other_model=copy.deepcopy(model), example_inputs=example_inputs, Budget=budget)
+    assert run(PAGE, **scope) == 2
     assert {"model.onnx", "adapter", "folder"} <= {path.name for path in tmp_path.iterdir()}
 
 
