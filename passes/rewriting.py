@@ -35,9 +35,8 @@ from lora_fx.model.classes import Reader
 _TORCH = os.path.dirname(torch.__file__)
 _NN_MODULES = os.path.join(_TORCH, "nn", "modules")
 _STANDARD = os.path.dirname(os.__file__) + os.sep
-_OWN = tuple(  # the rooms of lora_fx that run while a model is traced
-    os.path.dirname(file) + os.sep for file in (views.__file__, schedules.__file__, classes.__file__, __file__)
-)
+_ALGEBRA = tuple(os.path.dirname(file) + os.sep for file in (views.__file__, schedules.__file__))
+_OWN = (*_ALGEBRA, *(os.path.dirname(file) + os.sep for file in (classes.__file__, __file__)))  # they run meanwhile
 _DECIDES = frozenset({
     "isinstance", "issubclass", "hasattr", "type", "training", "is_grad_enabled", "is_inference_mode_enabled",
     "is_autocast_enabled", "is_tracing", "is_scripting", "is_compiling", "is_dynamo_compiling", "is_exporting",
@@ -172,10 +171,16 @@ def _names(cls: type) -> frozenset[str]:
 def _watch() -> Iterator[set[CodeType]]:
     """The code objects of model code that run inside."""
     seen: set[CodeType] = set()
+    depth = 0  # of calls below the algebra: a form's own functions, wherever they were written, are no model code
 
     def profile(frame: FrameType, event: str, arg: Any) -> None:
-        if event == "call":
+        nonlocal depth
+        if event == "call" and (depth or frame.f_code.co_filename.startswith(_ALGEBRA)):
+            depth += 1
+        elif event == "call":
             seen.add(frame.f_code)
+        elif event == "return" and depth:
+            depth -= 1
 
     before = sys.getprofile()
     sys.setprofile(profile)

@@ -17,7 +17,7 @@ from lora_fx.deltas import registration
 from lora_fx.deltas.registration import register_form
 from lora_fx.errors import FormError
 from lora_fx.graph.forms import FORMS, Call, Form
-from lora_fx.model.wiring import find_adapters
+from lora_fx.model.inventory import inventory
 from tests import reference
 
 # ── two forms, as somebody would write them ──────────────────────────────────────────────────────────────────────────
@@ -174,7 +174,7 @@ def test_a_rewritten_forward_has_the_branch_and_folds_and_unfolds(inner, scaled)
     lora_fx.unfold(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
     model(x).sum().backward()
-    assert all(bool((t.grad != 0).any()) for *_, a in find_adapters(model) for t in (a.A, a.B))
+    assert all(bool((t.grad != 0).any()) for a in inventory(model).adapters for t in (a.A, a.B))
 
 
 def test_a_module_that_decides_in_python_is_dispatched(inner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -169,6 +170,22 @@ def test_rules_come_from_dicts_and_toml(llama, tmp_path):
     same = [{"where": "lm_head"}, {"role": "mlp.up | lm_head", "rank": 2, "alpha": 5.0, "expect": 2}]
     plans = [lora_fx.plan(model, rules, inputs) for rules in (file, str(file), same, {"rule": same})]
     assert len({tuple((r.weight.name, r.rank, r.rule.alpha) for r in p.rows) for p in plans}) == 1
+
+
+def test_op_is_the_old_word_for_form(llama, tmp_path):
+    model, inputs = llama
+    file = tmp_path / "rules.toml"
+    file.write_text('[[rule]]\nop = "embedding"\nrank = 2\n')
+    for old in (lambda: Rule(op="embedding", rank=2), lambda: {"op": "embedding", "rank": 2}, lambda: file):
+        with pytest.warns(DeprecationWarning, match=r"Rule\(op=…\) is the old word for Rule\(form=…\)"):
+            rows = lora_fx.plan(model, old(), inputs).rows
+        assert [(row.weight.name, row.rule.form) for row in rows] == [("model.embed_tokens.weight", "embedding")]
+        assert dataclasses.replace(rows[0].rule, rank=3).label == "Rule(form='embedding', rank=3)"
+    for both in (dict(form="linear", op="linear", rank=2), dict(form="linear", op="conv", rank=2)):
+        with pytest.raises(RuleError, match="are both given"):
+            lora_fx.plan(model, both, inputs)
+    with pytest.raises(RuleError, match="did you mean 'form'"):
+        lora_fx.plan(model, {"from": "linear"}, inputs)
 
 
 def test_settings_reach_the_adapter(llama):

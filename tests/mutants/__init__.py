@@ -228,6 +228,24 @@ MUTANTS = (
         tests=("tests/test_forms.py",),
     ),
     Mutant(
+        "wrong_form_registered", "algebra", "lora_fx/deltas/registration.py",
+        "if not error <= bound:", "if False:",
+        "A form from outside is taken whatever its branch computes.",
+        tests=("tests/test_open_forms.py",),
+    ),
+    Mutant(
+        "form_fires_where_it_must_not", "algebra", "lora_fx/deltas/registration.py",
+        "if any(reading.call is not None for reading in readings):", "if False:",
+        "A form from outside is taken though it fires on its own counter-example.",
+        tests=("tests/test_open_forms.py",),
+    ),
+    Mutant(
+        "form_of_another_library", "algebra", "lora_fx/graph/forms.py",
+        'return func._schema.name.removeprefix("aten::")', 'return func._schema.name.rpartition("::")[2]',
+        "An op of another library is read as torch's op of the same name.",
+        tests=("tests/test_open_forms.py",),
+    ),
+    Mutant(
         "delta_transposed_where_square", "algebra", "lora_fx/graph/layout.py",
         "return self.to_weight(B @ A)",
         "return self.to_weight((B @ A).mT if self.size('i') == self.size('o') else B @ A)",
