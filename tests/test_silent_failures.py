@@ -67,7 +67,9 @@ def test_a_library_that_was_wrong_would_be_called_wrong(case: Case, cell: str):
 def test_a_refused_fold_is_shown_with_its_reason():
     case = replace(LINEAR, fold=lambda model: lora_fx.fold(lora_fx.deactivate(model)))
     cells = silent_failures.measure_lora_fx(case)
-    assert cells == (RIGHT, "refused: the model has no active adapter") and is_sound(cells)
+    assert cells == (RIGHT, "refused: the model has no active adapter (it requires an active adapter)") and is_sound(
+        cells
+    )
 
 
 def test_the_command_fails_where_lora_fx_is_wrong(monkeypatch, capsys):
