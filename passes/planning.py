@@ -15,7 +15,7 @@ from lora_fx.analysis.patterns import find_pattern
 from lora_fx.analysis.rules import Rule, read_rules, select
 from lora_fx.analysis.sites import Site, find_sites
 from lora_fx.deltas import schedules
-from lora_fx.deltas.adapter import schedulable
+from lora_fx.deltas.adapted_weight import schedulable
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import PlanError
 from lora_fx.graph import layout

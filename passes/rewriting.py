@@ -24,7 +24,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.deltas import schedules
-from lora_fx.deltas.adapter import AdaptedWeight, Factors, dispatch
+from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch, dispatch
+from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.graph import views
 from lora_fx.graph.forms import op_name
@@ -91,7 +92,7 @@ class Tracer(fx.Tracer):
         dispatches = any(getattr(owner, child).realised == Realisation.DISPATCH for child in children)
         if dispatches and not isinstance(owner, fx.GraphModule):
             return base  # the attribute itself will read as an adapted weight when the rewritten forward runs
-        factors, cast = [], False
+        branches, cast = [], False
         for child in children:
             adapter = getattr(owner, child)
             A, B = self.attribute(f"{prefix}{child}.A"), self.attribute(f"{prefix}{child}.B")
@@ -100,9 +101,10 @@ class Tracer(fx.Tracer):
                 (lambda x, path=path: self.create_proxy("call_module", path, (x,), {})) if adapter.dropout.p else None
             )
             index = self.attribute(f"{prefix}{child}.index") if hasattr(adapter, "index") else None
-            factors.append(Factors(adapter, A, B, drop, index))
+            delta = LowRank(adapter.layout, A, B, adapter.scale, adapter.rank, adapter.rows, index)
+            branches.append(Branch(adapter, delta, drop))
             cast = cast or adapter.dtype != parameter.dtype
-        return AdaptedWeight(base, View.of(parameter.shape), factors, base, (), cast)
+        return AdaptedWeight(base, View.of(parameter.shape), branches, base, (), cast)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, AdaptedWeight))

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
 from lora_fx import LoraFxError, Rule, application, changes
+from lora_fx.checks import certification, verification
 from lora_fx.errors import ExportError, FileError, FoldError
 from lora_fx.export.adapters import files as adapter_files
 from lora_fx.export.adapters import folder as adapter_folder
@@ -106,6 +107,11 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "apply": (small, lambda model: lora_fx.apply(model, RULES, IDS, name="two")),
     "apply, another": (adapted, lambda model: lora_fx.apply(model, RULES, IDS, name="two")),
 }
+#: those that leave the model as it was, which they change for a while
+CHECKS = {
+    "certify": (adapted, lambda model: lora_fx.certify(model, IDS)),
+    "certify, folded": (folded, lambda model: lora_fx.certify(model, IDS)),
+}
 
 
 # ── what a model is ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -167,7 +173,9 @@ def test_the_look_sees_what_a_verb_changes() -> None:
 
 # ── at every line ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-FILES = {m.__file__ for m in (application, changes, wiring, folding, insert, adapter_files)}
+FILES = {
+    m.__file__ for m in (application, changes, wiring, folding, insert, adapter_files, certification, verification)
+}
 
 
 class Lines:
@@ -208,15 +216,15 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERBS | CHECKS)
 def test_ctrl_c_at_any_line_leaves_the_model_bitwise_what_it_was(verb: str) -> None:
-    make, call = VERBS[verb]
+    make, call = (VERBS | CHECKS)[verb]
     new, model = make(), make()
     call(new)  # what is cached stays cached while this one lives
     with Lines() as lines:
         call(model)
     points, model, late = lines.points(), make(), 0
-    most = len(points) if DEEP else 40 if verb.startswith("apply") else 120
+    most = len(points) if DEEP else 40 if verb.startswith(("apply", "certify")) else 120
     before = Look(model)
     for at in points[:: -(-len(points) // most)]:
         with suppress(KeyboardInterrupt), Lines(at, interrupt) as lines:
@@ -246,15 +254,15 @@ class ShortOfMemory(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERBS | CHECKS)
 def test_no_memory_at_any_operation_leaves_the_model_bitwise_what_it_was(verb: str) -> None:
-    make, call = VERBS[verb]
+    make, call = (VERBS | CHECKS)[verb]
     model = make()
     with ShortOfMemory() as mode:
         call(model)
     total, new, model = mode.seen, reference.bits(model), make()
     before = Look(model)
-    step = 1 if DEEP else 83 if verb.startswith("apply") else 2
+    step = 1 if DEEP else 83 if verb.startswith(("apply", "certify")) else 2
     for at in range(0, total, step):
         try:
             with ShortOfMemory(at):

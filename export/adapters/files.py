@@ -90,8 +90,8 @@ class _Held:
 
     @property
     def whole(self) -> Factors:
-        A, B = self.adapter.A.detach().cpu(), self.adapter.B.detach()
-        return A, self.adapter.whole(B).cpu()
+        delta = self.adapter.low_rank().detached()
+        return delta.A.cpu(), delta.whole.cpu()
 
     def entry(self) -> dict[str, Any]:
         a = self.adapter

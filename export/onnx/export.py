@@ -25,7 +25,6 @@ from torch import nn
 
 from lora_fx.changes import borrowed, changing
 from lora_fx.checks.certification import Certificate, certify_adapted
-from lora_fx.checks.oracles import active_adapters
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx.calls import Call, flat_caches
@@ -51,6 +50,7 @@ from lora_fx.export.onnx.tasks import GRAPH
 from lora_fx.export.onnx.weights import Checkpoint, Weights, adapter_digest, structure
 from lora_fx.graph.capture import inputs_on_meta, normalize_inputs, refuse_unready, undisturbed
 from lora_fx.model import wiring
+from lora_fx.model.inventory import inventory
 from lora_fx.passes.fold import is_folded
 from lora_fx.passes.pipelines import FOLD, UNFOLD
 from lora_fx.passes.wiring import wire
@@ -190,7 +190,7 @@ def export_onnx(
     _check_arguments(model, opset, adapters, prove, weights)
     target = writable(path)
     checkpoint = None if weights is None else Checkpoint(weights)
-    with changing(model, "export_onnx"), undisturbed(model), _quiet(), _unfolded(model, prove):
+    with changing(model, "export_onnx") as undo, undisturbed(model), _quiet(), _unfolded(model, prove):
         model.eval()
         with flat_caches(model, normalize_inputs(model, example_inputs)) as inputs:
             form, acting = _form(model, adapters)
@@ -198,7 +198,7 @@ def export_onnx(
             job = _Job(model, call, opset, optimize, checkpoint, (input_names, output_names))
             expected = [] if checkpoint else run_torch(model, inputs)
             branches = wiring.adapted_storages(model) and not checkpoint
-            certificate = certify_adapted(model, inputs, gradients=False) if branches else None
+            certificate = certify_adapted(model, inputs, undo, gradients=False) if branches else None
             made = job.program(form)
             describe(made.graph, _notes(made.graph, form, acting) | made.notes)
             with folder_beside(target) as folder:
@@ -274,7 +274,7 @@ def _form(model: nn.Module, adapters: str) -> tuple[str, dict[str, tuple[Adapter
     """The form of the file, and the adapters in it by the names of their weights."""
     if adapters == SWITCHABLE:
         return adapters, {name: tuple(own) for name, (_, _, own) in owners_of(model).items()}
-    acting = {name: tuple(own) for name, own in active_adapters(model).items()}
+    acting = {name: tuple(own) for name, own in inventory(model).by_weight(active=True).items()}
     if acting:
         return adapters, acting
     for path, module in model.named_modules(remove_duplicate=False):

@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from lora_fx.changes import borrowed, changing
-from lora_fx.checks.oracles import parameters
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx.calls import Call
@@ -33,6 +32,7 @@ from lora_fx.export.onnx.files import folder_beside, move_files, writable
 from lora_fx.export.onnx.runtimes import require
 from lora_fx.export.onnx.weights import Weights, tensor_bytes
 from lora_fx.model import wiring
+from lora_fx.model.inventory import base_parameters
 from lora_fx.passes.wiring import wire
 
 SWITCHABLE = "switchable"
@@ -204,7 +204,7 @@ def factors_of(model: nn.Module, name: str) -> Factors:
         own = [adapter for adapter in adapters if adapter.name == name]
         if own:
             found[f"{weight}.lora_A"] = torch.cat([a.A.detach() for a in own], -2).cpu()
-            found[f"{weight}.lora_B"] = torch.cat([a.whole(a.B.detach()) * a.scale for a in own], -1).cpu()
+            found[f"{weight}.lora_B"] = torch.cat([a.low_rank().detached().whole * a.scale for a in own], -1).cpu()
     if not found:
         raise ExportError(
             f"there is no adapter named {name!r}", place="the model", remedy=f"it has {', '.join(sorted(have))}"
@@ -226,7 +226,7 @@ def base_version(model: nn.Module, load: Callable[[str], torch.Tensor] | None = 
         load: reads the numbers of a parameter on meta, by its name.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(parameters(model).items()):
+    for name, parameter in sorted(base_parameters(model).items()):
         if parameter.is_meta and load is None:
             raise ExportError(
                 "the weight is on meta: which base model this is cannot be told",

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.deltas.adapter import COMPOSITE, AdaptedWeight, Adapter, Factors
+from lora_fx.deltas.adapted_weight import COMPOSITE, AdaptedWeight, Branch
+from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import FormError, LoraFxError, essence
 from lora_fx.graph.forms import FORMS, Call, Form
 from lora_fx.graph.layout import Layout, default, infer
@@ -194,8 +195,8 @@ class _Trial:
             adapter.A.normal_(generator=draw)
             adapter.B.normal_(generator=draw)
         plain = torch.randn(self.shape, dtype=torch.float64, generator=draw)
-        factors = (Factors(adapter, adapter.A, adapter.B, None),)
-        return AdaptedWeight(plain, View.of(self.shape), factors, plain), adapter
+        branches = (Branch(adapter, adapter.low_rank(), None),)
+        return AdaptedWeight(plain, View.of(self.shape), branches, plain), adapter
 
     def _look(self, example: Example) -> list[_Reading]:
         """What `parse` says of the calls in an example, with a weight that computes densely."""

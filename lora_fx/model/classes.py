@@ -24,7 +24,8 @@ from weakref import WeakValueDictionary
 
 from torch import fx, nn
 
-from lora_fx.deltas.adapter import AdaptedWeight, Adapter, Factors
+from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch
+from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.views import View
 from lora_fx.model.inventory import inventory, is_shard
@@ -289,14 +290,13 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     parameter = owner._parameters[attribute]
     if parameter is None or is_shard(parameter):
         return parameter  # sharding code moves the parameter itself; it computes with the gathered one
-    factors = []
-    cast = False
+    branches, cast = [], False
     for child in children:
         adapter = getattr(owner, child)
-        A, drop = adapter.A, adapter.dropout if adapter.dropout.p else None
-        factors.append(Factors(adapter, A, adapter.B, drop, getattr(adapter, "index", None)))
-        cast = cast or A.dtype != parameter.dtype
-    return AdaptedWeight(parameter, View.of(parameter.shape), factors, parameter, (), cast)
+        delta, drop = adapter.low_rank(), adapter.dropout if adapter.dropout.p else None
+        branches.append(Branch(adapter, delta, drop))
+        cast = cast or delta.A.dtype != parameter.dtype
+    return AdaptedWeight(parameter, View.of(parameter.shape), branches, parameter, (), cast)
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Any]:
