@@ -465,7 +465,7 @@ def report(rows: Sequence[tuple[str, ...]], markdown: bool = False) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--markdown", action="store_true", help="print the table for the README")
+    parser.add_argument("--markdown", action="store_true", help="print the table for docs/silent.md")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cases = track(CASES, "PEFT and lora_fx", console=Console(stderr=True), transient=True)

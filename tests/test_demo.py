@@ -293,6 +293,18 @@ def test_example_fused_and_tied():
     assert "attention.query" in after(text, "a typo:") + text
 
 
+def test_example_budget_pass():
+    text = run_example("budget_pass")
+    assert "refused: pass 'budget': 640 parameters would be trained, and the budget is 500" in text
+    assert after(text, "adapters after the refusal:") == "{}"
+    assert after(text, "spent:") == "640 of 1,000 parameters"
+    names = [line.split()[0] for line in text.partition("\npass")[2].splitlines()[2:10]]
+    assert names[:5] == ["capture", "analyse", "select", "budget", "schedule"] and names[-1] == "check"
+    assert {"  04-budget/spent.txt", "  07-rewrite/0.before.txt", "  07-rewrite/0.after.txt"} <= {*text.splitlines()}
+    rewritten = text.partition("before and after the rewriting:")[2]
+    assert "F.linear(input, self.weight, self.bias)" in rewritten and "weight_lora_default_b" in rewritten
+
+
 def test_example_transformers_trainer():
     pytest.importorskip("transformers")
     text = run_example("transformers_trainer")

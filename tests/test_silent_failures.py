@@ -1,4 +1,4 @@
-"""The table of silent failures: lora_fx's column is right or refused, and the README's table is what comes out."""
+"""The table of silent failures: lora_fx's column is right or refused, and the table of the docs is what comes out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LINEAR = BY_NAME["F.linear(x, self.lin.weight)"]
 WAY_BACK = next(case for case in CASES if case.judge is silent_failures.judge_way_back)
 ROUNDED = BY_NAME["bfloat16, safe_merge=True"]
 
-measure_lora_fx = functools.cache(silent_failures.measure_lora_fx)  # the README's table asks again
+measure_lora_fx = functools.cache(silent_failures.measure_lora_fx)  # the table asks again
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -67,7 +67,9 @@ def test_a_library_that_was_wrong_would_be_called_wrong(case: Case, cell: str):
 def test_a_refused_fold_is_shown_with_its_reason():
     case = replace(LINEAR, fold=lambda model: lora_fx.fold(lora_fx.deactivate(model)))
     cells = silent_failures.measure_lora_fx(case)
-    assert cells == (RIGHT, "refused: the model has no active adapter") and is_sound(cells)
+    assert cells == (RIGHT, "refused: the model has no active adapter (it requires an active adapter)") and is_sound(
+        cells
+    )
 
 
 def test_the_command_fails_where_lora_fx_is_wrong(monkeypatch, capsys):
@@ -81,8 +83,8 @@ def test_a_failure_that_peft_warns_of_is_no_silent_one():
     assert measure_peft(BY_NAME["Conv1d, 2 groups"]) == ("right (warns)", "refused")
 
 
-def test_the_table_of_the_readme_is_what_the_command_prints():
-    shown = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_table_of_the_docs_is_what_the_command_prints():
+    shown = (ROOT / "docs" / "silent.md").read_text(encoding="utf-8")
     shown = shown.partition("<!-- silent failures -->\n")[2].partition("\n<!-- /silent failures -->")[0]
     printed = report([(case.name, *measure_peft(case), *measure_lora_fx(case)) for case in CASES], markdown=True)
     if _is_pinned("peft") and _is_pinned("torch"):
@@ -91,7 +93,7 @@ def test_the_table_of_the_readme_is_what_the_command_prints():
 
 
 def _is_pinned(package: str) -> bool:
-    """The installed version is the one of constraints.txt, for which the README's table was made."""
+    """The installed version is the one of constraints.txt, for which the table was made."""
     installed = importlib.metadata.version(package).partition("+")[0]
     return f"{package}=={installed}" in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 

@@ -1,0 +1,140 @@
+"""The documentation as a program: its Python blocks, and what the page shows that they print or refuse.
+
+A page's blocks run from top to bottom in one scope. A comment on the line before a block says more:
+
+    <!-- not run: why -->                 before a python block
+    <!-- prints -->                       before a text block: exactly what the python block before it printed
+    <!-- prints, with other numbers -->   the same, whatever its numbers are
+    <!-- refuses -->                      before a text block: the error that ended the python block before it; also
+                                          with other numbers
+
+`python -m tests.documentation [page …]` writes what comes out into the pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+import tempfile
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_fx import LoraFxError
+
+ROOT = Path(__file__).parent.parent
+PAGES = tuple(sorted((ROOT / "docs").glob("*.md")))
+_FENCE = re.compile(r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block."""
+
+    page: Path
+    line: int
+    """Of its first line, from 1."""
+    language: str
+    mark: str
+    """The comment before it."""
+    text: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    """Every fenced block of a page with its language, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, m.start("text")) + 1, m["language"], m["mark"] or "", m["text"])
+        for m in _FENCE.finditer(text)
+    ]
+
+
+def run(page: Path, **scope: Any) -> int:
+    """Run a page with these names in its scope; the number of python blocks that ran comes back.
+
+    Raises:
+        AssertionError: something that the page shows is not what comes out.
+    """
+    ran = 0
+    for block, shown, came in _come(page, scope):
+        ran += 1
+        if shown is not None:
+            assert _agrees(came, shown), f"{block.place} gives\n{came}\nand the page shows\n{shown.text}"
+    return ran
+
+
+def write(page: Path) -> None:
+    """Put what comes out into the page, where it shows something else: for changes that were meant."""
+    text = page.read_text(encoding="utf-8")
+    for _, shown, came in _come(page, {}):
+        if shown is not None and not _agrees(came, shown):
+            fence = f"<!-- {shown.mark} -->\n```text\n"
+            text = text.replace(f"{fence}{shown.text}```", f"{fence}{_trimmed(came)}\n```", 1)
+    page.write_text(text, encoding="utf-8")
+
+
+def _come(page: Path, scope: dict[str, Any]) -> Iterator[tuple[Block, Block | None, str]]:
+    """Each block that runs, what the page shows of it, and what comes out."""
+    module = types.ModuleType(f"page_{page.stem}")  # dataclasses and pickle look their module up
+    module.__dict__.update(scope)
+    sys.modules[module.__name__] = module
+    try:
+        for block, shown in _with_what_is_shown(blocks(page)):
+            if block.mark.startswith("not run"):
+                assert block.mark.removeprefix("not run").strip(": "), f"{block.place}: say why it is not run"
+                continue
+            came = _execute(block, module.__dict__, refuses=shown is not None and shown.mark.startswith("refuses"))
+            yield block, shown, came
+    finally:
+        del sys.modules[module.__name__]
+
+
+def _with_what_is_shown(found: list[Block]) -> Iterator[tuple[Block, Block | None]]:
+    for block, after in zip(found, [*found[1:], None], strict=False):
+        if block.language == "python":
+            yield block, after if after is not None and after.mark.startswith(("prints", "refuses")) else None
+
+
+def _execute(block: Block, scope: dict[str, Any], refuses: bool) -> str:
+    """What it printed, or the error that it must end with."""
+    code = compile("\n" * (block.line - 1) + block.text, str(block.page), "exec")  # a trace points into the page
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(code, scope)
+        except LoraFxError as error:
+            if refuses:
+                return f"{type(error).__name__}: {error}"
+            raise
+    assert not refuses, f"{block.place} refuses nothing"
+    return printed.getvalue()
+
+
+def _agrees(came: str, shown: Block) -> bool:
+    same = _without_numbers if shown.mark.endswith("with other numbers") else _trimmed
+    return same(came) == same(shown.text)
+
+
+def _trimmed(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+def _without_numbers(text: str) -> list[str]:
+    """Words alone: columns are as wide as their widest number, and a hash is one."""
+    return re.sub(r"#[0-9a-f]{8}|[-+]?\d[\d.,]*(?:e[-+]?\d+)?", "#", re.sub("─+", "─", text)).split()
+
+
+if __name__ == "__main__":  # python -m tests.documentation [page …]
+    names = sys.argv[1:] or [page.stem for page in PAGES]
+    for page in PAGES:
+        if page.stem in names:
+            with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+                write(page)
