@@ -35,7 +35,7 @@ import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.checks.verification import cast_inputs, compare, dither, relative_error, run
 from lora_fx.graph.capture import normalize_inputs
-from lora_fx.model import wiring
+from lora_fx.model.inventory import inventory
 from lora_fx.tables import table
 
 RANK, ALPHA = 2, 5
@@ -94,7 +94,7 @@ class Case:
 
     @property
     def keys(self) -> Mapping[str, Any]:
-        return self.rule if "op" in self.rule else {"where": " | ".join(self.weights), **self.rule}
+        return self.rule if "form" in self.rule else {"where": " | ".join(self.weights), **self.rule}
 
     def make(self) -> nn.Module:
         torch.manual_seed(0)
@@ -244,8 +244,9 @@ def measure_lora_fx(case: Case) -> tuple[str, str]:
 
 @torch.no_grad()
 def _fill(model: nn.Module, truth: Truth) -> None:
-    for path, _, child, adapter in wiring.find_adapters(model):
-        A, B = truth.factors[f"{path}.{wiring.attribute_of(child)}".lstrip(".")][adapter.name]
+    for place in inventory(model).places:
+        adapter = place.adapter
+        A, B = truth.factors[place.weight][adapter.name]
         if adapter.A.shape != A.shape:  # a head tied to an embedding has that one's layout: (B·A)ᵀ = Aᵀ·Bᵀ
             A, B = B.T, A.T
         adapter.A.copy_(A)
@@ -390,7 +391,7 @@ CASES = (
     Case(
         "a head tied to the embedding, the head alone",
         _tied_head, lambda: torch.randint(0, 11, (4, 3)), ("read.weight",), dict(target_modules=["read"]),
-        rule=dict(op="linear"),
+        rule=dict(form="linear"),
     ),
     Case('Conv1d, padding="same", dilation 2', _conv(nn.Conv1d, 3, 5, 3, padding="same", dilation=2), X, **CONV),
     Case("Conv1d, circular padding", _conv(nn.Conv1d, 3, 5, 3, padding=1, padding_mode="circular"), X, **CONV),

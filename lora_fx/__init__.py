@@ -17,11 +17,13 @@ from lora_fx.application import (
 from lora_fx.checks.certification import Certificate
 from lora_fx.checks.verification import Report, verify
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.registration import register_form
 from lora_fx.errors import LoraFxError
 from lora_fx.export.adapters.files import load_adapter, save_adapter
 from lora_fx.export.onnx.export import ExportReport, export_onnx
 from lora_fx.export.onnx.folding import fold_onnx
 from lora_fx.export.onnx.switchable import save_onnx_adapter
+from lora_fx.graph.forms import Call, Form
 from lora_fx.graph.program import Program, capture
 from lora_fx.model.classes import show
 from lora_fx.passes.pipeline import Pipeline
@@ -29,8 +31,10 @@ from lora_fx.passes.planning import Plan
 
 __all__ = [
     "Adapter",
+    "Call",
     "Certificate",
     "ExportReport",
+    "Form",
     "LoraFxError",
     "Pipeline",
     "Plan",
@@ -49,6 +53,7 @@ __all__ = [
     "load_adapter",
     "pipeline",
     "plan",
+    "register_form",
     "remove",
     "save_adapter",
     "save_onnx_adapter",

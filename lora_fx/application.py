@@ -139,17 +139,17 @@ def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = T
         CaptureError: the model does not run on the inputs, or is on meta.
         LoraFxError: a thread is inside a forward of the model.
     """
-    with changing(model, "certify"):
+    with changing(model, "certify") as undo:
         here = inventory(model)
         if not here.folded:
-            return certify_adapted(model, example_inputs, gradients=gradients)
+            return certify_adapted(model, example_inputs, undo, gradients=gradients)
         folded = {
             weight_name(here.modules[module][0], attribute): module._parameters[attribute].detach().clone()  # type: ignore[union-attr]
             for module, record in here.records.items()
             for attribute in record.attributes
         }
         unfold(model)
-        certificate = certify_adapted(model, example_inputs, gradients=gradients)
+        certificate = certify_adapted(model, example_inputs, undo, gradients=gradients)
         plain, acting = base_parameters(model), inventory(model).by_weight(active=True)
         wrong = {name: misrounded(plain[name], weight, acting[name]).numel() for name, weight in folded.items()}
         fold(model)

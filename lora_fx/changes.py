@@ -38,7 +38,7 @@ _open: list[tuple[nn.Module, list[Undo]]] = []  # the changes in progress, outer
 @contextmanager
 def in_turn() -> Iterator[None]:
     """Inside, no other thread's verb runs."""
-    inner = _lock._is_owned()  # type: ignore[attr-defined]
+    inner = _lock._is_owned()  # type: ignore[attr-defined]  # not in its stub
     with _lock:
         if not inner:
             _open.clear()
@@ -98,12 +98,16 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         before.restore()
 
 
-def undo_list() -> list[Undo]:
-    """The list of the outermost change in progress, for a check that writes into weights; a new one if there is none.
-
-    Pop what has been undone or must stay.
-    """
-    return _open[0][1] if _lock._is_owned() and _open else []  # type: ignore[attr-defined]
+@contextmanager
+def undone(undo: list[Undo]) -> Iterator[None]:
+    """Inside a change, for a part of it: what its list gets in here is undone afterwards, or else with the change."""
+    outer = len(undo)
+    try:
+        yield
+    finally:
+        while len(undo) > outer:  # Ctrl-C may come in here
+            undo[-1]()
+            undo.pop()
 
 
 @contextmanager
@@ -172,7 +176,7 @@ class _Before:
                 table.clear()
                 table.update(was)
             if forward is not None:
-                cls.forward = forward  # type: ignore[attr-defined]
+                cls.forward = forward  # type: ignore[attr-defined]  # that class has one
         for parameter, was in self.trainable:
             if parameter.requires_grad != was:
                 parameter.requires_grad_(was)

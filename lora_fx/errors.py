@@ -32,6 +32,10 @@ class RuleError(LoraFxError):
     """A rule is malformed, or does not match what it must."""
 
 
+class FormError(LoraFxError):
+    """A form that is to be registered is malformed, or wrong on its own examples."""
+
+
 class PlanError(LoraFxError):
     """A site that a rule asks for cannot be adapted."""
 

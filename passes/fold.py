@@ -80,8 +80,9 @@ class _Term:
 
     @staticmethod
     def of(adapter: Adapter) -> _Term:
-        A, B, scale = adapter.A.detach(), adapter.whole(adapter.B.detach()), adapter.scale
-        return _Term(adapter.layout, A.clone(), B.clone(), scale, abs(scale) * adapter.rank * _largest(A) * _largest(B))
+        delta = adapter.low_rank().detached()
+        A, B, scale = delta.A, delta.whole, delta.scale
+        return _Term(delta.layout, A.clone(), B.clone(), scale, abs(scale) * delta.rank * _largest(A) * _largest(B))
 
     def wide(self) -> _Term:
         """With float64 factors, to compute with."""

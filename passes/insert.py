@@ -99,13 +99,13 @@ class Check(Pass):
             return Result(model, False)
         inputs, rounding = program.capture.inputs, program.rounding()
         try:
-            check_adapted(model, inputs, adapters, rounding)
+            check_adapted(model, inputs, adapters, rounding, facts.undo)
         except EquivalenceError:
             if all(adapter.realised != Realisation.GRAPH for adapter in adapters):
                 raise
             demote(adapters)
             wire(model)
-            check_adapted(model, inputs, adapters, rounding)
+            check_adapted(model, inputs, adapters, rounding, facts.undo)
             return Result(model, True)
         return Result(model, False)
 

@@ -231,8 +231,8 @@ def _numbers(tensor: torch.Tensor) -> str:
     trained = "trained" if tensor.requires_grad else "frozen"
     if tensor.is_meta:
         return f"{kind} {trained}, on meta"
-    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{kind} {trained} #{hashlib.sha256(memoryview(bits)).hexdigest()[:8]}"
+    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{kind} {trained} #{hashlib.sha256(bits).hexdigest()[:8]}"
 
 
 def _dump(folder: Path, before: dict[str, str], after: dict[str, str], facts: tuple[object, ...]) -> tuple[str, ...]:

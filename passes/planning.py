@@ -15,7 +15,7 @@ from lora_fx.analysis.patterns import find_pattern
 from lora_fx.analysis.rules import Rule, read_rules, select
 from lora_fx.analysis.sites import Site, find_sites
 from lora_fx.deltas import schedules
-from lora_fx.deltas.adapter import schedulable
+from lora_fx.deltas.adapted_weight import schedulable
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import PlanError
 from lora_fx.graph import layout
@@ -311,13 +311,13 @@ def _pattern_weights(program: Program, rule: Rule) -> list[int]:
 
 def _rows(program: Program, sites: Sequence[Site], chosen: dict[Site, Rule]) -> list[Row]:
     """Sites of one weight under one rule become one row, unless the rule asks for parts by their role."""
-    groups: dict[tuple, list[Site]] = {}
+    groups: dict[tuple[Weight, Rule, Any], list[Site]] = {}
     for site in sites:
         rule = chosen.get(site)
         if rule is None or rule.rank is None:
             continue
-        part = (site.rows, site.role) if rule.role is not None and site.rows is not None else None
-        groups.setdefault((id(site.weight), rule, part), []).append(site)
+        own = (site.rows, site.role) if rule.role is not None and site.rows is not None else None
+        groups.setdefault((site.weight, rule, own), []).append(site)
     rows = []
     for (_, rule, _), group in groups.items():
         weight = group[0].weight

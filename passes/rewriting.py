@@ -24,7 +24,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.deltas import schedules
-from lora_fx.deltas.adapter import AdaptedWeight, Factors, dispatch
+from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch, dispatch
+from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.graph import views
 from lora_fx.graph.forms import op_name
@@ -35,9 +36,8 @@ from lora_fx.model.classes import Reader
 _TORCH = os.path.dirname(torch.__file__)
 _NN_MODULES = os.path.join(_TORCH, "nn", "modules")
 _STANDARD = os.path.dirname(os.__file__) + os.sep
-_OWN = tuple(  # the rooms of lora_fx that run while a model is traced
-    os.path.dirname(file) + os.sep for file in (views.__file__, schedules.__file__, classes.__file__, __file__)
-)
+_ALGEBRA = tuple(os.path.dirname(file) + os.sep for file in (views.__file__, schedules.__file__))
+_OWN = (*_ALGEBRA, *(os.path.dirname(file) + os.sep for file in (classes.__file__, __file__)))  # they run meanwhile
 _DECIDES = frozenset({
     "isinstance", "issubclass", "hasattr", "type", "training", "is_grad_enabled", "is_inference_mode_enabled",
     "is_autocast_enabled", "is_tracing", "is_scripting", "is_compiling", "is_dynamo_compiling", "is_exporting",
@@ -92,7 +92,7 @@ class Tracer(fx.Tracer):
         dispatches = any(getattr(owner, child).realised == Realisation.DISPATCH for child in children)
         if dispatches and not isinstance(owner, fx.GraphModule):
             return base  # the attribute itself will read as an adapted weight when the rewritten forward runs
-        factors, cast = [], False
+        branches, cast = [], False
         for child in children:
             adapter = getattr(owner, child)
             A, B = self.attribute(f"{prefix}{child}.A"), self.attribute(f"{prefix}{child}.B")
@@ -101,9 +101,10 @@ class Tracer(fx.Tracer):
                 (lambda x, path=path: self.create_proxy("call_module", path, (x,), {})) if adapter.dropout.p else None
             )
             index = self.attribute(f"{prefix}{child}.index") if hasattr(adapter, "index") else None
-            factors.append(Factors(adapter, A, B, drop, index))
+            delta = LowRank(adapter.layout, A, B, adapter.scale, adapter.rank, adapter.rows, index)
+            branches.append(Branch(adapter, delta, drop))
             cast = cast or adapter.dtype != parameter.dtype
-        return AdaptedWeight(base, View.of(parameter.shape), factors, base, (), cast)
+        return AdaptedWeight(base, View.of(parameter.shape), branches, base, (), cast)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, AdaptedWeight))
@@ -172,10 +173,16 @@ def _names(cls: type) -> frozenset[str]:
 def _watch() -> Iterator[set[CodeType]]:
     """The code objects of model code that run inside."""
     seen: set[CodeType] = set()
+    depth = 0  # of calls below the algebra: a form's own functions, wherever they were written, are no model code
 
     def profile(frame: FrameType, event: str, arg: Any) -> None:
-        if event == "call":
+        nonlocal depth
+        if event == "call" and (depth or frame.f_code.co_filename.startswith(_ALGEBRA)):
+            depth += 1
+        elif event == "call":
             seen.add(frame.f_code)
+        elif event == "return" and depth:
+            depth -= 1
 
     before = sys.getprofile()
     sys.setprofile(profile)

@@ -1,4 +1,4 @@
-"""What the tests hold lora_fx against: plain torch, written without a line of lora_fx's own algebra."""
+"""What the tests hold lora_fx against: plain torch and the checks' own δ, without a line of the branch algebra."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lora_fx.checks import oracles
-from lora_fx.checks.oracles import bits as bits
-from lora_fx.checks.oracles import graph_lines as graph_lines
+from lora_fx.checks.oracles import delta as delta
 from lora_fx.checks.verification import cast_inputs
 from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, undisturbed
-from lora_fx.model import wiring
-
-_LETTERS = "abcdefghijklmnopqstuvwxyz"  # without r, the rank
+from lora_fx.model.inventory import inventory
+from lora_fx.testing import comparing
+from lora_fx.testing.comparing import bits as bits
+from lora_fx.testing.comparing import graph_lines as graph_lines
 
 
 def fill(model: nn.Module, seed: int = 0) -> None:
@@ -28,35 +27,16 @@ def fill(model: nn.Module, seed: int = 0) -> None:
 
 
 def distinct_adapters(model: nn.Module) -> list:
-    return list(dict.fromkeys(adapter for *_, adapter in wiring.find_adapters(model)))
-
-
-def delta(adapter) -> torch.Tensor:
-    """scale · B·A, contracted by einsum over the rank straight into the weight's axes."""
-    sides, shape = adapter.layout.sides, adapter.layout.shape
-    axes = dict(enumerate(_LETTERS[: len(shape)]))
-    pick = {side: [k for k, s in enumerate(sides) if s == side] for side in "boi"}
-    label = {side: "".join(axes[k] for k in ks) for side, ks in pick.items()}
-    size = {side: [shape[k] for k in ks] for side, ks in pick.items()}
-    A = adapter.A.detach().double().reshape(*size["b"], adapter.rank, *size["i"])
-    flat = torch.zeros(*size["b"], math.prod(size["o"]), adapter.rank, dtype=torch.float64)
-    rows = range(math.prod(size["o"])) if adapter.rows is None else adapter.rows
-    flat[..., list(rows), :] = adapter.B.detach().double().reshape(*size["b"], -1, adapter.rank)
-    B = flat.reshape(*size["b"], *size["o"], adapter.rank)
-    equation = f"{label['b']}{label['o']}r,{label['b']}r{label['i']}->{''.join(axes.values())}"
-    scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank)
-    return scale * torch.einsum(equation, B, A)
+    return list(dict.fromkeys(place.adapter for place in inventory(model).places))
 
 
 def dense_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """name → W + Σ scale · B·A of every adapted parameter, in float64."""
     sums: dict[str, torch.Tensor] = {}
-    for path, owner, child, adapter in wiring.find_adapters(model):
-        attribute = wiring.attribute_of(child)
-        name = f"{path}.{attribute}".lstrip(".")
-        if adapter.active:
-            start = sums.get(name, owner._parameters[attribute].detach().double())
-            sums[name] = start + delta(adapter)
+    for place in inventory(model).places:
+        if place.adapter.active:
+            start = sums.get(place.weight, place.parameter.detach().double())
+            sums[place.weight] = start + delta(place.adapter)
     return sums
 
 
@@ -85,7 +65,7 @@ def in_double(model: nn.Module, example_inputs) -> tuple[nn.Module, Inputs]:
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(oracles.same_bits(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(comparing.same_bits(a[k], b[k]) for k in a)
 
 
 def classes(model: nn.Module) -> dict[str, type]:

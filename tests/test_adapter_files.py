@@ -19,7 +19,7 @@ from lora_fx import Adapter, Rule
 from lora_fx.errors import AdapterError, FileError, LoraFxError
 from lora_fx.export.adapters import files as adapter_files
 from lora_fx.export.adapters.files import CONFIG, TENSORS, load_adapter, save_adapter
-from lora_fx.model import wiring
+from lora_fx.model.inventory import inventory
 
 peft = pytest.importorskip("peft")
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM  # noqa: E402
@@ -154,8 +154,20 @@ def adapted(make: Callable[[], nn.Module], rules: Any, x: Any = None, **settings
 def adapters(model: nn.Module) -> dict[str, tuple]:
     """Everything an adapter is, by where it stands."""
     return {
-        f"{path}.{child}": (a.A, a.B, a.rank, a.alpha, a.scaling, a.dropout.p, a.rows, a.name, a.role, a.layout)
-        for path, _, child, a in wiring.find_adapters(model)
+        f"{place.path}.{place.child}": (
+            a.A,
+            a.B,
+            a.rank,
+            a.alpha,
+            a.scaling,
+            a.dropout.p,
+            a.rows,
+            a.name,
+            a.role,
+            a.layout,
+        )
+        for place in inventory(model).places
+        for a in [place.adapter]
     }
 
 
@@ -240,7 +252,7 @@ CASES = {
     ),
     "tied": Case(Tied, IDS, [Rule(where="*", **TWO)], dict(target_modules=["table", "mix", "head"])),
     "one of tied": Case(
-        Tied, IDS, [Rule(where="mix", **TWO), Rule(op="embedding", **TWO)], dict(target_modules=["head"])
+        Tied, IDS, [Rule(where="mix", **TWO), Rule(form="embedding", **TWO)], dict(target_modules=["head"])
     ),
     "gpt2": Case(
         gpt2, {"input_ids": IDS}, [Rule(where="*c_attn", rank=3, alpha=4, layers="1"), Rule(where="*", **TWO)],
@@ -294,7 +306,7 @@ def test_dropout_that_peft_ignores(name: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, lora_dropout=0.25, **case.config)
     peft.get_peft_model(fresh(case.make), config).save_pretrained(tmp_path)
     model = load_adapter(fresh(case.make), tmp_path)
-    dropped = {f"{path}.{child}" for path, _, child, a in wiring.find_adapters(model) if a.dropout.p == 0.25}
+    dropped = {f"{p.path}.{p.child}" for p in inventory(model).places if p.adapter.dropout.p == 0.25}
     assert dropped == {n for n in adapters(model) if not n.startswith(("table", "attention"))}
 
 

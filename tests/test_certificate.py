@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.deltas.adapter import AdaptedWeight
+from lora_fx.deltas.adapted_weight import AdaptedWeight
 from lora_fx.errors import CaptureError, PlanError
 from lora_fx.passes.wiring import wire
 from tests import reference
@@ -139,10 +139,16 @@ def test_a_wrong_scale_is_named_at_the_use_where_it_happens(monkeypatch):
 
 
 def test_an_effect_that_rounding_could_hide_is_not_certified():
+    """The bias makes the output: the effect is about 1/32 of it. Rounding moves it by 1/128 at most, however the sum
+    is added up, so that the noise floor is 1/256 to 1/128, and the bound 1/16 or more."""
     torch.manual_seed(0)
-    model, x = nn.LSTM(3, 2, batch_first=True).bfloat16(), torch.randn(2, 3, 3).bfloat16()
-    lora_fx.apply(model, Rule(where="*", rank=2), x)
+    model, x = nn.Linear(64, 64).bfloat16(), torch.randn(8, 64).sign().bfloat16()
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(64, 64).sign() / 128)
+        model.bias.fill_(1)
+    lora_fx.apply(model, Rule(where="*", rank=8), x)
     certificate = lora_fx.certify(model, x)
+    assert 2 / 128 < certificate.rows[0].effect < 3 / 64
     assert not certificate and all(certificate.whole)
     assert [row.problem for row in certificate.problems] == [
         "rounding in bfloat16 could hide its effect: certify a copy in float32 or float64"]  # fmt: skip

@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 IDS = torch.arange(12).reshape(2, 6)
-RULES = [Rule(op="linear", where="head", rank=2, alpha=3), Rule(where="up | side | attention.*", rank=3, alpha=5)]
+RULES = [Rule(form="linear", where="head", rank=2, alpha=3), Rule(where="up | side | attention.*", rank=3, alpha=5)]
 
 
 def adapted(*names: str) -> nn.Module:

@@ -25,13 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
 from lora_fx import LoraFxError, Rule, application, changes
+from lora_fx.checks import certification, verification
 from lora_fx.errors import ExportError, FileError, FoldError
 from lora_fx.export.adapters import files as adapter_files
 from lora_fx.export.adapters import folder as adapter_folder
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
-from lora_fx.model import wiring
+from lora_fx.model import classes
 from lora_fx.passes import fold as folding
-from lora_fx.passes import insert
+from lora_fx.passes import insert, wiring
 from tests import reference
 
 DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
@@ -56,7 +57,7 @@ class Small(nn.Module):
 
 
 IDS = torch.arange(10).reshape(2, 5)
-RULES = [Rule(op="linear", where="head", rank=2, alpha=3), Rule(where="up | down | side", rank=3, alpha=5)]
+RULES = [Rule(form="linear", where="head", rank=2, alpha=3), Rule(where="up | down | side", rank=3, alpha=5)]
 
 
 def small(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -105,6 +106,11 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "remove, graph module": (graph_module, lambda model: lora_fx.remove(model, "one")),
     "apply": (small, lambda model: lora_fx.apply(model, RULES, IDS, name="two")),
     "apply, another": (adapted, lambda model: lora_fx.apply(model, RULES, IDS, name="two")),
+}
+#: those that leave the model as it was, which they change for a while
+CHECKS = {
+    "certify": (adapted, lambda model: lora_fx.certify(model, IDS)),
+    "certify, folded": (folded, lambda model: lora_fx.certify(model, IDS)),
 }
 
 
@@ -167,7 +173,10 @@ def test_the_look_sees_what_a_verb_changes() -> None:
 
 # ── at every line ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-FILES = {m.__file__ for m in (application, changes, wiring, folding, insert, adapter_files)}
+FILES = {
+    m.__file__
+    for m in (application, changes, classes, wiring, folding, insert, adapter_files, certification, verification)
+}
 
 
 class Lines:
@@ -208,15 +217,15 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERBS | CHECKS)
 def test_ctrl_c_at_any_line_leaves_the_model_bitwise_what_it_was(verb: str) -> None:
-    make, call = VERBS[verb]
+    make, call = (VERBS | CHECKS)[verb]
     new, model = make(), make()
     call(new)  # what is cached stays cached while this one lives
     with Lines() as lines:
         call(model)
     points, model, late = lines.points(), make(), 0
-    most = len(points) if DEEP else 40 if verb.startswith("apply") else 120
+    most = len(points) if DEEP else 40 if verb.startswith(("apply", "certify")) else 120
     before = Look(model)
     for at in points[:: -(-len(points) // most)]:
         with suppress(KeyboardInterrupt), Lines(at, interrupt) as lines:
@@ -246,15 +255,15 @@ class ShortOfMemory(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERBS | CHECKS)
 def test_no_memory_at_any_operation_leaves_the_model_bitwise_what_it_was(verb: str) -> None:
-    make, call = VERBS[verb]
+    make, call = (VERBS | CHECKS)[verb]
     model = make()
     with ShortOfMemory() as mode:
         call(model)
     total, new, model = mode.seen, reference.bits(model), make()
     before = Look(model)
-    step = 1 if DEEP else 83 if verb.startswith("apply") else 2
+    step = 1 if DEEP else 83 if verb.startswith(("apply", "certify")) else 2
     for at in range(0, total, step):
         try:
             with ShortOfMemory(at):

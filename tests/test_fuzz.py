@@ -27,7 +27,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.export.adapters.folder import CONFIG, DIGEST, HEADER, TENSORS
-from lora_fx.model import wiring
+from lora_fx.model.inventory import inventory
 from tests import reference
 
 FILES = 12_000 if os.environ.get("LORA_FX_PROFILE") == "deep" else 420
@@ -122,8 +122,8 @@ def said(config: bytes, tensors: bytes) -> dict[str, tuple[torch.Tensor, torch.T
 
 def loaded(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
     return {
-        f"{path}.{wiring.attribute_of(child)}": (a.A.detach(), a.B.detach(), a.scale)
-        for path, _, child, a in wiring.find_adapters(model)
+        f"{place.path}.{place.attribute}": (place.adapter.A.detach(), place.adapter.B.detach(), place.adapter.scale)
+        for place in inventory(model).places
     }
 
 

@@ -28,7 +28,7 @@ import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import compare, run, worst
 from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, recorded
-from lora_fx.model import wiring
+from lora_fx.model.classes import is_wired
 from tests import reference
 from tests.zoo import call, case
 
@@ -696,4 +696,4 @@ def test_torch_export_of_an_adapted_model_has_the_branch():
     with recorded():
         assert same(output_tensors(program.module()(*inputs.args)), output_tensors(inputs.call(model)))
     assert call(model, inputs.args[0]).shape == program.module()(*inputs.args).shape
-    assert wiring.is_wired(model)
+    assert is_wired(model)

@@ -12,7 +12,7 @@ import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import SLACK, compare, run, worst
 from lora_fx.graph.capture import no_fast_paths, normalize_inputs, output_tensors
-from lora_fx.model import wiring
+from lora_fx.model.inventory import inventory
 from tests import reference
 from tests.zoo import ZOO, Case
 
@@ -135,12 +135,12 @@ def test_l6_exactly_the_adapters_get_gradients_and_each_one_does(adapted):
     unreachable = {f"{name}_lora_default.{factor}" for name, does in reached.items() if not does for factor in "AB"}
     with_gradient = {name for name, does in gradients(model, adapted.inputs).items() if does}
     adapters = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert adapters == {f"{path}.{child}.{f}".lstrip(".") for path, _, child, _ in _registered(model) for f in "AB"}
+    assert adapters == {f"{p.path}.{p.child}.{f}".lstrip(".") for p in _registered(model) for f in "AB"}
     assert with_gradient == adapters - unreachable
 
 
 def _registered(model):
-    return [found for found in wiring.find_adapters(model) if found[2] in found[1]._modules]
+    return [place for place in inventory(model).places if place.child in place.owner._modules]
 
 
 @FEW
@@ -201,7 +201,7 @@ def _without(adapted, weights, names):
 
 
 def test_every_name_of_a_tied_weight_is_adapted():
-    owners = {path for path, *_ in wiring.find_adapters(lora_fx.apply(*_gpt2(), check=False))}
+    owners = {place.path for place in inventory(lora_fx.apply(*_gpt2(), check=False)).places}
     assert {"transformer.wte", "lm_head"} <= owners
 
 

@@ -18,7 +18,7 @@ from lora_fx.checks.verification import compare, run, worst
 from lora_fx.errors import EquivalenceError
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.graph.views import View, move
-from lora_fx.model import wiring
+from lora_fx.model.inventory import inventory
 from lora_fx.passes import fold as folding
 from tests import reference
 
@@ -387,7 +387,7 @@ def test_a_sum_between_two_numbers_goes_where_it_belongs_and_exactly_between_the
     x = {"ioo": (2, 5), "iio": (2, 5, 3), "oio": (2, 3), "ioi": (2, 5, 4), "oi": (2, 7)}[sides]
     model = (nn.Linear(7, 6, bias=False) if sides == "oi" else Heads(sides)).to(dtype)
     lora_fx.apply(model, Rule(where="*", rank=2, alpha=2), torch.randn(x).to(dtype))
-    ((*_, adapter),) = wiring.find_adapters(model)
+    (adapter,) = inventory(model).adapters
     (weight,) = (p for p in model.parameters() if not p.requires_grad)
     steps = torch.arange(weight.numel(), dtype=torch.float64).reshape(weight.shape) % 5
     with torch.no_grad():

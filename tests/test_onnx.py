@@ -24,7 +24,7 @@ from lora_fx.export.onnx import files as onnx_files
 from lora_fx.export.onnx import runs as onnx_runs
 from lora_fx.export.onnx import weights as onnx_weights
 from lora_fx.export.onnx.export import export_onnx
-from lora_fx.model import wiring
+from lora_fx.model.inventory import inventory
 from lora_fx.passes.base import Pass, Result, given
 from tests import reference
 from tests.zoo import case
@@ -261,8 +261,8 @@ def test_a_tied_weight_that_a_fold_splits_keeps_the_graph(tmp_path, early):
     torch.manual_seed(0)
     model, ids = Tied().eval(), torch.randint(0, 300, (2, 5))
     base = export_onnx(model, ids, tmp_path / "base.onnx")
-    model = adapted(model, ids, Rule(op="linear", rank=2))
-    (storage,) = wiring.adapted_storages(model)
+    model = adapted(model, ids, Rule(form="linear", rank=2))
+    (storage,) = inventory(model).storages()
     assert storage.split
     folded = export_onnx(lora_fx.fold(model, copy=True) if early else model, ids, tmp_path / "folded.onnx")
     assert folded.operators == base.operators and folded.form == "folded"

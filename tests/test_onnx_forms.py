@@ -172,7 +172,7 @@ def on_meta(dtype: torch.dtype = torch.float32) -> nn.Module:
 def real(tmp_path):
     torch.manual_seed(0)
     model = Net().eval()
-    lora_fx.apply(model, [Rule(where="mid", rank=2), Rule(op="linear", rank=3)], IDS)
+    lora_fx.apply(model, [Rule(where="mid", rank=2), Rule(form="linear", rank=3)], IDS)
     reference.fill(model)
     lora_fx.save_adapter(model, tmp_path / "adapter")
     return model

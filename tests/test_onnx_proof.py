@@ -87,7 +87,9 @@ def test_the_proof_counts_what_it_saw(tmp_path):
 
 def test_a_copy_that_the_fold_split_off_stands_for_the_weight_it_was(tmp_path):
     ids = torch.arange(10).reshape(2, 5)
-    report = lora_fx.export_onnx(adapted(Tied(), Rule(op="linear", rank=2), ids), ids, tmp_path / "m.onnx", prove=True)
+    report = lora_fx.export_onnx(
+        adapted(Tied(), Rule(form="linear", rank=2), ids), ids, tmp_path / "m.onnx", prove=True
+    )
     assert dict(report.proof.split) == {"embed.weight": "head.weight"} and dict(report.proof.folded) == {
         "head.weight": 12000
     }
@@ -236,7 +238,7 @@ def test_numbers_that_do_not_fit_are_refused_before_a_file_is_there(tmp_path):
 def test_the_model_is_what_it_was_whatever_ends_the_export(tmp_path, monkeypatch):
     ids = torch.arange(10).reshape(2, 5)
     for form in ("folded", "switchable"):
-        model = adapted(Tied(), Rule(op="linear", rank=2), ids)
+        model = adapted(Tied(), Rule(form="linear", rank=2), ids)
         before, classes, keys = reference.bits(model), reference.classes(model), set(vars(model))
 
         def stop(*_, **__):

@@ -24,6 +24,7 @@ import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.checks.verification import run
 from lora_fx.graph.capture import Inputs, no_fast_paths, normalize_inputs, output_tensors
+from lora_fx.model.inventory import inventory
 from lora_fx.testing import (
     Filling,
     adapters,
@@ -165,9 +166,9 @@ def test_l6_exactly_the_adapters_get_gradients_and_each_one_does(drawn):
     reached = _with_gradient(base, drawn.inputs)
     found = _with_gradient(drawn.model, drawn.inputs) & {name for name, _ in drawn.model.named_parameters()}
     expected = {
-        f"{path}.{child}.{factor}".lstrip(".")
-        for path, owner, child, _ in lora_fx.model.wiring.find_adapters(drawn.model)
-        if child in owner._modules and f"{path}.{lora_fx.model.wiring.attribute_of(child)}".lstrip(".") in reached
+        f"{place.path}.{place.child}.{factor}".lstrip(".")
+        for place in inventory(drawn.model).places
+        if place.child in place.owner._modules and place.weight in reached
         for factor in "AB"
     }
     assert found == expected
@@ -198,9 +199,8 @@ def test_l7_folding_twice_is_folding_once(drawn):
 @given(adapted(), st.data())
 def test_l8_the_order_of_disjoint_rules_does_not_matter(drawn, data):
     found = {}  # a weight with several names has one rule here: by any of them it is found
-    for path, owner, child, _ in lora_fx.model.wiring.find_adapters(drawn.model):
-        attribute = lora_fx.model.wiring.attribute_of(child)
-        found.setdefault(id(owner._parameters[attribute]), f"{path}.{attribute}".lstrip("."))
+    for place in inventory(drawn.model).places:
+        found.setdefault(id(place.parameter), place.weight)
     names = list(found.values())
     rules = [Rule(where=name, rank=1, alpha=n + 1) for n, name in enumerate(names)]
     ordered, shuffled = copy.deepcopy(drawn.base), copy.deepcopy(drawn.base)

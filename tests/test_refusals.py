@@ -254,9 +254,9 @@ def test_an_attribute_of_a_forward_under_a_derived_class():
         model[0].scale = 3
     assert caught.value.place == "ParametrizedScaled.scale" and torch.equal(model(X), twice)
     parametrize.remove_parametrizations(model[0], "bias")
-    assert "self.scale" not in lora_fx.model.wiring.show(model[0])
+    assert "self.scale" not in lora_fx.show(model[0])
     model[0].scale = 2.0  # equal to 2, and another number to a forward: it makes floats of integers
-    assert "self.scale" in lora_fx.model.wiring.show(model[0])
+    assert "self.scale" in lora_fx.show(model[0])
     model[0].scale = 4
     assert torch.equal(model(X), 2 * twice)
 
@@ -362,7 +362,9 @@ def test_one_use_of_a_weight_whose_other_use_reads_the_same_attribute():
 
     model = Shared()
     ids = torch.arange(5)
-    refused(lambda: lora_fx.apply(model, Rule(op="linear", rank=2), ids), model, PlanError, "embed.weight", "embedding")
+    refused(
+        lambda: lora_fx.apply(model, Rule(form="linear", rank=2), ids), model, PlanError, "embed.weight", "embedding"
+    )
     lora_fx.apply(model, Rule(where="embed", rank=2), ids)
 
 

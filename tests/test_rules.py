@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -44,9 +45,9 @@ def test_where_is_a_glob_over_names_of_weights_and_modules(llama):
     assert set(decided(model, Rule(where="*.q_proj | lm_head", rank=2), inputs)) == q | {"lm_head.weight"}
 
 
-def test_roles_op_layers_and_when_all_have_to_match(llama):
+def test_roles_forms_layers_and_when_all_have_to_match(llama):
     model, inputs = llama
-    rule = Rule(role="attention.* | mlp.down", layers="1", op="linear", when=lambda s: s.in_features != 56, rank=2)
+    rule = Rule(role="attention.* | mlp.down", layers="1", form="linear", when=lambda s: s.in_features != 56, rank=2)
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     assert set(decided(model, rule, inputs)) == layer(1, *(f"self_attn.{n}" for n in names))
 
@@ -171,6 +172,22 @@ def test_rules_come_from_dicts_and_toml(llama, tmp_path):
     assert len({tuple((r.weight.name, r.rank, r.rule.alpha) for r in p.rows) for p in plans}) == 1
 
 
+def test_op_is_the_old_word_for_form(llama, tmp_path):
+    model, inputs = llama
+    file = tmp_path / "rules.toml"
+    file.write_text('[[rule]]\nop = "embedding"\nrank = 2\n')
+    for old in (lambda: Rule(op="embedding", rank=2), lambda: {"op": "embedding", "rank": 2}, lambda: file):
+        with pytest.warns(DeprecationWarning, match=r"Rule\(op=…\) is the old word for Rule\(form=…\)"):
+            rows = lora_fx.plan(model, old(), inputs).rows
+        assert [(row.weight.name, row.rule.form) for row in rows] == [("model.embed_tokens.weight", "embedding")]
+        assert dataclasses.replace(rows[0].rule, rank=3).label == "Rule(form='embedding', rank=3)"
+    for both in (dict(form="linear", op="linear", rank=2), dict(form="linear", op="conv", rank=2)):
+        with pytest.raises(RuleError, match="are both given"):
+            lora_fx.plan(model, both, inputs)
+    with pytest.raises(RuleError, match="did you mean 'form'"):
+        lora_fx.plan(model, {"from": "linear"}, inputs)
+
+
 def test_settings_reach_the_adapter(llama):
     model, inputs = case("llama").build()
 
@@ -221,7 +238,7 @@ def test_the_plan_is_a_table_and_changes_nothing(gpt2):
     assert plan.parameters == trainable and f"{trainable:,} trainable parameters" in lines[-1]
 
 
-def test_without_example_inputs_names_and_ops_work():
+def test_without_example_inputs_names_and_forms_work():
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -231,10 +248,10 @@ def test_without_example_inputs_names_and_ops_work():
             return self.lin(self.conv(self.embed(i).transpose(1, 2)).mean(-1))
 
     model, ids = Net(), torch.arange(8).reshape(2, 4)
-    plan = lora_fx.plan(model, [Rule(op="conv*", rank=2), Rule(where="lin | embed", rank=2)])
+    plan = lora_fx.plan(model, [Rule(form="conv*", rank=2), Rule(where="lin | embed", rank=2)])
     assert {row.weight.name for row in plan.rows} == {"conv.weight", "lin.weight", "embed.weight"}
     assert "nothing was captured" in str(plan)
-    lora_fx.apply(model, [Rule(op="conv*", rank=2), Rule(where="lin | embed", rank=2)])
+    lora_fx.apply(model, [Rule(form="conv*", rank=2), Rule(where="lin | embed", rank=2)])
     reference.fill(model)
     assert lora_fx.verify(model, lora_fx.fold(model, copy=True), ids)
     base = copy.deepcopy(model)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.deltas import schedules
+from lora_fx.deltas import kernels, schedules
+from lora_fx.deltas.kernels import Term
 from lora_fx.errors import PlanError, RuleError
 from lora_fx.graph.capture import recorded
 from tests import reference
@@ -53,8 +55,8 @@ class Case:
 
     def __call__(self, schedule: str, x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
         terms = [
-            (factors[2 * k], factors[2 * k + 1], 1.5 - k, first, x * self.mask if self.dropped else None)
-            for k, (first, _) in enumerate(self.parts)
+            Term(A, B, 1.5 - k, first, x * self.mask if self.dropped else None)
+            for k, (A, B, (first, _)) in enumerate(zip(factors[::2], factors[1::2], self.parts, strict=True))
         ]
         return schedules.matmul(self.op, x, self.weight, self.bias, terms, schedule)
 
@@ -74,7 +76,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, magnitudes: torch.
 
 CASES = [
     (op, parts, dropped, shape)
-    for op in schedules.OPS
+    for op in kernels.OPS
     for parts in PARTS
     for dropped in (False, True)
     for shape in SHAPES
@@ -85,7 +87,7 @@ CASES = [
 @pytest.mark.parametrize(("schedule", "large"), [("auto", 2**16), ("fused", 0), ("dense", 2**16)])
 @pytest.mark.parametrize(("op", "parts", "dropped", "shape"), CASES)
 def test_every_schedule_is_the_branch(monkeypatch, large, schedule, op, parts, dropped, shape):
-    monkeypatch.setattr(schedules, "_LARGE", large)
+    monkeypatch.setattr(kernels, "LARGE", large)
     case = Case(op, parts, dropped, shape)
     expected = case(schedules.BRANCH, case.x, *case.factors)
     assert_same(case(schedule, case.x, *case.factors), expected, case.magnitudes())
@@ -112,7 +114,7 @@ def test_a_product_over_many_rows_is_shared_out(rows, part):
         bound = (
             2 * (rows + 2) * torch.finfo(torch.float64).eps * 1.5 * torch.einsum("tr,to->ro", left.abs(), right.abs())
         )
-        assert bool(((schedules._tall(left, right, 1.5) - expected).abs() <= bound).all())
+        assert bool(((kernels._tall(left, right, 1.5) - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("schedule", [schedules.FUSED, schedules.DENSE])
@@ -200,7 +202,7 @@ def compiled(function, backend: str):
 
 @pytest.mark.parametrize(("op", "parts", "dropped", "shape"), [case for case in CASES if case[3] == "rows"])
 def test_compiled_it_is_one_op_with_the_same_gradients(monkeypatch, op, parts, dropped, shape):
-    monkeypatch.setattr(schedules, "_LARGE", 0)
+    monkeypatch.setattr(kernels, "LARGE", 0)
     case = Case(op, parts, dropped, shape)
     run, ops = compiled(lambda *args: case(schedules.AUTO, *args), "aot_eager")
     inputs = (case.x, *case.factors)
@@ -219,12 +221,12 @@ def test_the_op_keeps_the_rules_of_custom_ops(op, parts, dropped, wants):
     x = case.x if wants.startswith("x") else case.x.detach()
     own = [(x * case.mask).detach().requires_grad_(x.requires_grad) for _ in case.parts] if dropped else []
     scales, firsts = [1.5 - k for k in range(len(case.parts))], [first for first, _ in case.parts]
-    arguments = (op, x, case.weight, case.bias, case.factors, own, scales, firsts)
+    arguments = (op, x, case.weight, case.bias, case.factors[::2], case.factors[1::2], scales, firsts, own)
     torch.library.opcheck(torch.ops.lora_fx.fused_matmul, arguments)
 
 
 def test_inductor_runs_it(monkeypatch):
-    monkeypatch.setattr(schedules, "_LARGE", 0)
+    monkeypatch.setattr(kernels, "LARGE", 0)
     case = Case("linear", "two", False, "tokens")
     run, ops = compiled(lambda *args: case(schedules.AUTO, *args), "inductor")
     inputs = (case.x, *case.factors)
@@ -235,7 +237,7 @@ def test_inductor_runs_it(monkeypatch):
 
 
 def test_what_is_exported_or_transformed_has_no_op_of_ours(monkeypatch):
-    monkeypatch.setattr(schedules, "_LARGE", 0)
+    monkeypatch.setattr(kernels, "LARGE", 0)
     x = torch.randn(4, 6)
     model = lora_fx.apply(nn.Linear(6, 9), Rule(where="*", rank=2), x)
     for strict in False, True:
@@ -250,6 +252,17 @@ def test_what_is_exported_or_transformed_has_no_op_of_ours(monkeypatch):
     run(case.x).sum().backward()
     assert case.bias.grad is not None
     assert not [name for name in (*ops, *more) if "fused_matmul" in name]
+
+
+def test_a_rewritten_graph_is_pickled_with_its_schedule():
+    x = torch.randn(4, 6)
+    model = lora_fx.apply(
+        fx.symbolic_trace(nn.Sequential(nn.Linear(6, 9))), Rule(rank=2, where="*", schedule="fused"), x
+    )
+    reference.fill(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(x), model(x)) and lora_fx.show(again) == lora_fx.show(model)
+    assert "schedules_matmul" in lora_fx.show(again)
 
 
 def test_a_captured_program_shows_the_branch():
@@ -283,7 +296,8 @@ def test_auto_takes_the_dense_sum_where_the_tokens_are_many(monkeypatch, tokens,
     monkeypatch.setattr(schedules, "_CACHED", cached)
     model = lora_fx.apply(Model(), Rule(where="first", rank=2), torch.randn(2, 3, 8))
     sums = []
-    monkeypatch.setattr(schedules, "_sum", lambda *args, real=schedules._sum: sums.append(1) or real(*args))
+    honest = kernels.weight_sum
+    monkeypatch.setattr(kernels, "weight_sum", lambda *args: sums.append(1) or honest(*args))
     model.first(torch.randn(tokens, 8, requires_grad=True)).sum().backward()
     assert len(sums) == sums_made
 

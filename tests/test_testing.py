@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ from collections import Counter
 from fractions import Fraction
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, find, given, settings
@@ -24,15 +26,17 @@ from lora_fx.checks import oracles
 from lora_fx.checks.verification import run, verify
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.graph.forms import TABLE
-from lora_fx.model import wiring
+from lora_fx.graph.layout import Layout
+from lora_fx.model.inventory import inventory
 from lora_fx.passes.wiring import wire
 from lora_fx.testing import (
     Filling,
-    _options,
     adapters,
     assert_equivalent,
     assert_folds_exactly,
     assert_onnx_equivalent,
+    assertions,
+    comparing,
     first_difference,
     models,
     random_models,
@@ -53,6 +57,7 @@ from lora_fx.testing.random_models import (
     Matmul,
     RandomModel,
 )
+from lora_fx.testing.strategies import _options
 from tests import reference
 
 EVERYTHING = Rule(when=lambda site: not site.weight.problem, rank=1, alpha=2)
@@ -196,7 +201,7 @@ def test_a_lost_branch_of_any_single_site_is_far_above_the_bound_and_is_named(bl
     first = () if block.reads_ids else (Linear(),)
     model = filled(RandomModel(*first, block(), Linear(), head="linear", outputs=3, dtype=dtype))
     for n, adapter in enumerate(reference.distinct_adapters(model)):
-        name = next(f"{p}.{wiring.attribute_of(c)}" for p, _, c, a in wiring.find_adapters(model) if a is adapter)
+        name = next(place.weight for place in inventory(model).places if place.adapter is adapter)
         broken = copy.deepcopy(model)
         with torch.no_grad():
             reference.distinct_adapters(broken)[n].B.zero_()
@@ -215,7 +220,7 @@ def test_every_op_of_a_matmul_is_compared_with_itself(block, how):
     model = filled(RandomModel(Linear(), block(how=how), Linear()))
     broken = copy.deepcopy(model)
     with torch.no_grad():
-        next(adapter for path, _, _, adapter in wiring.find_adapters(broken) if path == "blocks.1").B.zero_()
+        next(place.adapter for place in inventory(broken).places if place.path == "blocks.1").B.zero_()
     found = first_difference(model, lora_fx.fold(broken), model.example())
     assert found is not None and "blocks.1.weight" in found.weights
 
@@ -245,7 +250,7 @@ def test_rules_are_valid_and_of_every_kind():
         rows = lora_fx.plan(model, rules, inputs).rows
         assert rows and all(row.rank >= 1 for row in rows)
         for rule in rules:
-            seen.update(key for key in ("where", "role", "op", "when") if getattr(rule, key) is not None)
+            seen.update(key for key in ("where", "role", "form", "when") if getattr(rule, key) is not None)
             seen.update([rule.scaling, "excluded" if rule.rank is None else "adapted"])
             seen["dropout"] += rule.dropout > 0
         seen["rows"] += any(row.rows is not None for row in rows)
@@ -253,7 +258,7 @@ def test_rules_are_valid_and_of_every_kind():
         seen["higher rank"] += any(row.rank > 1 for row in rows)
 
     check()
-    wanted = ("where", "role", "op", "when", "rslora", "excluded", "dropout", "rows", "split", "higher rank")
+    wanted = ("where", "role", "form", "when", "rslora", "excluded", "dropout", "rows", "split", "higher rank")
     assert all(seen[key] for key in wanted), seen
 
 
@@ -332,7 +337,7 @@ def test_equivalent_models_pass_and_the_report_comes_back():
 
 def fold_with(change):
     """`fold`, and then a change to the folded copy."""
-    real = testing.fold
+    real = assertions.fold
 
     def fold(model, **options):
         folded = real(model, **options)
@@ -398,7 +403,7 @@ def touched_itself(model, folded):
 )
 def test_a_wrong_fold_is_told_by_what_is_wrong(monkeypatch, change, dtype, message):
     model = filled(RandomModel(Linear(), Linear(inputs=2, outputs=2), Linear(), dtype=dtype))
-    monkeypatch.setattr(testing, "fold", fold_with(change))
+    monkeypatch.setattr(assertions, "fold", fold_with(change))
     with pytest.raises(AssertionError, match=message) as caught:
         assert_folds_exactly(model, model.example())
     assert "RandomModel(\n    Linear(" in str(caught.value)
@@ -410,7 +415,7 @@ def test_an_untied_fold_is_told(monkeypatch):
 
     model = filled(RandomModel(Embedding(), Linear(), head="tied"), Rule(where="*", rank=1))
     assert_folds_exactly(model, model.example())
-    monkeypatch.setattr(testing, "fold", fold_with(untie))
+    monkeypatch.setattr(assertions, "fold", fold_with(untie))
     message = r"last\.weight: it shared its storage with blocks\.0\.table\.weight, and does no longer"
     with pytest.raises(AssertionError, match=message):
         assert_folds_exactly(model, model.example())
@@ -422,7 +427,7 @@ def test_a_fold_into_the_other_use_of_a_tied_weight_is_told(monkeypatch):
 
     model = filled(RandomModel(Embedding(), Linear(), head="tied"), Rule(role="lm_head", rank=1))
     assert_folds_exactly(model, model.example())
-    monkeypatch.setattr(testing, "fold", fold_with(fold_both))
+    monkeypatch.setattr(assertions, "fold", fold_with(fold_both))
     with pytest.raises(AssertionError, match=r"blocks\.0\.table\.weight: no adapter acts on it"):
         assert_folds_exactly(model, model.example())
 
@@ -442,9 +447,9 @@ def test_a_second_fold_that_adds_and_an_unfold_that_rounds_are_told(monkeypatch,
         return folded
 
     if which == "again":
-        monkeypatch.setattr(testing, "fold", fold_again)
+        monkeypatch.setattr(assertions, "fold", fold_again)
     else:
-        monkeypatch.setattr(testing, "unfold", unfold_badly)
+        monkeypatch.setattr(assertions, "unfold", unfold_badly)
     message = {
         "again": r"blocks\.0\.linear\.weight: folding a second time changes it",
         "back": r"blocks\.1\.linear\.weight: unfolding does not give its bits back",
@@ -471,8 +476,8 @@ def test_routed_models_fold_on_the_path_of_their_own_numbers():
     model = lora_fx.apply(Routed(), Rule(where="router", rank=1, alpha=2), x)
     for seed in range(8):
         Filling(seed=seed, size=4.0)(model)
-        both = lora_fx.fold(model, copy=True), oracles.base_of(model)
-        lines = [oracles.graph_lines(lora_fx.capture(m, x).graph) for m in both]
+        both = lora_fx.fold(model, copy=True), comparing.base_of(model)
+        lines = [comparing.graph_lines(lora_fx.capture(m, x).graph) for m in both]
         turned += lines[0] != lines[1]
         assert_folds_exactly(model, x)
     assert 0 < turned < 8
@@ -483,8 +488,8 @@ def test_the_exported_file_is_run_against_torch(tmp_path, monkeypatch):
     model = square(torch.float32)
     report = assert_onnx_equivalent(model, model.example(), tmp_path / "model.onnx")
     assert report.form == "folded" and (tmp_path / "model.onnx").exists()
-    real = testing._run_file
-    monkeypatch.setattr(testing, "_run_file", lambda *args: [t + 1 for t in real(*args)])
+    real = assertions._run_file
+    monkeypatch.setattr(assertions, "_run_file", lambda *args: [t + 1 for t in real(*args)])
     with pytest.raises(AssertionError, match="output 0 of the exported file is not the model's: DIFFERENT"):
         assert_onnx_equivalent(model, model.example())
 
@@ -497,6 +502,29 @@ def test_a_file_that_onnx_runtime_cannot_run_is_not_called_equivalent():
 
 
 # ── rounding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("sides", "shape", "rows"),
+    [
+        *[("oi", (3, 4), None), ("io", (4, 3), (0, 2)), ("boi", (2, 3, 4), (1,)), ("iob", (4, 3, 2), None)],
+        *[("oiio", (2, 3, 4, 5), None), ("oio", (2, 3, 2), (0, 3, 1)), ("bobi", (2, 3, 4, 5), (2, 0))],
+    ],
+)
+def test_the_delta_of_the_checks_is_the_sum_that_a_loop_makes(sides, shape, rows):
+    """On whole numbers, where no sum is rounded."""
+    adapter = lora_fx.Adapter(Layout(sides, shape), rank=2, alpha=3, rows=rows)
+    A, B = (factor.data.copy_(torch.randint(-9, 9, factor.shape)) for factor in (adapter.A, adapter.B))
+    found = oracles.delta(adapter)
+    assert found.shape == shape
+    for index in itertools.product(*map(range, shape)):
+        at = {side: tuple(n for n, s in zip(index, sides, strict=True) if s == side) for side in "boi"}
+        size = {side: tuple(n for n, s in zip(shape, sides, strict=True) if s == side) for side in "oi"}
+        row, column = (int(np.ravel_multi_index(at[side], size[side])) for side in "oi")
+        if rows is not None:
+            row = rows.index(row) if row in rows else None
+        whole = 0.0 if row is None else float(B[at["b"]][row] @ A[at["b"]][:, column])
+        assert float(found[index]) == 1.5 * whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -533,7 +561,7 @@ def nearest(weight, folded, adapter, k) -> bool:
 
 def test_a_float64_fold_may_be_off_by_its_own_sums_roundings_and_no_more():
     layer = filled(RandomModel(Linear(inputs=5, outputs=3), dtype=torch.float64))
-    name, acting = next(iter(oracles.active_adapters(layer).items()))
+    name, acting = next(iter(inventory(layer).by_weight(active=True).items()))
     weight, folded = layer.get_parameter(name), lora_fx.fold(layer, copy=True).get_parameter(name).detach()
     assert not oracles.misrounded(weight, folded, acting).numel()
     assert oracles.misrounded(weight, folded * (1 + 2**-40), acting).numel() == folded.numel()

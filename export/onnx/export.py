@@ -380,7 +380,7 @@ class Certify(Pass):
     def call(self, model: nn.Module, facts: Facts) -> Result:
         if facts[Job].checkpoint or not inventory(model).storages():
             return Result(model, False)
-        return Result(model, False, (certify_adapted(model, facts[Job].call.inputs, gradients=False),))
+        return Result(model, False, (certify_adapted(model, facts[Job].call.inputs, facts.undo, gradients=False),))
 
 
 @dataclass(frozen=True)

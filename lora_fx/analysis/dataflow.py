@@ -10,12 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from torch import fx
 
 from lora_fx.analysis.feature_split import Splitter, Target
-from lora_fx.graph.nodes import ALIASES, PRODUCTS, base_name, dim_of, is_float, shape_of, written_by
+from lora_fx.graph.forms import FORMS
+from lora_fx.graph.nodes import (
+    ALIASES,
+    PRODUCTS,
+    arguments,
+    base_name,
+    dim_of,
+    first_operand,
+    is_float,
+    shape_of,
+    written_by,
+)
 from lora_fx.graph.program import Program, Use
 
 _LIKE = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})  # the second argument gives no values
@@ -36,11 +46,16 @@ _RELAYS = frozenset({  # what moves axes or elements to other places
     "as_strided", "index_put", "take_along_dim", "scatter", "copy",
 })  # fmt: skip
 _RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"})
-PLAIN_PRODUCTS = PRODUCTS | {"linear", "mv", "inner", "addmv", "chain_matmul", "linalg_multi_dot", "grouped_mm",
-                               "_grouped_mm", "grouped_mm_fallback"}  # fmt: skip
+_DENSE_PRODUCTS = PRODUCTS | {"mv", "inner", "addmv", "chain_matmul", "linalg_multi_dot"}
 
 _INPUT, CORE, MIX = 1, 2, 4  # what a value may come from beside uses: model input, attention, another product
 FIRST_USE = 8
+
+
+def multiplies_plainly(node: fx.Node) -> bool:
+    """Whether it is a matmul whose role, as a weight's, is told by what is around it."""
+    name = base_name(node)
+    return not FORMS[name].role if name in FORMS else name in _DENSE_PRODUCTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +107,7 @@ class Flow:
 
     def __init__(self, program: Program) -> None:
         assert program.capture is not None
-        self.nodes = list(program.graph.nodes)
+        self.nodes: list[fx.Node] = list(program.graph.nodes)
         self.order = {node: k for k, node in enumerate(self.nodes)}
         self.capture = program.capture
         self.splitter = Splitter(self)
@@ -214,13 +229,14 @@ class Flow:
     def _attention(self, node: fx.Node, name: str, live: bool, above: int) -> Fact | None:
         """softmax(…)·v, where the softmax is one of products of activations."""
         factors = self._factors(node, name)
-        weights = [n for n in factors if self.fact(n).softmax is not None]
-        if len(factors) < 2 or len(weights) != 1:
+        weights = {n: softmax for n in factors if (softmax := self.fact(n).softmax) is not None}
+        if len(factors) < 2 or len([n for n in factors if n in weights]) != 1:
             return None
-        scores = _Scores(self, self.fact(weights[0]).softmax)  # type: ignore[arg-type]
+        ((weighting, softmax),) = weights.items()
+        scores = _Scores(self, softmax)
         if not scores.found:
             return None
-        values = tuple(Target(node, n) for n in factors if n is not weights[0])
+        values = tuple(Target(node, n) for n in factors if n is not weighting)
         return self._core(_Core(node, scores.query, scores.key, values), live, above)
 
     def _mix(self, node: fx.Node, name: str, live: bool) -> Fact | None:
@@ -249,7 +265,7 @@ class Flow:
             fact.softmax, fact.weighs, fact.bent, fact.acts = node, True, False, ()
         elif name in _CHOICES:
             fact.weighs, fact.softmax = True, None
-        if name in PLAIN_PRODUCTS and len(node.all_input_nodes) > len(sources):
+        if multiplies_plainly(node) and len(node.all_input_nodes) > len(sources):
             self.used |= fact.frontier  # by a computed weight, which is no use that could be adapted
         if name in _ADDS and len(sources) > 1:
             self._add(fact, sources)
@@ -319,10 +335,9 @@ class Flow:
 
     def _note_aliases(self, node: fx.Node, name: str) -> None:
         written = written_by(node)
-        source = written[0] if written else node.args[0] if node.args else None
+        source = written[0] if written else first_operand(node)
         looks = bool(written) or name in ALIASES or name == "getitem"
-        root = self.root.get(source, source) if looks and isinstance(source, fx.Node) else node
-        self.root[node] = root
+        self.root[node] = self.root.get(source, source) if looks and source is not None else node
         if written:
             self._write(node, written)
 
@@ -378,11 +393,11 @@ def _is_fused_attention(name: str) -> bool:
 
 def _operands(node: fx.Node, name: str) -> list[fx.Node]:
     """The factors of a product."""
-    args: Any = node.args
+    args = arguments(node)
     if name == "einsum":
-        args = args[1] if isinstance(args[1], list | tuple) else args[1:]
+        args = tuple(args[1]) if isinstance(args[1], list | tuple) else args[1:]
     elif name in ("baddbmm", "addmm", "addbmm"):
-        args = [*args[1:3], *(v for k, v in node.kwargs.items() if k[:-1] in ("batch", "mat"))]
+        args = (*args[1:3], *(v for k, v in node.kwargs.items() if k[:-1] in ("batch", "mat")))
     return [a for a in args if isinstance(a, fx.Node)]
 
 

@@ -7,14 +7,15 @@ gradient are the ones that reach the target. Equal places in a graph are run onc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
-from lora_fx.graph.nodes import ALIASES, PRODUCTS, base_name, dim_of, is_float, shape_of, written_by
+from lora_fx.graph.capture import Capture
+from lora_fx.graph.nodes import ALIASES, PRODUCTS, base_name, call, dim_of, is_float, shape_of, written_by
 from lora_fx.graph.program import Use
 
 _FEW_ELEMENTS = 1 << 20  # above it, a run on shorter sequences is tried first
@@ -42,16 +43,16 @@ class Undecided(Exception):
 class Flow(Protocol):
     """What the splitter asks of the walk over the graph: `lora_fx.analysis.dataflow` answers."""
 
-    capture: Any
-    order: Mapping[fx.Node, int]
-    bit: Mapping[fx.Node, int]
-    root: Mapping[fx.Node, fx.Node]
-    writes: Any
+    capture: Capture
+    order: dict[fx.Node, int]
+    bit: dict[fx.Node, int]
+    root: dict[fx.Node, fx.Node]
+    writes: dict[fx.Node, list[fx.Node]]
     visits: int
 
     def fact(self, node: fx.Node) -> Any: ...
 
-    def writes_between(self, node: fx.Node, reader: fx.Node) -> Iterable[fx.Node]: ...
+    def writes_between(self, target: fx.Node, reader: fx.Node) -> list[fx.Node]: ...
 
 
 class Splitter:
@@ -208,7 +209,7 @@ class Splitter:
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "cpu"}
         try:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return call(node, args, kwargs)
         except Exception as problem:
             raise unknown from problem
 
@@ -267,7 +268,7 @@ class _Run:
             return args[0] if list(args[0].shape) == wanted else args[0].expand(wanted)
         if name == "where" and len(args) == 3:
             return args[1] + args[2]
-        return self._check(node, _in_double(node.target(*args, **kwargs)))  # type: ignore[operator]
+        return self._check(node, _in_double(call(node, args, kwargs)))
 
     def _check(self, node: fx.Node, result: Any) -> Any:
         wanted = tuple(self.smaller.get(n, n) for n in shape_of(node))

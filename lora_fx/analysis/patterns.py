@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from lora_fx.errors import RuleError
-from lora_fx.graph.forms import FORMS, op_name
+from lora_fx.graph.forms import FORMS, Call, find, op_name
+from lora_fx.graph.nodes import operands
 from lora_fx.graph.program import Program, Use, Weight
 from lora_fx.graph.views import COPIES, MOVES
 
-_MATMULS = frozenset(FORMS) - {"embedding"}
 _COMMUTE = frozenset({"add", "mul", "__add__", "__mul__"})
 _PASS = frozenset(MOVES) | COPIES | {"dropout", "feature_dropout", "identity"}
 
@@ -33,20 +34,22 @@ def find_pattern(program: Program, pattern: Callable[..., Any], place: str) -> l
     Raises:
         RuleError: the pattern is no plain function of torch calls, or multiplies with none of its arguments.
     """
-    graph, weights = _trace(pattern, place)
-    result = next(n for n in graph.nodes if n.op == "output").args[0]
+    pattern_graph, calls = _trace(pattern, place)
+    (output,) = (n for n in pattern_graph.nodes if n.op == "output")
+    result = output.args[0]
     if not isinstance(result, fx.Node):
         raise RuleError("the pattern returns no single value", place=place, remedy="return the last call's result")
-    by_node: dict[fx.Node, Use] = {use.node: use for use in program.uses if use.call}
+    matcher = _Matcher(calls, {use.node: use for use in program.uses if use.call})
     found = []
     for node in program.graph.nodes:
-        for bound in _match(result, node, {}, by_node, weights):
+        for bound in matcher.match(result, node, {}):
             found.append({name: weight for name, weight in bound.items() if isinstance(weight, Weight)})
             break
     return found
 
 
-def _trace(pattern: Callable[..., Any], place: str) -> tuple[fx.Graph, frozenset[str]]:
+def _trace(pattern: Callable[..., Any], place: str) -> tuple[fx.Graph, dict[fx.Node, Call]]:
+    """The pattern's graph, and its matmuls with a weight."""
     try:
         graph = fx.Tracer().trace(pattern)
     except Exception as error:
@@ -55,87 +58,92 @@ def _trace(pattern: Callable[..., Any], place: str) -> tuple[fx.Graph, frozenset
             place=place,
             remedy="write a function of tensors that only makes torch calls: lambda x, w: F.relu(F.linear(x, w))",
         ) from error
-    names = set()
+    calls: dict[fx.Node, Call] = {}
     for node in graph.nodes:
-        if _name(node) in _MATMULS:
-            names |= {n.target for n in _operands(node)[1:] if n.op == "placeholder"}
-    if not names:
+        readings = [call for n in reversed(operands(node)) if (call := _reading(node, n))]
+        known = [call for call in readings if any(call.weight is c.weight for c in calls.values())]
+        if readings and (known or readings[0].weight.op == "placeholder"):
+            calls[node] = (known or readings)[0]
+    if not calls:
         taken = ", ".join(inspect.signature(pattern).parameters)
         raise RuleError(
             f"none of its arguments ({taken}) is the weight of a matmul",
             place=place,
             remedy="pass the weights as arguments and multiply with them: lambda x, w: F.linear(x, w)",
         )
-    return graph, frozenset(names)
+    return graph, calls
 
 
-def _name(node: Any) -> str:
-    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+def _reading(node: fx.Node, weight: fx.Node) -> Call | None:
+    """The matmul that a node of a pattern is if this operand is the weight; how many axes it has, nobody says."""
+    name = _name(node)
+    if name not in FORMS or FORMS[name].looks_up:
+        return None
+    for axes in range(2, 6):
+        call = find(name, node.args, node.kwargs, {weight: axes}.get)
+        if call is not None:
+            return call
+    return None
+
+
+def _name(node: fx.Node) -> str:
+    if node.op not in ("call_function", "call_method"):
         return ""
     name = op_name(node.target)
-    if name in ("wrapper", "fn"):  # functional wrappers hide their name
-        name = getattr(node.target, "__name__", name)
-    return name.removesuffix("_").strip("_") if name not in FORMS else name
+    return name if name in FORMS else name.removesuffix("_").strip("_")
 
 
-def _operands(node: fx.Node) -> list[fx.Node]:
-    values = itertools.chain(node.args, node.kwargs.values())
-    flat = itertools.chain.from_iterable(v if isinstance(v, list | tuple) else (v,) for v in values)
-    nodes = [v for v in flat if isinstance(v, fx.Node)]
-    if _name(node) in ("addmm", "baddbmm"):
+def _factors(node: fx.Node) -> list[fx.Node]:
+    """Its operands; of a matmul without the bias."""
+    name, nodes = _name(node), operands(node)
+    if name in ("addmm", "baddbmm"):
         return nodes[1:3]
-    return nodes[:2] if _name(node) in _MATMULS else nodes
+    return nodes[:2] if name in FORMS and not FORMS[name].looks_up else nodes
 
 
 def _skip(node: Any) -> Any:
-    while isinstance(node, fx.Node) and _name(node) in _PASS and _operands(node):
-        node = _operands(node)[0]
+    while isinstance(node, fx.Node) and _name(node) in _PASS and (read := operands(node)):
+        node = read[0]
     return node
 
 
-def _match(
-    want: fx.Node, have: Any, bound: dict[str, Any], uses: dict[fx.Node, Use], weights: frozenset[str]
-) -> Iterator[dict[str, Any]]:
-    """Every way to read `have` as `want`, each with the arguments it binds."""
-    want, have = _skip(want), _skip(have)
-    if want.op == "placeholder":
-        known = bound.get(want.target, have)
-        if known is have:
-            yield {**bound, want.target: have}
-        return
-    if not isinstance(have, fx.Node):
-        return
-    if _name(want) in _MATMULS and any(n.op == "placeholder" and n.target in weights for n in _operands(want)):
-        yield from _match_matmul(want, have, bound, uses, weights)
-        return
-    if _name(want) != _name(have):
-        return
-    ours, theirs = _operands(want), _operands(have)
-    orders = itertools.permutations(theirs) if _name(want) in _COMMUTE else [tuple(theirs)]
-    for order in orders:
-        if len(order) >= len(ours):
-            yield from _match_all(list(zip(ours, order, strict=False)), bound, uses, weights)
+@dataclass(frozen=True)
+class _Matcher:
+    """Every method yields each way to read `have` as `want`, with the arguments that it binds."""
+
+    calls: Mapping[fx.Node, Call]
+    """The pattern's matmuls."""
+    uses: Mapping[fx.Node, Use]
+    """The program's."""
+
+    def match(self, want: fx.Node, have: Any, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        want, have = _skip(want), _skip(have)
+        if want.op == "placeholder":
+            yield from _bind(want, have, bound)
+        elif want in self.calls:
+            yield from self._matmul(self.calls[want], have, bound)
+        elif isinstance(have, fx.Node) and _name(want) == _name(have):
+            ours, theirs = _factors(want), _factors(have)
+            for order in itertools.permutations(theirs) if _name(want) in _COMMUTE else [theirs]:
+                if len(order) >= len(ours):
+                    yield from self._all(ours, order, bound)
+
+    def _matmul(self, call: Call, have: Any, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        use = self.uses.get(have)
+        if use is None or not isinstance(call.x, fx.Node):
+            return
+        for now in _bind(call.weight, use.weight, bound):
+            yield from self.match(call.x, use.x, now)
+
+    def _all(self, want: Sequence[fx.Node], have: Sequence[Any], bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if not want:
+            yield bound
+            return
+        for first in self.match(want[0], have[0], bound):
+            yield from self._all(want[1:], have[1:], first)
 
 
-def _match_matmul(
-    want: fx.Node, have: fx.Node, bound: dict, uses: dict, weights: frozenset[str]
-) -> Iterator[dict[str, Any]]:
-    use = uses.get(have)
-    if use is None or use.call is None:
-        return
-    argument = next(n for n in _operands(want) if n.op == "placeholder" and n.target in weights)
-    x = next((n for n in _operands(want) if n is not argument), None)
-    if bound.get(argument.target, use.weight) is not use.weight or x is None:
-        return
-    yield from _match(x, use.x, {**bound, argument.target: use.weight}, uses, weights)
-
-
-def _match_all(
-    pairs: list[tuple[fx.Node, Any]], bound: dict, uses: dict, weights: frozenset[str]
-) -> Iterator[dict[str, Any]]:
-    if not pairs:
-        yield bound
-        return
-    (want, have), *rest = pairs
-    for first in _match(want, have, bound, uses, weights):
-        yield from _match_all(rest, first, uses, weights)
+def _bind(argument: fx.Node, value: Any, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    name = str(argument.target)
+    if bound.get(name, value) is value:
+        yield {**bound, name: value}

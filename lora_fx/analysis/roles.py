@@ -17,10 +17,9 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.analysis.dataflow import CORE, FIRST_USE, MIX, PLAIN_PRODUCTS, Fact, Flow
+from lora_fx.analysis.dataflow import CORE, FIRST_USE, MIX, Fact, Flow, multiplies_plainly
 from lora_fx.analysis.feature_split import Target, Undecided
 from lora_fx.graph.layout import place
-from lora_fx.graph.nodes import base_name
 from lora_fx.graph.program import Program, Use
 
 QUERY, KEY, VALUE, OUTPUT = "attention.query", "attention.key", "attention.value", "attention.output"
@@ -47,8 +46,7 @@ def label_uses(program: Program) -> dict[Use, tuple[Label, ...]]:
     return _Labeller(program).labels()
 
 
-_CONVS = frozenset({"conv", "conv_transpose", "conv_tbc", "convolution"})
-_LOOKUPS = frozenset({"embedding", "embedding_bag"})
+_DENSE_ROLES = {"conv_tbc": CONV, "convolution": CONV, "embedding": EMBEDDING, "embedding_bag": EMBEDDING}
 _ATTENTION = (QUERY, KEY, VALUE)
 
 
@@ -83,15 +81,12 @@ class _Labeller:
         if fact.stream:  # the residual stream itself is read: it is nobody's projection
             return
         for node in self.flow.uses_in(fact.frontier & ~but):
-            if self._multiplies_plainly(node):
+            if multiplies_plainly(node):
                 self.targets.setdefault(node, {}).setdefault(role, []).append(target)
-
-    def _multiplies_plainly(self, node: fx.Node) -> bool:
-        return base_name(node) in PLAIN_PRODUCTS
 
     def _mlp(self, node: fx.Node, fact: Fact) -> None:
         flow, bit = self.flow, self.flow.bit[node]
-        if fact.stream or not fact.acts or not self._multiplies_plainly(node):
+        if fact.stream or not fact.acts or not multiplies_plainly(node):
             return
         if fact.frontier & (CORE | MIX):
             for act in fact.acts if fact.frontier & CORE else ():
@@ -100,7 +95,7 @@ class _Labeller:
         origins = 0
         for act in fact.acts:
             origins |= act.origins
-        other = [n for n in flow.uses_in(origins) if not self._multiplies_plainly(n)]
+        other = [n for n in flow.uses_in(origins) if not multiplies_plainly(n)]
         if bit & flow.added:
             fits = all(flow.is_depthwise(n) for n in other)
         else:  # a block on its own, as between two towers: heads, poolers and scalar gates look much like it
@@ -134,11 +129,8 @@ class _Labeller:
         return self._split(use, aims)
 
     def _by_form(self, node: fx.Node, use: Use) -> str:
-        if use.form in _CONVS:
-            return CONV
-        if use.form in _LOOKUPS:
-            return EMBEDDING
-        return "" if self._multiplies_plainly(node) else OTHER
+        role = use.call.form.role if use.call else _DENSE_ROLES.get(use.form, "")
+        return role or ("" if multiplies_plainly(node) else OTHER)
 
     def _by_input(self, node: fx.Node) -> str:
         fact = self.flow.inputs[node]
@@ -211,7 +203,7 @@ class _Labeller:
     def _why_other(self, use: Use) -> str:
         flow, node = self.flow, use.node
         bit, fact = flow.bit[node], flow.inputs[node]
-        if not self._multiplies_plainly(node):
+        if not multiplies_plainly(node):
             return f"{use.form} multiplies inside one op, where no role can be seen"
         if node in self.unclear:
             return "it belongs to a gated block of which either factor could be the gate"

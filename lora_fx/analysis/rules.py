@@ -11,8 +11,9 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Rule:
     Args:
         where: glob over the weight's and its modules' names, several with ``|``.
         role: glob over roles, several with ``|``; selects parts of fused weights and uses of tied ones.
-        op: glob over forms (``linear``, ``matmul``, ``conv*`` …), several with ``|``.
+        form: glob over forms (``linear``, ``matmul``, ``conv*`` …), several with ``|``.
         layers: layer indices: ``"0-3, 7"``, a range or integers; the first integer in the weight's name counts.
         pattern: a plain function of ordinary torch calls; its weights are the arguments that it multiplies with.
         adapt: which of the pattern's weights, several with ``|``; all by default.
@@ -46,11 +47,12 @@ class Rule:
         schedule: in which order the branches are computed: ``auto``, ``branch``, ``fused`` or ``dense`` (see
             `lora_fx.deltas.schedules`); all are the same function.
         expect: how many sites the rule must decide.
+        op: the old word for `form`; it goes with the next version.
     """
 
     where: str | None = None
     role: str | None = None
-    op: str | None = None
+    form: str | None = None
     layers: str | int | Sequence[int] | None = None
     pattern: Callable[..., Any] | None = None
     adapt: str | None = None
@@ -62,21 +64,30 @@ class Rule:
     scaling: str = "standard"
     schedule: str = AUTO
     expect: int | None = None
+    op: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, op: str | None) -> None:
+        if op is not None:
+            self._take_op(op)
         self._check_keys()
         if self.rank is not None:
             self._check_settings()
 
+    def _take_op(self, op: str) -> None:
+        if self.form is not None:
+            raise self._error(f"form={self.form!r} and op={op!r} are both given", "op is the old word: leave it out")
+        warnings.warn("Rule(op=…) is the old word for Rule(form=…)", DeprecationWarning, stacklevel=4)
+        object.__setattr__(self, "form", op)
+
     def _check_keys(self) -> None:
-        for key in ("where", "role", "op", "adapt"):
+        for key in ("where", "role", "form", "adapt"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not all(_globs(value))):
                 raise self._error(
                     f"{key}={value!r} is no glob", "write a glob such as '*.mlp.*', several joined by ' | '"
                 )
-        if all(getattr(self, key) is None for key in ("where", "role", "op", "layers", "pattern", "when")):
-            raise self._error("the rule has no key", "say which sites: where, role, op, layers, pattern or when")
+        if all(getattr(self, key) is None for key in ("where", "role", "form", "layers", "pattern", "when")):
+            raise self._error("the rule has no key", "say which sites: where, role, form, layers, pattern or when")
         if self.adapt is not None and self.pattern is None:
             raise self._error(f"adapt={self.adapt!r} without a pattern", "adapt names arguments of pattern")
         if self.layers is not None:
@@ -103,7 +114,8 @@ class Rule:
 
     @property
     def scale_numerator(self) -> float:
-        return float(self.rank if self.alpha is None else self.alpha)  # type: ignore[arg-type]
+        assert self.rank is not None
+        return float(self.rank if self.alpha is None else self.alpha)
 
     @property
     def label(self) -> str:
@@ -114,6 +126,9 @@ class Rule:
             if value != f.default:
                 shown.append(f"{f.name}={getattr(value, '__name__', None) or repr(value)}")
         return f"Rule({', '.join(shown)})"
+
+    def __repr__(self) -> str:
+        return self.label
 
     @property
     def layer_numbers(self) -> frozenset[int]:
@@ -134,7 +149,7 @@ class Rule:
         return (
             (self.where is None or any(_any_glob(self.where, name) for name in site.names))
             and (self.role is None or _any_glob(self.role, site.role))
-            and (self.op is None or any(_any_glob(self.op, use.form) for use in site.uses))
+            and (self.form is None or any(_any_glob(self.form, use.form) for use in site.uses))
             and (self.layers is None or site.layer in self.layer_numbers)
             and (in_pattern is None or id(site.weight) in in_pattern)
             and (self.when is None or bool(self.when(site)))
@@ -170,7 +185,7 @@ def read_rules(rules: Any) -> tuple[Rule, ...]:
 def _from_dict(given: Mapping[str, Any]) -> Rule:
     known = [f.name for f in fields(Rule)]
     for key in given:
-        if key not in known:
+        if key not in (*known, "op"):
             close = difflib.get_close_matches(str(key), known, 1)
             raise RuleError(
                 f"unknown key {key!r}",
@@ -213,7 +228,7 @@ def select(
         if not seen and (rule.role is not None or rule.pattern is not None):
             raise rule._error(
                 "roles and patterns are read from the graph, and there are no example inputs to capture one",
-                "pass example_inputs, or select by where, op or layers",
+                "pass example_inputs, or select by where, form or layers",
             )
         matched = [site for site in sites if rule.matches(site, found.get(rule))]
         taken = [site for site in matched if site in chosen]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torch import nn
+from torch import fx, nn
 
 from lora_fx.analysis import roles
 from lora_fx.graph import layout
@@ -108,29 +108,36 @@ def _rows_of(weight: Weight, use: Use) -> tuple[int, ...] | None:
 
 
 def _unseen_site(model: nn.Module, weight: Weight) -> list[Site]:
-    """What the type of the owning module alone says: enough for rules by name and op."""
+    """What the type of the owning module alone says: enough for rules by name and form."""
     for name in weight.names:
-        path, _, attribute = name.rpartition(".")
-        known = _known_form(model.get_submodule(path), attribute, len(weight.shape))
+        path = name.rpartition(".")[0]
+        known = _known_form(model.get_submodule(path), len(weight.shape))
         if known is None:
             continue
-        form, sides, role = known
-        call = Call(FORMS[form], None, None, sides)
-        use = Use(weight, None, View.of(weight.shape), path, call)  # type: ignore[arg-type]
+        call = Call(FORMS[known.op], None, None, known.sides)
+        use = Use(weight, fx.Graph().placeholder("unseen"), View.of(weight.shape), path, call)
         weight.uses.append(use)
-        return [Site(weight, role, None, (use,))]
+        return [Site(weight, call.form.role or UNKNOWN, None, (use,))]
     return []
 
 
-def _known_form(module: nn.Module, attribute: str, ndim: int) -> tuple[str, str, str] | None:
+@dataclass(frozen=True)
+class _Known:
+    """The op that a module multiplies with, and the sides of its weight."""
+
+    op: str
+    sides: str
+
+
+def _known_form(module: nn.Module, ndim: int) -> _Known | None:
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return f"conv_transpose{ndim - 2}d", "i" + "o" * (ndim - 1), "conv"
+        return _Known(f"conv_transpose{ndim - 2}d", "i" + "o" * (ndim - 1))
     if isinstance(module, nn.modules.conv._ConvNd):
-        return f"conv{ndim - 2}d", "o" + "i" * (ndim - 1), "conv"
+        return _Known(f"conv{ndim - 2}d", "o" + "i" * (ndim - 1))
     if isinstance(module, nn.Embedding):
-        return "embedding", "io", "embedding"
+        return _Known("embedding", "io")
     if isinstance(module, nn.Linear | nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase) and ndim == 2:
-        return "linear", "oi", UNKNOWN
+        return _Known("linear", "oi")
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and ndim == 2:  # transformers' (in, out) linear
-        return "addmm", "io", UNKNOWN
+        return _Known("addmm", "io")
     return None

@@ -21,12 +21,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.changes import Undo
+from lora_fx.checks.oracles import delta
 from lora_fx.checks.verification import (
     Report,
     check_once,
     compare,
     compare_with_dense,
-    dense_delta,
     dither,
     filled,
     in_mode,
@@ -35,15 +36,15 @@ from lora_fx.checks.verification import (
     worst,
 )
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import CaptureError, EquivalenceError, PlanError
 from lora_fx.graph.capture import MODULE, Capture, Inputs, capture_graph, normalize_inputs, output_tensors, undisturbed
 from lora_fx.graph.forms import FORMS, op_name
 from lora_fx.graph.program import capture, storage_key
 from lora_fx.graph.views import COPIES, MOVES
-from lora_fx.model import wiring
+from lora_fx.model.classes import unwired
+from lora_fx.model.inventory import Storage, inventory
 from lora_fx.tables import table
-
-DENSE, SPLIT_OFF, MISSED, UNSEEN = "dense", "split off", "missed", "unseen"
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,7 @@ class Coverage:
     module: str
     """Path of the module whose forward executes the use; empty for the model itself."""
     form: str
-    realised: str
-    """``graph``: a branch in a generated forward. ``dispatch``: a branch put there when the op runs. ``dense``: the op
-    takes W + s·B·A whole. ``split off``: another use of a tied weight, which reads the plain W. ``missed``: the base
-    model has this use, and the adapted one does not. ``unseen``: the example inputs did not reach it."""
+    realised: Realisation
     effect: float = 0.0
     """How far the adapters move this use's output, relative to its root mean square."""
     error: float = 0.0
@@ -91,11 +89,11 @@ class Certificate:
 
     @property
     def unseen(self) -> tuple[Coverage, ...]:
-        return tuple(row for row in self.rows if row.realised == UNSEEN)
+        return tuple(row for row in self.rows if row.realised == Realisation.UNSEEN)
 
     @property
     def problems(self) -> tuple[Coverage, ...]:
-        return tuple(row for row in self.rows if row.problem and row.realised != UNSEEN)
+        return tuple(row for row in self.rows if row.problem and row.realised != Realisation.UNSEEN)
 
     def __bool__(self) -> bool:
         return all(row.covered for row in self.rows) and all(self.whole) and not any(self.folded.values())
@@ -121,18 +119,22 @@ class Certificate:
 
 
 def _cells(row: Coverage) -> tuple[str, ...]:
-    seen = row.realised != UNSEEN
+    seen = row.realised != Realisation.UNSEEN
     numbers = [f"{value:.1e}" if seen else "" for value in (row.effect, row.error, row.bound)]
     names = ", ".join(row.adapters) or "–"
     return row.weight, names, row.form, row.module or "the model", row.realised, *numbers, row.problem or "ok"
 
 
 def certify_adapted(
-    model: nn.Module, example_inputs: Any = None, *, whole: bool = True, gradients: bool = True
+    model: nn.Module, example_inputs: Any, undo: list[Undo], *, whole: bool = True, gradients: bool = True
 ) -> Certificate:
-    """The certificate of a model with branches; see `lora_fx.certify`, which takes folded models too."""
-    inputs = normalize_inputs(model, example_inputs)
-    storages = wiring.adapted_storages(model)
+    """The certificate of a model with branches; see `lora_fx.certify`, which takes folded models too.
+
+    Args:
+        undo: the list of the change that this is a part of; see `compare_with_dense`.
+    """
+    inputs, found = normalize_inputs(model, example_inputs), inventory(model)
+    storages = found.storages()
     if not storages:
         raise PlanError(
             "the model has no active adapter", place=type(model).__name__, remedy="apply or activate one first"
@@ -143,20 +145,25 @@ def certify_adapted(
             place=type(model).__name__,
             remedy="materialise the model first",
         )
-    active = list(dict.fromkeys(a for storage in storages for a in storage.adapters))
-    with filled(model, active, seed=0):
-        with wiring.unwired(model), with_dense_weights(model):  # the adapted model's numbers, so that it takes its path
+    active = [adapter for storage in storages for adapter in storage.adapters]
+    with filled(model, active, 0, undo):
+        # The base model takes the adapted one's path with the adapted one's numbers.
+        with unwired(model), with_dense_weights(model, undo):
             program = capture(model, inputs)
-            base = _count(_Flow(program.capture, storages), _Names(model))
-        rows = tuple(_measure(model, inputs, storages, base))
+            assert program.capture is not None
+            base = _Flow(program.capture, storages, found.modules).counts()
+        flow = _Flow(capture_graph(model, inputs), storages, found.modules)
+        rows = tuple(_measure(model, flow, storages, base))
         modes = (False, True) if whole else ()
-        reports = tuple(check_once(model, inputs, training, program.rounding()) for training in modes)
+        reports = tuple(check_once(model, inputs, training, program.rounding(), undo) for training in modes)
         free = tuple(_without_gradient(model, inputs, storages)) if gradients else ()
-    idle = {a.name for *_, a in wiring.find_adapters(model) if not a.active}
+    idle = {place.adapter.name for place in found.places if not place.adapter.active}
     return Certificate(rows, reports, free, tuple(sorted(idle)))
 
 
-def check_adapted(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float]) -> None:
+def check_adapted(
+    model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
+) -> None:
     """The self-check of `apply`: the adapted model must be the model with W + s·B·A in its weights.
 
     Raises:
@@ -164,28 +171,30 @@ def check_adapted(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter],
     """
     if any(t.is_meta for t in model.parameters()):
         return
-    report = compare_with_dense(model, inputs, adapters, rounding)
+    report = compare_with_dense(model, inputs, adapters, rounding, undo)
     if not report:
         raise EquivalenceError(
             f"the adapted model is not the model with W + s·B·A: {report}",
-            place=_suspect(model, inputs, adapters, rounding),
+            place=_suspect(model, inputs, adapters, rounding, undo),
             remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
         )
 
 
-def _suspect(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float]) -> str:
+def _suspect(
+    model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
+) -> str:
     """The weight of the first use that is not covered; the first one that is wrong in train mode, where all are."""
     try:
-        problems = certify_adapted(model, inputs, whole=False, gradients=False).problems
+        problems = certify_adapted(model, inputs, undo, whole=False, gradients=False).problems
     except CaptureError:
         problems = ()
     if problems:
         return problems[0].weight
-    names, storages = _Names(model), wiring.adapted_storages(model)
+    storages = inventory(model).storages()
     for adapter in dict.fromkeys(adapters):
-        with filled(model, [adapter], seed=0):
-            if not check_once(model, inputs, True, rounding):
-                return next(names.of(storage) for storage in storages if adapter in storage.adapters)
+        with filled(model, [adapter], 0, undo):
+            if not check_once(model, inputs, True, rounding, undo):
+                return next(_name(storage) for storage in storages if adapter in storage.adapters)
     return "several weights together"
 
 
@@ -197,14 +206,12 @@ class _Reading:
     """A node that consumes adapted weights, and the node at which its branches have been added."""
 
     node: fx.Node
-    roots: tuple[fx.Node, ...]
-    """The placeholders of the weights that it consumes."""
+    acting: dict[fx.Node, Storage | None]
+    """The placeholder of each weight that it consumes → the storage as it is read here; None where it was split off."""
     end: fx.Node
     dense: bool
     """It is handed the sum W + s·B·A."""
-    adapters: frozenset[int]
-    """The ids of the adapters whose branches, or sums, were found here."""
-    bypass: str = ""
+    bypass: str
     """Who reads the node's output before the branch is added."""
 
     @property
@@ -215,9 +222,11 @@ class _Reading:
 class _Flow:
     """One walk over a captured graph: which nodes carry an adapted weight, or factors, and who consumes the weights."""
 
-    def __init__(self, captured: Capture, storages: Sequence[wiring.Storage]) -> None:
-        self.captured = captured
-        self.storages: dict[fx.Node, list[wiring.Storage]] = {}
+    def __init__(
+        self, captured: Capture, storages: Sequence[Storage], paths: Mapping[nn.Module, tuple[str, ...]]
+    ) -> None:
+        self.captured, self.paths = captured, paths
+        self.storages: dict[fx.Node, list[Storage]] = {}
         self.carriers: dict[fx.Node, tuple[fx.Node, ...]] = {}
         """node → the placeholders of the weights that it is a view or a function of."""
         self.sums: dict[fx.Node, frozenset[int]] = {}
@@ -229,8 +238,13 @@ class _Flow:
         consumers = [n for n in captured.graph.nodes if n.op == "call_function" and self._consumes(n)]
         self.readings = [self._reading(node) for node in consumers]
 
-    def _find_roots(self, storages: Sequence[wiring.Storage]) -> None:
-        weights: dict[tuple, list[wiring.Storage]] = {}
+    def counts(self) -> Counter[Storage]:
+        """weight → how many nodes consume it."""
+        acting = (storage for reading in self.readings for storage in reading.acting.values())
+        return Counter(storage for storage in acting if storage is not None)
+
+    def _find_roots(self, storages: Sequence[Storage]) -> None:
+        weights: dict[tuple, list[Storage]] = {}
         factors: dict[tuple, int] = {}
         for storage in storages:
             weights.setdefault(storage_key(storage.parameter), []).append(storage)
@@ -270,7 +284,19 @@ class _Flow:
         carried = [n for n in node.all_input_nodes if n in self.carriers]
         summed = [self._summed(n) for n in carried]
         end, added, bypass = self._end(node, roots)
-        return _Reading(node, roots, end, all(summed), added.union(*summed), bypass)
+        acting = {root: self._acting(node, root, added.union(*summed)) for root in roots}
+        return _Reading(node, acting, end, all(summed), bypass)
+
+    def _acting(self, node: fx.Node, root: fx.Node, adapters: frozenset[int]) -> Storage | None:
+        """Adapters: the ids of those whose branches, or sums, were found here."""
+        storages, module = self.storages[root], node.meta.get(MODULE, "")
+        if not storages[0].split:
+            return storages[0]
+        for storage in storages:
+            inside = any(module in self.paths[owner] for owner, _ in storage.owners)
+            if inside or adapters & {id(a) for a in storage.adapters}:
+                return storage
+        return None
 
     def _summed(self, node: fx.Node) -> frozenset[int]:
         """The adapters whose delta has been added to this weight."""
@@ -319,64 +345,35 @@ def _moves(node: fx.Node, carriers: Mapping[fx.Node, Any]) -> bool:
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Names:
-    """Paths of modules and names of weights, and which adapters act where."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.paths: dict[nn.Module, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            self.paths.setdefault(module, []).append(path)
-
-    def of(self, storage: wiring.Storage) -> str:
-        names = (f"{path}.{attribute}".lstrip(".") for owner, attribute in storage.owners for path in self.paths[owner])
-        return " = ".join(names)
-
-    def acting(self, storages: Sequence[wiring.Storage], reading: _Reading) -> wiring.Storage | None:
-        """The storage as this use reads it; None where the use was split off."""
-        if not storages[0].split:
-            return storages[0]
-        for storage in storages:
-            inside = any(reading.module in self.paths[owner] for owner, _ in storage.owners)
-            if inside or reading.adapters & {id(a) for a in storage.adapters}:
-                return storage
-        return None
-
-
-def _measure(
-    model: nn.Module, inputs: Inputs, storages: Sequence[wiring.Storage], base: Counter[wiring.Storage]
-) -> list[Coverage]:
+def _measure(model: nn.Module, flow: _Flow, storages: Sequence[Storage], base: Counter[Storage]) -> list[Coverage]:
     """A row for each use of each adapted weight; `base` counts those of the base model."""
-    names = _Names(model)
-    flow = _Flow(capture_graph(model, inputs), storages)
     with undisturbed(model), torch.no_grad():
-        replay = _Replay(flow, names)
+        replay = _Replay(flow)
         replay.run(*replay.arguments())
-    adapted, rows = _count(flow, names), list(replay.rows)
+    adapted, rows = flow.counts(), replay.rows
     for storage in storages:
         if not base[storage]:
-            rows.append(_row(names, storage, "", "", UNSEEN, problem="the example inputs do not reach it"))
+            rows.append(_row(storage, "", "", Realisation.UNSEEN, problem="the example inputs do not reach it"))
         elif adapted[storage] != base[storage]:
             reason = f"the base model reads it {base[storage]} times, the adapted one {adapted[storage]} times"
-            rows.append(_row(names, storage, "", "", MISSED, problem=reason))
+            rows.append(_row(storage, "", "", Realisation.MISSED, problem=reason))
     return rows
 
 
-def _count(flow: _Flow, names: _Names) -> Counter[wiring.Storage]:
-    """weight → how many nodes consume it."""
-    acting = (names.acting(flow.storages[root], reading) for reading in flow.readings for root in reading.roots)
-    return Counter(storage for storage in acting if storage is not None)
+def _name(storage: Storage) -> str:
+    return " = ".join(storage.names)
 
 
-def _row(names: _Names, storage: wiring.Storage, *rest: Any, **more: Any) -> Coverage:
-    return Coverage(names.of(storage), tuple(a.name for a in storage.adapters), *rest, **more)
+def _row(storage: Storage, *rest: Any, **more: Any) -> Coverage:
+    return Coverage(_name(storage), tuple(a.name for a in storage.adapters), *rest, **more)
 
 
 class _Replay(fx.Interpreter):
     """Runs a captured graph on its own inputs, and holds each use of an adapted weight against the dense sum."""
 
-    def __init__(self, flow: _Flow, names: _Names) -> None:
+    def __init__(self, flow: _Flow) -> None:
         super().__init__(flow.captured.module)
-        self.flow, self.names = flow, names
+        self.flow = flow
         self.rows: list[Coverage] = []
         self._waiting: dict[fx.Node, list[tuple[_Reading, _Expected]]] = {}
         self._readings = {reading.node: reading for reading in flow.readings}
@@ -403,18 +400,21 @@ class _Replay(fx.Interpreter):
 
     def _expect(self, reading: _Reading) -> _Expected:
         """What the use gives with the dense sums: before it runs, since it may write into its operands."""
-        acting = {root: self.names.acting(self.flow.storages[root], reading) for root in reading.roots}
-        plain = {root: self.flow.captured.tensors[root] for root in reading.roots}
-        dense = {root: _sums(plain[root], storage) for root, storage in acting.items() if storage is not None}
-        whole = {root: dense[root][0] if root in dense else plain[root] for root in reading.roots}
-        moved = {root: dense[root][1] if root in dense else plain[root] for root in reading.roots}
-        without = {root: self._call(reading.node, {**whole, root: plain[root]}) for root in dense}
-        return _Expected(self._call(reading.node, whole), self._call(reading.node, moved), without, acting)
+        plain = {root: self.flow.captured.tensors[root] for root in reading.acting}
+        dense = {root: _sums(plain[root], storage) for root, storage in reading.acting.items() if storage is not None}
+        whole = plain | {root: sums.whole for root, sums in dense.items()}
+        moved = plain | {root: sums.moved for root, sums in dense.items()}
+        without = {root: self._call(reading.node, whole | {root: plain[root]}) for root in dense}
+        return _Expected(self._call(reading.node, whole), self._call(reading.node, moved), without)
 
     def _call(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
         """The node's floating-point outputs with these weights in the place of its own."""
+        return [t.clone() for t in pytree.tree_leaves(self._value(node, weights)) if _is_float(t)]
+
+    def _value(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._operand(n, weights))
-        return [t.clone() for t in pytree.tree_leaves(node.target(*args, **kwargs)) if _is_float(t)]
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
 
     def _operand(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
         if node in weights:
@@ -423,8 +423,7 @@ class _Replay(fx.Interpreter):
             return self.env[node]
         if node in self.flow.sums:
             return self._operand(next(n for n in node.all_input_nodes if n in self.flow.carriers), weights)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._operand(n, weights))
-        return node.target(*args, **kwargs)
+        return self._value(node, weights)
 
     def _judge(self, reading: _Reading, expected: _Expected, result: Any) -> None:
         actual = [t for t in pytree.tree_leaves(result) if _is_float(t)]
@@ -432,22 +431,18 @@ class _Replay(fx.Interpreter):
             compare(a, e, e, relative_error(m, e, e), a.dtype)
             for a, e, m in zip(actual, expected.whole, expected.moved, strict=True)
         ])  # fmt: skip
-        for root, storage in expected.acting.items():
-            form = _form(reading.node)
+        place = reading.module, _form(reading.node)
+        for root, storage in reading.acting.items():
             if storage is None:
-                first = self.flow.storages[root][0]
+                name, numbers = _name(self.flow.storages[root][0]), (0.0, report.error, report.bound)
                 problem = "" if report else "it must read the plain weight, and does not"
-                error = dict(error=report.error, bound=report.bound)
-                self.rows.append(
-                    Coverage(self.names.of(first), (), reading.module, form, SPLIT_OFF, problem=problem, **error)
-                )
+                self.rows.append(Coverage(name, (), *place, Realisation.SPLIT_OFF, *numbers, problem))
                 continue
             pairs = zip(expected.without[root], expected.whole, strict=True)
             effect = max((relative_error(w, e, e) for w, e in pairs), default=0.0)
-            realised = DENSE if reading.dense else storage.adapters[0].realised
+            realised = Realisation.DENSE if reading.dense else storage.adapters[0].realised
             numbers = effect, report.error, report.bound
-            problem = _problem(reading, effect, report)
-            self.rows.append(_row(self.names, storage, reading.module, form, realised, *numbers, problem=problem))
+            self.rows.append(_row(storage, *place, realised, *numbers, _problem(reading, effect, report)))
 
 
 @dataclass(frozen=True)
@@ -460,15 +455,20 @@ class _Expected:
     """The same, each weight moved by one rounding step."""
     without: dict[fx.Node, list[torch.Tensor]]
     """The same, with the plain W for one of the weights."""
-    acting: dict[fx.Node, wiring.Storage | None]
 
 
-def _sums(weight: torch.Tensor, storage: wiring.Storage) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class _Sums:
     """W + Σ s·B·A in W's dtype, and the same moved by one rounding step."""
-    total = weight.detach().to(torch.float64) + sum(dense_delta(a).to(weight.device) for a in storage.adapters)
-    step = torch.finfo(weight.dtype).eps / 2
-    moved = total * dither(weight, step, torch.Generator().manual_seed(0))
-    return total.to(weight.dtype), moved.to(weight.dtype)
+
+    whole: torch.Tensor
+    moved: torch.Tensor
+
+
+def _sums(weight: torch.Tensor, storage: Storage) -> _Sums:
+    total = weight.detach().to(torch.float64) + delta(*storage.adapters).to(weight.device)
+    moved = total * dither(weight, torch.finfo(weight.dtype).eps / 2, torch.Generator().manual_seed(0))
+    return _Sums(total.to(weight.dtype), moved.to(weight.dtype))
 
 
 def _problem(reading: _Reading, effect: float, report: Report) -> str:
@@ -485,18 +485,17 @@ def _problem(reading: _Reading, effect: float, report: Report) -> str:
 
 
 def _form(node: fx.Node) -> str:
-    name = op_name(node.target)
-    return FORMS[name].name if name in FORMS else name
+    form = FORMS.get(op_name(node.target))
+    return op_name(node.target) if form is None else form.name
 
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _without_gradient(model: nn.Module, inputs: Inputs, storages: Sequence[wiring.Storage]) -> list[str]:
+def _without_gradient(model: nn.Module, inputs: Inputs, storages: Sequence[Storage]) -> list[str]:
     """The adapters, as ``weight (name)``, that no gradient of the model's outputs reaches, in train mode."""
-    names = _Names(model)
-    labels = {a: f"{names.of(storage)} ({a.name})" for storage in storages for a in storage.adapters}
+    labels = {a: f"{_name(storage)} ({a.name})" for storage in storages for a in storage.adapters}
     factors = [(a, t) for a in labels for t in (a.A, a.B) if t.requires_grad]
     with undisturbed(model), in_mode(model, True), torch.enable_grad():
         torch.manual_seed(0)

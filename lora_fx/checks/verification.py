@@ -19,12 +19,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import undo_list
+from lora_fx.changes import Undo, undone
+from lora_fx.checks.oracles import delta
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import EquivalenceError
 from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, undisturbed
 from lora_fx.graph.program import capture
-from lora_fx.model import wiring
+from lora_fx.model.classes import unwired
+from lora_fx.model.inventory import inventory
 
 #: How many times the noise floor an error may be. Two computations of one function differ by a sum of as many
 #: rounding errors as there are terms. On every architecture of the zoo a lost branch is more than ten times the bound
@@ -182,7 +184,7 @@ def dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> tor
 
 
 def compare_with_dense(
-    model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float]
+    model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
 ) -> Report:
     """The adapted model against the base model with the dense W + s·B·A in place of each weight.
 
@@ -191,27 +193,30 @@ def compare_with_dense(
 
     Args:
         rounding: storage → one rounding step of the weight where the model multiplies with it (`Program.rounding`).
+        undo: the list of the change that this is a part of: a check that is interrupted is undone with it.
 
     Returns:
         The worse of eval and train mode. A and B are what they were, and every weight.
     """
     reports: list[Report] = []
     for seed in range(3):  # rounding can flip a router's choice: such an error goes away with other numbers
-        with filled(model, list(dict.fromkeys(adapters)), seed):
-            reports = [check_once(model, inputs, training, rounding) for training in (False, True)]
+        with filled(model, adapters, seed, undo):
+            reports = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
         if all(reports):
             break
     return worst(reports)
 
 
-def check_once(model: nn.Module, inputs: Inputs, training: bool, rounding: Mapping[int, float]) -> Report:
+def check_once(
+    model: nn.Module, inputs: Inputs, training: bool, rounding: Mapping[int, float], undo: list[Undo]
+) -> Report:
     """The adapted model, with the factors it has, against the one with the dense sums, in one mode."""
     with in_mode(model, training):
         adapted = run(model, inputs)
-        with wiring.unwired(model):
-            with with_dense_weights(model):
+        with unwired(model):
+            with with_dense_weights(model, undo):
                 dense = run(model, inputs)
-            with with_dense_weights(model, rounding):
+            with with_dense_weights(model, undo, rounding):
                 moved = run(model, inputs)
     _same_structure(adapted, dense)
     return worst(
@@ -236,26 +241,23 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def filled(model: nn.Module, adapters: Sequence[Adapter], seed: int) -> Iterator[None]:
+def filled(model: nn.Module, adapters: Sequence[Adapter], seed: int, undo: list[Undo]) -> Iterator[None]:
     """Random factors, with a delta half as large as its weight; then the old ones again."""
-    weights = {a: storage.parameter for storage in wiring.adapted_storages(model) for a in storage.adapters}
-    saved = [(p, p.detach().clone()) for adapter in adapters for p in adapter.parameters()]
+    weights = {a: storage.parameter for storage in inventory(model).storages() for a in storage.adapters}
     generator = torch.Generator().manual_seed(seed)
-    try:
-        with torch.no_grad():
-            for adapter in adapters:
-                _fill(adapter, weights.get(adapter), generator)
+    with undone(undo):
+        for adapter in dict.fromkeys(adapters):
+            for parameter in adapter.parameters():
+                undo.append(partial(parameter.detach().copy_, parameter.detach().clone()))
+            _fill(adapter, weights.get(adapter), generator)
         yield
-    finally:
-        with torch.no_grad():
-            for parameter, old in saved:
-                parameter.copy_(old)
 
 
 #: bytes of weight elements that the check keeps a copy of, for each weight
 _KEPT = 2**22
 
 
+@torch.no_grad()
 def _fill(adapter: Adapter, weight: torch.Tensor | None, generator: torch.Generator) -> None:
     """A and B with variance 1 / in and 1 / rank, B times half the weight's root mean square: that is the delta's."""
     for factor, fan in ((adapter.A, adapter.A.shape[-1]), (adapter.B, adapter.rank)):
@@ -273,47 +275,29 @@ def _fill(adapter: Adapter, weight: torch.Tensor | None, generator: torch.Genera
 
 
 @contextmanager
-def with_dense_weights(model: nn.Module, rounding: Mapping[int, float] | None = None) -> Iterator[None]:
+def with_dense_weights(
+    model: nn.Module, undo: list[Undo], rounding: Mapping[int, float] | None = None
+) -> Iterator[None]:
     """Inside, every adapted parameter holds W + Σ s·B·A, from A and B alone; moved by one `rounding` step."""
     generator = torch.Generator().manual_seed(1)
-    undo = undo_list()
-    outer = len(undo)
-    try:
-        with torch.no_grad():
-            for storage in wiring.adapted_storages(model):
-                parameter = storage.parameter
-                delta = sum(dense_delta(a) for a in storage.adapters).to(parameter.device)  # type: ignore[union-attr]
-                changed = delta != 0
-                if storage.split:
-                    undo.append(partial(storage.replace, parameter))
-                    parameter = nn.Parameter(parameter.detach().clone(), False)
-                    storage.replace(parameter)
-                else:
-                    undo.append(partial(_put_back, parameter.detach(), changed, parameter.detach()[changed].clone()))
-                new = parameter.detach().to(torch.float64) + delta
-                if rounding is not None:
-                    step = rounding.get(storage.parameter.untyped_storage()._cdata, 0.0)
-                    new *= dither(parameter, max(step, torch.finfo(parameter.dtype).eps / 2), generator)
-                parameter.detach()[changed] = new.to(parameter.dtype)[changed]
+    with undone(undo):
+        for storage in inventory(model).storages():
+            parameter = storage.parameter
+            weight, own = parameter.detach(), delta(*storage.adapters).to(parameter.device)
+            changed = own != 0
+            if storage.split:
+                undo.append(partial(storage.replace, parameter))
+                weight = weight.clone()
+                storage.replace(nn.Parameter(weight, False))
+            else:
+                undo.append(partial(_put_back, weight, changed, weight[changed].clone()))
+            new = weight.to(torch.float64) + own
+            if rounding is not None:
+                step = rounding.get(parameter.untyped_storage()._cdata, 0.0)
+                new *= dither(weight, max(step, torch.finfo(weight.dtype).eps / 2), generator)
+            weight[changed] = new.to(weight.dtype)[changed]
         yield
-    finally:
-        while len(undo) > outer:  # what Ctrl-C leaves on the list is undone with the verb
-            undo[-1]()
-            undo.pop()
 
 
 def _put_back(weight: torch.Tensor, changed: torch.Tensor, old: torch.Tensor) -> None:
     weight[changed] = old
-
-
-def dense_delta(adapter: Adapter) -> torch.Tensor:
-    """s·B·A in float64 and the weight's axes. Written again on purpose: a check shares no algebra with its subject."""
-    layout, rank = adapter.layout, adapter.rank
-    A = adapter.A.detach().to(torch.float64)
-    B = adapter.B.detach().to(torch.float64)
-    scale = adapter.alpha / (math.sqrt(rank) if adapter.scaling == "rslora" else rank)
-    out = torch.zeros(*layout.batch, layout.size("o"), layout.size("i"), dtype=torch.float64, device=A.device)
-    rows = list(range(layout.size("o"))) if adapter.rows is None else list(adapter.rows)
-    out[..., rows, :] = scale * torch.einsum("...or,...ri->...oi", B, A)
-    order = [k for side in "boi" for k, s in enumerate(layout.sides) if s == side]
-    return out.reshape([layout.shape[k] for k in order]).permute([order.index(k) for k in range(len(order))])

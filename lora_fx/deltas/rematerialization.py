@@ -7,7 +7,7 @@ memory, and multiplies them again in its backward: to the same bits, because it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,24 @@ def recipe(tensor: torch.Tensor, source: torch.Tensor | None = None) -> Recipe |
     shared = node.metadata.setdefault(_SHARED, _Shared())  # type: ignore[union-attr]
     shared.users += 1
     return Recipe(tuple(operands), make, tensor.shape, shared)
+
+
+def pack(tensors: Sequence[Any], source: torch.Tensor) -> tuple[list[Any], list[Recipe | None]]:
+    """What to save in the place of these tensors (or None), and how `unpack` makes them again from that.
+
+    Args:
+        source: what dropout made all of them of but the first, which is kept in any case.
+    """
+    recipes = [None if t is None else recipe(t, source if k else None) for k, t in enumerate(tensors)]
+    saved: list[Any] = []
+    for tensor, found in zip(tensors, recipes, strict=True):
+        saved += [tensor] if found is None else found.operands
+    return saved, recipes
+
+
+def unpack(saved: Iterator[Any], recipes: Sequence[Recipe | None]) -> list[Any]:
+    """The tensors that were packed, from the next ones of `saved`."""
+    return [next(saved) if r is None else r.again([next(saved) for _ in r.operands]) for r in recipes]
 
 
 def _masked(node: Any, operands: list[torch.Tensor], source: torch.Tensor | None) -> _Make | None:

@@ -12,7 +12,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -151,7 +151,9 @@ def no_fast_paths() -> Iterator[None]:
 @contextlib.contextmanager
 def on_meta(model: nn.Module) -> Iterator[None]:
     """Inside, all of a model that is partly on meta is there: buffers, and factors that a file gave numbers."""
-    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    tables: list[dict[str, Any]] = [
+        table for module in model.modules() for table in (module._parameters, module._buffers)
+    ]
     places = [(t, name, old) for t in tables for name, old in t.items() if old is not None and not old.is_meta]
     try:
         for table, name, old in places:
@@ -211,7 +213,7 @@ def _capture(model: nn.Module, inputs: Inputs) -> Capture:
 
 def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list) -> fx.GraphModule:
     # Without data, only fake tensors let a model see that it is being traced and leave its data-dependent checks out.
-    mode = "fake" if any(t.is_meta for t in tensors) else "real"
+    mode: Literal["fake", "real"] = "fake" if any(t.is_meta for t in tensors) else "real"
     trace = proxy_tensor.make_fx(
         run, tracing_mode=mode, pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
     )
@@ -234,10 +236,21 @@ def does_not_run(model: nn.Module, error: Exception) -> CaptureError:
 
 
 @contextlib.contextmanager
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
 def _described_in_one_mode() -> Iterator[None]:
     """`make_fx` describes each result of a real run by a fake tensor of a mode of its own, which holds a traceback:
     two fifths of the time that a capture takes, in torch 2.13. One mode will do."""
-    mode, describe, here = FakeTensorMode(), proxy_tensor.extract_val, threading.get_ident()
+    mode, here = FakeTensorMode(), threading.get_ident()
+    describe: Any = proxy_tensor.extract_val
 
     def described(value: Any, *args: Any, **options: Any) -> Any:
         real = isinstance(value, torch.Tensor) and not is_fake(value) and value.layout == torch.strided
@@ -246,11 +259,8 @@ def _described_in_one_mode() -> Iterator[None]:
         with mode:
             return torch.empty_strided(value.shape, value.stride(), device=value.device, dtype=value.dtype)
 
-    proxy_tensor.extract_val = described
-    try:
+    with _patched(proxy_tensor, "extract_val", described):
         yield
-    finally:
-        proxy_tensor.extract_val = describe
 
 
 @contextlib.contextmanager
@@ -259,7 +269,7 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
     paths = {module: name for name, module in reversed(list(model.named_modules()))}
     stack: list[str] = []
     here = threading.get_ident()  # the hooks are global: other threads may be running other models
-    create = fx.proxy.TracerBase.create_node
+    create: Any = fx.proxy.TracerBase.create_node
 
     def enter(module: nn.Module, args: Any) -> None:
         if threading.get_ident() == here:
@@ -278,11 +288,10 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
         nn.modules.module.register_module_forward_pre_hook(enter),
         nn.modules.module.register_module_forward_hook(leave, always_call=True),
     ]
-    fx.proxy.TracerBase.create_node = create_node
     try:
-        yield
+        with _patched(fx.proxy.TracerBase, "create_node", create_node):
+            yield
     finally:
-        fx.proxy.TracerBase.create_node = create
         for handle in handles:
             handle.remove()
 

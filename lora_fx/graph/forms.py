@@ -10,6 +10,7 @@ axis that x shares (experts). A row needs three small functions:
 * ``up``:    the branch from z and B, of shape (b…, o…, rank).
 
 The same rows serve the analysis (ATen ops), the generated graphs (`torch.fx` proxies) and the dispatch (tensors).
+The table is open: `lora_fx.register_form` checks a row and puts it in.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ class Call:
 
     form: Form
     x: Any
+    """The operand that is no weight: a tensor, a proxy or a node of a captured graph."""
     weight: Any
+    """The operand that is one, or a view of one."""
     sides: str
     """One of ``b``, ``i``, ``o`` for each axis of the weight operand."""
     out_dims: tuple[int, ...] = (-1,)
     """The dims of the op's output that the ``o`` axes became, in order."""
     options: dict[str, Any] = field(default_factory=dict)
+    """What `down` and `up` need beside x: strides, offsets, a scale. They find the branch's rank in it too."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,33 @@ class Form:
     """A row of the table."""
 
     name: str
+    """What rules and plans call it."""
     ops: frozenset[str]
-    parse: Callable[..., Call | None]
+    """As `op_name` gives them: torch's own name (``linear``), or ``library::name`` of an op from elsewhere."""
+    parse: Callable[[Form, str, tuple[Any, ...], dict[str, Any], Callable[[Any], int | None]], Call | None]
+    """(form, op, args, kwargs, ndim) → the `Call`, or None. ``ndim(operand)`` is the number of axes of a weight, and
+    None for what is no weight; nothing else of an operand may be asked: it may be a node of a graph."""
     down: Callable[[Call, Any, Any], Any]
+    """(call, x, A) → z."""
     up: Callable[[Call, Any, Any], Any]
+    """(call, z, B) → the branch."""
     looks_up: bool = False
-    """x holds indices: dropout on the (one-hot) branch input drops whole rows of z."""
+    """x holds indices: dropout on the (one-hot) branch input drops whole rows of z, and no pattern means it."""
+    role: str = ""
+    """What every use in this form does; empty where the dataflow around it tells, as around a linear."""
 
 
 def op_name(func: Any) -> str:
-    """torch's own name of an op: the same for `F.linear`, `Tensor.matmul`, a property and an ATen overload."""
+    """torch's own name of an op: the same for `F.linear`, `Tensor.matmul`, a property and an ATen overload.
+
+    An op of another library keeps its namespace: ``mylib::linear`` is no ``linear``.
+    """
     if isinstance(func, str):
         return func
     if isinstance(func, torch._ops.OpOverload):
-        return func._schema.name.rpartition("::")[2]
+        return func._schema.name.removeprefix("aten::")
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return func._qualified_op_name.removeprefix("aten::")
     name = getattr(func, "__name__", "")
     if name == "__get__":  # a property of Tensor arrives as the getter of its descriptor
         return getattr(func.__self__, "__name__", "")
@@ -280,6 +297,8 @@ def _embedding_down(call: Call, x: Any, A: Any) -> Any:
 
 # ── grouped_mm: one matmul an expert, rows grouped by `offs`. W: (experts, in, out) ──────────────────────────────────
 
+_GROUPED_FALLBACK = "transformers::grouped_mm_fallback"
+
 
 def _parse_grouped_mm(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
     a = _bind(
@@ -288,7 +307,7 @@ def _parse_grouped_mm(form: Form, op: str, args: tuple, kwargs: dict, ndim: Call
     weight = a.get("weight", a.get("mat_b", a.get("mat2")))
     if ndim(weight) != 3 or ndim(a["x"]) is not None or a.get("offs") is None:
         return None
-    return Call(form, a["x"], weight, "bio", (-1,), {"offs": a["offs"], "fallback": op == "grouped_mm_fallback"})
+    return Call(form, a["x"], weight, "bio", (-1,), {"offs": a["offs"], "fallback": op == _GROUPED_FALLBACK})
 
 
 def _grouped(call: Call, x: Any, weight: Any) -> Any:
@@ -311,14 +330,16 @@ TABLE = (
     Form("matmul", frozenset({"matmul", "mm", "bmm", "__rmatmul__"}), _parse_matmul, _matmul_down, _matmul_up),
     Form("addmm", frozenset({"addmm", "baddbmm"}), _parse_addmm, _matmul_down, _addmm_up),
     Form("einsum", frozenset({"einsum"}), _parse_einsum, _einsum_down, _einsum_up),
-    Form("conv", frozenset({"conv1d", "conv2d", "conv3d"}), _parse_conv, _conv_down, _conv_up),
+    Form("conv", frozenset({"conv1d", "conv2d", "conv3d"}), _parse_conv, _conv_down, _conv_up, role="conv"),
     Form("conv_transpose", frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}),
-         _parse_conv_transpose, _conv_transpose_down, _conv_transpose_up),
-    Form("embedding", frozenset({"embedding"}), _parse_embedding, _embedding_down, _linear_up, looks_up=True),
-    Form("grouped_mm", frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}),
+         _parse_conv_transpose, _conv_transpose_down, _conv_transpose_up, role="conv"),
+    Form("embedding", frozenset({"embedding"}), _parse_embedding, _embedding_down, _linear_up,
+         looks_up=True, role="embedding"),
+    Form("grouped_mm", frozenset({"grouped_mm", "_grouped_mm", _GROUPED_FALLBACK}),
          _parse_grouped_mm, _grouped_mm_down, _grouped_mm_up),
 )  # fmt: skip
 
+#: op → its form; read whenever a form is asked for, since rows come and go (`lora_fx.deltas.registration`)
 FORMS = {op: form for form in TABLE for op in form.ops}
 
 #: ops that multiply with a weight inside, where no branch can be put: they get the dense W + s·B·A

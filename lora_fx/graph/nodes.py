@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from lora_fx.graph.forms import op_name
 from lora_fx.graph.views import COPIES, MOVES
@@ -18,6 +20,27 @@ def base_name(node: fx.Node) -> str:
     """The name of its op; an in-place op is called as the one that makes a new tensor."""
     name = op_name(node.target)
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Its positional arguments; fx types each as anything that it could ever be."""
+    return node.args
+
+
+def call(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Its op, run on these arguments."""
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def first_operand(node: fx.Node) -> fx.Node | None:
+    """Its first positional argument, where that is a node."""
+    return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes among its arguments, in order, each as often as it is there (`all_input_nodes` has each once)."""
+    return [n for n in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, fx.Node)]
 
 
 def is_float(value: Any) -> bool:

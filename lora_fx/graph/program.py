@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.graph import layout
 from lora_fx.graph.capture import MODULE, Capture, capture_graph
-from lora_fx.graph.forms import DENSE_OPS, Call, find, op_name
+from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.layout import Layout
+from lora_fx.graph.nodes import arguments, first_operand
 from lora_fx.graph.views import View, move
 
 
@@ -194,95 +194,103 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return spans[0][0] <= spans[1][1] and spans[1][0] <= spans[0][1]
 
 
+def _multiplies(op: str) -> bool:
+    return op in DENSE_OPS or op in FORMS or op.startswith("conv")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a node gives of a weight."""
+
+    weight: Weight
+    view: View
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """Arithmetic of parameters alone."""
+
+    op: str
+    weights: frozenset[Weight]
+
+
 class _Reader:
     """One walk over the captured graph: views of weights are followed, matmuls become uses."""
 
     def __init__(self, model: nn.Module, captured: Capture) -> None:
         self.graph = captured.graph
         self.found = find_weights(model)
-        self.views: dict[fx.Node, tuple[Weight, View]] = {}
-        self.tuples: dict[fx.Node, tuple[Weight, tuple[View, ...]]] = {}
-        self.computed: dict[fx.Node, tuple[str, set[Weight]]] = {}  # parameter-only arithmetic: its op and weights
+        self.views: dict[fx.Node, _Seen] = {}
+        self.tuples: dict[fx.Node, tuple[_Seen, ...]] = {}
+        self.computed: dict[fx.Node, _Computed] = {}
         self.constant: set[fx.Node] = set(captured.tensors)
         for node, tensor in captured.tensors.items():
             weight = self.found.get(storage_key(tensor))
             if weight is not None:
-                self.views[node] = weight, View.of(weight.shape)
+                self.views[node] = _Seen(weight, View.of(weight.shape))
 
     def weights(self) -> tuple[Weight, ...]:
         for node in self.graph.nodes:
             if node.op == "call_function":
-                self._read(node)
+                self._read(node, op_name(node.target))
         return tuple(self.found.values())
 
     def _ndim(self, operand: Any) -> int | None:
-        return self.views[operand][1].ndim if isinstance(operand, fx.Node) and operand in self.views else None
+        return self.views[operand].view.ndim if isinstance(operand, fx.Node) and operand in self.views else None
 
-    def _read(self, node: fx.Node) -> None:
-        first = node.args[0] if node.args else None
-        if isinstance(first, fx.Node) and first in self.tuples and op_name(node.target) == "getitem":
-            weight, views = self.tuples[first]
-            self.views[node] = weight, views[node.args[1]]
-            return
-        if isinstance(first, fx.Node) and first in self.views and self._move(node, first):
-            return
-        read = [n for n in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, fx.Node)]
-        weights = [n for n in read if n in self.views]
-        if not weights and not any(n in self.computed for n in read):
-            if read and all(n in self.constant for n in read):
-                self.constant.add(node)
-            return
-        self._multiply_or_read(node, read, weights)
+    def _read(self, node: fx.Node, name: str) -> None:
+        first = first_operand(node)
+        if first in self.tuples and name == "getitem":
+            self.views[node] = self.tuples[first][arguments(node)[1]]
+        elif first not in self.views or not self._move(node, name, self.views[first]):
+            self._multiply_or_read(node, name)
 
-    def _move(self, node: fx.Node, first: fx.Node) -> bool:
-        weight, view = self.views[first]
-        name = op_name(node.target)
-        moved = move(name, view, node.args[1:], dict(node.kwargs)) or self._gather(name, node, weight, view)
-        if moved is None:
-            return False
-        (self.tuples if isinstance(moved, tuple) else self.views)[node] = weight, moved  # type: ignore[index]
-        return True
+    def _move(self, node: fx.Node, name: str, seen: _Seen) -> bool:
+        moved = move(name, seen.view, node.args[1:], dict(node.kwargs)) or self._gather(node, name, seen)
+        if isinstance(moved, tuple):
+            self.tuples[node] = tuple(_Seen(seen.weight, view) for view in moved)
+        elif moved is not None:
+            self.views[node] = _Seen(seen.weight, moved)
+        return moved is not None
 
-    def _gather(self, name: str, node: fx.Node, weight: Weight, view: View) -> View | None:
+    def _gather(self, node: fx.Node, name: str, seen: _Seen) -> View | None:
         """`W[indices]` of a weight with three or more axes picks experts; of a 2-D table it makes an activation."""
-        if view != View.of(weight.shape) or view.ndim < 3:
+        view, args = seen.view, arguments(node)
+        if view != View.of(seen.weight.shape) or view.ndim < 3:
             return None
-        if name == "index" and len(node.args[1]) == 1:
-            picked = node.args[1][0].meta["val"].shape
-        elif name == "index_select" and node.args[1] == 0:
-            picked = node.args[2].meta["val"].shape
+        if name == "index" and len(args[1]) == 1:
+            picked = args[1][0].meta["val"].shape
+        elif name == "index_select" and args[1] == 0:
+            picked = args[2].meta["val"].shape
         else:
             return None
         one = view.select(0, 0)
         return View((*picked, *one.shape), (*[0] * len(picked), *one.strides))
 
-    def _multiply_or_read(self, node: fx.Node, read: list[fx.Node], weights: list[fx.Node]) -> None:
-        name = op_name(node.target)
-        call = find(node.target, node.args, dict(node.kwargs), self._ndim)
-        for n in (n for n in read if n in self.computed):
-            op, sources = self.computed[n]
-            if all(m in self.constant or m in self.computed or m in self.views for m in read):
-                continue
-            if name in DENSE_OPS or name.startswith(("conv", "grouped", "_grouped")):
-                for source in sources:
-                    source.problem = (
-                        source.problem or f"is computed before it multiplies (by {op}, as weight_norm does)"
-                    )
-        if all(n in self.constant or n in self.computed or n in self.views for n in read) and call is None:
-            sources = {self.views[n][0] for n in weights}.union(
-                *(self.computed[n][1] for n in read if n in self.computed)
-            )
-            self.computed[node] = name, sources
-            if not any(u.node is node for w in sources for u in w.uses):
-                self._add(node, weights, None, multiplies=False)
+    def _multiply_or_read(self, node: fx.Node, name: str) -> None:
+        read = node.all_input_nodes
+        seen = [n for n in read if n in self.views]
+        computed = [self.computed[n] for n in read if n in self.computed]
+        constant = all(n in self.constant or n in self.computed or n in self.views for n in read)
+        if not seen and not computed:
+            if read and constant:
+                self.constant.add(node)
             return
-        self._add(node, weights, call, multiplies=name in DENSE_OPS)
+        if computed and not constant and _multiplies(name):
+            for weight, op in ((w, c.op) for c in computed for w in c.weights):
+                weight.problem = weight.problem or f"is computed before it multiplies (by {op}, as weight_norm does)"
+        call = find(node.target, node.args, dict(node.kwargs), self._ndim)
+        if not constant or call is not None:
+            self._add(node, seen, call, multiplies=name in DENSE_OPS)
+            return
+        sources = frozenset(self.views[n].weight for n in seen).union(*(c.weights for c in computed))
+        self.computed[node] = _Computed(name, sources)
+        if not any(u.node is node for w in sources for u in w.uses):
+            self._add(node, seen, None, multiplies=False)
 
-    def _add(self, node: fx.Node, weights: list[fx.Node], call: Call | None, multiplies: bool) -> None:
-        for n in dict.fromkeys(weights):
-            weight, view = self.views[n]
-            own = (
-                call if call is not None and call.weight is n else None
-            )  # it may also be the other summand of an addmm
+    def _add(self, node: fx.Node, seen: list[fx.Node], call: Call | None, multiplies: bool) -> None:
+        for n in seen:
+            weight, view = self.views[n].weight, self.views[n].view
+            own = call if call is not None and call.weight is n else None  # it may be an addmm's other summand too
             does = own is not None or (multiplies and call is None)
             weight.uses.append(Use(weight, node, view, node.meta.get(MODULE, ""), own, does))

@@ -24,13 +24,15 @@ from weakref import WeakValueDictionary
 
 from torch import fx, nn
 
-from lora_fx.deltas.adapter import AdaptedWeight, Adapter, Factors
+from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch
+from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.views import View
 from lora_fx.model.inventory import inventory, is_shard
 from lora_fx.model.marks import ORIGINAL, attribute_of, forget, remember
 
 _IMPORT = "import "
+_FREES = re.compile(r";  [\w =]+ = None$", re.MULTILINE)  # how generated code lets go of what it does not read again
 
 Reads = tuple[tuple[str, tuple[str, ...]], ...]
 """(attribute, adapter children) for each weight that reads as an `AdaptedWeight`."""
@@ -133,14 +135,18 @@ def is_wired(model: nn.Module) -> bool:
 def show(module: nn.Module) -> str:
     """The source of the forward that `module` runs: generated where it was rewritten, its own otherwise."""
     if isinstance(module, fx.GraphModule):
-        return module.code.strip()
+        return _FREES.sub("", module.code.strip())
     spec = spec_of(module)
     if spec is not None and spec.source:
-        return spec.source.strip()
+        return _FREES.sub("", spec.source.strip())
     reads = spec.reads if spec else ()
     notes = [f"# self.{attribute} reads with {', '.join(children)}" for attribute, children in reads]
     base = spec.base if spec else type(module)
-    return "\n".join([*notes, textwrap.dedent(inspect.getsource(base.forward)).strip()])
+    try:
+        source = textwrap.dedent(inspect.getsource(base.forward)).strip()
+    except (OSError, TypeError):  # made by exec, or in C
+        source = f"# {base.__name__}.forward, whose source is not at hand"
+    return "\n".join([*notes, source])
 
 
 # ── generated classes ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -157,7 +163,7 @@ def _used_globals(source: str, scope: dict[str, Any]) -> tuple[tuple[str, Any], 
 class Spec:
     """What a generated class is made from; equal specs share one class."""
 
-    base: type
+    base: type[nn.Module]
     reads: Reads
     source: str = ""
     """The generated forward; empty where the base class's own runs."""
@@ -177,10 +183,10 @@ class Spec:
         return self
 
 
-_classes: WeakValueDictionary[tuple, type] = WeakValueDictionary()
+_classes: WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = WeakValueDictionary()
 
 
-def generated_class(spec: Spec) -> type:
+def generated_class(spec: Spec) -> type[nn.Module]:
     """The subclass of `spec.base`, one for equal specs."""
     known = _classes.get(spec.key)
     if known is not None:
@@ -198,14 +204,15 @@ def generated_class(spec: Spec) -> type:
         body["forward"] = _forward(spec)
     if spec.baked:
         body["__setattr__"] = _guarded_setattr
-    cls = type(base)(base.__name__, (base,), body)
+    metaclass: Any = type(base)
+    cls: type[nn.Module] = metaclass(base.__name__, (base,), body)
     _classes[spec.key] = cls
     return cls
 
 
-def _reduce(self: nn.Module, protocol: Any) -> tuple:
+def _reduce(self: nn.Module, protocol: Any) -> Any:
     """Copy and pickle by what the class was made from, since the class itself is found in no module."""
-    plain = object.__reduce_ex__(self, max(int(protocol), 2))
+    plain: Any = object.__reduce_ex__(self, max(int(protocol), 2))
     if not is_generated(type(self)):
         return plain
     _, _, *state = plain
@@ -214,11 +221,12 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple:
 
 def _remake(spec: Spec) -> nn.Module:
     cls = generated_class(spec)
-    return cls.__new__(cls)
+    return nn.Module.__new__(cls)
 
 
 def _guarded_setattr(self: nn.Module, name: str, value: Any) -> None:
-    spec = type(self)._lora_fx
+    spec = spec_of(self)
+    assert spec is not None, "only generated classes have this method"
     if name in spec.baked and _differ(self.__dict__.get(name), value):
         if not is_generated(type(self)):
             raise LoraFxError(
@@ -282,14 +290,13 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     parameter = owner._parameters[attribute]
     if parameter is None or is_shard(parameter):
         return parameter  # sharding code moves the parameter itself; it computes with the gathered one
-    factors = []
-    cast = False
+    branches, cast = [], False
     for child in children:
         adapter = getattr(owner, child)
-        A, drop = adapter.A, adapter.dropout if adapter.dropout.p else None
-        factors.append(Factors(adapter, A, adapter.B, drop, getattr(adapter, "index", None)))
-        cast = cast or A.dtype != parameter.dtype
-    return AdaptedWeight(parameter, View.of(parameter.shape), factors, parameter, (), cast)
+        delta, drop = adapter.low_rank(), adapter.dropout if adapter.dropout.p else None
+        branches.append(Branch(adapter, delta, drop))
+        cast = cast or delta.A.dtype != parameter.dtype
+    return AdaptedWeight(parameter, View.of(parameter.shape), branches, parameter, (), cast)
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Any]:
@@ -324,8 +331,8 @@ def _forward(spec: Spec) -> Any:
 
 def _with_guard(source: str, signature: inspect.Signature) -> str:
     """Whoever wrapped this forward may keep it beyond its time: then the forward of today runs."""
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*{0}", inspect.Parameter.VAR_KEYWORD: "**{0}"}
-    stars[inspect.Parameter.KEYWORD_ONLY] = "{0}={0}"
+    kinds = inspect.Parameter
+    stars: dict[Any, str] = {kinds.VAR_POSITIONAL: "*{0}", kinds.VAR_KEYWORD: "**{0}", kinds.KEYWORD_ONLY: "{0}={0}"}
     passed = ", ".join(stars.get(p.kind, "{0}").format(p.name) for p in signature.parameters.values())
     guard = f"""
     if getattr(type(self), "_lora_fx", None) is not lora_fx_spec:

@@ -13,6 +13,7 @@ from __future__ import annotations
 # (These are ordinary models; what an nn.Module holds has no type.)
 import copy
 import itertools
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,7 @@ GLUE: dict[str, tuple] = {
 
 _IN, _OUT, _HEADS = (3, 2, 5, 7, 1), (2, 3, 7, 5, 1), (2, 3, 1)  # the first choices are not square
 _BOTH = (True, False)
+_HEADED = {"heads": _HEADS, "head_inputs": _IN, "head_outputs": _OUT}
 
 
 class Block(nn.Module):
@@ -131,12 +133,7 @@ class Matmul(Block):
 class Bmm(Block):
     """A batch of weights, one for each head; or one weight, expanded over the batch."""
 
-    choices: ClassVar = {
-        "heads": _HEADS,
-        "head_inputs": _IN,
-        "head_outputs": _OUT,
-        "how": ("bmm", "bmm_left", "matmul", "matmul_left", "expanded"),
-    }
+    choices: ClassVar = {**_HEADED, "how": ("bmm", "bmm_left", "matmul", "matmul_left", "expanded")}
 
     def build(self, heads, head_inputs, head_outputs, how):
         self.heads, self.how = heads, how
@@ -165,9 +162,7 @@ class Addmm(Block):
     """beta·bias + alpha·(x @ W), with two axes or three, the weight on either side."""
 
     choices: ClassVar = {
-        "heads": _HEADS,
-        "head_inputs": _IN,
-        "head_outputs": _OUT,
+        **_HEADED,
         "how": ("addmm", "addmm_left", "baddbmm", "baddbmm_left"),
         "beta_alpha": ((1, 1), (0.5, 2), (1, 0.7)),
     }
@@ -208,9 +203,7 @@ class Einsum(Block):
             "bti,io->bto", "oi,bti->bto", "...i,oi->...o", "bti,io", "bti,iho->btho", "bti,hio->bhto",
             "bthi,hio->bto", "bthi,ohi->bto", "bthi,hio->btho",
         ),
-        "heads": _HEADS,
-        "head_inputs": _IN,
-        "head_outputs": _OUT,
+        **_HEADED,
     }  # fmt: skip
 
     def build(self, equation, heads, head_inputs, head_outputs):
@@ -273,10 +266,9 @@ class Conv(Block):
             bias=bias,
             padding_mode=mode,
         )
-        self.inputs, self.outputs = channels, out
-        for size, extent in zip(self.beside, _KERNEL_BESIDE, strict=False):
-            self.inputs *= size
-            self.outputs *= size - (extent - 1 if padding == "valid" else 0)
+        lost = [extent - 1 if padding == "valid" else 0 for extent in _KERNEL_BESIDE]
+        left = [size - less for size, less in zip(self.beside, lost, strict=False)]
+        self.inputs, self.outputs = channels * math.prod(self.beside), out * math.prod(left)
 
     def compute(self, x):
         return _convolve(self.conv, F.pad(x, (0, 0, 0, self.least)), self.beside)
@@ -312,10 +304,7 @@ class ConvTranspose(Block):
         )
         if not module:
             self.conv = _FunctionalTranspose(self.conv)
-        self.inputs, self.outputs = channels, out
-        for size in self.beside:
-            self.inputs *= size
-            self.outputs *= size
+        self.inputs, self.outputs = (n * math.prod(self.beside) for n in (channels, out))
 
     def compute(self, x):
         return _convolve(self.conv, F.pad(x, (0, 0, 0, 1)), self.beside)
@@ -433,10 +422,8 @@ class Sliced(Block):
     }
 
     def build(self, inputs, half, how):
-        self.inputs, self.half, self.how = inputs, half, how
-        self.outputs = half
-        shape = (inputs, 2 * half) if how == "columns" else (2 * half, inputs)
-        self.weight = weight(*shape)
+        self.inputs, self.outputs, self.half, self.how = inputs, half, half, how
+        self.weight = weight(*((inputs, 2 * half) if how == "columns" else (2 * half, inputs)))
 
     def compute(self, x):
         w, n = self.weight, self.half
@@ -574,17 +561,18 @@ def _mirrored(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, x.flip(-1)], dim=1)
 
 
+def _unmirrored(y: torch.Tensor) -> torch.Tensor:
+    one, other = y.chunk(2, dim=1)
+    return one - other.tanh()
+
+
 class Attention(Block):
     """Attention: q, k, v apart, fused one after the other, fused head by head, or only k and v fused."""
 
     choices: ClassVar = {
-        "inputs": (3, 2, 5),
-        "heads": (2, 1, 3),
-        "head_size": (2, 3),
-        "fused": ("apart", "blocks", "interleaved", "key_value"),
-        "core": ("sdpa", "softmax"),
-        "bias": _BOTH,
-    }
+        "inputs": (3, 2, 5), "heads": (2, 1, 3), "head_size": (2, 3),
+        "fused": ("apart", "blocks", "interleaved", "key_value"), "core": ("sdpa", "softmax"), "bias": _BOTH,
+    }  # fmt: skip
 
     def build(self, inputs, heads, head_size, fused, core, bias):
         self.inputs = self.outputs = inputs
@@ -617,8 +605,7 @@ class Attention(Block):
             y = F.scaled_dot_product_attention(q, k, v)
         else:
             y = (q @ k.mT * self.head_size**-0.5).softmax(-1) @ v
-        one, other = self.output(y.transpose(1, 2).flatten(2)).chunk(2, dim=1)
-        return one - other.tanh()
+        return _unmirrored(self.output(y.transpose(1, 2).flatten(2)))
 
     def _split(self, t):
         return t.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
@@ -644,8 +631,7 @@ class TorchAttention(Block):
     def compute(self, x):
         x = _mirrored(x)
         keys = F.pad(x, (0, 1), value=0.5) if self.kdim else x
-        one, other = self.attention(x, keys, keys, need_weights=self.weights)[0].chunk(2, dim=1)
-        return one - other.tanh()
+        return _unmirrored(self.attention(x, keys, keys, need_weights=self.weights)[0])
 
 
 class TorchEncoder(Block):
@@ -660,21 +646,16 @@ class TorchEncoder(Block):
         )
 
     def compute(self, x):
-        one, other = self.layer(_mirrored(x)).chunk(2, dim=1)
-        return one - other.tanh()
+        return _unmirrored(self.layer(_mirrored(x)))
 
 
 class Recurrent(Block):
     """Kernels that take their weights whole."""
 
     choices: ClassVar = {
-        "kind": ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"),
-        "inputs": _IN,
-        "hidden": (2, 3, 5, 1),
-        "layers": (1, 2),
-        "bidirectional": (False, True),
-        "bias": _BOTH,
-    }
+        "kind": ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"), "inputs": _IN, "hidden": (2, 3, 5, 1),
+        "layers": (1, 2), "bidirectional": (False, True), "bias": _BOTH,
+    }  # fmt: skip
 
     def build(self, kind, inputs, hidden, layers, bidirectional, bias):
         self.inputs, self.outputs, self.kind = inputs, hidden, kind
@@ -687,15 +668,12 @@ class Recurrent(Block):
     def compute(self, x):
         x = _mirrored(x)  # two steps at least: in the first one the hidden state is zero
         if not self.kind.endswith("Cell"):
-            y = self.net(x)[0]
-        else:
-            state, steps = None, []
-            for token in x.unbind(1):
-                state = self.cell(token, state)
-                steps.append(state[0] if self.kind == "LSTMCell" else state)
-            y = torch.stack(steps, dim=1)
-        one, other = y.chunk(2, dim=1)
-        return one - other.tanh()
+            return _unmirrored(self.net(x)[0])
+        state, steps = None, []
+        for token in x.unbind(1):
+            state = self.cell(token, state)
+            steps.append(state[0] if self.kind == "LSTMCell" else state)
+        return _unmirrored(torch.stack(steps, dim=1))
 
 
 class Whole(Block):
@@ -853,8 +831,7 @@ class RandomModel(nn.Module):
         """Example inputs: indices where the first block looks up, else numbers of the model's own dtype."""
         first = self.blocks[0]
         if first.reads_ids:
-            ids = (torch.arange(batch * tokens) + 1) % first.rows
-            return (ids.reshape(batch, tokens),)
+            return (((torch.arange(batch * tokens) + 1) % first.rows).reshape(batch, tokens),)
         generator = torch.Generator().manual_seed(self._seed)
         x = torch.randn(batch, tokens, first.inputs, generator=generator, dtype=torch.float64)
         return (x.to(self._shown["dtype"]),)
@@ -873,8 +850,7 @@ def _shared(block: nn.Module, step: Again) -> nn.Module:
     for name, parameter in block.named_parameters(remove_duplicate=False):
         if parameter.ndim >= 2:
             path, _, attribute = name.rpartition(".")
-            owner = twin.get_submodule(path)
-            setattr(owner, attribute, parameter)
+            setattr(twin.get_submodule(path), attribute, parameter)
     return twin
 
 

@@ -103,14 +103,14 @@ AREAS = {
 MUTANTS = (
     # ── the algebra: factors, scale, forms ───────────────────────────────────────────────────────────────────────────
     Mutant(
-        "factors_swapped", "algebra", "lora_fx/deltas/adapter.py",
-        "A, B = self._cast(placement.down(factors.A, B), placement.up(factors.A, B))",
-        "B, A = self._cast(placement.down(factors.A, B).mT, placement.up(factors.A, B).mT)",
+        "factors_swapped", "algebra", "lora_fx/deltas/adapted_weight.py",
+        "        A, B = self._factors(delta, placement)\n        if",
+        "        B, A = (factor.mT for factor in self._factors(delta, placement))\n        if",
         "The branch contracts x with B and makes the output with A; only square weights take it.",
     ),
     Mutant(
-        "scale_dropped", "algebra", "lora_fx/deltas/adapter.py",
-        "if factors.adapter.scale != 1:", "if False:",
+        "scale_dropped", "algebra", "lora_fx/deltas/adapted_weight.py",
+        "if delta.scale != 1:", "if False:",
         "The branch is x·A·B, without its scale.",
     ),
     Mutant(
@@ -124,81 +124,80 @@ MUTANTS = (
         "rslora divides alpha by the rank instead of its root.",
     ),
     Mutant(
-        "dense_without_scale", "algebra", "lora_fx/deltas/adapter.py",
-        "own = f.adapter.layout.delta(f.A, f.B) * f.adapter.scale", "own = f.adapter.layout.delta(f.A, f.B)",
+        "dense_without_scale", "algebra", "lora_fx/deltas/adapted_weight.py",
+        "own = branch.delta.delta()", "own = branch.delta.delta() / branch.delta.scale",
         "Only ops that take the weight whole (LSTM, bilinear) lose the scale.",
         zoo="native-bilinear,native-lstm",
     ),
     Mutant(
-        "second_adapter_lost", "algebra", "lora_fx/deltas/adapter.py",
-        "for factors, placement in zip(weight.factors, placements, strict=True):",
-        "for factors, placement in list(zip(weight.factors, placements, strict=True))[:1]:",
+        "second_adapter_lost", "algebra", "lora_fx/deltas/adapted_weight.py",
+        "for branch, placement in zip(weight.branches, placements, strict=True):",
+        "for branch, placement in list(zip(weight.branches, placements, strict=True))[:1]:",
         "Of two adapters on one weight only the first acts.",
         tests=(GAPS,),
     ),
     Mutant(
-        "second_scheduled_adapter_lost", "algebra", "lora_fx/deltas/adapter.py",
-        "for f, placement in zip(self.factors, placements, strict=True):",
-        "for f, placement in list(zip(self.factors, placements, strict=True))[:1]:",
+        "second_scheduled_adapter_lost", "algebra", "lora_fx/deltas/adapted_weight.py",
+        "for branch, placement in zip(self.branches, placements, strict=True):",
+        "for branch, placement in list(zip(self.branches, placements, strict=True))[:1]:",
         "Of two adapters on one matrix only the first acts.",
         tests=(GAPS,),
     ),
     Mutant(
-        "scheduled_dropout_missing", "algebra", "lora_fx/deltas/adapter.py",
-        "None if f.dropout is None else f.dropout(call.x)", "None",
+        "scheduled_dropout_missing", "algebra", "lora_fx/deltas/adapted_weight.py",
+        "None if drop is None else drop(call.x)", "None",
         "Dropout of the branch never acts in a matmul that is scheduled.",
         tests=(GAPS,),
     ),
     Mutant(
-        "stale_input", "algebra", "lora_fx/deltas/adapter.py",
-        "x, drop = call.x, factors.dropout\n",
-        "x, drop = call.x, factors.dropout\n"
+        "stale_input", "algebra", "lora_fx/deltas/adapted_weight.py",
+        "delta, x, drop = branch.delta, call.x, branch.dropout\n",
+        "delta, x, drop = branch.delta, call.x, branch.dropout\n"
         "        if isinstance(x, fx.Proxy) and getattr(x.node.target, '__name__', '') == 'add':\n"
         "            x = fx.Proxy(x.node.args[0], x.tracer)\n",
         "The branch of the second of two chained matmuls reads what the first one gave before its own branch.",
         tests=(GAPS,),
     ),
     Mutant(
-        "dropout_in_eval", "algebra", "lora_fx/deltas/adapter.py",
-        "            x = drop(x)", "            x = F.dropout(x, factors.adapter.dropout.p)",
+        "dropout_in_eval", "algebra", "lora_fx/deltas/adapted_weight.py",
+        "            x = drop(x)", "            x = F.dropout(x, branch.adapter.dropout.p)",
         "Dropout of the branch acts in eval mode too.",
     ),
     Mutant(
-        "dropout_missing_in_train", "algebra", "lora_fx/deltas/adapter.py",
+        "dropout_missing_in_train", "algebra", "lora_fx/deltas/adapted_weight.py",
         "            x = drop(x)", "            pass",
         "Dropout of the branch never acts: training overfits, and no output in eval mode tells.",
         tests=(GAPS,),
     ),
     Mutant(
-        "dropout_missing_on_embeddings", "algebra", "lora_fx/deltas/adapter.py",
+        "dropout_missing_on_embeddings", "algebra", "lora_fx/deltas/adapted_weight.py",
         "z = z * drop(torch.ones_like(z[..., :1]))", "pass",
         "Dropout of the branch never acts where the weight is looked up.",
         tests=(GAPS,),
     ),
     Mutant(
-        "dropout_on_the_output", "algebra", "lora_fx/deltas/adapter.py",
+        "dropout_on_the_output", "algebra", "lora_fx/deltas/adapted_weight.py",
         "            x = drop(x)", "            x = drop(torch.ones_like(x[..., :1])) * x",
         "Whole tokens are dropped from the branch input instead of single features.",
         tests=(GAPS,),
     ),
     Mutant(
-        "rows_shifted", "algebra", "lora_fx/deltas/adapter.py",
-        "F.pad(B, (0, 0, self.rows[0], out - self.rows[-1] - 1))",
-        "F.pad(B, (0, 0, self.rows[0] + 1, out - self.rows[-1] - 2))",
+        "rows_shifted", "algebra", "lora_fx/deltas/low_rank.py",
+        "F.pad(self.B, (0, 0, self.rows[0], out - self.rows[-1] - 1))",
+        "F.pad(self.B, (0, 0, self.rows[0] + 1, out - self.rows[-1] - 2))",
         "A part of a fused weight acts one row further down.",
         zoo="native-chain",
         tests=(GAPS,),
     ),
     Mutant(
-        "scattered_rows_in_a_block", "algebra", "lora_fx/deltas/adapter.py",
-        "return zeros.index_copy(len(self.layout.batch), self.index if index is None else index, B)",
-        "return F.pad(B, (0, 0, self.rows[0], out - self.rows[0] - len(self.rows)))",
+        "scattered_rows_in_a_block", "algebra", "lora_fx/deltas/low_rank.py",
+        "return zeros.index_copy(len(self.layout.batch), index, self.B)",
+        "return F.pad(self.B, (0, 0, self.rows[0], out - self.rows[0] - len(self.rows)))",
         "Rows that are no contiguous range (q, k, v interleaved by head) are taken for one that starts at the first.",
     ),
     Mutant(
-        "experts_swap_b", "algebra", "lora_fx/deltas/adapter.py",
-        "factors.append(Factors(adapter, f.A[picked], f.B[picked], f.dropout))",
-        "factors.append(Factors(adapter, f.A[picked], f.B[picked.flip(0) if picked.ndim else picked], f.dropout))",
+        "experts_swap_b", "algebra", "lora_fx/deltas/low_rank.py",
+        "self.whole[experts]", "self.whole[experts.flip(0) if experts.ndim else experts]",
         "Experts that are picked by an index tensor get each other's B.",
         zoo="olmoe-batched",
     ),
@@ -226,6 +225,24 @@ MUTANTS = (
         "z if isinstance(alpha, int) and alpha == 1 else z * alpha", "z",
         "addmm(..., alpha=a) multiplies the weight by a, and its branch not.",
         tests=("tests/test_forms.py",),
+    ),
+    Mutant(
+        "wrong_form_registered", "algebra", "lora_fx/deltas/registration.py",
+        "if not error <= bound:", "if False:",
+        "A form from outside is taken whatever its branch computes.",
+        tests=("tests/test_open_forms.py",),
+    ),
+    Mutant(
+        "form_fires_where_it_must_not", "algebra", "lora_fx/deltas/registration.py",
+        "if any(reading.call is not None for reading in readings):", "if False:",
+        "A form from outside is taken though it fires on its own counter-example.",
+        tests=("tests/test_open_forms.py",),
+    ),
+    Mutant(
+        "form_of_another_library", "algebra", "lora_fx/graph/forms.py",
+        'return func._schema.name.removeprefix("aten::")', 'return func._schema.name.rpartition("::")[2]',
+        "An op of another library is read as torch's op of the same name.",
+        tests=("tests/test_open_forms.py",),
     ),
     Mutant(
         "delta_transposed_where_square", "algebra", "lora_fx/graph/layout.py",
@@ -381,7 +398,7 @@ MUTANTS = (
     ),
     Mutant(
         "computed_weight_accepted", "capture", "lora_fx/graph/program.py",
-        'if name in DENSE_OPS or name.startswith(("conv", "grouped", "_grouped")):', "if False:",
+        "if computed and not constant and _multiplies(name):", "if False:",
         "The parameters behind a weight_norm are adapted, which means nothing.",
     ),
     Mutant(
@@ -497,48 +514,48 @@ MUTANTS = (
     ),
     # ── schedules ────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
-        "fused_without_scale", "schedules", "lora_fx/deltas/schedules.py",
+        "fused_without_scale", "schedules", "lora_fx/deltas/kernels.py",
         "_add(_part(rows, first, B), z, B.mT, scale)", "_add(_part(rows, first, B), z, B.mT)",
         "The branch that is accumulated in place is x·A·B, without its scale.",
         laws="l2",
     ),
     Mutant(
-        "fused_part_at_the_front", "schedules", "lora_fx/deltas/schedules.py",
+        "fused_part_at_the_front", "schedules", "lora_fx/deltas/kernels.py",
         "rows.narrow(-1, first, B.size(-2))", "rows.narrow(-1, 0, B.size(-2))",
         "An adapter of the value rows of a fused weight acts on its first rows.",
     ),
     Mutant(
-        "dense_schedule_without_scale", "schedules", "lora_fx/deltas/schedules.py",
+        "dense_schedule_without_scale", "schedules", "lora_fx/deltas/kernels.py",
         "            total = add(total, B, A, alpha=scale)", "            total = add(total, B, A)",
         "W + B·A, without its scale, where the tokens are many.",
     ),
     Mutant(
-        "dense_part_at_the_front", "schedules", "lora_fx/deltas/schedules.py",
+        "dense_part_at_the_front", "schedules", "lora_fx/deltas/kernels.py",
         "total.tensor_split((first, first + B.shape[-2]), dim=-2)", "total.tensor_split((0, B.shape[-2]), dim=-2)",
         "Where the tokens are many, an adapter of the value rows of a fused weight acts on its first rows.",
     ),
     Mutant(
         "dense_drops_the_whole_input", "schedules", "lora_fx/deltas/schedules.py",
-        "return all(term[4] is None or term[4] is x for term in terms)", "return True",
+        "return all(term.dropped is None or term.dropped is x for term in terms)", "return True",
         "Where the tokens are many, dropout on the branch is forgotten.",
     ),
     Mutant(
-        "gradient_of_a_without_scale", "schedules", "lora_fx/deltas/schedules.py",
+        "gradient_of_a_without_scale", "schedules", "lora_fx/deltas/kernels.py",
         "grad_a = _tall(z, own, scale)", "grad_a = _tall(z, own, 1)",
         "A learns at another rate than B.",
     ),
     Mutant(
-        "gradient_of_x_without_branch", "schedules", "lora_fx/deltas/schedules.py",
+        "gradient_of_x_without_branch", "schedules", "lora_fx/deltas/kernels.py",
         "factors.append((z, A, scale))", "pass",
         "What flows back to earlier layers misses the branch's share.",
     ),
     Mutant(
-        "gradient_of_a_misses_rows", "schedules", "lora_fx/deltas/schedules.py",
+        "gradient_of_a_misses_rows", "schedules", "lora_fx/deltas/kernels.py",
         "return parts.sum(0).mul_(scale)", "return parts[1:].sum(0).mul_(scale)",
         "Where the tokens are many, a quarter of them teaches A and B nothing.",
     ),
     Mutant(
-        "fused_bias_lost", "schedules", "lora_fx/deltas/schedules.py",
+        "fused_bias_lost", "schedules", "lora_fx/deltas/kernels.py",
         "        if bias is None:\n            rows.addmm_", "        if True:\n            rows.addmm_",
         "Where the tokens are many, the bias is left out.",
     ),
@@ -555,12 +572,12 @@ MUTANTS = (
         tests=("tests/test_rematerialization.py",),
     ),
     Mutant(
-        "compiled_without_dropout", "schedules", "lora_fx/deltas/schedules.py",
-        "    each = dropped or [None] * len(scales)\n", "    each = [None] * len(scales)\n",
+        "compiled_without_dropout", "schedules", "lora_fx/deltas/compiled_schedules.py",
+        "dropped or [None] * len(scales)", "[None] * len(scales)",
         "The op that a compiled model runs takes x, where dropout has made another input of it.",
     ),
     Mutant(
-        "exported_with_an_op_of_ours", "schedules", "lora_fx/deltas/schedules.py",
+        "exported_with_an_op_of_ours", "schedules", "lora_fx/deltas/compiled_schedules.py",
         "        or torch.compiler.is_exporting()\n", "",
         "An exported program cannot be read without lora_fx.",
     ),
@@ -678,7 +695,7 @@ MUTANTS = (
     # ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "parts_merged", "plan", "passes/planning.py",
-        "part = (site.rows, site.role) if rule.role is not None and site.rows is not None else None", "part = None",
+        "own = (site.rows, site.role) if rule.role is not None and site.rows is not None else None", "own = None",
         "Query and value of a fused weight share one adapter instead of having one each.",
         tests=("tests/test_rules.py::test_a_role_picks_the_rows_of_a_fused_weight_and_a_name_the_whole",),
     ),
@@ -708,7 +725,7 @@ MUTANTS = (
     ),
     Mutant(
         "self_check_leaves_b", "verification", "lora_fx/checks/verification.py",
-        "                parameter.copy_(old)", "                pass",
+        "undo.append(partial(parameter.detach().copy_, parameter.detach().clone()))", "pass",
         "After apply B holds the random numbers of the check.",
     ),
     Mutant(

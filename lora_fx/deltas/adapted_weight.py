@@ -1,0 +1,340 @@
+"""A weight with branches, as adapted code reads it.
+
+`AdaptedWeight` is what a rewritten module reads in place of the parameter: movement ops move it, matmuls of
+`graph.forms` take the parallel branch, any other op gets the dense W + scale · B·A. It holds tensors when a module runs
+and `torch.fx` proxies when a module is rewritten: the algebra is written once, here.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lora_fx.deltas import schedules
+from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.kernels import Term
+from lora_fx.deltas.low_rank import LowRank
+from lora_fx.errors import LoraFxError
+from lora_fx.graph.forms import FORMS, Call, find, op_name
+from lora_fx.graph.layout import Placement, place
+from lora_fx.graph.views import CASTS, View, move
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One adapter as a use of its weight sees it."""
+
+    adapter: Adapter
+    delta: LowRank
+    """Of tensors, or of proxies; of some experts alone, where those were picked."""
+    dropout: Callable[[Any], Any] | None
+    """None where nothing is dropped."""
+
+
+class AdaptedWeight:
+    """A weight with branches, or a view of one. Any torch function on it means the same on W + Σ scale · B·A.
+
+    Not a `Tensor`: code that would silently take it for the plain weight fails instead.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        view: View,
+        branches: Sequence[Branch],
+        root: Any,
+        chain: tuple[Callable[[Any], Any], ...] = (),
+        cast: bool = False,
+    ) -> None:
+        self.base, self.window, self.branches, self.root, self.chain = base, view, tuple(branches), root, chain
+        self.cast = cast
+        """The factors are kept in another dtype than the weight: each use casts them."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+    def dense(self) -> Any:
+        """W + Σ scale · B·A as a plain tensor, differentiable in A and B."""
+        delta: Any = None
+        for branch in self.branches:
+            _refuse_dropout(branch)
+            own = branch.delta.delta()
+            delta = own if delta is None else delta + own
+        if self.cast:
+            delta = delta.to(self.root.dtype)
+        weight = self.root + delta
+        for step in self.chain:
+            weight = step(weight)
+        return weight
+
+    def moved(self, base: Any, view: View, step: Callable[[Any], Any], detach: bool, cast: bool) -> AdaptedWeight:
+        """A view or a copy of it: the same branches, seen through `view`."""
+        branches = self.branches
+        if detach:
+            branches = tuple(replace(branch, delta=branch.delta.detached()) for branch in branches)
+        return AdaptedWeight(base, view, branches, self.root, (*self.chain, step), self.cast or cast)
+
+    def placements(self, call: Call) -> list[Placement] | None:
+        """Where this use reads each adapter's factors; None where it can only be dense."""
+        placed = place.__wrapped__ if torch.compiler.is_compiling() else place  # Dynamo warns of caches
+        found = []
+        for branch in self.branches:
+            placement = placed(branch.delta.layout, self.window, call.sides)
+            if placement is None:
+                return None
+            found.append(placement)
+        return found
+
+    def branch(self, call: Call, branch: Branch, placement: Placement) -> Any:
+        """scale · (x·Aᵀ)·Bᵀ."""
+        delta, x, drop = branch.delta, call.x, branch.dropout
+        call = replace(call, options={**call.options, "rank": delta.rank})
+        A, B = self._factors(delta, placement)
+        if drop is not None and not call.form.looks_up:
+            x = drop(x)
+        z = call.form.down(call, x, A)
+        if drop is not None and call.form.looks_up:
+            z = z * drop(torch.ones_like(z[..., :1]))
+        if delta.scale != 1:
+            z = z * delta.scale
+        return call.form.up(call, z, B)
+
+    def _factors(self, delta: LowRank, placement: Placement) -> tuple[Any, Any]:
+        """A and B as this use multiplies with them."""
+        B = delta.whole
+        return self._cast(placement.down(delta.A, B), placement.up(delta.A, B))
+
+    def _cast(self, A: Any, B: Any) -> tuple[Any, Any]:
+        return (A.to(self.base.dtype), B.to(self.base.dtype)) if self.cast else (A, B)
+
+    @property
+    def schedule(self) -> str:
+        """Of all its branches."""
+        found = {branch.adapter.schedule for branch in self.branches}
+        return found.pop() if len(found) == 1 else schedules.AUTO
+
+    def scheduled(self, call: Call, placements: Sequence[Placement]) -> Any:
+        """The whole matmul with its branches, where it is one that can be scheduled; None elsewhere."""
+        op, bias = schedulable(call)
+        traced = isinstance(self.base, fx.Proxy)
+        plain = (schedules.AUTO, schedules.BRANCH) if traced and self.base.tracer.plain else (schedules.BRANCH,)
+        if not op or self.schedule in plain:
+            return None
+        terms = []
+        for branch, placement in zip(self.branches, placements, strict=True):
+            delta, drop = branch.delta, branch.dropout
+            own = placement.is_whole and delta.is_range
+            A, B = self._cast(delta.A, delta.B) if own else self._factors(delta, placement)
+            first = delta.rows[0] if own and delta.rows else 0
+            terms.append(Term(A, B, delta.scale, first, None if drop is None else drop(call.x)))
+        return schedules.matmul(op, call.x, self.base, bias, tuple(terms), self.schedule)
+
+    # What code asks of a weight without reading its elements.
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.window.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.window.shape[dim]
+
+    def dim(self) -> int:
+        return self.window.ndim
+
+    def ndimension(self) -> int:
+        return self.window.ndim
+
+    @property
+    def ndim(self) -> int:
+        return self.window.ndim
+
+    def numel(self) -> int:
+        return math.prod(self.window.shape)
+
+    nelement = numel
+
+    def __len__(self) -> int:
+        return self.window.shape[0]
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"AdaptedWeight({tuple(self.window.shape)}, {len(self.branches)} adapters)"
+
+
+_PLAIN = (  # read off the base weight, which has the same
+    "dtype", "device", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_leaf", "is_quantized", "is_sparse",
+    "layout", "is_nested", "is_mkldnn", "names", "itemsize",
+)  # fmt: skip
+
+
+def _plain(name: str) -> property:
+    return property(lambda self: getattr(self.base, name))
+
+
+def _method(name: str) -> Callable[..., Any]:
+    func = getattr(torch.Tensor, name)
+
+    def method(self: AdaptedWeight, *args: Any, **kwargs: Any) -> Any:
+        return dispatch(func, (self, *args), kwargs)
+
+    method.__name__ = name
+    return method
+
+
+def _getter(name: str) -> property:
+    getter = getattr(torch.Tensor, name).__get__
+    return property(lambda self: dispatch(getter, (self,), {}))
+
+
+def _fill() -> None:
+    """Everything else a tensor can do goes through `dispatch`. (A `__getattr__` would send Dynamo in circles.)"""
+    for name in _PLAIN:
+        setattr(AdaptedWeight, name, _plain(name))
+    skipped = set(dir(object)) | {"__torch_dispatch__", "__deepcopy__", "__reduce_ex__", "__setstate__", "__hash__"}
+    for name in dir(torch.Tensor):
+        if name in AdaptedWeight.__dict__ or name in skipped:
+            continue
+        kind = getattr(torch.Tensor, name)
+        if callable(kind):
+            setattr(AdaptedWeight, name, _method(name))
+        elif isinstance(kind, types.GetSetDescriptorType | property):
+            setattr(AdaptedWeight, name, _getter(name))
+
+
+_fill()
+
+
+def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`func` with each adapted weight among its arguments meaning W + Σ scale · B·A."""
+    name = op_name(func)
+    if args and isinstance(args[0], AdaptedWeight) and not any(isinstance(a, AdaptedWeight) for a in args[1:]):
+        moved = _moved(func, name, args[0], args[1:], kwargs)
+        if moved is not None:
+            return moved
+    if name in COMPOSITE:
+        return COMPOSITE[name](*args, **kwargs)
+    if name in FORMS:
+        out = _multiplied(func, args, kwargs)
+        if out is not None:
+            return out
+    return _call_with(func, args, kwargs, AdaptedWeight.dense)
+
+
+def _call_with(func: Any, args: Sequence[Any], kwargs: dict[str, Any], how: Callable[[AdaptedWeight], Any]) -> Any:
+    return _call(func, [_read(a, how) for a in args], {k: _read(v, how) for k, v in kwargs.items()})
+
+
+def _call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`func(*args, **kwargs)`, where a proxy may stand in for the tensor that a method of `Tensor` wants."""
+    if not isinstance(args[0], fx.Proxy):
+        return func(*args, **kwargs)
+    if func.__name__ == "__get__":
+        return getattr(args[0], func.__self__.__name__)
+    if isinstance(func, types.MethodDescriptorType | types.WrapperDescriptorType):
+        return getattr(args[0], func.__name__)(*args[1:], **kwargs)
+    return func(*args, **kwargs)
+
+
+def _moved(func: Any, name: str, weight: AdaptedWeight, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def step(tensor: Any) -> Any:
+        return _call(func, (tensor, *args), kwargs)
+
+    def part(k: int) -> Callable[[Any], Any]:
+        return lambda tensor: step(tensor)[k]
+
+    view = move(name, weight.window, args, kwargs)
+    if view is None:
+        return _gathered(func, name, weight, args)
+    detach = name in ("detach", "detach_", "data")
+    base = step(weight.base)
+    if isinstance(view, tuple):
+        return tuple(weight.moved(base[k], v, part(k), detach, False) for k, v in enumerate(view))
+    return weight.moved(base, view, step, detach, cast=name in CASTS)
+
+
+def _gathered(func: Any, name: str, weight: AdaptedWeight, args: Sequence[Any]) -> AdaptedWeight | None:
+    """`W[indices]` of expert weights picks the experts' own A and B."""
+    layouts = [branch.delta.layout for branch in weight.branches]
+    experts = all(x.sides[0] == "b" and x.sides.count("b") == 1 for x in layouts)
+    if name not in ("getitem", "index") or weight.chain or not experts:
+        return None
+    picked = args[0][0] if isinstance(args[0], list | tuple) and len(args[0]) == 1 else args[0]
+    if not isinstance(picked, torch.Tensor) or picked.dtype not in (torch.int64, torch.int32) or picked.ndim > 1:
+        return None
+    base = _call(func, (weight.base, *args), {})
+    branches = [Branch(b.adapter, b.delta.picked(picked), b.dropout) for b in weight.branches]
+    return AdaptedWeight(base, View.of(tuple(base.shape)), branches, base, (), weight.cast)
+
+
+def _multiplied(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    weights = [a for a in (*args, *kwargs.values()) if isinstance(a, AdaptedWeight)]
+    weights += [a for seq in args if isinstance(seq, list | tuple) for a in seq if isinstance(a, AdaptedWeight)]
+    if len(weights) != 1:
+        return None
+    (weight,) = weights
+    call = find(func, args, kwargs, lambda operand: weight.window.ndim if operand is weight else None)
+    if call is None:
+        return None
+    placements = weight.placements(call)
+    if placements is None:
+        return None
+    scheduled = weight.scheduled(call, placements)
+    if scheduled is not None:
+        return scheduled
+    out = _call_with(func, args, kwargs, lambda own: own.base)
+    for branch, placement in zip(weight.branches, placements, strict=True):
+        out = out + weight.branch(call, branch, placement)
+    return out
+
+
+def schedulable(call: Call) -> tuple[str, Any]:
+    """The op of `schedules.OPS` that this call is, and its bias."""
+    options = call.options
+    if call.form.name == "linear":
+        return "linear", options.get("bias")
+    if call.form.name not in ("matmul", "addmm") or call.sides not in ("io", "bio") or not options.get("right"):
+        return "", None
+    if any(not isinstance(k, int) or k != 1 for k in (options.get("alpha", 1), options.get("beta", 1))):
+        return "", None
+    return options["op"], options.get("bias")
+
+
+def _read(value: Any, how: Callable[[AdaptedWeight], Any]) -> Any:
+    """`value` with `how` of every adapted weight in it."""
+    if isinstance(value, AdaptedWeight):
+        return how(value)
+    if isinstance(value, list | tuple):
+        items = [_read(v, how) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _refuse_dropout(branch: Branch) -> None:
+    if branch.dropout is not None and branch.adapter.training:
+        raise LoraFxError(
+            "this use of the weight is no matmul with a branch input, so dropout on the branch has no meaning there",
+            place=f"adapter {branch.adapter.name!r}",
+            remedy="set dropout=0 in the rule that matches this weight, or exclude the weight",
+        )
+
+
+def _without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A Python-level torch function as its own body, so that the ops inside it are dispatched one by one."""
+    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = {**function.__globals__, **{name: (lambda *_: False) for name in checks}}
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+#: Functions made of others in Python: run their body, rather than hand them a dense weight.
+COMPOSITE = {"multi_head_attention_forward": _without_override_check(F.multi_head_attention_forward)}

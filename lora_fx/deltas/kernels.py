@@ -1,0 +1,210 @@
+"""A matmul with branches, and its gradients: what every schedule is made of.
+
+    y = x·Wᵀ + bias + Σ s·(x·Aᵀ)·Bᵀ        x: (…, in), W: (out, in), A: (rank, in), B: (out, rank)
+
+or one for each expert, all of them with an axis before: x: (experts, tokens, in).
+
+Between large matmuls, every further op starts with cold caches, which costs a CPU more than the few numbers in it: so
+the small products come before the large one, scale while they multiply, and are written the way round in which the
+rank is the first axis (on a CPU up to five times as fast as the other).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+#: the ops that can be scheduled; W is (out, in) for the first, (in, out) for the others, or (experts, in, out)
+OPS = {
+    "linear": F.linear,
+    "matmul": lambda x, weight, bias: torch.matmul(x, weight),
+    "mm": lambda x, weight, bias: torch.mm(x, weight),
+    "bmm": lambda x, weight, bias: torch.bmm(x, weight),
+    "addmm": lambda x, weight, bias: torch.addmm(bias, x, weight),
+    "baddbmm": lambda x, weight, bias: torch.baddbmm(bias, x, weight),
+}
+
+
+class Term(NamedTuple):
+    """One branch of a matmul: a tuple, because generated code builds one in each call."""
+
+    A: Any
+    B: Any
+    scale: float
+    first: int
+    """The first output feature that B makes."""
+    dropped: Any
+    """x with dropout; x itself or None where nothing is dropped."""
+
+
+def flat(terms: Iterable[Term]) -> list[Any]:
+    """The tensors of all terms in one list: autograd sees none inside of other things."""
+    return [t for term in terms for t in (term.A, term.B, term.dropped)]
+
+
+def unflat(spec: Sequence[tuple[float, int]], tensors: Iterable[Any]) -> list[Term]:
+    """The way back, from (scale, first) of each; or a term of what there is one of for each tensor."""
+    rest = iter(tensors)
+    each = zip(spec, rest, rest, rest, strict=True)
+    return [Term(A, B, scale, first, dropped) for (scale, first), A, B, dropped in each]
+
+
+def loses_nothing(dtype: torch.dtype) -> bool:
+    """Whether W + s·B·A in this dtype is as good as the branch: bfloat16 would round most of a small delta away."""
+    return dtype in (torch.float32, torch.float64)
+
+
+def branch(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[Term]) -> Any:
+    """y as one would write it: every pass of autograd is an op of its own."""
+    y = OPS[op](x, weight, bias)
+    for A, B, scale, first, dropped in terms:
+        z = _linear(x if dropped is None else dropped, A)
+        after = y.shape[-1] - first - B.shape[-2]
+        y = y + _linear(z if scale == 1 else z * scale, F.pad(B, (0, 0, first, after)) if first or after else B)
+    return y
+
+
+def _linear(x: Any, weight: Any) -> Any:
+    return F.linear(x, weight) if weight.dim() == 2 else torch.matmul(x, weight.mT)
+
+
+LARGE = 2**16
+"""From so many elements of x on, a pass over y takes longer than what a call of torch costs."""
+
+
+def forward(
+    op: str, dense: bool, x: Any, weight: Any, bias: Any, terms: Sequence[Term], kept: list[torch.Tensor]
+) -> Any:
+    """y, with the branches accumulated in place or, if `dense`, in the weight.
+
+    Args:
+        kept: x·Aᵀ of each term is appended, where backward needs it.
+    """
+    if dense:
+        return OPS[op](x, weight_sum(op, weight, terms), bias)
+    experts = weight.dim() == 3
+    for term in terms:
+        own = x if term.dropped is None else term.dropped
+        z = torch.bmm(own, term.A.mT) if experts else F.linear(own, term.A)
+        kept.append(z if experts or z.dim() == 2 else z.reshape(-1, z.size(-1)))
+    if x.numel() >= LARGE and _starts_with_the_branch(op, x, weight, terms):
+        # A large product that adds to what is there costs what one that overwrites it does.
+        (_, B, scale, _, _), *others = terms
+        y = x.new_empty(*x.shape[:-1], B.size(0))
+        rows = y.view(-1, B.size(0))
+        if bias is None:
+            rows.addmm_(kept[0], B.t(), beta=0, alpha=scale)
+        else:
+            torch.addmm(bias, kept[0], B.t(), alpha=scale, out=rows)
+        rows.addmm_(x.reshape(-1, x.size(-1)), weight.t() if op == "linear" else weight)
+        left = zip(others, kept[1:], strict=True)
+    else:
+        y = rows = OPS[op](x, weight, bias)
+        if y.dim() != 2 and not experts:
+            y = y.contiguous()
+            rows = y.view(-1, y.size(-1))
+        left = zip(terms, kept, strict=True)
+    for (_, B, scale, first, _), z in left:
+        _add(_part(rows, first, B), z, B.mT, scale)
+    return y
+
+
+def _starts_with_the_branch(op: str, x: Any, weight: Any, terms: Sequence[Term]) -> bool:
+    features = weight.size(0 if op == "linear" else -1)
+    whole = weight.dim() == 2 and terms[0].B.size(0) == features
+    return whole and x.is_cpu and x.dim() > 1 and loses_nothing(x.dtype)
+
+
+def gradients(
+    op: str,
+    dense: bool,
+    terms: Sequence[Term],
+    x: Any,
+    weight: torch.Tensor,
+    kept: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    shape: Sequence[int],
+    needs_x: bool,
+    needs: Sequence[Term],
+) -> tuple[torch.Tensor | None, list[Term]]:
+    """The gradient of x, of this shape, and terms of gradients, where `needs_x` and `needs` say that they are needed.
+
+    Args:
+        x: None will do where every term has one with dropout.
+        kept: what `forward` appended.
+    """
+    width = shape[-1]
+    g = _rows(grad, weight)
+    grads: list[Term] = []
+    factors: list[tuple[torch.Tensor, torch.Tensor, float]] = []  # whose products belong to the gradient of x
+    for k, ((A, B, scale, first, dropped), needed) in enumerate(zip(terms, needs, strict=True)):
+        own, mine = _rows(x if dropped is None else dropped, weight), _part(g, first, B)
+        z = _linear(mine, B.mT.contiguous())
+        grad_a = grad_b = grad_own = None
+        if needed.A:
+            grad_a = _tall(z, own, scale)
+        if needed.B:
+            grad_b = _tall(_linear(own, A) if dense else kept[k], mine, scale).mT
+        if needed.dropped:
+            grad_own = _product(z, A, scale).view(dropped.shape)
+        elif dropped is None and not dense:
+            factors.append((z, A, scale))
+        grads.append(Term(grad_a, grad_b, scale, first, grad_own))
+    if not needs_x:
+        return None, grads
+    total = weight_sum(op, weight, terms) if dense else weight
+    grad_x = g.new_empty(*g.shape[:-1], width)
+    for n, (z, A, scale) in enumerate(factors):
+        _add(grad_x, z, A, scale, beta=1 if n else 0)
+    _add(grad_x, g, total if op == "linear" else total.mT, beta=1 if factors else 0)
+    return grad_x.view(shape), grads
+
+
+def weight_sum(op: str, weight: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
+    """W + Σ s·B·A, differentiable in A and B."""
+    total = weight if op == "linear" else weight.mT
+    add = torch.addmm if total.dim() == 2 else torch.baddbmm
+    for A, B, scale, first, _ in terms:
+        if B.shape[-2] == total.shape[-2]:
+            total = add(total, B, A, alpha=scale)
+        else:
+            before, part, after = total.tensor_split((first, first + B.shape[-2]), dim=-2)
+            total = torch.cat([before, add(part, B, A, alpha=scale), after], dim=-2)
+    return total if op == "linear" else total.mT
+
+
+def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1, beta: int = 1) -> torch.Tensor:
+    """beta·total + scale·left·right, in place; what `total` holds does not matter where beta is 0."""
+    if total.dim() == 2:
+        return total.addmm_(left, right, beta=beta, alpha=scale)
+    return total.baddbmm_(left, right, beta=beta, alpha=scale)
+
+
+def _part(rows: torch.Tensor, first: int, B: torch.Tensor) -> torch.Tensor:
+    """The features that B makes."""
+    return rows if B.size(-2) == rows.size(-1) else rows.narrow(-1, first, B.size(-2))
+
+
+def _rows(t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """All tokens in one axis; those of each expert in one."""
+    return t if weight.dim() == 3 else t.reshape(-1, t.shape[-1])
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    return _add(left.new_empty(*left.shape[:-1], right.shape[-1]), left, right, scale, beta=0)
+
+
+_PARTS = 4
+
+
+def _tall(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale · leftᵀ·right, over many rows: (rows, rank), (rows, features) → (rank, features)."""
+    rows = left.shape[0]
+    if left.dim() == 3 or left.device.type != "cpu" or rows % _PARTS or rows < 128:
+        return _product(left.mT, right, scale)
+    # A CPU's matmul does not share out the long axis of such a product among its threads; a batch it does.
+    parts = torch.bmm(left.view(_PARTS, -1, left.shape[1]).mT, right.view(_PARTS, -1, right.shape[1]))
+    return parts.sum(0).mul_(scale)
