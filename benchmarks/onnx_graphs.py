@@ -145,7 +145,7 @@ def latency(options: Any) -> None:
         dynamic = {"input_ids": {0: "batch"}, "attention_mask": {0: "batch"}}
         forms = (*FORMS, "switchable")
         made = files(model, inputs, folder, "m", forms, dynamic_shapes=dynamic)
-        adapter = save_onnx_adapter(model, "default", folder / "a.onnx_adapter")
+        adapter = save_onnx_adapter(model, folder / "a.onnx_adapter")
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads, settings.log_severity_level = 1, 3
         sessions = {form: Session(path, options=settings) for form, path in made.items()}

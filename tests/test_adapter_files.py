@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import lora_fx
 from lora_fx import Adapter, Rule
-from lora_fx.errors import FileError, LoraFxError
+from lora_fx.errors import AdapterError, FileError, LoraFxError
 from lora_fx.export.adapters import files as adapter_files
 from lora_fx.export.adapters.files import CONFIG, TENSORS, load_adapter, save_adapter
 from lora_fx.model.inventory import inventory
@@ -442,7 +442,7 @@ def test_names(tmp_path: Path) -> None:
     fill(p for n, p in theirs.named_parameters() if "lora_" in n)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = adapted(Linears, [Rule(where="head", rank=1)], numbers(4, 6), name="second")
-    save_adapter(ours, tmp_path / "ours", "second")
+    save_adapter(ours, tmp_path / "ours", name="second")
 
     model = load_adapter(fresh(Linears), tmp_path / "theirs", numbers(4, 6))
     assert lora_fx.verify(theirs, model, numbers(4, 6))
@@ -452,15 +452,28 @@ def test_names(tmp_path: Path) -> None:
     before = state(model)
     refused(lambda: load_adapter(model, tmp_path / "ours"), "'second'", "Linears", "already has", "another name")
     refused(lambda: load_adapter(model, tmp_path / "ours", name="4th"), "'4th'", "name", "identifier", "letters")
-    save_adapter(model, tmp_path / "more", "third")
+    save_adapter(model, tmp_path / "more", name="third")
     refused(lambda: load_adapter(model, tmp_path), "it holds more, ours", str(tmp_path), remedy="one adapter")
-    refused(
-        lambda: save_adapter(model, tmp_path / "b", "fourth"), "'fourth'", "Linears", remedy="default, second, third"
-    )
+    with pytest.raises(AdapterError, match="there is no adapter named 'fourth'") as caught:
+        save_adapter(model, tmp_path / "b", name="fourth")
+    assert "default, second, third" in caught.value.remedy
     assert_untouched(model, before)
     folded = lora_fx.fold(model)
     refused(lambda: load_adapter(folded, tmp_path / "ours", name="fourth"), "folded", "Linears", remedy="unfold")
-    refused(lambda: save_adapter(folded, tmp_path / "b"), "no adapter", "Linears", remedy="unfold")
+    refused(lambda: save_adapter(folded, tmp_path / "b"), "'default' is folded", "Linears", remedy="unfold")
+
+
+def test_the_spelling_of_before_still_works(tmp_path: Path) -> None:
+    """The name without its keyword, with a warning that shows the caller's line."""
+    ours = adapted(Linears, [Rule(where="head", rank=1)], numbers(4, 6), name="task")
+    save_adapter(ours, tmp_path / "new", name="task")
+    with pytest.warns(DeprecationWarning, match="save_adapter\\(model, path, name=…\\)") as seen:
+        save_adapter(ours, tmp_path / "old", "task")
+    assert seen[0].filename == __file__
+    old, new = (load_file(tmp_path / folder / TENSORS) for folder in ("old", "new"))
+    assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+    with pytest.raises(TypeError):
+        save_adapter(ours, tmp_path / "old", "task", "other")  # two names
 
 
 def test_training_goes_on(tmp_path: Path) -> None:

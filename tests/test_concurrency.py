@@ -166,7 +166,7 @@ def inside_a_forward(model: nn.Module, module: nn.Module) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
-    lora_fx.save_adapter(adapted("file"), folder, "file", peft=False)
+    lora_fx.save_adapter(adapted("file"), folder, name="file", peft=False)
     return folder
 
 

@@ -88,7 +88,7 @@ def graph_module() -> nn.Module:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "a"
-    lora_fx.save_adapter(adapted("one"), folder, "one", peft=False)
+    lora_fx.save_adapter(adapted("one"), folder, name="one", peft=False)
     return folder
 
 
@@ -588,7 +588,7 @@ def writes_without_room(place: str, limit: int) -> list[list[str]]:
     torch.set_num_threads(1)
     folder, path = Path(place) / "a", Path(place) / "m.onnx"
     model, big = adapted(), lora_fx.apply(nn.Linear(300, 400), Rule(where="*", rank=80), torch.randn(2, 300))
-    lora_fx.save_adapter(model, folder, "one", peft=False)
+    lora_fx.save_adapter(model, folder, name="one", peft=False)
     lora_fx.export_onnx(nn.Linear(4, 3), torch.randn(2, 4), path, external_data=True)
     before, found = contents(Path(place)), []
     if limit:

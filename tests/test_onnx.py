@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -17,13 +18,14 @@ from torch.export import Dim
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.errors import CaptureError, ExportError
+from lora_fx.errors import CaptureError, ExportError, PipelineError
 from lora_fx.export.onnx import export as onnx_export
 from lora_fx.export.onnx import files as onnx_files
 from lora_fx.export.onnx import runs as onnx_runs
 from lora_fx.export.onnx import weights as onnx_weights
 from lora_fx.export.onnx.export import export_onnx
 from lora_fx.model.inventory import inventory
+from lora_fx.passes.base import Pass, Result, given
 from tests import reference
 from tests.zoo import case
 
@@ -424,7 +426,7 @@ def test_an_integer_that_rounding_decides_may_differ():
     assert not onnx_runs._judge(one, two, one, one)
 
 
-@pytest.mark.parametrize("step", ["check_file", "open_session", "_report"])
+@pytest.mark.parametrize("step", ["check_file", "open_session", "_info"])
 def test_an_error_on_the_way_leaves_the_old_file(old, monkeypatch, adapted_net, step):
     def fail(*_):
         raise KeyboardInterrupt
@@ -616,3 +618,39 @@ def test_a_missing_package_names_the_extra(package, old, monkeypatch):
     with pytest.raises(ExportError, match=rf"{package} cannot be imported(.|\n)*lora-fx\[onnx\]"):
         export_onnx(LINEAR, X, old)
     assert untouched(old.parent)
+
+
+# ── the export as passes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_export_is_a_pipeline_that_takes_passes_of_others(old, adapted_net):
+    """One that counts nodes before they are written, and refuses: no file, and the model rests as it was."""
+
+    @dataclass(frozen=True)
+    class Budget(Pass):
+        most: int
+
+        name = "budget"
+        requires = (given(onnx_export.Optimised),)
+
+        def call(self, model, facts):
+            found = len([*facts[onnx_export.Optimised].graph.graph])
+            if found > self.most:
+                raise ExportError(f"{found} nodes are too many", place="the graph", remedy="allow more")
+            return Result(model, modified=False)
+
+    model, x = adapted_net
+    before, classes = reference.bits(model), reference.classes(model)
+    whole = lora_fx.pipeline("export_onnx", x, old, prove=True)
+    assert whole.names == ("prepare", "certify", "translate", "optimise", "write", "run", "prove", "publish")
+    assert "Translated" in str(whole) and "run" not in lora_fx.pipeline("export_onnx", x, old, check=False).names
+    short = whole.without("run", "certify", "prove")
+    with pytest.raises(ExportError, match="nodes are too many"):
+        short.after("optimise", Budget(1))(model)
+    assert untouched(old.parent)
+    run = short.after("optimise", Budget(1000))(model)
+    assert run.facts[onnx_export.ExportReport].not_run and not untouched(old.parent)
+    assert run.model is model and not run.modified and classes == reference.classes(model)
+    assert reference.same_bits(before, reference.bits(model))
+    with pytest.raises(PipelineError, match="'prove' requires Translated"):
+        whole.without("translate", "optimise", "write", "run")

@@ -200,6 +200,16 @@ class Odd(nn.Module):
             return self.other(self.base(x).tanh()).tanh() + low
         if self.kind == "gated":
             return self.base(x) + low * self.other(x)
+        if self.kind == "tapped":
+            y = self.base(x)
+            return (y + low) * y.sigmoid()
+        if self.kind == "an output":
+            y = self.base(x)
+            return y + low, y
+        if self.kind == "rounded":
+            return self.base(x) + self.lora_B(self.lora_A(x.int().float()))
+        if self.kind == "an outer sum":
+            return self.base(x)[:, None] + low
         return self.base(x) + low
 
 
@@ -209,6 +219,8 @@ class Odd(nn.Module):
         ("another input", ("lora_A", "added to no single linear op of the same input")),
         ("beside two", ("lora_B", "added to no single linear op of the same input")),
         ("gated", ("no LoRA branch",)),
+        ("rounded", ("lora_A", "added to no single linear op of the same input")),
+        ("an outer sum", ("no LoRA branch",)),
     ],
 )
 def test_what_is_not_a_branch_is_not_folded(tmp_path, kind, parts):
@@ -252,3 +264,99 @@ def test_a_convolution_with_a_factor_for_each_group(tmp_path):
             return self.base(x) + self.lora_B(self.lora_A(x))
 
     refused(exported(tmp_path, Grouped(), torch.randn(2, 4, 9)), "another factor for each group", "lora_A")
+
+
+@pytest.mark.parametrize(("kind", "reader"), [("tapped", "node_sigmoid"), ("an output", "an output of the graph")])
+def test_a_product_that_is_read_without_its_branch(tmp_path, kind, reader):
+    path = exported(tmp_path, Odd(kind), torch.randn(3, 8))
+    refused(path, "is read without its adapters too", reader, "disabled adapter")
+
+
+def made(tmp_path: Path, nodes: list, numbers: dict[str, numpy.ndarray], **inputs: tuple[int, ...]) -> Path:
+    """A file of these nodes, whose output is ``y``."""
+    float_ = onnx.TensorProto.FLOAT
+    values = [onnx.helper.make_tensor_value_info(name, float_, shape) for name, shape in inputs.items()]
+    result = onnx.helper.make_tensor_value_info("y", float_, None)
+    held = [onnx.numpy_helper.from_array(array, name) for name, array in numbers.items()]
+    graph = onnx.helper.make_graph(nodes, "made", values, [result], held)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, tmp_path / "m.onnx")
+    return tmp_path / "m.onnx"
+
+
+def normal(*shape: int) -> numpy.ndarray:
+    return numpy.random.default_rng(0).normal(size=shape).astype(numpy.float32)
+
+
+def test_one_delta_through_two_ops_is_two_weights(tmp_path):
+    """A and B are square and stand in both of them, once transposed: the deltas differ, and so do the weights."""
+    node = onnx.helper.make_node
+    nodes = []
+    for k, gemm in enumerate(({}, {"transB": 1})):
+        nodes += [
+            node("Gemm", ["x", "W"], [f"p{k}"], **gemm),
+            node("Gemm", ["x", "A"], [f"z{k}"], **gemm),
+            node("MatMul", [f"z{k}", "B"], [f"d{k}"]),
+            node("Add", [f"p{k}", f"d{k}"], [f"s{k}"]),
+        ]
+    path = made(
+        tmp_path,
+        [*nodes, node("Concat", ["s0", "s1"], ["y"], axis=1)],
+        {"W": normal(6, 6), "A": normal(6, 6), "B": normal(6, 6)},
+        x=(3, 6),
+    )
+    x, A, B = (torch.from_numpy(normal(*shape)) for shape in ((3, 6), (6, 6), (6, 6)))
+    report = lora_fx.fold_onnx(path, tmp_path / "out.onnx")
+    assert report.sites == 2 and sorted(report.weights) == ["W", "W.folded"]
+
+    def both(*tensors: torch.Tensor) -> torch.Tensor:
+        x, A, B = tensors
+        return torch.cat([x @ (w + a @ B) for w, a in ((A, A), (A.T, A.T))], 1)  # W and A are the same numbers
+
+    wide, (got,) = both(*(t.double() for t in (x, A, B))), run(tmp_path / "out.onnx", {"x": x.numpy()})
+    expected = torch.from_numpy(run(path, {"x": x.numpy()})[0])
+    noise = float((expected - wide).norm() / wide.norm())
+    assert compare(expected, torch.from_numpy(got), wide, noise, torch.float32)
+
+
+def test_an_output_keeps_its_name_and_nothing_changes_before_all_is_found(tmp_path):
+    import onnx_ir
+
+    from lora_fx.export.onnx.branches import Reader
+
+    node = onnx.helper.make_node
+    nodes = [
+        node("MatMul", ["x", "W"], ["p"]), node("MatMul", ["x", "A"], ["z"]), node("MatMul", ["z", "B"], ["d"]),
+        node("Add", ["p", "d"], ["y"]),
+    ]  # fmt: skip
+    path = made(tmp_path, nodes, {"W": normal(6, 8), "A": normal(6, 2), "B": normal(2, 8)}, x=(3, 6))
+    model = onnx_ir.load(path)
+    text = onnx_ir.to_proto(model).SerializeToString(deterministic=True)
+    (site,) = Reader(model, "m.onnx").sites()
+    assert len(site.branches) == 1 and onnx_ir.to_proto(model).SerializeToString(deterministic=True) == text
+    lora_fx.fold_onnx(path, tmp_path / "out.onnx")
+    folded = onnx.load(tmp_path / "out.onnx").graph
+    assert [o.name for o in folded.output] == ["y"] and [n.op_type for n in folded.node] == ["MatMul"]
+
+
+def test_batches_of_factors_under_a_reshape_are_no_branch(tmp_path):
+    """Through a Reshape a row may meet another expert's factors."""
+    node = onnx.helper.make_node
+    nodes = [
+        node("MatMul", ["x", "W"], ["p"]), node("Reshape", ["x", "to"], ["r"]), node("MatMul", ["r", "A"], ["z"]),
+        node("MatMul", ["z", "B"], ["d"]), node("Reshape", ["d", "back"], ["e"]), node("Add", ["p", "e"], ["y"]),
+    ]  # fmt: skip
+    numbers = {"W": normal(4, 8, 8), "A": normal(4, 8, 1), "B": normal(4, 1, 8)}
+    shapes = {"to": numpy.array([3, 4, 3, 8]), "back": numpy.array([4, 9, 8])}
+    path = made(tmp_path, nodes, numbers | shapes, x=(4, 9, 8))
+    refused(path, "A and B are two narrow linear ops")
+
+
+def test_a_pointwise_factor_with_other_groups_is_no_branch(tmp_path):
+    node = onnx.helper.make_node
+    nodes = [
+        node("Conv", ["x", "W"], ["p"]), node("Conv", ["x", "A"], ["z"]), node("Conv", ["z", "B"], ["d"], group=2),
+        node("Add", ["p", "d"], ["y"]),
+    ]  # fmt: skip
+    path = made(tmp_path, nodes, {"W": normal(6, 8, 3), "A": normal(2, 8, 3), "B": normal(6, 1, 1)}, x=(2, 8, 9))
+    refused(path, "A and B are two narrow linear ops")

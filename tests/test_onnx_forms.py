@@ -97,7 +97,7 @@ def test_a_file_with_a_cache_generates_torchs_tokens_switchable(generating, tmp_
     report = lora_fx.export_onnx(
         generating.model, generating.inputs, tmp_path / "m.onnx", dynamic_shapes=AXES, adapters="switchable"
     )
-    files = {n: save_onnx_adapter(generating.model, n, tmp_path / f"{n}.onnx_adapter") for n in ("one", "two")}
+    files = {n: save_onnx_adapter(generating.model, tmp_path / f"{n}.onnx_adapter", name=n) for n in ("one", "two")}
     session, prompt, seen = Session(report.path, adapters=files), torch.tensor([[7, 8, 1, 30]]), set()
     for name in (None, "one", "two"):
         tokens = generating.from_file(session, prompt, name)
@@ -195,7 +195,7 @@ def test_a_model_on_meta_is_the_model_in_memory(tmp_path, real, sharded, form):
 def test_a_switchable_graph_from_a_checkpoint_takes_the_adapters_of_the_model(tmp_path, real):
     place, model = checkpoint(tmp_path, real), lora_fx.load_adapter(on_meta(), tmp_path / "adapter", IDS)
     made = lora_fx.export_onnx(model, IDS, tmp_path / "m.onnx", weights=place, adapters="switchable")
-    file = save_onnx_adapter(real, "default", tmp_path / "a.onnx_adapter")
+    file = save_onnx_adapter(real, tmp_path / "a.onnx_adapter")
     session = Session(made.path, adapters={"a": file})
     for name in (None, "a"):
         lora_fx.activate(real, *(["default"] if name else []))
@@ -204,7 +204,7 @@ def test_a_switchable_graph_from_a_checkpoint_takes_the_adapters_of_the_model(tm
         (got,) = session.run(IDS, name).values()
         assert lora_fx.checks.verification.compare(wanted, got, wanted.double(), 0.0, torch.float32)
     with pytest.raises(ExportError, match="on meta: which base model this is cannot be told"):
-        save_onnx_adapter(model, "default", tmp_path / "b.onnx_adapter")
+        save_onnx_adapter(model, tmp_path / "b.onnx_adapter")
 
 
 def test_what_is_stored_in_float32_is_folded_in_it_and_rounded_once(tmp_path, real):

@@ -178,7 +178,7 @@ def test_one_element_one_bit_off_is_found(tmp_path, monkeypatch):
 
 
 def test_a_weight_that_no_adapter_is_on_must_stay(tmp_path, monkeypatch):
-    def touched(graph, weights, wanted=True, real=onnx_export.optimize_graph):
+    def touched(graph, weights, wanted=True, real=onnx_export.optimize):
         if any(weight.adapters for weight in weights.values()):
             model.down.weight.data[0, 0] += 1
         return real(graph, weights, wanted)
@@ -192,7 +192,7 @@ def test_a_weight_that_no_adapter_is_on_must_stay(tmp_path, monkeypatch):
         model.down.weight.data.copy_(kept)
         return files
 
-    monkeypatch.setattr(onnx_export, "optimize_graph", touched)
+    monkeypatch.setattr(onnx_export, "optimize", touched)
     monkeypatch.setattr(onnx_export, "save_model", restored)
     unproven(model, tmp_path, "down.weight", "its numbers are not the base's")
 

@@ -15,7 +15,7 @@ from torch import nn
 import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import compare
-from lora_fx.errors import ExportError
+from lora_fx.errors import AdapterError, ExportError
 from lora_fx.export import Session, save_onnx_adapter, save_onnx_weights
 from lora_fx.export.onnx import runtimes
 from tests import reference
@@ -68,7 +68,7 @@ class Place:
         self.report = lora_fx.export_onnx(
             self.model, INPUTS, folder / "m.onnx", dynamic_shapes=AXES, adapters="switchable"
         )
-        self.files = {name: save_onnx_adapter(self.model, name, folder / f"{name}.onnx_adapter") for name in RULES}
+        self.files = {name: save_onnx_adapter(self.model, folder / f"{name}.onnx_adapter", name=name) for name in RULES}
 
     def session(self, *names: str) -> Session:
         return Session(self.report.path, adapters={name: self.files[name] for name in names or RULES})
@@ -244,21 +244,37 @@ def test_a_model_whose_base_changed_saves_no_adapter_for_the_graph(place, tmp_pa
     model = build()
     with torch.no_grad():
         model.head.weight[0, 0] += 1e-6
-    path = save_onnx_adapter(model, "one", tmp_path / "one.onnx_adapter")
+    path = save_onnx_adapter(model, tmp_path / "one.onnx_adapter", name="one")
     refused(lambda: place.session("two").load_adapter(path), "is for base model", "base weights unchanged")
 
 
 def test_saving_an_adapter_refuses(tmp_path):
     model = build()
-    refused(lambda: save_onnx_adapter(model, "four", tmp_path / "a"), "'four'", "one, three, two")
-    refused(lambda: save_onnx_adapter(model, "one", tmp_path / "no" / "a"), "does not exist")
-    refused(lambda: save_onnx_adapter(Net(), "one", tmp_path / "a"), "no adapter", "apply or load")
+    for known, it_has in ((model, "it has one, three, two"), (Net(), "it has no adapters")):
+        with pytest.raises(AdapterError, match="there is no adapter named 'four'") as caught:
+            save_onnx_adapter(known, tmp_path / "a", name="four")
+        assert it_has in caught.value.remedy
+    refused(lambda: save_onnx_adapter(model, tmp_path / "no" / "a", name="one"), "does not exist")
+    folded = lora_fx.fold(build(), copy=True)
+    refused(lambda: save_onnx_adapter(folded, tmp_path / "a", name="one"), "no adapter beside a weight", "unfold")
     with torch.no_grad():
         model.head.weight_lora_two.B[0, 0] = torch.inf
-    refused(lambda: save_onnx_adapter(model, "two", tmp_path / "a"), "NaN or Inf", "head.weight.lora_B")
+    refused(lambda: save_onnx_adapter(model, tmp_path / "a", name="two"), "NaN or Inf", "head.weight.lora_B")
     low = build().bfloat16()
-    refused(lambda: save_onnx_adapter(low, "one", tmp_path / "a"), "bfloat16", "cast this one back")
+    refused(lambda: save_onnx_adapter(low, tmp_path / "a", name="one"), "bfloat16", "cast this one back")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_name_before_the_path_still_works(place, tmp_path):
+    with pytest.warns(DeprecationWarning, match="save_onnx_adapter\\(model, path, name=…\\)") as seen:
+        made = save_onnx_adapter(place.model, "one", tmp_path / "old.onnx_adapter")
+    assert seen[0].filename == __file__ and made == tmp_path / "old.onnx_adapter"
+    with pytest.raises(TypeError):
+        save_onnx_adapter(place.model, "one", tmp_path / "a", "two")  # two paths
+    session = place.session()
+    session.load_adapter(made, "old")
+    one, old = (session.run(feeds(), name) for name in ("one", "old"))
+    assert all(numpy.array_equal(one[name], old[name]) for name in one)
 
 
 def test_a_file_without_slots_and_one_that_was_changed(place, tmp_path):

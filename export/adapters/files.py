@@ -15,13 +15,15 @@ is refused by name. With ``peft=False`` the folder holds the factors as they are
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +61,16 @@ from lora_fx.export.adapters.peft import (
     rank_of,
     release,
     targeted_layers,
-    turned,
     why_not_together,
 )  # fmt: skip
 from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.program import Program, Use, Weight
 from lora_fx.graph.views import View
-from lora_fx.model import wiring
-from lora_fx.model.classes import unwired
+from lora_fx.model.classes import show, unwired
+from lora_fx.model.inventory import Place, inventory, is_shard, plain_path, weight_name
+from lora_fx.model.marks import child_name, is_reader
 from lora_fx.passes.base import Facts, Pass, Result, given
-from lora_fx.passes.fold import is_folded
 from lora_fx.passes.insert import Check, Insert, Rewrite
 from lora_fx.passes.pipeline import Pipeline
 from lora_fx.passes.planning import Plan, Row, Schedule, plan_rows, read_program
@@ -88,10 +89,17 @@ class _Held:
     weights: tuple[str, ...]
     part: str
 
-    @property
-    def whole(self) -> Factors:
+    def turned(self, layer: Layer) -> Factors:
+        """The factors of all rows, in the layer's axes."""
         delta = self.adapter.low_rank().detached()
-        return delta.A.cpu(), delta.whole.cpu()
+        turned = Factors(delta.A.cpu(), delta.whole.cpu(), delta.layout.sides).turned(layer.sides)
+        if turned is None:
+            refuse(
+                self.weights[0],
+                f"the model reads it as {delta.layout.sides!r} (o: out, i: in, b: batch), PEFT as {layer.sides!r}",
+                OWN_FORMAT,
+            )
+        return turned
 
     def entry(self) -> dict[str, Any]:
         a = self.adapter
@@ -102,7 +110,51 @@ class _Held:
         }  # fmt: skip
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default", *, peft: bool = True) -> None:
+@dataclass(frozen=True)
+class _Target:
+    """What PEFT is told to adapt, with the adapters in each of its layers: they share one rank and one alpha."""
+
+    layers: Mapping[Layer, list[_Held]]
+    rslora: bool
+
+    @property
+    def rank(self) -> int:
+        return max(sum(h.adapter.rank for h in group) for group in self.layers.values())
+
+    @property
+    def alpha(self) -> float:
+        first = next(h.adapter for group in self.layers.values() for h in group)
+        if self.rank == first.rank and (first.scaling == "rslora") == self.rslora:
+            return first.alpha
+        return first.scale * (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where in its layer's factors an adapter lies."""
+
+    start: int
+    """Along the rank."""
+    shift: int
+    """Its B is 2ⁿ times as large there."""
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What is written."""
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    entries: list[dict[str, Any]]
+
+
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike, old: str | None = None, *, name: str = "default", peft: bool = True
+) -> None:
     """Write the adapter of this name into a folder that PEFT and `load_adapter` read.
 
     The folder is new or old in one step; files of other names in it stay. Only safetensors is written, never pickle.
@@ -110,65 +162,67 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
 
     Args:
         path: the folder; made if it is not there.
+        old: the name, where it is given without a keyword; deprecated.
         name: the adapter's name in the model.
         peft: write PEFT's format, and refuse what it cannot say. ``False`` writes any adapter in lora_fx's own, which
             PEFT refuses to read.
 
     Raises:
-        FileError: there is no such adapter, a factor is not finite, or PEFT would compute something else; nothing has
-            been written then.
+        AdapterError: there is no such adapter.
+        FileError: it is folded, a factor is not finite, or PEFT would compute something else; nothing has been written
+            then.
     """
+    if old is not None:
+        warnings.warn("write save_adapter(model, path, name=…)", DeprecationWarning, stacklevel=2)
+        name = old
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
     held = _held(model, name)
-    config, tensors, entries = _as_peft(model, held, name) if peft else _as_own(held)
-    header = {"version": VERSION, "name": name, "config": meaning(config), "adapters": entries}
-    write_folder(Path(path), to_json(config, indent=2), pack(tensors, header))
+    files = _as_peft(model, held, name) if peft else _as_own(held)
+    header = {"version": VERSION, "name": name, "config": meaning(files.config), "adapters": files.entries}
+    write_folder(Path(path), to_json(files.config, indent=2), pack(files.tensors, header))
 
 
 def _held(model: nn.Module, name: str) -> list[_Held]:
-    found: dict[Adapter, list[str]] = {}
-    parts: dict[Adapter, str] = {}
-    names = []
-    for path, _, child, adapter in wiring.find_adapters(model):
-        names.append(adapter.name)
-        if adapter.name != name:
-            continue
-        attribute = wiring.attribute_of(child)
-        found.setdefault(adapter, []).append(f"{wiring.plain_path(path)}.{attribute}".lstrip("."))
-        parts[adapter] = child.removeprefix(wiring.child_name(attribute, name)).lstrip("_")
+    here = inventory(model)
+    here.require([name])
+    found: dict[Adapter, list[Place]] = {}
+    for place in here.places:
+        if place.adapter.name == name:
+            found.setdefault(place.adapter, []).append(place)
     if not found:
-        refuse(
-            type(model).__name__,
-            f"there is no adapter named {name!r}",
-            f"it has {', '.join(sorted(set(names))) or 'none'}; unfold a folded model first",
-        )
-    held = [_Held(adapter, tuple(weights), parts[adapter]) for adapter, weights in found.items()]
+        refuse(type(model).__name__, f"the adapter {name!r} is folded into its weights", "lora_fx.unfold(model) first")
+    held = [_Held(a, tuple(map(_plain_name, places)), places[0].part) for a, places in found.items()]
     for h in held:
         for label, factor in (("A", h.adapter.A), ("B", h.adapter.B)):
             _check_saveable(factor, f"{h.weights[0]}, {label} of adapter {name!r}")
     return held
 
 
+def _plain_name(place: Place) -> str:
+    return weight_name(plain_path(place.path), place.attribute)
+
+
 def _check_saveable(factor: torch.Tensor, place: str) -> None:
     if factor.is_meta:
         refuse(place, "it is on meta and has no numbers", "materialise the model first")
-    if wiring.is_shard(factor):
+    if is_shard(factor):
         how = "in all processes unshard() every FSDPModule, or enter FullyShardedDataParallel.summon_full_params(model)"
         refuse(place, "it is sharded", f"{how}; then save in one of them")
     if not bool(factor.isfinite().all()):
         refuse(place, "it holds NaN or Inf", "save an earlier checkpoint of the adapter")
 
 
-def _as_own(held: list[_Held]) -> tuple[dict, dict[str, torch.Tensor], list[dict]]:
+def _as_own(held: list[_Held]) -> _Files:
     """The factors as they are."""
-    tensors, entries = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    entries: list[dict[str, Any]] = []
     for h in held:
         base = ".".join(filter(None, (h.weights[0], h.part)))
         keys = f"{base}.A", f"{base}.B"
         tensors.update(zip(keys, (h.adapter.A.detach().cpu(), h.adapter.B.detach().cpu()), strict=True))
         entries.append({**h.entry(), "keys": keys})
-    return {"peft_type": OWN, "lora_fx_version": VERSION}, tensors, entries
+    return _Files({"peft_type": OWN, "lora_fx_version": VERSION}, tensors, entries)
 
 
 def _ranges(rows: tuple[int, ...] | None) -> list[list[int]] | None:
@@ -184,7 +238,7 @@ def _ranges(rows: tuple[int, ...] | None) -> list[list[int]] | None:
     return ranges
 
 
-def _as_peft(model: nn.Module, held: list[_Held], name: str) -> tuple[dict, dict[str, torch.Tensor], list[dict]]:
+def _as_peft(model: nn.Module, held: list[_Held], name: str) -> _Files:
     """PEFT's config and tensors. Adapters with one target share its rank and its scale."""
     modules = Modules(model)
     _refuse_outside_reads(model, name)
@@ -193,25 +247,22 @@ def _as_peft(model: nn.Module, held: list[_Held], name: str) -> tuple[dict, dict
         if why := modules.why_not(weight, modules.is_raw(weight)):
             refuse(weight, why, OWN_FORMAT)
     raw = [weight for weight in names if modules.is_raw(weight)]
-    targets: dict[str, dict[Layer, list[_Held]]] = {}
+    rslora = all(h.adapter.scaling == "rslora" for h in held)
+    layers: dict[str, dict[Layer, list[_Held]]] = {}
     for h in held:
         for weight in h.weights:
             layer = modules.layer(weight, raw)
-            targets.setdefault(layer.target, _attention_layers(modules, layer)).setdefault(layer, []).append(h)
+            layers.setdefault(layer.target, _attention_layers(modules, layer)).setdefault(layer, []).append(h)
+    targets = {name: _Target(own, rslora) for name, own in layers.items()}
     tensors: dict[str, torch.Tensor] = {}
-    slots: dict[tuple[_Held, Layer], tuple[int, int]] = {}
-    scales: dict[str, tuple[int, float]] = {}
-    rslora = all(h.adapter.scaling == "rslora" for h in held)
-    for target, layers in targets.items():
-        rank, alpha = scales[target] = _shared_scale(layers, rslora)
-        scale = alpha / (math.sqrt(rank) if rslora else rank)
-        for layer, members in layers.items():
-            tensors.update(_joined(layer, members, rank, scale, slots))
-    entries = []
-    for h in held:
-        start, shift = slots[h, modules.layer(h.weights[0], raw)]
-        entries.append({**h.entry(), "start": start, "shift": shift})
-    return _config(modules, targets, scales, rslora), tensors, entries
+    slots: dict[tuple[_Held, Layer], _Slot] = {}
+    for target in targets.values():
+        for layer, members in target.layers.items():
+            own = _slots(layer, members, target.scale)
+            tensors.update(layer.encode(_joined(layer, own, target.rank)))
+            slots.update(((h, layer), slot) for h, slot in own.items())
+    entries = [{**h.entry(), **asdict(slots[h, modules.layer(h.weights[0], raw)])} for h in held]
+    return _Files(_config(modules, targets, rslora), tensors, entries)
 
 
 def _attention_layers(modules: Modules, layer: Layer) -> dict[Layer, list[_Held]]:
@@ -224,9 +275,9 @@ def _attention_layers(modules: Modules, layer: Layer) -> dict[Layer, list[_Held]
 def _refuse_outside_reads(model: nn.Module, name: str) -> None:
     """PEFT adapts calls of a module; a module around it that reads the weight itself goes past that."""
     for path, module in model.named_modules():
-        if not wiring.is_reader(module):
+        if not is_reader(module):
             continue
-        found = re.search(rf"(?<!self)\.(\w+){wiring.child_name('', name)}\w*\.[AB]\b", wiring.show(module))
+        found = re.search(rf"(?<!self)\.(\w+){child_name('', name)}\w*\.[AB]\b", show(module))
         if found:
             refuse(
                 path or type(model).__name__,
@@ -235,39 +286,25 @@ def _refuse_outside_reads(model: nn.Module, name: str) -> None:
             )
 
 
-def _shared_scale(layers: Mapping[Layer, list[_Held]], rslora: bool) -> tuple[int, float]:
-    """One rank and one alpha for all adapters of a target."""
-    members = [h.adapter for group in layers.values() for h in group]
-    rank = max(sum(h.adapter.rank for h in group) for group in layers.values())
-    first = members[0]
-    if rank == first.rank and (first.scaling == "rslora") == rslora:
-        return rank, first.alpha
-    return rank, first.scale * (math.sqrt(rank) if rslora else rank)
+def _slots(layer: Layer, members: list[_Held], scale: float) -> dict[_Held, _Slot]:
+    """The adapters of a layer side by side along the rank, each with the target's scale."""
+    starts = itertools.accumulate((h.adapter.rank for h in members), initial=0)
+    return {
+        h: _Slot(start, _power_of_two(h, scale * layer.times, h.turned(layer).B))
+        for h, start in zip(members, starts, strict=False)
+    }
 
 
-def _joined(
-    layer: Layer, members: list[_Held], rank: int, scale: float, slots: dict[tuple[_Held, Layer], tuple[int, int]]
-) -> dict[str, torch.Tensor]:
-    """PEFT's two tensors for a layer: its adapters side by side along the rank, zeros up to `rank`."""
-    dtype = members[0].adapter.dtype if members else torch.float32
+def _joined(layer: Layer, slots: Mapping[_Held, _Slot], rank: int) -> Factors:
+    """The factors of a layer's adapters in their slots, zeros up to `rank`."""
+    dtype = next((h.adapter.dtype for h in slots), torch.float32)
     A = torch.zeros(layer.layout.shape_of("A", rank), dtype=dtype)
     B = torch.zeros(layer.layout.shape_of("B", rank), dtype=dtype)
-    start = 0
-    for h in members:
-        factors = turned(*h.whole, h.adapter.layout.sides, layer.sides)
-        if factors is None:
-            refuse(
-                h.weights[0],
-                f"the model reads it as {h.adapter.layout.sides!r} (o: out, i: in, b: batch), PEFT as {layer.sides!r}",
-                OWN_FORMAT,
-            )
-        a, b = factors
-        shift = _power_of_two(h, scale * layer.times, b)
-        stop = start + h.adapter.rank
-        A[..., start:stop, :], B[..., start:stop] = a, torch.ldexp(b, torch.tensor(shift))
-        slots[h, layer] = start, shift
-        start = stop
-    return dict(zip(layer.keys, layer.encode(A, B), strict=True))
+    for h, slot in slots.items():
+        factors, stop = h.turned(layer), slot.start + h.adapter.rank
+        A[..., slot.start : stop, :] = factors.A
+        B[..., slot.start : stop] = torch.ldexp(factors.B, torch.tensor(slot.shift))
+    return Factors(A, B, layer.sides)
 
 
 def _power_of_two(h: _Held, scale: float, B: torch.Tensor) -> int:
@@ -287,18 +324,13 @@ def _power_of_two(h: _Held, scale: float, B: torch.Tensor) -> int:
     return near
 
 
-def _config(
-    modules: Modules,
-    targets: Mapping[str, Mapping[Layer, list[_Held]]],
-    scales: Mapping[str, tuple[int, float]],
-    rslora: bool,
-) -> dict[str, Any]:
-    layers = [layer for group in targets.values() for layer in group]
+def _config(modules: Modules, targets: Mapping[str, _Target], rslora: bool) -> dict[str, Any]:
+    layers = [layer for target in targets.values() for layer in target.layers]
     kinds = {layer.kind for layer in layers}
     parameters = [layer.target for layer in layers if layer.kind == "parameter"]
     if why := why_not_together(layers, False):
         refuse(next(layer.target for layer in layers if layer.kind == "conv1d"), why, OWN_FORMAT)
-    (rank, alpha), _ = Counter(scales.values()).most_common(1)[0]
+    ((rank, alpha), _), *_ = Counter((t.rank, t.alpha) for t in targets.values()).most_common(1)
     return {
         "peft_type": PEFT,
         "peft_version": ".".join(map(str, SPOKEN)),
@@ -313,8 +345,8 @@ def _config(
         "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
         "target_modules": _target_modules(modules, [t for t in targets if t not in parameters]),
         "target_parameters": _target_parameters(modules, parameters) or None,
-        "rank_pattern": {_exactly(t): r for t, (r, _) in scales.items() if r != rank},
-        "alpha_pattern": {_exactly(t): _number(a) for t, (_, a) in scales.items() if a != alpha},
+        "rank_pattern": {_exactly(name): t.rank for name, t in targets.items() if t.rank != rank},
+        "alpha_pattern": {_exactly(name): _number(t.alpha) for name, t in targets.items() if t.alpha != alpha},
         "init_lora_weights": True,
     }
 
@@ -341,9 +373,9 @@ def _target_parameters(modules: Modules, parameters: list[str]) -> list[str]:
     return parameters
 
 
-def _shared_dropout(targets: Mapping[str, Mapping[Layer, list[_Held]]]) -> float:
+def _shared_dropout(targets: Mapping[str, _Target]) -> float:
     """PEFT has one dropout for all layers, drops nothing on embeddings and attention, and refuses it on parameters."""
-    pairs = [(layer, h) for group in targets.values() for layer, members in group.items() for h in members]
+    pairs = [(layer, h) for t in targets.values() for layer, members in t.layers.items() for h in members]
     seen = {h.adapter.dropout.p: layer for layer, h in pairs if layer.kind not in ("embedding", "attention")}
     if len(seen) > 1:
         refuse(
@@ -375,9 +407,7 @@ class _Saved:
     """An adapter out of a file."""
 
     weights: tuple[str, ...]
-    A: torch.Tensor
-    B: torch.Tensor
-    sides: str
+    factors: Factors
     alpha: float
     scaling: str
     place: str
@@ -387,10 +417,6 @@ class _Saved:
     role: str = ""
     part: str = ""
     schedule: str = AUTO
-
-    @property
-    def rank(self) -> int:
-        return self.B.shape[-1]
 
 
 def load_adapter(
@@ -446,7 +472,10 @@ class Read(Pass):
         config = read_config(folder / CONFIG)
         tensors, header = unpack(folder)
         with unwired(model):
-            saved = (_read_own if header else _read_peft)(model, folder, config, tensors, header)
+            if header:
+                saved = _read_own(model, folder, config, tensors, header)
+            else:
+                saved = _read_peft(model, folder, config, tensors)
             name = self.adapter or (header["name"] if header else "default")
             _refuse_name(model, name)
             plan = _plan(model, saved, self.example_inputs, name)
@@ -456,9 +485,10 @@ class Read(Pass):
 def _refuse_name(model: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name.isidentifier():
         refuse("name", f"{name!r} is no identifier", "name the adapter with letters, digits and _")
-    if is_folded(model):
+    here = inventory(model)
+    if here.folded:
         refuse(type(model).__name__, "it is folded", "lora_fx.unfold(model) first, or load into a fresh model")
-    if any(adapter.name == name for *_, adapter in wiring.find_adapters(model)):
+    if name in here.names:
         refuse(
             type(model).__name__,
             f"it already has an adapter named {name!r}",
@@ -484,7 +514,7 @@ def _check_target(s: _Saved, weights: Mapping[str, Weight]) -> None:
             "load the base model it was made for, with its weights tied",
         )
     if not weight.uses:  # unseen by the inputs: then the file says how it is read
-        call = Call(FORMS["matmul"], None, None, s.sides)
+        call = Call(FORMS["matmul"], None, None, s.factors.sides)
         path = s.weights[0].rpartition(".")[0]
         weight.uses.append(Use(weight, None, View.of(weight.shape), path, call))  # type: ignore[arg-type]
 
@@ -503,23 +533,22 @@ def _shared(saved: list[_Saved], weights: Mapping[str, Weight]) -> list[_Saved]:
 
 
 def _same(a: _Saved, b: _Saved) -> bool:
-    settings = [(s.alpha, s.scaling, s.rank, s.ranges) for s in (a, b)]
-    other = turned(b.A, b.B, b.sides, a.sides)
-    return settings[0] == settings[1] and other is not None and all(map(torch.equal, (a.A, a.B), other))
+    first, second = ((s.alpha, s.scaling, s.factors.rank, s.ranges) for s in (a, b))
+    return first == second and a.factors.equals(b.factors)
 
 
 def _row(program: Program, s: _Saved, weight: Weight) -> Row:
     layout = weight.layout
     rows = _rows_of(s, layout)
-    A, B = _oriented(s, layout, rows)
+    factors = _oriented(s, layout, rows)
     modules = dict(program.model.named_modules(remove_duplicate=False))
     owners = tuple((n.rpartition(".")[0], n.rpartition(".")[2]) for n in s.weights)
     mine = {(id(modules[path]), attribute) for path, attribute in owners}
     others = [n.rpartition(".") for n in weight.names]
     outside = {path for path, _, attribute in others if (id(modules[path]), attribute) not in mine}
     uses = tuple(u for u in weight.uses if u.module not in outside)
-    settings = {"rank": s.rank, "alpha": s.alpha, "dropout": s.dropout, "scaling": s.scaling}
-    rule = Rule(where=weight.name, init=_copier(A, B), schedule=s.schedule, **settings)  # type: ignore[arg-type]
+    settings = {"rank": factors.rank, "alpha": s.alpha, "dropout": s.dropout, "scaling": s.scaling}
+    rule = Rule(where=weight.name, init=_copier(factors), schedule=s.schedule, **settings)  # type: ignore[arg-type]
     row = Row(weight, rule, s.role, s.part, rows, uses, owners, bool(outside), stored=True)
     if row.why_not(s.schedule):  # in a model of another dtype, say
         row.rule = replace(rule, schedule=AUTO)
@@ -540,29 +569,28 @@ def _rows_of(s: _Saved, layout: Layout) -> tuple[int, ...] | None:
 
 def _oriented(s: _Saved, layout: Layout, rows: tuple[int, ...] | None) -> Factors:
     """The factors in the axes in which this model reads the weight."""
-    factors = turned(s.A, s.B, s.sides, layout.sides)
-    if factors is None or (rows is not None and s.sides != layout.sides):
+    sides, rank, factors = s.factors.sides, s.factors.rank, s.factors.turned(layout.sides)
+    if factors is None or (rows is not None and sides != layout.sides):
         refuse(
             s.place,
-            f"it reads the weight's axes as {s.sides!r} (o: out, i: in, b: batch), the model as {layout.sides!r}",
+            f"it reads the weight's axes as {sides!r} (o: out, i: in, b: batch), the model as {layout.sides!r}",
             "load the base model it was made for, with example inputs that run as they did there",
         )
-    A, B = factors
-    shape_b = layout.shape_of("B", s.rank) if rows is None else (*layout.batch, len(rows), s.rank)
-    for label, factor, want in (("A", A, layout.shape_of("A", s.rank)), ("B", B, shape_b)):
+    shape_b = layout.shape_of("B", rank) if rows is None else (*layout.batch, len(rows), rank)
+    for label, factor, want in (("A", factors.A, layout.shape_of("A", rank)), ("B", factors.B, shape_b)):
         if tuple(factor.shape) != want:
             refuse(
                 s.place,
                 f"{label} has the shape {tuple(factor.shape)}, and {s.weights[0]} wants {want}",
                 "load the base model it was made for",
             )
-    return A, B
+    return factors
 
 
-def _copier(A: torch.Tensor, B: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], None]:
+def _copier(factors: Factors) -> Callable[[torch.Tensor, torch.Tensor], None]:
     def from_file(a: torch.Tensor, b: torch.Tensor) -> None:
-        a.copy_(A)
-        b.copy_(B)
+        a.copy_(factors.A)
+        b.copy_(factors.B)
 
     return from_file
 
@@ -611,27 +639,27 @@ def _entry(
     ranges = None if entry["rows"] is None else tuple((int(a), int(b)) for a, b in entry["rows"])
     sides = str(entry["sides"])
     if "keys" in entry:
-        key = entry["keys"][0]
-        A, B = (tensors[k] for k in entry["keys"])
+        key, second = entry["keys"]
+        factors = Factors(tensors[key], tensors[second], sides)
     else:
         layer = modules.layer(name, raw)
         key = layer.keys[0]
         start, stop = int(entry["start"]), int(entry["start"]) + rank
         total = rank_of(config, layer.target)
         check_shapes(layer, total, tensors, folder)
-        A, B = layer.decode(*(tensors[k] for k in layer.keys), total)
-        A, B = A[..., start:stop, :], torch.ldexp(B[..., start:stop], torch.tensor(-int(entry["shift"])))
-        factors = turned(A, B, layer.sides, sides)
-        assert factors is not None, f"{sides!r} are no axes of {name}"
-        A, B = factors
-        if ranges is not None:
-            B = torch.cat([B[..., a:b, :] for a, b in ranges], dim=-2)
+        whole = layer.decode(tensors, total)
+        B = torch.ldexp(whole.B[..., start:stop], torch.tensor(-int(entry["shift"])))
+        turned = Factors(whole.A[..., start:stop, :], B, layer.sides).turned(sides)
+        assert turned is not None, f"{sides!r} are no axes of {name}"
+        B = turned.B if ranges is None else torch.cat([turned.B[..., a:b, :] for a, b in ranges], dim=-2)
+        factors = replace(turned, B=B)
     parameter = modules.by_path[name.rpartition(".")[0]]._parameters[name.rpartition(".")[2]]
-    assert set(sides) <= set("boi") and Layout(sides, tuple(parameter.shape)), f"{sides!r} are no axes of {name}"
-    assert B.shape[-1] == rank, f"{name} has rank {B.shape[-1]}, not {rank}"
+    assert parameter is not None and set(sides) <= set("boi"), f"{sides!r} are no axes of {name}"
+    assert Layout(sides, tuple(parameter.shape)), f"{sides!r} are no axes of {name}"
+    assert factors.rank == rank, f"{name} has rank {factors.rank}, not {rank}"
     assert re.fullmatch(r"\w*", entry["part"]), f"{entry['part']!r} is no part"
     return _Saved(
-        tuple(entry["weights"]), A, B, sides, float(entry["alpha"]), entry["scaling"], f"{folder / TENSORS}, {key}",
+        tuple(entry["weights"]), factors, float(entry["alpha"]), entry["scaling"], f"{folder / TENSORS}, {key}",
         float(entry["dropout"]), ranges, str(entry["role"]), str(entry["part"]), str(entry.get("schedule", AUTO)),
     )  # fmt: skip
 
@@ -639,9 +667,7 @@ def _entry(
 # ── what PEFT wrote ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_peft(
-    model: nn.Module, folder: Path, config: dict, tensors: dict[str, torch.Tensor], header: None
-) -> list[_Saved]:
+def _read_peft(model: nn.Module, folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> list[_Saved]:
     """The adapters that PEFT's config puts into this model, with their tensors."""
     if config["peft_type"] == OWN:
         refuse(f"{folder / TENSORS}, {HEADER}", "the header is missing", "save the adapter again")
@@ -660,8 +686,8 @@ def _read_peft(
     for name, layer in targeted:
         rank = rank_of(config, layer.target)
         check_shapes(layer, rank, tensors, folder)
-        A, B = layer.decode(*(rest.pop(key) for key in layer.keys), rank)
-        if layer.times > 1 and release(config) > SPOKEN and bool(B.any()):
+        factors = layer.decode({key: rest.pop(key) for key in layer.keys}, rank)
+        if layer.times > 1 and release(config) > SPOKEN and bool(factors.B.any()):
             refuse(
                 f"{folder / CONFIG}, peft_version",
                 f"PEFT {config['peft_version']} wrote it; up to 0.21 PEFT adds the delta of {name} twice, and now?",
@@ -672,6 +698,6 @@ def _read_peft(
         # PEFT drops nothing on embeddings and attention
         dropout = 0.0 if layer.kind in ("embedding", "attention") else float(config.get("lora_dropout") or 0.0)
         place = f"{folder / TENSORS}, {layer.keys[0]}"
-        saved.append(_Saved((name,), A, B, layer.sides, alpha, scaling, place, dropout))
+        saved.append(_Saved((name,), factors, alpha, scaling, place, dropout))
     check_rest(model, rest, folder)
     return saved

@@ -16,16 +16,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.deltas.adapter import Adapter
 from lora_fx.export.adapters.folder import TENSORS, refuse
 from lora_fx.graph.layout import Layout
-from lora_fx.model.wiring import plain_path
+from lora_fx.model.inventory import inventory, plain_path, weight_name
 
 PREFIX = "base_model.model."
 _FUSED = "torch's fused TransformerEncoderLayer reads it in eval, past PEFT's modules"
 SPOKEN = (0, 21)  # the newest PEFT whose meaning of the files is known here
 
-Factors = tuple[torch.Tensor, torch.Tensor]
+
+@dataclass(frozen=True)
+class Factors:
+    """A (…, rank, in) and B (…, out, rank) of a weight with these sides."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    sides: str
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[-1]
+
+    def turned(self, sides: str) -> Factors | None:
+        """For a weight read with other sides: the same, with A and B in each other's place, or None."""
+        if self.sides == sides:
+            return self
+        if self.sides.translate(str.maketrans("io", "oi")) == sides:
+            return Factors(self.B.transpose(-2, -1), self.A.transpose(-2, -1), sides)
+        return None
+
+    def equals(self, other: Factors) -> bool:
+        turned = other.turned(self.sides)
+        return turned is not None and torch.equal(self.A, turned.A) and torch.equal(self.B, turned.B)
 
 
 @dataclass(frozen=True)
@@ -66,18 +88,19 @@ class Layer:
         total = rank * max(self.experts, 1)
         return (total, inner), (outer, total)
 
-    def encode(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
-        """Our factors, in this layer's axes, as PEFT's tensors: experts outermost in A's rows, innermost in B's."""
-        rank = B.shape[-1]
-        first, second = self.shapes(rank)
-        return A.reshape(first), (B.permute(1, 2, 0) if self.experts else B).reshape(second)
+    def encode(self, factors: Factors) -> dict[str, torch.Tensor]:
+        """Factors in this layer's axes as PEFT's tensors: experts outermost in A's rows, innermost in B's."""
+        A, B = factors.A, factors.B.permute(1, 2, 0) if self.experts else factors.B
+        shapes = self.shapes(factors.rank)
+        return {key: t.reshape(shape) for key, t, shape in zip(self.keys, (A, B), shapes, strict=True)}
 
-    def decode(self, A: torch.Tensor, B: torch.Tensor, rank: int) -> Factors:
+    def decode(self, tensors: Mapping[str, torch.Tensor], rank: int) -> Factors:
         """The inverse of `encode`."""
+        A, B = (tensors[key] for key in self.keys)
         inner, outer = self.layout.size("i"), self.layout.size("o")
         if self.experts:
-            return A.reshape(-1, rank, inner), B.reshape(outer, rank, -1).permute(2, 0, 1)
-        return A.reshape(rank, inner), B.reshape(outer, rank)
+            return Factors(A.reshape(-1, rank, inner), B.reshape(outer, rank, -1).permute(2, 0, 1), self.sides)
+        return Factors(A.reshape(rank, inner), B.reshape(outer, rank), self.sides)
 
 
 def known_kind(module: nn.Module, attribute: str) -> str:
@@ -101,13 +124,10 @@ class Modules:
     """A model as PEFT sees it: its modules by name, and the layer for each weight."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        named = model.named_modules(remove_duplicate=False)
+        self.model, self.modules = model, inventory(model).modules
+        """Each module → its paths."""
+        named = [(path, module) for module, paths in self.modules.items() for path in paths]
         self.by_path = {plain_path(path): module for path, module in named}  # what a wrapper holds comes after it
-        self.paths: dict[int, list[str]] = {}
-        for path, module in self.by_path.items():
-            if not isinstance(module, Adapter):
-                self.paths.setdefault(id(module), []).append(path)
 
     def parent(self, path: str) -> nn.Module:
         return self.by_path[path.rpartition(".")[0]]
@@ -115,8 +135,7 @@ class Modules:
     @property
     def parameters(self) -> list[str]:
         """The names of all parameters, as PEFT walks over them."""
-        modules = [(plain_path(path), m) for path, m in self.model.named_modules() if not isinstance(m, Adapter)]
-        return [f"{path}.{p}".lstrip(".") for path, m in modules for p, _ in m.named_parameters(recurse=False)]
+        return [weight_name(plain_path(paths[0]), name) for m, paths in self.modules.items() for name in own_names(m)]
 
     def is_raw(self, name: str) -> bool:
         """Whether PEFT has to be given the parameter itself (`target_parameters`): it knows no such module."""
@@ -126,11 +145,11 @@ class Modules:
     def why_not(self, name: str, raw: bool) -> str:
         """Why PEFT would not compute W + s·B·A for this weight; empty where it does."""
         path, _, attribute = name.rpartition(".")
-        module = self.by_path[path]
+        module: Any = self.by_path[path]
         if not path:
             return "the model itself holds it, and PEFT replaces modules inside the model"
-        if len(self.paths[id(module)]) > 1:
-            return f"its module has the names {' = '.join(self.paths[id(module)])}, and PEFT adapts only the first"
+        if len(paths := self.modules[module]) > 1:
+            return f"its module has the names {' = '.join(map(plain_path, paths))}, and PEFT adapts only the first"
         parts = path.split(".")
         for n in range(len(parts)):
             above = self.by_path[".".join(parts[:n])]
@@ -163,11 +182,16 @@ class Modules:
         if kind:
             sides = {"conv1d": "io", "embedding": "io", "conv": "o" + "i" * (len(shape) - 1)}.get(kind, "oi")
             return Layer(path, path, shape, sides, kind)
-        nested = [p for p, _ in module.named_parameters(recurse=False) if f"{path}.{p}" in raw]
+        nested = [p for p in own_names(module) if f"{path}.{p}" in raw]
         around = len(nested) - 1 - nested.index(attribute)
         transposed = getattr(module, "is_transposed", False)
         sides = "oi" if len(shape) == 2 else ("bio" if transposed else "boi")
         return Layer(name, path + ".base_layer" * around, shape, sides, "parameter")
+
+
+def own_names(module: nn.Module) -> list[str]:
+    """Of its parameters, each once."""
+    return [name for name, _ in module.named_parameters(recurse=False)]
 
 
 def _why_not_raw(module: nn.Module, attribute: str) -> str:
@@ -179,15 +203,6 @@ def _why_not_raw(module: nn.Module, attribute: str) -> str:
     if weight.ndim == 3 and weight.shape[0] == 1 and getattr(module, "is_transposed", False):
         return "PEFT adds the transposed delta to a single expert"
     return ""
-
-
-def turned(A: torch.Tensor, B: torch.Tensor, have: str, want: str) -> Factors | None:
-    """Factors for a weight read with other sides: the same, with A and B in each other's place, or None."""
-    if have == want:
-        return A, B
-    if have.translate(str.maketrans("io", "oi")) == want:
-        return B.transpose(-2, -1), A.transpose(-2, -1)
-    return None
 
 
 def why_not_together(layers: Sequence[Layer], transposed: bool) -> str:
@@ -253,10 +268,8 @@ def check_options(config: dict, place: Path) -> None:
 def targeted_layers(modules: Modules, config: dict, place: Path) -> Iterator[tuple[str, Layer]]:
     """(name, layer) of every weight that PEFT adapts in this model by its config."""
     linears = _all_linear(modules.model) if str(config.get("target_modules")).lower() == "all-linear" else None
-    for path, module in modules.model.named_modules():
-        if not path or isinstance(module, Adapter):
-            continue
-        if not (path in linears if linears is not None else _is_target(config, path)):
+    for module, (path, *_) in modules.modules.items():
+        if not path or not (path in linears if linears is not None else _is_target(config, path)):
             continue
         inside = isinstance(modules.parent(path), nn.MultiheadAttention)
         if inside or not (known_kind(module, "weight") or isinstance(module, nn.MultiheadAttention)):
@@ -282,7 +295,8 @@ def _loadable(modules: Modules, name: str, raw: Sequence[str], place: str) -> tu
 
 
 def _all_linear(model: nn.Module) -> set[str]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    given: Any = getattr(model, "get_output_embeddings", None)
+    head = given() if given else None
     return {p for p, m in model.named_modules() if known_kind(m, "weight") in ("linear", "conv1d") and m is not head}
 
 

@@ -16,42 +16,42 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_fx.changes import borrowed, changing
+from lora_fx.changes import borrowed
 from lora_fx.checks.certification import Certificate, certify_adapted
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx.calls import Call, flat_caches
 from lora_fx.export.onnx.files import INLINE, check_file, folder_beside, move_files, save_model, writable
 from lora_fx.export.onnx.graphs import describe, graph_digest, name_interface, operators, translate
-from lora_fx.export.onnx.optimization import Contents
-from lora_fx.export.onnx.optimization import optimize as optimize_graph
-from lora_fx.export.onnx.proof import Proof, fused_operators
-from lora_fx.export.onnx.proof import prove as prove_file
+from lora_fx.export.onnx.optimization import Contents, optimize
+from lora_fx.export.onnx.proof import Proof, fused_operators, prove
 from lora_fx.export.onnx.runs import Comparison, compare_runs, open_session, run_torch
 from lora_fx.export.onnx.runtimes import require
 from lora_fx.export.onnx.switchable import (
     MANIFEST,
     SWITCHABLE,
+    Slot,
+    adapted,
     factors_as_inputs,
     factors_of,
     manifest,
     open_slots,
-    owners_of,
     slots_in,
 )
 from lora_fx.export.onnx.tasks import GRAPH
 from lora_fx.export.onnx.weights import Checkpoint, Weights, adapter_digest, structure
 from lora_fx.graph.capture import inputs_on_meta, normalize_inputs, refuse_unready, undisturbed
-from lora_fx.model import wiring
+from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory
-from lora_fx.passes.fold import is_folded
+from lora_fx.passes.base import Facts, Pass, Result, given
+from lora_fx.passes.pipeline import Pipeline
 from lora_fx.passes.pipelines import FOLD, UNFOLD
 from lora_fx.passes.wiring import wire
 
@@ -187,79 +187,182 @@ def export_onnx(
         FoldError: the adapters cannot be folded.
         LoraFxError: a thread is inside a forward of the model.
     """
-    _check_arguments(model, opset, adapters, prove, weights)
-    target = writable(path)
-    checkpoint = None if weights is None else Checkpoint(weights)
-    with changing(model, "export_onnx") as undo, undisturbed(model), _quiet(), _unfolded(model, prove):
-        model.eval()
-        with flat_caches(model, normalize_inputs(model, example_inputs)) as inputs:
-            form, acting = _form(model, adapters)
-            call = Call.of(model, inputs_on_meta(inputs) if checkpoint else inputs, dynamic_shapes)
-            job = _Job(model, call, opset, optimize, checkpoint, (input_names, output_names))
-            expected = [] if checkpoint else run_torch(model, inputs)
-            branches = wiring.adapted_storages(model) and not checkpoint
-            certificate = certify_adapted(model, inputs, undo, gradients=False) if branches else None
-            made = job.program(form)
-            describe(made.graph, _notes(made.graph, form, acting) | made.notes)
-            with folder_beside(target) as folder:
-                files = save_model(made.graph, folder / target.name, external_data)
-                check_file(files[0])
-                session, not_run = _opened(files[0], check, checkpoint)
-                comparisons = _compared(job, made, session, expected) if session else ()
-                del session
-                proof = _proof(job, made, files, folder, not not_run) if prove else None
-                report = _report(made.graph, target, files, opset, form, acting, comparisons, not_run)
-                move_files(files, target)
-    return replace(report, certificate=certificate, proof=proof)
-
-
-# ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _check_arguments(model: nn.Module, opset: int, adapters: str, prove: bool, weights: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ExportError(
             f"{type(model).__name__} is no torch.nn.Module", place="model", remedy="pass the module itself"
         )
-    if adapters not in FORMS:
-        raise ExportError(
-            f"adapters={adapters!r} is unknown", place="adapters", remedy=f"choose {' or '.join(map(repr, FORMS))}"
-        )
-    if prove and adapters != "folded":
-        raise ExportError(
-            f"adapters={adapters!r}: with its branches a graph is not the base graph",
-            place="prove",
-            remedy='leave prove out, or export with adapters="folded"',
-        )
-    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
-        raise ExportError(
-            f"opset {opset!r} is not supported: torch's translations start at opset {OPSETS[0]} (files below it were "
-            f"invalid), and nothing above {OPSETS[-1]} has been checked",
-            place="opset",
-            remedy=f"choose {OPSETS[0]} to {OPSETS[-1]}; 20 is the default",
-        )
-    refuse_unready(model)
-    meta = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    if meta and weights is None:
-        raise ExportError(
-            "the tensor is on meta: it has no numbers",
-            place=meta[0],
-            remedy="materialise the model first, or pass weights= with the files of its checkpoint",
-        )
-    if weights is not None and not meta:
-        raise ExportError(
-            "no tensor of the model is on meta: it has its numbers already",
-            place="weights",
-            remedy='leave weights out, or build the model inside `with torch.device("meta")`',
-        )
-    for package in _PACKAGES:
-        require(package)
+    passes = exporting(
+        example_inputs, path, dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names,
+        opset=opset, optimize=optimize, adapters=adapters, prove=prove, check=check, weights=weights,
+        external_data=external_data,
+    )  # fmt: skip
+    return Pipeline("export_onnx", passes)(model).facts[ExportReport]
+
+
+def exporting(
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset: int = 20,
+    optimize: bool = True,
+    check: bool = True,
+    prove: bool = False,
+    external_data: bool | None = None,
+    **prepared: Any,
+) -> tuple[Pass, ...]:
+    """The passes of `export_onnx`; `prepared` are the options of the first."""
+    return (
+        Prepare(example_inputs, path, prove=prove, **prepared),
+        Certify(),
+        Translate(opset),
+        Optimise(optimize, input_names, output_names),
+        Write(external_data),
+        *([Run()] if check else []),
+        *([Prove()] if prove else []),
+        Publish(),
+    )
+
+
+# ── facts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be exported."""
+
+    target: Path
+    form: str
+    acting: Mapping[str, Sequence[Adapter]]
+    """Name of each weight → its adapters that are in the file."""
+    call: Call
+    checkpoint: Checkpoint | None
+    expected: list[torch.Tensor]
+    """What torch returns for the example inputs; empty for a model on meta."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(sorted({adapter.name for own in self.acting.values() for adapter in own}))
+
+
+@dataclass(frozen=True)
+class Translated:
+    """torch.onnx's program of the model, and what its tensors hold."""
+
+    program: Any
+    weights: Weights
+    slots: list[Slot]
+    how: Translate
+    """A proof has the base model translated in the same way."""
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """The graph as it is written."""
+
+    graph: Any
+    contents: Contents
+    slots: list[Slot]
+    how: Optimise
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files beside their target."""
+
+    files: list[Path]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How the file has run."""
+
+    comparisons: tuple[Comparison, ...] = ()
+    not_run: str = ""
+    """Why it has not."""
+
+
+# ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Prepare(Pass):
+    """From here to the end of the pipeline the model rests, in eval mode, and takes and gives flat tensors.
+
+    Args: those of `export_onnx`.
+    """
+
+    example_inputs: Any
+    path: str | os.PathLike[str]
+    dynamic_shapes: Any = None
+    adapters: str = "folded"
+    prove: bool = False
+    weights: str | os.PathLike[str] | None = None
+
+    name = "prepare"
+    ensures = (given(Job),)
+
+    def __post_init__(self) -> None:
+        if self.adapters not in FORMS:
+            raise ExportError(
+                f"adapters={self.adapters!r} is unknown",
+                place="adapters",
+                remedy=f"choose {' or '.join(map(repr, FORMS))}",
+            )
+        if self.prove and self.adapters != "folded":
+            raise ExportError(
+                f"adapters={self.adapters!r}: with its branches a graph is not the base graph",
+                place="prove",
+                remedy='leave prove out, or export with adapters="folded"',
+            )
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        target = writable(self.path)
+        refuse_unready(model)
+        checkpoint = self._checkpoint(model)
+        for package in _PACKAGES:
+            require(package)
+        for context in (undisturbed(model), _quiet(), _unfolded(model, self.prove)):
+            facts.enter(context)
+        model.eval()
+        inputs = facts.enter(flat_caches(model, normalize_inputs(model, self.example_inputs)))
+        here = inventory(model)
+        form, acting = self.adapters, here.by_weight(active=True)
+        if form == SWITCHABLE:
+            acting = {name: [place.adapter for place in places] for name, places in adapted(model).items()}
+        elif not acting:
+            acting = here.by_weight(here.put_away, active=True)
+            form = "folded" if acting else "base"
+        call = Call.of(model, inputs_on_meta(inputs) if checkpoint else inputs, self.dynamic_shapes)
+        expected = [] if checkpoint else run_torch(model, inputs)
+        return Result(model, False, (Job(target, form, acting, call, checkpoint, expected),))
+
+    def _checkpoint(self, model: nn.Module) -> Checkpoint | None:
+        meta = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+        if meta and self.weights is None:
+            raise ExportError(
+                "the tensor is on meta: it has no numbers",
+                place=meta[0],
+                remedy="materialise the model first, or pass weights= with the files of its checkpoint",
+            )
+        if self.weights is not None and not meta:
+            raise ExportError(
+                "no tensor of the model is on meta: it has its numbers already",
+                place="weights",
+                remedy='leave weights out, or build the model inside `with torch.device("meta")`',
+            )
+        return None if self.weights is None else Checkpoint(self.weights)
 
 
 @contextmanager
 def _unfolded(model: nn.Module, prove: bool) -> Iterator[None]:
     """A proof needs the base weights of a folded model: inside, its branches are back."""
-    if not (prove and is_folded(model)):
+    if not (prove and inventory(model).folded):
         yield
         return
     UNFOLD(model)
@@ -267,146 +370,202 @@ def _unfolded(model: nn.Module, prove: bool) -> Iterator[None]:
     FOLD(model)
 
 
-# ── what is exported ─────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class Certify(Pass):
+    """Measure of every use of every adapted weight whether it is W + s·B·A; see `lora_fx.certify`."""
 
+    name = "certify"
+    requires = (given(Job),)
 
-def _form(model: nn.Module, adapters: str) -> tuple[str, dict[str, tuple[Adapter, ...]]]:
-    """The form of the file, and the adapters in it by the names of their weights."""
-    if adapters == SWITCHABLE:
-        return adapters, {name: tuple(own) for name, (_, _, own) in owners_of(model).items()}
-    acting = {name: tuple(own) for name, own in inventory(model).by_weight(active=True).items()}
-    if acting:
-        return adapters, acting
-    for path, module in model.named_modules(remove_duplicate=False):
-        kept = module.__dict__.get(wiring.FOLDED)
-        for child, away in (kept.children if kept else {}).items():
-            if away.adapter.active:
-                name = f"{path}.{wiring.attribute_of(child)}".lstrip(".")
-                acting[name] = (*acting.get(name, ()), away.adapter)
-    return "folded" if acting else "base", acting
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        if facts[Job].checkpoint or not inventory(model).storages():
+            return Result(model, False)
+        return Result(model, False, (certify_adapted(model, facts[Job].call.inputs, facts.undo, gradients=False),))
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A translated and optimized program, and what its initializers hold."""
+class Translate(Pass):
+    """Have torch translate the model: for a folded file its base, for a switchable one with slots."""
 
-    program: Any
-    weights: Weights
-    contents: Contents
-    notes: dict[str, str] = field(default_factory=dict)
+    opset: int = 20
 
-    @property
-    def graph(self) -> Any:
-        return self.program.model
+    name = "translate"
+    requires = (given(Job),)
+    ensures = (given(Translated),)
 
+    def __post_init__(self) -> None:
+        opset = self.opset
+        if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
+            raise ExportError(
+                f"opset {opset!r} is not supported: torch's translations start at opset {OPSETS[0]} (files below it "
+                f"were invalid), and nothing above {OPSETS[-1]} has been checked",
+                place="opset",
+                remedy=f"choose {OPSETS[0]} to {OPSETS[-1]}; 20 is the default",
+            )
 
-@dataclass(frozen=True)
-class _Job:
-    """What is translated, and how."""
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        return Result(model, False, (self.of(model, facts[Job]),))
 
-    model: nn.Module
-    call: Call
-    opset: int
-    optimize: bool
-    checkpoint: Checkpoint | None
-    names: tuple[Sequence[str] | None, Sequence[str] | None]
-
-    def program(self, form: str) -> _Made:
-        call, slots = self.call, []
+    def of(self, model: nn.Module, job: Job) -> Translated:
+        call, slots = job.call, []
         with ExitStack() as stack:
-            if form == SWITCHABLE:
-                slots = stack.enter_context(slots_in(self.model))
-                call = stack.enter_context(factors_as_inputs(self.model, slots, call))
-                call = replace(call, inputs=inputs_on_meta(call.inputs)) if self.checkpoint else call
-            weights = stack.enter_context(structure(self.model, form == "folded", self.checkpoint))
-            program = translate(self.model, call, self.opset)
-        contents = optimize_graph(program.model, weights, self.optimize)
-        name_interface(program, self.call, *self.names)
-        if not slots:
-            return _Made(program, weights, contents)
-        slots = open_slots(program.model.graph, slots, len(self.call.names))
-        listed = manifest(self.model, slots, graph_digest(program.model), weights)
-        return _Made(program, weights, contents, {MANIFEST: json.dumps(listed)})
+            if job.form == SWITCHABLE:
+                slots = stack.enter_context(slots_in(model))
+                call = stack.enter_context(factors_as_inputs(model, slots, call))
+                call = replace(call, inputs=inputs_on_meta(call.inputs)) if job.checkpoint else call
+            weights = stack.enter_context(structure(model, job.form == "folded", job.checkpoint))
+            return Translated(translate(model, call, self.opset), weights, slots, self)
 
 
-def _compared(job: _Job, made: _Made, session: Any, expected: list[torch.Tensor]) -> tuple[Comparison, ...]:
-    model = job.model
-    if not made.notes:
-        return compare_runs(model, session, made.program, job.call, expected)
-    every = [adapter for _, _, own in owners_of(model).values() for adapter in own]
-    found: list[Comparison] = []
-    for name in ("", *sorted({adapter.name for adapter in every})):
-        with borrowed(model):
-            for adapter in every:
-                adapter.active = adapter.name == name
-            wire(model)
-            fed = factors_of(model, name) if name else {}
-            expected = run_torch(model, job.call.inputs)
-            own = compare_runs(model, session, made.program, job.call, expected, fed)
-        found += [replace(comparison, adapter=name or "no adapter") for comparison in own]
-    return tuple(found)
+@dataclass(frozen=True)
+class Optimise(Pass):
+    """Simplify the graph without a look at the weights' numbers, let these in, and name inputs and outputs."""
+
+    optimize: bool = True
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+
+    name = "optimise"
+    requires = (given(Job), given(Translated))
+    ensures = (given(Optimised),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        job, translated = facts[Job], facts[Translated]
+        made = self.of(job, translated)
+        notes = {
+            "lora_fx.form": job.form,
+            "lora_fx.adapters": json.dumps(job.adapters),
+            GRAPH: graph_digest(made.graph),
+        }
+        if job.acting:
+            notes["lora_fx.weights"] = json.dumps({n: [*map(_said, own)] for n, own in sorted(job.acting.items())})
+            notes["lora_fx.adapter_sha256"] = adapter_digest(job.acting)
+        if made.slots:
+            notes[MANIFEST] = json.dumps(manifest(model, made.slots, notes[GRAPH], translated.weights))
+        describe(made.graph, notes)
+        return Result(model, False, (made,))
+
+    def of(self, job: Job, translated: Translated) -> Optimised:
+        program, slots = translated.program, translated.slots
+        contents = optimize(program.model, translated.weights, self.optimize)
+        name_interface(program, job.call, self.input_names, self.output_names)
+        if slots:
+            slots = open_slots(program.model.graph, slots, len(job.call.names))
+        return Optimised(program.model, contents, slots, self)
 
 
-def _opened(path: Path, check: bool, checkpoint: Checkpoint | None) -> tuple[Any, str]:
-    if checkpoint is not None:
-        return None, "the model is on meta, and has nothing to compare it with"
-    return open_session(path) if check else (None, "check=False")
+@dataclass(frozen=True)
+class Write(Pass):
+    """Write the file beside its target, and have onnx check it.
+
+    Args:
+        external_data: as in `export_onnx`.
+    """
+
+    external_data: bool | None = None
+
+    name = "write"
+    requires = (given(Job), given(Optimised))
+    ensures = (given(Written),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        target = facts[Job].target
+        folder = facts.enter(folder_beside(target))
+        files = save_model(facts[Optimised].graph, folder / target.name, self.external_data)
+        check_file(files[0])
+        return Result(model, False, (Written(files),))
 
 
-def _proof(job: _Job, made: _Made, files: list[Path], folder: Path, runs: bool) -> Proof:
-    with wiring.unwired(job.model):
-        base = job.program("base")
-    proof = prove_file(files[0], made.weights, made.contents, base.graph, base.weights)
-    if not runs or sum(file.stat().st_size for file in files) > INLINE:
-        return proof
-    inside = folder / "base"
-    inside.mkdir()
-    (plain, *_) = save_model(base.graph, inside / "base.onnx", None)
-    return replace(proof, fused=fused_operators(files[0], inside), base_fused=fused_operators(plain, inside))
+@dataclass(frozen=True)
+class Run(Pass):
+    """Run the file in ONNX Runtime and hold it against torch: a switchable one with each adapter, and with none."""
+
+    name = "run"
+    requires = (given(Job), given(Translated), given(Written))
+    ensures = (given(Compared),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        job, program = facts[Job], facts[Translated].program
+        if job.checkpoint:
+            return Result(model, False, (Compared((), "the model is on meta, and has nothing to compare it with"),))
+        session, missing = open_session(facts[Written].files[0])
+        if session is None:
+            return Result(model, False, (Compared((), missing),))
+        if job.form != SWITCHABLE:
+            return Result(model, False, (Compared(compare_runs(model, session, program, job.call, job.expected)),))
+        found: list[Comparison] = []
+        every = inventory(model).adapters
+        for name in ("", *job.adapters):
+            with borrowed(model):
+                for adapter in every:
+                    adapter.active = adapter.name == name
+                wire(model)
+                fed, expected = factors_of(model, name) if name else {}, run_torch(model, job.call.inputs)
+                own = compare_runs(model, session, program, job.call, expected, fed)
+            found += [replace(comparison, adapter=name or "no adapter") for comparison in own]
+        return Result(model, False, (Compared(tuple(found)),))
 
 
-def _notes(graph: Any, form: str, acting: dict[str, tuple[Adapter, ...]]) -> dict[str, str]:
-    """What the file says about itself."""
-    names = sorted({adapter.name for own in acting.values() for adapter in own})
-    notes = {"lora_fx.form": form, "lora_fx.adapters": json.dumps(names), GRAPH: graph_digest(graph)}
-    if acting:
-        notes["lora_fx.weights"] = json.dumps({name: [_said(a) for a in own] for name, own in sorted(acting.items())})
-        notes["lora_fx.adapter_sha256"] = adapter_digest(acting)
-    return notes
+@dataclass(frozen=True)
+class Prove(Pass):
+    """Translate the base model too, and hold the file against it."""
+
+    name = "prove"
+    requires = (given(Job), given(Translated), given(Optimised), given(Written))
+    ensures = (given(Proof),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        translated, made, written = facts[Translated], facts[Optimised], facts[Written]
+        job = replace(facts[Job], form="base")
+        with unwired(model):
+            plain = translated.how.of(model, job)
+            base = made.how.of(job, plain)
+        proof = prove(written.files[0], translated.weights, made.contents, base.graph, plain.weights)
+        if not facts.get(Compared) or facts[Compared].not_run or written.bytes > INLINE:
+            return Result(model, False, (proof,))
+        inside = written.files[0].parent / "base"
+        inside.mkdir()
+        (file, *_) = save_model(base.graph, inside / "base.onnx", None)
+        fused = [fused_operators(path, inside) for path in (written.files[0], file)]
+        return Result(model, False, (replace(proof, fused=fused[0], base_fused=fused[1]),))
+
+
+@dataclass(frozen=True)
+class Publish(Pass):
+    """Move the files into their place, and report."""
+
+    name = "publish"
+    requires = (given(Job), given(Translated), given(Optimised), given(Written))
+    ensures = (given(ExportReport),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        job, written, graph = facts[Job], facts[Written], facts[Optimised].graph
+        compared, counts = facts.get(Compared) or Compared((), "check=False"), operators(graph)
+        report = ExportReport(
+            path=job.target,
+            data=job.target.with_name(written.files[1].name) if len(written.files) > 1 else None,
+            bytes=written.bytes,
+            opset=facts[Translated].how.opset,
+            nodes=counts.total(),
+            operators=dict(sorted(counts.items())),
+            initializers=len(graph.graph.initializers),
+            form=job.form,
+            adapters=job.adapters,
+            graph=graph.metadata_props[GRAPH],
+            inputs=tuple(_info(value) for value in graph.graph.inputs if value.name not in graph.graph.initializers),
+            outputs=tuple(map(_info, graph.graph.outputs)),
+            comparisons=compared.comparisons,
+            not_run=compared.not_run,
+            certificate=facts.get(Certificate),
+            proof=facts.get(Proof),
+        )
+        move_files(written.files, job.target)
+        return Result(model, False, (report,))
 
 
 def _said(adapter: Adapter) -> dict[str, Any]:
     said = {"adapter": adapter.name, "rank": adapter.rank, "alpha": adapter.alpha, "scale": adapter.scale}
     return said | ({"role": adapter.role} if adapter.role else {})
-
-
-def _report(
-    graph: Any,
-    target: Path,
-    files: list[Path],
-    opset: int,
-    form: str,
-    acting: dict[str, tuple[Adapter, ...]],
-    comparisons: tuple[Comparison, ...],
-    not_run: str,
-) -> ExportReport:
-    counts = operators(graph)
-    return ExportReport(
-        path=target,
-        data=target.with_name(files[1].name) if len(files) > 1 else None,
-        bytes=sum(file.stat().st_size for file in files),
-        opset=opset,
-        nodes=counts.total(),
-        operators=dict(sorted(counts.items())),
-        initializers=len(graph.graph.initializers),
-        form=form,
-        adapters=tuple(sorted({adapter.name for own in acting.values() for adapter in own})),
-        graph=graph_digest(graph),
-        inputs=tuple(_info(value) for value in graph.graph.inputs if value.name not in graph.graph.initializers),
-        outputs=tuple(map(_info, graph.graph.outputs)),
-        comparisons=comparisons,
-        not_run=not_run,
-    )
 
 
 def _info(value: Any) -> TensorInfo:

@@ -51,6 +51,15 @@ def folder_beside(target: Path) -> Iterator[Path]:
         ) from error
 
 
+def load_model(path: Path, remedy: str) -> Any:
+    import onnx_ir
+
+    try:
+        return onnx_ir.load(path)
+    except Exception as error:
+        raise ExportError(f"it cannot be read: {essence(error)}", place=str(path), remedy=remedy) from error
+
+
 def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]:
     """The model's file, and its data file if it has one. The model names its data file without a folder."""
     import onnx_ir

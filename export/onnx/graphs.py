@@ -116,8 +116,8 @@ def _output_names(program: Any) -> list[str]:
             names += [f"present.{name}" for name in cache_names(part)]
         else:
             inside = len(pytree.tree_leaves(part))
-            named = isinstance(key, str)
-            names += [(key if inside == 1 else f"{key}.{n}") if named else "" for n in range(inside)]
+            named = key if isinstance(key, str) else ""
+            names += [f"{named}.{n}" if named and inside > 1 else named for n in range(inside)]
     return names
 
 
@@ -174,6 +174,33 @@ def operators(model: Any) -> Counter[str]:
 
     graphs = (model.graph, *model.functions.values())
     return Counter(node.op_type for graph in graphs for node in onnx_ir.traversal.RecursiveGraphIterator(graph))
+
+
+def as_torch(tensor: Any) -> torch.Tensor:
+    """A tensor of a file as torch's, by its bytes: numpy has no bfloat16."""
+    from onnx_ir.tensor_adapters import to_torch_dtype
+
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, torch.Tensor):
+        return raw.detach().cpu()
+    numbers = torch.empty(tuple(tensor.shape), dtype=to_torch_dtype(tensor.dtype))
+    if tensor.size:
+        numbers.view(-1)[:] = torch.frombuffer(bytearray(tensor.tobytes()), dtype=numbers.dtype)
+    return numbers
+
+
+def attribute(node: Any, name: str) -> Any:
+    found = node.attributes.get(name)
+    value = None if found is None else found.value
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def order(node: Any, axes: int) -> tuple[int, ...]:
+    """The axes of its input, as a Transpose or an Identity puts them."""
+    if node.op_type == "Identity":
+        return tuple(range(axes))
+    given = attribute(node, "perm")
+    return tuple(reversed(range(axes))) if given is None else given
 
 
 # ── the graph as text ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lora_fx.export.onnx.graphs import order
 from lora_fx.export.onnx.weights import Weights
 
 _FOLDABLE = 8192  # elements: from here on onnxscript evaluates nothing but the Transpose of a weight with no other use
@@ -180,7 +181,7 @@ def _shared(model: Any, own: Weights) -> set[str]:
 def _job(node: Any) -> Any:
     """What a node does with a weight: two transpositions of one weight are one."""
     if node.op_type == "Transpose":
-        return "Transpose", *(node.attributes["perm"].as_ints() if "perm" in node.attributes else ())
+        return "Transpose", *order(node, len(node.inputs[0].shape))
     return node
 
 
@@ -196,15 +197,14 @@ def _transpose_weights(model: Any, values: dict[str, Any], shared: set[str]) -> 
         (old,) = node.outputs
         if old.is_graph_output():
             continue
-        given = node.attributes["perm"].as_ints() if "perm" in node.attributes else reversed(range(len(source.shape)))
-        perm = tuple(given)
+        perm = order(node, len(source.shape))
         shape = onnx_ir.Shape([source.shape[axis] for axis in perm])
-        new = onnx_ir.Value(name=f"{source.name}.transposed", shape=shape, type=source.type)
-        values[new.name] = _lazy(partial(_torch, values[source.name]), new, perm)
-        found[new.name] = source.name, perm
+        name = f"{source.name}.transposed"
+        new = weights[name] = onnx_ir.Value(name=name, shape=shape, type=source.type)
+        values[name] = _lazy(partial(_torch, values[source.name]), new, perm)
+        found[name] = source.name, perm
         old.replace_all_uses_with(new)
         model.graph.remove(node, safe=True)
-        weights[new.name] = new
     return found
 
 

@@ -21,7 +21,7 @@ import torch
 
 from lora_fx.checks.oracles import misrounded
 from lora_fx.errors import ExportError
-from lora_fx.export.onnx.graphs import graph_lines, operators
+from lora_fx.export.onnx.graphs import as_torch, graph_lines, operators
 from lora_fx.export.onnx.optimization import Contents
 from lora_fx.export.onnx.weights import Weight, Weights
 
@@ -86,7 +86,7 @@ def prove(path: Path, weights: Weights, contents: Contents, base: Any, base_weig
         actual = value.const_value
         held, axes = contents.held.get(name, ("", ()))
         if held and weights[held].adapters:
-            folded[name] = _check_folded(weights[held], _as_torch(actual, weights[held].dtype), axes, name)
+            folded[name] = _check_folded(weights[held], as_torch(actual), axes, name)
         elif _bytes(actual) == _bytes(base.graph.initializers[split.get(name, name)].const_value):
             untouched += 1
         elif held:
@@ -127,12 +127,6 @@ def _folded_names(weights: Weights) -> list[str]:
         if weight.adapters:
             groups.setdefault((weight.storage, *map(id, weight.adapters)), []).append(name)
     return [" = ".join(names) for names in groups.values()]
-
-
-def _as_torch(tensor: Any, dtype: torch.dtype) -> torch.Tensor:
-    """By its bytes: numpy has no bfloat16."""
-    flat = torch.frombuffer(bytearray(tensor.tobytes()), dtype=dtype)
-    return flat.reshape(tuple(tensor.shape))
 
 
 def _bytes(tensor: Any) -> bytes:

@@ -250,7 +250,7 @@ def _symbol_labels(shapes: list[tuple[Any, ...]], call: Call) -> dict[Any, str]:
 
 def _agree(drawn: dict[Any, int], labels: Mapping[Any, str]) -> None:
     """Axes of one name have one size, and one that is named as a sum has that sum, where torch saw no need of it."""
-    sizes = {label: drawn[symbol] for symbol, label in reversed(labels.items()) if symbol in drawn}
+    sizes = {label: drawn[symbol] for symbol, label in reversed([*labels.items()]) if symbol in drawn}
     for symbol, label in labels.items():
         parts = label.split(" + ")
         if symbol in drawn and all(part in sizes for part in parts):

@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,8 +32,8 @@ from lora_fx.export.onnx.calls import Call
 from lora_fx.export.onnx.files import folder_beside, move_files, writable
 from lora_fx.export.onnx.runtimes import require
 from lora_fx.export.onnx.weights import Weights, tensor_bytes
-from lora_fx.model import wiring
-from lora_fx.model.inventory import base_parameters
+from lora_fx.model.inventory import Place, base_parameters, inventory
+from lora_fx.model.marks import attach, child_name, detach
 from lora_fx.passes.wiring import wire
 
 SWITCHABLE = "switchable"
@@ -50,9 +51,6 @@ _MOVE = frozenset(
 
 _TRACED = 2  # the rank that a slot is traced with: torch.export takes 0 and 1 for special sizes
 _SLOT = "slot"
-
-Factors = dict[str, torch.Tensor]
-"""Name of the graph's input → A or B."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +79,14 @@ class Slot:
         return a[..., : self.least, :].contiguous(), b[..., : self.least].contiguous()
 
 
-def owners_of(model: nn.Module) -> dict[str, tuple[nn.Module, str, list[Adapter]]]:
-    """Name of each adapted weight → its owner, its attribute there, and its adapters, active or not."""
-    found: dict[str, tuple[nn.Module, str, list[Adapter]]] = {}
-    for path, owner, child, adapter in wiring.find_adapters(model):
-        attribute = wiring.attribute_of(child)
-        found.setdefault(f"{path}.{attribute}".lstrip("."), (owner, attribute, []))[2].append(adapter)
+def adapted(model: nn.Module) -> dict[str, list[Place]]:
+    """Name of each adapted weight → its adapters there, active or not."""
+    found: dict[str, list[Place]] = {}
+    for place in inventory(model).places:
+        found.setdefault(place.weight, []).append(place)
     if not found:
         raise ExportError(
-            "the model has no adapter",
+            "the model has no adapter beside a weight",
             place=type(model).__name__,
             remedy="apply or load the adapters first; unfold a folded model",
         )
@@ -101,20 +98,16 @@ def slots_in(model: nn.Module) -> Iterator[list[Slot]]:
     """Inside, the model reads a slot in the place of the adapters of each weight."""
     with borrowed(model):
         slots = []
-        for name, (owner, attribute, adapters) in owners_of(model).items():
-            for child in [c for c in wiring.adapters_of(owner) if wiring.attribute_of(c) == attribute]:
-                wiring.detach(owner, child)
+        for name, places in adapted(model).items():
+            for place in places:
+                detach(place.owner, place.child)
+            owner, first = places[0].owner, places[0].adapter
             slot = Adapter(
-                adapters[0].layout,
-                rank=_TRACED,
-                alpha=_TRACED,
-                name=_SLOT,
-                dtype=adapters[0].dtype,
-                device=adapters[0].A.device,
+                first.layout, rank=_TRACED, alpha=_TRACED, name=_SLOT, dtype=first.dtype, device=first.A.device
             ).eval()
-            slot.realised = adapters[0].realised
+            slot.realised = first.realised
             slots.append(Slot(name, slot))
-            wiring.attach(owner, wiring.child_name(attribute, _SLOT), slot)
+            attach(owner, child_name(places[0].attribute, _SLOT), slot)
         wire(model)
         yield slots
 
@@ -195,20 +188,19 @@ def _is_factor(value: Any) -> bool:
 # ── what goes into the slots ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def factors_of(model: nn.Module, name: str) -> Factors:
-    """A and B of the adapter of this name, as the graph's inputs take them."""
-    found: Factors = {}
-    have: set[str] = set()
-    for weight, (_, _, adapters) in owners_of(model).items():
-        have |= {adapter.name for adapter in adapters}
-        own = [adapter for adapter in adapters if adapter.name == name]
+def factors_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """Input of the graph → A or B of the adapter of this name.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    inventory(model).require([name])
+    found: dict[str, torch.Tensor] = {}
+    for weight, places in adapted(model).items():
+        own = [place.adapter.low_rank().detached() for place in places if place.adapter.name == name]
         if own:
-            found[f"{weight}.lora_A"] = torch.cat([a.A.detach() for a in own], -2).cpu()
-            found[f"{weight}.lora_B"] = torch.cat([a.low_rank().detached().whole * a.scale for a in own], -1).cpu()
-    if not found:
-        raise ExportError(
-            f"there is no adapter named {name!r}", place="the model", remedy=f"it has {', '.join(sorted(have))}"
-        )
+            found[f"{weight}.lora_A"] = torch.cat([delta.A for delta in own], -2).cpu()
+            found[f"{weight}.lora_B"] = torch.cat([delta.whole * delta.scale for delta in own], -1).cpu()
     for key, factor in found.items():
         if not bool(factor.isfinite().all()):
             raise ExportError(
@@ -251,18 +243,29 @@ def manifest(model: nn.Module, slots: list[Slot], graph: str, weights: Weights) 
     return {"version": 1, "base": version, "graph": graph, "inputs": described}
 
 
-def save_onnx_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]) -> Path:
+def save_onnx_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    old: str | os.PathLike[str] | None = None,
+    *,
+    name: str = "default",
+) -> Path:
     """Write one adapter of a model as an ``.onnx_adapter`` file, for the switchable graphs of the same base model.
 
     The scale is in B. The file's model version is `base_version`: a `Session` refuses files of other base models.
 
     Args:
-        name: the adapter's name, as in `apply`.
         path: the file. It is replaced in one step.
+        old: the path, where the name stands before it; deprecated.
+        name: the adapter's name, as in `apply`.
 
     Raises:
-        ExportError: there is no such adapter, it holds NaN or Inf, or the path cannot be written.
+        AdapterError: there is no such adapter.
+        ExportError: it is folded, it holds NaN or Inf, or the path cannot be written.
     """
+    if old is not None:
+        warnings.warn("write save_onnx_adapter(model, path, name=…)", DeprecationWarning, stacklevel=2)
+        name, path = str(path), old
     onnxruntime = require("onnxruntime")
     target = writable(path)
     with changing(model, "save_onnx_adapter"):

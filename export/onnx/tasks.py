@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy
 
-from lora_fx.errors import ExportError, essence
-from lora_fx.export.onnx.files import folder_beside, move_files, writable
+from lora_fx.errors import ExportError
+from lora_fx.export.onnx.files import folder_beside, load_model, move_files, writable
 from lora_fx.export.onnx.runtimes import require
 
 GRAPH = "lora_fx.graph"
 """The key of the graph's digest, in the metadata of both kinds of file."""
 
+_REMEDY = "pass a file that export_onnx wrote"
 _LEAST = 1024  # bytes: smaller initializers are no gain to share, and the runtime reads shapes and axes off some
 
 
@@ -42,7 +43,7 @@ def save_onnx_weights(
 
     require("onnx")
     target = writable(path)
-    graphs = [_load(Path(file)) for file in (base, folded)]
+    graphs = [load_model(Path(file), _REMEDY) for file in (base, folded)]
     digests = [graph.metadata_props.get(GRAPH, "") for graph in graphs]
     if not digests[0] or digests[0] != digests[1]:
         raise ExportError(
@@ -72,7 +73,9 @@ def save_onnx_weights(
 def read_weights(path: Path) -> dict[str, numpy.ndarray]:
     """The initializers of a file that sessions can share."""
     return {
-        name: _array(tensor, name) for name, tensor in _initializers(_load(path)).items() if tensor.nbytes >= _LEAST
+        name: _array(tensor, name)
+        for name, tensor in _initializers(load_model(path, _REMEDY)).items()
+        if tensor.nbytes >= _LEAST
     }
 
 
@@ -97,17 +100,6 @@ def read_task(path: Path, graph: str, base: Mapping[str, numpy.ndarray]) -> dict
         reason = f"the graph has no weight {wrong[0]!r} of that shape" if wrong else "it is for another graph"
         raise ExportError(reason, place=str(path), remedy="make it with save_onnx_weights from this graph's own file")
     return found
-
-
-def _load(path: Path) -> Any:
-    import onnx_ir
-
-    try:
-        return onnx_ir.load(path)
-    except Exception as error:
-        raise ExportError(
-            f"it cannot be read: {essence(error)}", place=str(path), remedy="pass a file that export_onnx wrote"
-        ) from error
 
 
 def _initializers(graph: Any) -> dict[str, Any]:

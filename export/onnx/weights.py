@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.exact_sum import check_foldable, folded_weight
 from lora_fx.errors import ExportError
 from lora_fx.graph.capture import on_meta
-from lora_fx.model import wiring
-from lora_fx.passes.fold import check_foldable, folded_weight
+from lora_fx.model.classes import unwired
+from lora_fx.model.inventory import inventory, weight_name
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,8 @@ class Weight:
 
     def numbers(self) -> torch.Tensor:
         """round(W + Σ s·B·A), or W."""
-        loaded = self.load()
-        if self.adapters:
-            return folded_weight(loaded, self.adapters, self.dtype, self.name)
-        return loaded.to(self.dtype)
+        loaded, deltas = self.load(), [adapter.low_rank() for adapter in self.adapters]
+        return folded_weight(loaded, deltas, self.dtype, self.name) if deltas else loaded.to(self.dtype)
 
 
 Weights = dict[str, Weight]
@@ -67,11 +66,13 @@ def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = No
         adapters: dict[int, tuple[Adapter, ...]] = {}
         split: dict[int, nn.Parameter] = {}
         if folded:
-            storages = wiring.adapted_storages(model)
+            storages = inventory(model).storages()
             for storage in storages:
                 if checkpoint is None:
-                    check_foldable(storage, next(n for n, p in model.named_parameters() if p is storage.parameter))
-            stack.enter_context(wiring.unwired(model))
+                    deltas = [adapter.low_rank() for adapter in storage.adapters]
+                    names = [adapter.name for adapter in storage.adapters]
+                    check_foldable(storage.parameter, deltas, storage.names[0], names)
+            stack.enter_context(unwired(model))
             for storage in storages:
                 old = storage.parameter
                 if storage.split:
@@ -99,10 +100,10 @@ def _weights(
     for name, tensor in _named_tensors(model):
         source = split.get(id(tensor), tensor)
         storage = kept.get(name, source.untyped_storage()._cdata)
-        stored = checkpoint is not None and source.is_meta
-        load = checkpoint.loader(names[id(source)], source) if stored else source.detach
+        stored = checkpoint.loader(names[id(source)], source) if checkpoint and source.is_meta else None
         own = adapters.get(id(tensor), ())
-        weights[name] = Weight(name, source.dtype, source.shape, storage, load, stored, own)
+        load = stored or source.detach
+        weights[name] = Weight(name, source.dtype, source.shape, storage, load, stored is not None, own)
     return weights
 
 
@@ -113,16 +114,17 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _kept_originals(model: nn.Module) -> dict[str, int]:
     """Of a model that has been folded: parameter name → its storage in the base model, where the fold split it off."""
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        kept = module.__dict__.get(wiring.FOLDED)
-        for attribute, original in (kept.originals if kept else {}).items():
-            if isinstance(original, nn.Parameter):
-                found[f"{path}.{attribute}".lstrip(".")] = original.untyped_storage()._cdata
-    return found
+    here = inventory(model)
+    return {
+        weight_name(path, attribute): original.untyped_storage()._cdata
+        for module, record in here.records.items()
+        for path in here.modules[module]
+        for attribute, original in record.originals.items()
+        if isinstance(original, nn.Parameter)
+    }
 
 
-def adapter_digest(adapters: Mapping[str, tuple[Adapter, ...]]) -> str:
+def adapter_digest(adapters: Mapping[str, Sequence[Adapter]]) -> str:
     """sha256 over the numbers of adapters and what they stand for, by the names of their weights."""
     digest = hashlib.sha256()
     for name in sorted(adapters):
@@ -136,7 +138,7 @@ def adapter_digest(adapters: Mapping[str, tuple[Adapter, ...]]) -> str:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bits of a tensor's numbers."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -301,7 +301,7 @@ def schedulable(call: Call) -> tuple[str, Any]:
     options = call.options
     if call.form.name == "linear":
         return "linear", options.get("bias")
-    if call.form.name not in ("matmul", "addmm") or call.sides not in ("io", "bio") or not options["right"]:
+    if call.form.name not in ("matmul", "addmm") or call.sides not in ("io", "bio") or not options.get("right"):
         return "", None
     if any(not isinstance(k, int) or k != 1 for k in (options.get("alpha", 1), options.get("beta", 1))):
         return "", None

@@ -188,8 +188,8 @@ def inventory(model: nn.Module) -> Inventory:
     put_away: list[Place] = []
     records = {module: record for module in modules if (record := fold_record(module)) is not None}
     for module, paths in modules.items():
-        children = (pair for table in (module._modules, module.__dict__) for pair in table.items())
-        own = [Place(paths, module, name, child) for name, child in children if isinstance(child, Adapter)]
+        children = {**module._modules, **module.__dict__}  # a module under two names may have its adapter in both
+        own = [Place(paths, module, name, child) for name, child in children.items() if isinstance(child, Adapter)]
         _refuse_displaced(module, paths[0], [place.attribute for place in own], records)
         places += own
         kept = records[module].children if module in records else {}

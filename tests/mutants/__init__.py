@@ -754,7 +754,7 @@ MUTANTS = (
     # ── export ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "exported_without_the_fold", "export", "export/onnx/weights.py",
-        "        if self.adapters:\n", "        if not self.storage:\n",
+        "if deltas else loaded", "if not self.storage else loaded",
         "The file holds the base weights.",
         tests=("tests/test_onnx.py::test_float16_is_run",),
     ),
@@ -791,7 +791,7 @@ MUTANTS = (
     ),
     Mutant(
         "slot_without_the_scale", "export", "export/onnx/switchable.py",
-        "a.low_rank().detached().whole * a.scale", "a.low_rank().detached().whole",
+        "delta.whole * delta.scale", "delta.whole",
         "The files of switchable adapters lose the scale.",
         tests=("tests/test_sessions.py::test_each_adapter_is_torchs_in_plain_bound_and_asynchronous_runs",),
     ),
@@ -821,15 +821,21 @@ MUTANTS = (
     ),
     Mutant(
         "onnx_branch_without_its_scale", "export", "export/onnx/folding.py",
-        "adapter.scale = branch.scale / base.scale", "adapter.scale = 1.0",
+        "LowRank(layout, A, B, branch.scale / base.scale, rank)", "LowRank(layout, A, B, 1.0, rank)",
         "A file's branches are folded without their scale.",
         tests=("tests/test_onnx_folding.py::test_our_unfolded_file_folds_to_the_folded_file",),
     ),
     Mutant(
-        "onnx_branch_of_another_input", "export", "export/onnx/folding.py",
-        "        if self.source(base.x) is not self.source(branch.down.x):", "        if base.x is None:",
+        "onnx_branch_of_another_input", "export", "export/onnx/branches.py",
+        "        if self._source(base.x, by_rows) is not self._source(down.x, by_rows):", "        if base.x is None:",
         "Two narrow layers of another input are folded into the layer that they are added to.",
         tests=("tests/test_onnx_folding.py::test_what_is_not_a_branch_is_not_folded",),
+    ),
+    Mutant(
+        "onnx_product_read_elsewhere", "export", "export/onnx/branches.py",
+        "if len(readers) > 1 or value.is_graph_output():", "if not readers and not value.is_graph_output():",
+        "What reads a product before its branches are added reads the folded one.",
+        tests=("tests/test_onnx_folding.py::test_a_product_that_is_read_without_its_branch",),
     ),
     Mutant(
         "checkpoint_shape_unchecked", "export", "export/onnx/weights.py",
@@ -932,14 +938,13 @@ MUTANTS = (
     ),
     Mutant(
         "experts_innermost", "files", "export/adapters/peft.py",
-        "return A.reshape(-1, rank, inner), B.reshape(outer, rank, -1).permute(2, 0, 1)",
-        "return A.reshape(-1, rank, inner), B.reshape(outer, -1, rank).permute(1, 0, 2)",
+        "B.reshape(outer, rank, -1).permute(2, 0, 1)", "B.reshape(outer, -1, rank).permute(1, 0, 2)",
         "The experts' factors are read in the order of the rank.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
         "equal_shift_forgotten", "files", "export/adapters/files.py",
-        "torch.ldexp(b, torch.tensor(shift))", "b",
+        "torch.ldexp(factors.B, torch.tensor(slot.shift))", "factors.B",
         "Parts of a fused weight with scales of their own are saved with one.",
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
     ),

@@ -1,0 +1,446 @@
+"""Which sums of an ONNX graph are a linear op and branches beside it. They are only found here: `folding` rewrites.
+
+    Add(op(x, W), Mul(up(down(x, A), B), s))
+
+Names are no help (the TorchScript exporter drops them), so a branch is found by what it does: an Add of one linear op
+of x and of a chain of two, of a smaller inner size, of the same x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_fx.errors import ExportError
+from lora_fx.export.onnx.graphs import as_torch, attribute, order
+
+REMEDY = "fold the torch model before it is exported; report the graph to lora_fx if it is a plain LoRA"
+
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+)
+
+
+# ── what a graph computes ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Kind(Enum):
+    """How an op multiplies an activation with its constant: x·W, W·x, W[x] …"""
+
+    RIGHT = auto()
+    LEFT = auto()
+    LOOKUP = auto()
+    CONV = auto()
+    DECONV = auto()
+
+
+@dataclass(frozen=True)
+class Form:
+    """An op of ONNX that multiplies with a constant."""
+
+    op: str
+    kind: Kind
+    place: int
+    """Which of its first two inputs is the constant: the other one is the activation."""
+    sides: str
+    """Which of the constant's two axes the op takes for in, and which for out."""
+    down: Kind
+    up: Kind
+    """The two ops of a branch beside it."""
+    turn: str = ""
+    """An attribute that says that the axes lie the other way round."""
+    unless: str = ""
+    """An attribute that makes another op of it."""
+
+
+_FORMS = (
+    Form("MatMul", Kind.RIGHT, 1, "io", Kind.RIGHT, Kind.RIGHT),
+    Form("MatMul", Kind.LEFT, 0, "oi", Kind.LEFT, Kind.LEFT),
+    Form("Gemm", Kind.RIGHT, 1, "io", Kind.RIGHT, Kind.RIGHT, turn="transB", unless="transA"),
+    Form("Gemm", Kind.LEFT, 0, "oi", Kind.LEFT, Kind.LEFT, turn="transA", unless="transB"),
+    Form("Gather", Kind.LOOKUP, 0, "io", Kind.LOOKUP, Kind.RIGHT, unless="axis"),
+    Form("Conv", Kind.CONV, 1, "oi", Kind.CONV, Kind.CONV),
+    Form("ConvTranspose", Kind.DECONV, 1, "io", Kind.CONV, Kind.DECONV),
+)
+
+_WINDOW = ("strides", "pads", "dilations", "auto_pad", "output_padding", "output_shape", "group")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One linear op of an activation, with a constant."""
+
+    node: Any
+    form: Form
+    scale: float
+    path: tuple[Any, ...] = ()
+    """The values from where it was looked for up to its product."""
+    reshaped: bool = False
+    """A Reshape lies on it."""
+
+    @property
+    def constant(self) -> Any:
+        return self.node.inputs[self.form.place]
+
+    @property
+    def x(self) -> Any:
+        return self.node.inputs[1 - self.form.place]
+
+    @property
+    def sides(self) -> str:
+        """Of the constant's two axes, as it lies."""
+        turned = self.form.turn and attribute(self.node, self.form.turn)
+        return self.form.sides[::-1] if turned else self.form.sides
+
+    @property
+    def window(self) -> dict[str, Any]:
+        """How a convolution moves over its input."""
+        return {name: attribute(self.node, name) for name in _WINDOW}
+
+    @property
+    def groups(self) -> int:
+        return self.window["group"] or 1
+
+    @property
+    def stays(self) -> bool:
+        """A convolution with a kernel of one element reads every position once."""
+        moved = [self.window[name] or () for name in ("strides", "dilations")]
+        plain = all({*steps} <= {1} for steps in moved) and not any(self.window["pads"] or ())
+        return plain and self.window["auto_pad"] in (None, "NOTSET", "VALID")
+
+    @property
+    def convolves(self) -> bool:
+        return self.form.kind in (Kind.CONV, Kind.DECONV)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """up(down(x, A), B)"""
+
+    down: Op
+    up: Op
+
+    @property
+    def scale(self) -> float:
+        return self.down.scale * self.up.scale
+
+
+@dataclass(frozen=True)
+class Term:
+    """One Add of a sum."""
+
+    add: Any
+    rest: Any
+    """The value that it adds to."""
+    branch: Branch | None = None
+    """What it adds; None for a constant."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A use of a weight, and what is added to it: the last Add first."""
+
+    base: Op
+    terms: tuple[Term, ...]
+
+    @property
+    def branches(self) -> list[Branch]:
+        return [term.branch for term in self.terms if term.branch is not None]
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for sites that read one weight with one delta."""
+        ops = (self.base, *(op for branch in self.branches for op in (branch.down, branch.up)))
+        scales = tuple(branch.scale / self.base.scale for branch in self.branches)
+        return tuple((op.constant, op.form, op.sides, op.groups) for op in ops), scales
+
+
+class _Step(NamedTuple):
+    """What a node gives on, and by what it multiplies that."""
+
+    value: Any
+    factor: float = 1.0
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Reader:
+    """Reads an ONNX graph, and changes nothing in it.
+
+    Args:
+        model: of onnx_ir, its functions inlined and its shapes inferred.
+        place: the file, for errors.
+    """
+
+    def __init__(self, model: Any, place: str) -> None:
+        self.model, self.place = model, place
+        self._inputs = {*model.graph.inputs}
+        self._constants: dict[Any, torch.Tensor | None] = {}
+
+    def constant(self, value: Any) -> torch.Tensor | None:
+        """The numbers of a value that no input of the graph can change."""
+        if value is None or value in self._inputs:
+            return None
+        if value.const_value is not None:
+            return as_torch(value.const_value)
+        if value not in self._constants:
+            self._constants[value] = self._evaluate(value)
+        return self._constants[value]
+
+    def _evaluate(self, value: Any) -> torch.Tensor | None:
+        import onnx_ir
+        from onnx.reference import ReferenceEvaluator
+
+        node = value.producer()
+        if node is None or any(a.type == onnx_ir.AttributeType.GRAPH for a in node.attributes.values()):
+            return None
+        kind = op_type(node)
+        if kind in _RANDOM or (kind == "Dropout" and self._drops(node)):
+            return None
+        if kind == "Constant":
+            (held,) = node.attributes.values()
+            tensor = isinstance(held.value, onnx_ir.TensorProtocol)
+            return as_torch(held.value) if tensor else torch.tensor(held.value)
+        inputs: dict[str, torch.Tensor] = {}
+        for given in (v for v in node.inputs if v is not None):
+            numbers = self.constant(given)
+            if numbers is None:
+                return None
+            inputs[given.name] = numbers
+        if not inputs:
+            return None
+        if kind in ("Transpose", "Identity"):  # numpy has no bfloat16
+            (only,) = inputs.values()
+            return only.permute(order(node, only.ndim))
+        try:
+            evaluator: Any = ReferenceEvaluator(_as_model(node, self.model))
+            outputs = evaluator.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        except Exception:
+            return None
+        return torch.from_numpy(outputs[list(node.outputs).index(value)])
+
+    def _scalar(self, value: Any) -> float | None:
+        tensor = self.constant(value)
+        return float(tensor) if tensor is not None and tensor.numel() == 1 else None
+
+    def shape(self, value: Any) -> tuple[int, ...]:
+        """Of a constant of floating-point numbers; empty for anything else. An initializer is not read for that."""
+        if value.const_value is not None and value not in self._inputs:
+            floating = value.const_value.dtype.is_floating_point()
+            return tuple(value.const_value.shape) if floating else ()
+        tensor = self.constant(value)
+        return tuple(tensor.shape) if tensor is not None and tensor.is_floating_point() else ()
+
+    def matrix(self, op: Op) -> torch.Tensor:
+        """The constant as (…, out, in), without the groups of a convolution."""
+        tensor = self.constant(op.constant)
+        assert tensor is not None, op.constant.name
+        tensor = tensor.flatten(1) if op.convolves else tensor
+        return tensor if op.sides == "oi" else tensor.mT
+
+    # linear ops
+
+    def op(self, value: Any) -> Op | None:
+        """The linear op that gives this value, looked at through scalar factors, casts and reshapes."""
+        node = value.producer()
+        step = None if node is None else self._step(node)
+        if node is None or step is None:
+            return node and self._linear(node)
+        found = self.op(step.value)
+        if found is None:
+            return None
+        reshaped = found.reshaped or op_type(node) == "Reshape"
+        return replace(found, scale=found.scale * step.factor, path=(value, *found.path), reshaped=reshaped)
+
+    def _step(self, node: Any) -> _Step | None:
+        """None where the node gives nothing on."""
+        if self._gives_on(node):
+            return _Step(node.inputs[0])
+        for n, given in enumerate(node.inputs if op_type(node) == "Mul" else ()):
+            if (by := self._scalar(node.inputs[1 - n])) is not None:
+                return _Step(given, by)
+        by = self._scalar(node.inputs[1]) if op_type(node) == "Div" else None
+        return _Step(node.inputs[0], 1 / by) if by else None
+
+    def _gives_on(self, node: Any) -> bool:
+        """It gives its first input on, number by number."""
+        kind = op_type(node)
+        if kind == "Reshape":  # rows of x stay rows
+            last = [value.shape[-1] if value.shape else None for value in (node.inputs[0], node.outputs[0])]
+            return isinstance(last[0], int) and last[0] == last[1]
+        return kind == "Identity" or (kind == "Cast" and _keeps(node)) or (kind == "Dropout" and not self._drops(node))
+
+    def _drops(self, node: Any) -> bool:
+        """A Dropout in training."""
+        mode = node.inputs[2] if len(node.inputs) > 2 else None
+        return mode is not None and self._scalar(mode) != 0
+
+    def _linear(self, node: Any) -> Op | None:
+        for form in _FORMS:
+            if op_type(node) != form.op or (form.unless and attribute(node, form.unless)):
+                continue
+            constant = node.inputs[form.place]
+            if constant is not None and len(self.shape(constant)) >= 2:
+                alpha = attribute(node, "alpha")
+                return Op(node, form, 1.0 if alpha is None else float(alpha), (node.outputs[0],))
+        return None
+
+    def _source(self, value: Any, reshapes: bool) -> Any:
+        """The activation behind casts, and behind reshapes where they are allowed."""
+        while (node := value.producer()) is not None and self._gives_on(node):
+            if op_type(node) == "Reshape" and not reshapes:
+                break
+            value = node.inputs[0]
+        return value
+
+    # sites
+
+    def sites(self) -> list[Site]:
+        """Every use of a weight with branches, the last of the graph first.
+
+        Raises:
+            ExportError: a branch is there and cannot be folded.
+        """
+        found: list[Site] = []
+        inside: set[Any] = set()
+        for node in reversed(list(self.model.graph)):
+            if op_type(node) == "Add" and node not in inside:
+                site = self._site(node)
+                if site is not None:
+                    found.append(site)
+                    inside.update(term.add for term in site.terms)
+        return found
+
+    def _site(self, last: Any) -> Site | None:
+        """The sum that ends in this Add. A base op, constants and branches may be added in any order."""
+        terms: list[Term] = []
+        value = last.outputs[0]
+        while (term := self._term(value, bool(terms))) is not None:
+            terms.append(term)
+            value = term.rest
+        if not terms:
+            return None
+        base = self.op(value)
+        site = None if base is None or not base.scale else Site(base, tuple(terms))
+        if site is None or not all(self._parallel(site.base, branch) for branch in site.branches):
+            self._refuse_narrow(terms)
+            return None
+        self._refuse_tapped(site)
+        return site
+
+    def _term(self, value: Any, within: bool) -> Term | None:
+        """The Add that gives this value; one of a constant only within a sum that a branch ends."""
+        add = value.producer()
+        if add is None or op_type(add) != "Add":
+            return None
+        left, right = add.inputs
+        for rest, other in ((left, right), (right, left)):
+            branch = self._branch(other)
+            if branch is not None and self.constant(rest) is None and _fits(other, rest):
+                return Term(add, rest, branch)
+        for rest, other in ((left, right), (right, left)):
+            if within and self.constant(other) is not None:
+                return Term(add, rest)
+        return None
+
+    def _branch(self, value: Any) -> Branch | None:
+        """Two linear ops without a bias, one after the other."""
+        up = self.op(value)  # its x is a product: never a lookup's
+        down = None if up is None else self.op(up.x)
+        return None if up is None or down is None or _biased(up.node) or _biased(down.node) else Branch(down, up)
+
+    def _parallel(self, base: Op, branch: Branch) -> bool:
+        """The branch is a low-rank delta of the weight, as far as a graph without sizes can tell."""
+        down, up = branch.down, branch.up
+        if (down.form.kind, up.form.kind) != (base.form.down, base.form.up):
+            return False
+        ranks = {len(self.shape(op.constant)) for op in (base, down, up)}
+        by_rows = not base.convolves and ranks == {2}  # elsewhere a Reshape would mix axes
+        if not by_rows and (base.reshaped or down.reshaped or up.reshaped):
+            return False
+        if self._source(base.x, by_rows) is not self._source(down.x, by_rows):
+            return False
+        if not base.convolves:
+            return True
+        wide, point = (down, up) if base.form.kind is Kind.CONV else (up, down)
+        own, other, last = (self.shape(op.constant)[2:] for op in (base, wide, point))
+        same = wide.groups == point.groups == base.groups and own == other
+        return same and wide.window == base.window and point.stays and {*last} <= {1}
+
+    def _refuse_narrow(self, terms: Sequence[Term]) -> None:
+        """Two linear ops that are added to something else than a linear op of their input, and look like LoRA."""
+        for term in terms:
+            if term.branch is None or not self._is_narrow(term.branch):
+                continue
+            names = [op.constant.name for op in (term.branch.down, term.branch.up)]
+            raise ExportError(
+                f"{' and '.join(names)} are two narrow linear ops, added to no single linear op of the same input",
+                place=f"{self.place}, node {term.add.name or term.add.outputs[0].name}",
+                remedy=REMEDY,
+            )
+
+    def _is_narrow(self, branch: Branch) -> bool:
+        """It goes through fewer features than it takes and gives."""
+        down, up = (self.shape(op.constant) for op in (branch.down, branch.up))
+        axes = down[:2] if branch.down.convolves else down[-2:]
+        inner = axes[branch.down.sides.index("o")] // branch.down.groups
+        return inner * inner < min(math.prod(down), math.prod(up))
+
+    def _refuse_tapped(self, site: Site) -> None:
+        """Nothing else may read the product before all branches are added: it would read the folded weight's."""
+        for value in (*(term.rest for term in site.terms), *site.base.path):
+            readers = [node for node in value.consumers() if op_type(node) != "Shape"]
+            if len(readers) > 1 or value.is_graph_output():
+                names = ", ".join(node.name or node.op_type for node in readers)
+                raise ExportError(
+                    f"the product with {site.base.constant.name} is read without its adapters too, by {names}"
+                    + (" and as an output of the graph" if value.is_graph_output() else ""),
+                    place=f"{self.place}, value {value.name}",
+                    remedy="export the model without what reads it there (a disabled adapter beside an enabled one)",
+                )
+
+
+def op_type(node: Any) -> str:
+    """Of an op of ONNX's own; empty for one of another domain."""
+    return node.op_type if node.domain in ("", "ai.onnx") else ""
+
+
+def _fits(part: Any, whole: Any) -> bool:
+    """The one is added to the other element by element, as far as their shapes are known."""
+    if part.shape is None or whole.shape is None:
+        return True
+    pairs = zip(reversed(part.shape), reversed(whole.shape), strict=False)
+    return len(part.shape) <= len(whole.shape) and not any(a != b and 1 in (a, b) for a, b in pairs)
+
+
+def _biased(node: Any) -> bool:
+    return op_type(node) in ("Gemm", "Conv", "ConvTranspose") and len(node.inputs) > 2 and node.inputs[2] is not None
+
+
+def _keeps(cast: Any) -> bool:
+    """It changes no number, but for rounding."""
+    from onnx_ir import DataType
+
+    floats, whole = {"FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"}, {"INT32", "INT64"}
+    to, given = DataType(attribute(cast, "to")).name, cast.inputs[0].dtype
+    return to in floats or (to in whole and given is not None and given.name in whole)
+
+
+def _as_model(node: Any, model: Any) -> Any:
+    """A model of this one node, for the reference evaluator."""
+    import onnx
+    import onnx_ir
+
+    proto = onnx_ir.to_proto(node)
+    empty = onnx.TypeProto()
+    inputs = [onnx.ValueInfoProto(name=name, type=empty) for name in dict.fromkeys(proto.input) if name]
+    outputs = [onnx.ValueInfoProto(name=name, type=empty) for name in proto.output]
+    graph = onnx.helper.make_graph([proto], "node", inputs, outputs)
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    return onnx.helper.make_model(graph, opset_imports=opsets)
