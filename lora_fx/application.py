@@ -14,6 +14,7 @@ from lora_fx.checks.oracles import active_adapters, misrounded, parameters
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import PlanError
 from lora_fx.model import wiring
+from lora_fx.model.inventory import inventory, weight_name
 from lora_fx.passes.planning import plan
 
 
@@ -66,10 +67,10 @@ def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = T
         CaptureError: the model does not run on the inputs, or is on meta.
         LoraFxError: a thread is inside a forward of the model.
     """
-    from lora_fx.passes.fold import fold, is_folded, unfold
+    from lora_fx.passes.fold import fold, unfold
 
     with changing(model, "certify"):
-        if not is_folded(model):
+        if not inventory(model).folded:
             return certify_adapted(model, example_inputs, gradients=gradients)
         folded = _folded_weights(model)
         unfold(model)
@@ -82,11 +83,11 @@ def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = T
 
 def _folded_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """name → a copy of each weight that a fold has written."""
+    here = inventory(model)
     return {
-        f"{path}.{attribute}".lstrip("."): module._parameters[attribute].detach().clone()
-        for path, module in model.named_modules()
-        if wiring.FOLDED in module.__dict__
-        for attribute in module.__dict__[wiring.FOLDED].originals
+        weight_name(here.modules[module][0], attribute): module.get_parameter(attribute).detach().clone()
+        for module, record in here.records.items()
+        for attribute in record.attributes
     }
 
 
@@ -122,12 +123,11 @@ def switch(model: nn.Module, *names: str) -> nn.Module:
     Raises:
         LoraFxError: a name is not there, or a fold is refused; see `fold`, `unfold`.
     """
-    from lora_fx.passes.fold import fold, is_folded, put_away, take_back
+    from lora_fx.passes.fold import fold, take_back
 
-    have = {*(a.name for a in put_away(model)), *(a.name for a in _all(model))}
-    _known(have, names)
+    _known({*inventory(model).names}, names)
     with changing(model, "switch") as undo:
-        if is_folded(model):
+        if inventory(model).folded:
             take_back(model, undo)
         _mark_active(model, names)
         return fold(model)

@@ -19,6 +19,7 @@ from lora_fx.graph.capture import refuse_unready
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.program import Program, Use, Weight, capture, find_weights
 from lora_fx.model import tracing, wiring
+from lora_fx.model.inventory import inventory
 from lora_fx.tables import table
 
 GRAPH, DISPATCH = "graph", "dispatch"
@@ -173,7 +174,7 @@ def plan(model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str 
         raise PlanError(
             f"{name!r} is no identifier", place="name", remedy="name the adapter with letters, digits and _"
         )
-    if any(wiring.FOLDED in module.__dict__ for module in model.modules()):
+    if inventory(model).folded:
         raise PlanError(
             "the model is folded: what would be adapted is W + s·B·A, and unfolding would lose it",
             place=type(model).__name__,

@@ -68,7 +68,7 @@ from lora_fx.graph.layout import Layout
 from lora_fx.graph.program import Program, Use, Weight
 from lora_fx.graph.views import View
 from lora_fx.model import wiring
-from lora_fx.passes.fold import is_folded
+from lora_fx.model.inventory import inventory
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.planning import Plan, Row, plan_rows, read_program
 
@@ -434,7 +434,7 @@ def load_adapter(
 def _refuse_name(model: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name.isidentifier():
         refuse("name", f"{name!r} is no identifier", "name the adapter with letters, digits and _")
-    if is_folded(model):
+    if inventory(model).folded:
         refuse(type(model).__name__, "it is folded", "lora_fx.unfold(model) first, or load into a fresh model")
     if any(adapter.name == name for *_, adapter in wiring.find_adapters(model)):
         refuse(

@@ -51,7 +51,8 @@ from lora_fx.export.onnx.tasks import GRAPH
 from lora_fx.export.onnx.weights import Checkpoint, Weights, adapter_digest, structure
 from lora_fx.graph.capture import inputs_on_meta, normalize_inputs, refuse_unready, undisturbed
 from lora_fx.model import wiring
-from lora_fx.passes.fold import fold, is_folded, unfold
+from lora_fx.model.inventory import inventory
+from lora_fx.passes.fold import fold, unfold
 
 OPSETS = range(18, 25)
 FORMS = ("folded", "unfolded", SWITCHABLE)
@@ -257,7 +258,7 @@ def _check_arguments(model: nn.Module, opset: int, adapters: str, prove: bool, w
 @contextmanager
 def _unfolded(model: nn.Module, prove: bool) -> Iterator[None]:
     """A proof needs the base weights of a folded model: inside, its branches are back."""
-    if not (prove and is_folded(model)):
+    if not (prove and inventory(model).folded):
         yield
         return
     unfold(model)
@@ -275,12 +276,8 @@ def _form(model: nn.Module, adapters: str) -> tuple[str, dict[str, tuple[Adapter
     acting = {name: tuple(own) for name, own in active_adapters(model).items()}
     if acting:
         return adapters, acting
-    for path, module in model.named_modules(remove_duplicate=False):
-        kept = module.__dict__.get(wiring.FOLDED)
-        for child, (adapter, _) in (kept.children if kept else {}).items():
-            if adapter.active:
-                name = f"{path}.{wiring.attribute_of(child)}".lstrip(".")
-                acting[name] = (*acting.get(name, ()), adapter)
+    here = inventory(model)
+    acting = {name: tuple(own) for name, own in here.by_weight(here.put_away, active=True).items()}
     return "folded" if acting else "base", acting
 
 

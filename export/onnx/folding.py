@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.exact_sum import folded_weight
 from lora_fx.errors import ExportError, essence
 from lora_fx.export.onnx.files import check_file, folder_beside, move_files, save_model, writable
 from lora_fx.export.onnx.graphs import operators
 from lora_fx.export.onnx.runtimes import require
 from lora_fx.graph.layout import Layout
-from lora_fx.passes.fold import folded_weight
 
 _FACTOR = re.compile(r"lora_(embedding_)?[AB]\b|_lora_\w+\.[AB]\b")
 _REMEDY = "fold the torch model before it is exported; report the graph to lora_fx if it is a plain LoRA"
@@ -404,7 +404,7 @@ class _Folding:
         weight = self.constant(operand)
         assert weight is not None
         adapters = [self._adapter(site.base, branch, weight) for branch in site.branches]
-        folded = folded_weight(weight.contiguous(), adapters, weight.dtype, operand.name)
+        folded = folded_weight(weight.contiguous(), [a.low_rank() for a in adapters], weight.dtype, operand.name)
         if alone and origin.is_initializer():
             if perm is not None:
                 folded = folded.permute([perm.index(axis) for axis in range(len(perm))]).contiguous()

@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.exact_sum import check_foldable, folded_weight
 from lora_fx.errors import ExportError
 from lora_fx.graph.capture import on_meta
 from lora_fx.model import wiring
-from lora_fx.passes.fold import check_foldable, folded_weight
+from lora_fx.model.inventory import inventory, weight_name
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Weight:
         """round(W + Σ s·B·A), or W."""
         loaded = self.load()
         if self.adapters:
-            return folded_weight(loaded, self.adapters, self.dtype, self.name)
+            return folded_weight(loaded, [a.low_rank() for a in self.adapters], self.dtype, self.name)
         return loaded.to(self.dtype)
 
 
@@ -67,10 +68,12 @@ def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = No
         adapters: dict[int, tuple[Adapter, ...]] = {}
         split: dict[int, nn.Parameter] = {}
         if folded:
-            storages = wiring.adapted_storages(model)
+            storages = inventory(model).storages()
             for storage in storages:
                 if checkpoint is None:
-                    check_foldable(storage, next(n for n, p in model.named_parameters() if p is storage.parameter))
+                    deltas = [adapter.low_rank() for adapter in storage.adapters]
+                    names = [adapter.name for adapter in storage.adapters]
+                    check_foldable(storage.parameter, deltas, storage.names[0], names)
             stack.enter_context(wiring.unwired(model))
             for storage in storages:
                 old = storage.parameter
@@ -113,13 +116,13 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _kept_originals(model: nn.Module) -> dict[str, int]:
     """Of a model that has been folded: parameter name → its storage in the base model, where the fold split it off."""
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        kept = module.__dict__.get(wiring.FOLDED)
-        for attribute, original in (kept.originals if kept else {}).items():
-            if isinstance(original, nn.Parameter):
-                found[f"{path}.{attribute}".lstrip(".")] = original.untyped_storage()._cdata
-    return found
+    here = inventory(model)
+    return {
+        weight_name(path, attribute): original.untyped_storage()._cdata
+        for module, record in here.records.items()
+        for path in here.modules[module]
+        for attribute, original in record.originals.items()
+    }
 
 
 def adapter_digest(adapters: Mapping[str, tuple[Adapter, ...]]) -> str:

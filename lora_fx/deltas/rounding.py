@@ -222,6 +222,14 @@ class Remainder:
         flat[self.places.to(torch.int64)] = self.numbers
         return guess
 
+    def part(self, start: int, stop: int) -> Remainder:
+        """That of the flat elements start:stop; start is even, for two steps lie in a byte."""
+        if self.places is None:
+            return Remainder(None, None, self.numbers[start:stop])
+        inside = (self.places >= start) & (self.places < stop)
+        nibbles = None if self.nibbles is None else self.nibbles[start // 2 : (stop + 1) // 2]
+        return Remainder(nibbles, self.places[inside] - start, self.numbers[inside])
+
 
 _BIAS = 8
 

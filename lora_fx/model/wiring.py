@@ -32,13 +32,13 @@ from torch import fx, nn
 from lora_fx.deltas.adapter import AdaptedWeight, Adapter, Factors
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.views import View
+from lora_fx.model.marks import fold_record
 from lora_fx.model.tracing import Untraceable, active_tracer, baked_attributes, rewrite_graph, trace_forward
 
 _READS = "_lora_fx_reads"  # mark: this module's forward is rewritten as a graph
 _ORIGINAL = "_lora_fx_graph"  # the graph a GraphModule had before
 _PRESERVED = "_user_preserved_attributes"  # in a GraphModule's meta: attributes that torch gives to its copies
 _CONVERSIONS = "_lora_fx_conversions"  # how transformers would have rewritten the model's keys on saving
-FOLDED = "_lora_fx_folded"  # mark: what unfolding this module needs
 _SEPARATOR = "_lora_"
 _IMPORT = "import "
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -89,8 +89,8 @@ def refuse_displaced(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, Adapter):
             continue
-        folded = module.__dict__[FOLDED].originals if FOLDED in module.__dict__ else ()
-        for attribute in (*map(attribute_of, adapters_of(module)), *folded):
+        record = fold_record(module)
+        for attribute in (*map(attribute_of, adapters_of(module)), *(record.attributes if record else ())):
             if attribute not in module._parameters:
                 raise LoraFxError(
                     "since it was adapted the weight has ceased to be a parameter: something computes it now",
