@@ -12,7 +12,9 @@ from torch import fx, nn
 import lora_fx
 from lora_fx import Rule
 from lora_fx.deltas.adapted_weight import AdaptedWeight
+from lora_fx.deltas.exact_sum import ExactSum
 from lora_fx.errors import CaptureError, PlanError
+from lora_fx.model.inventory import inventory
 from lora_fx.passes.wiring import wire
 from tests import reference
 from tests.zoo import case
@@ -205,7 +207,7 @@ def test_a_folded_model_is_certified_through_its_exact_weights(dtype):
     assert certificate and certificate.folded == {"first.weight": 0, "head.weight": 0}
     assert reference.same_bits(reference.bits(model), state)
     assert "every element of 2 weights is W + s·B·A rounded once" in str(certificate)
-    assert lora_fx.passes.fold.is_folded(model)
+    assert inventory(model).folded
 
 
 def test_a_folded_element_that_is_off_by_one_step_is_counted(monkeypatch):
@@ -214,10 +216,10 @@ def test_a_folded_element_that_is_off_by_one_step_is_counted(monkeypatch):
         folded[2, 3] = torch.nextafter(folded[2, 3], torch.tensor(torch.inf))
         return folded
 
-    honest = lora_fx.passes.fold._rounded
+    honest = ExactSum.rounded
     model = adapted(Rule(where="first", rank=2))
     reference.fill(model)
-    monkeypatch.setattr(lora_fx.passes.fold, "_rounded", off_by_one)
+    monkeypatch.setattr(ExactSum, "rounded", off_by_one)
     certificate = lora_fx.certify(lora_fx.fold(model), IDS)
     assert not certificate and certificate.folded == {"first.weight": 1}
     assert "folded first.weight: 1 elements not rounded once" in str(certificate)

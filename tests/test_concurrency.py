@@ -18,6 +18,7 @@ from torch.fx.experimental import proxy_tensor
 import lora_fx
 from lora_fx import LoraFxError, Rule, changes
 from lora_fx.errors import FoldError
+from lora_fx.model.inventory import inventory
 from tests import reference
 
 LIMIT = 60.0  # seconds after which a thread that waits is a failure
@@ -221,7 +222,7 @@ def test_a_verb_in_the_models_own_forward_is_refused() -> None:
         model(IDS)
     handle.remove()
     assert caught.value.place == "up" and "not in it or in a hook" in caught.value.remedy
-    assert lora_fx.adapters(model) and not lora_fx.passes.fold.is_folded(model)
+    assert lora_fx.adapters(model) and not inventory(model).folded
 
 
 def test_a_verb_in_the_self_check_of_another_is_refused_and_both_are_undone() -> None:
@@ -281,7 +282,7 @@ def test_a_verb_waits_until_another_models_verb_is_done() -> None:
         order.append("first")
     thread.join(LIMIT)
     assert order == ["first", "second"] and not thread.is_alive()
-    assert lora_fx.passes.fold.is_folded(second)
+    assert inventory(second).folded
 
 
 def test_models_of_several_threads_are_adapted_at_once() -> None:

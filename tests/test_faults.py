@@ -26,11 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_fx
 from lora_fx import LoraFxError, Rule, application, changes
 from lora_fx.checks import certification, verification
+from lora_fx.deltas import exact_sum
+from lora_fx.deltas.exact_sum import ExactSum
 from lora_fx.errors import ExportError, FileError, FoldError
 from lora_fx.export.adapters import files as adapter_files
 from lora_fx.export.adapters import folder as adapter_folder
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
-from lora_fx.model import classes
+from lora_fx.model import classes, marks
+from lora_fx.model.inventory import inventory
 from lora_fx.passes import fold as folding
 from lora_fx.passes import insert, wiring
 from tests import reference
@@ -151,7 +154,7 @@ def whole(model: nn.Module) -> list[Any]:
     """What a verb makes of a model, but for the numbers."""
     names = [(name, p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)]
     classes = [(type(m).__name__, getattr(type(m), "_lora_fx", None)) for m in model.modules()]
-    return [names, classes, lora_fx.adapters(model), folding.is_folded(model)]
+    return [names, classes, lora_fx.adapters(model), inventory(model).folded]
 
 
 def _method(module: nn.Module) -> Any:
@@ -175,8 +178,11 @@ def test_the_look_sees_what_a_verb_changes() -> None:
 
 FILES = {
     m.__file__
-    for m in (application, changes, classes, wiring, folding, insert, adapter_files, certification, verification)
-}
+    for m in (
+        application, changes, classes, marks, wiring, folding, exact_sum, insert, adapter_files, certification,
+        verification,
+    )
+}  # fmt: skip
 
 
 class Lines:
@@ -305,15 +311,15 @@ def test_a_large_final_fold_that_finds_no_memory_at_all_says_that_it_is_half_don
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(folding, "_UNDOABLE", 0)
-    real, calls = folding._rounded, []
+    real, calls = ExactSum.rounded, []
 
-    def none_left(block: torch.Tensor, *rest: Any) -> torch.Tensor:
-        calls.append(block)
+    def none_left(part: ExactSum, *rest: Any) -> torch.Tensor:
+        calls.append(part)
         if len(calls) > 1:
             raise torch.OutOfMemoryError("no memory")
-        return real(block, *rest)
+        return real(part, *rest)
 
-    monkeypatch.setattr(folding, "_rounded", none_left)
+    monkeypatch.setattr(ExactSum, "rounded", none_left)
     with pytest.raises(FoldError, match="ended before it was whole: no memory") as caught:
         lora_fx.fold(adapted(), final=True)
     assert caught.value.place == "Small" and "load the base weights again" in caught.value.remedy
@@ -363,10 +369,10 @@ def test_a_fold_is_undone_in_halves_too(dtype: torch.dtype, size: float, monkeyp
     reference.fill(layer)
     with torch.no_grad():
         layer.weight_lora_default.B.mul_(size)
-    before, real, folding_ = Look(layer), folding._delta, [True]
+    before, real, folding_ = Look(layer), ExactSum.delta, [True]
 
-    def short(block: torch.Tensor, *rest: Any) -> torch.Tensor:
-        delta = real(block, *rest)
+    def short(part: ExactSum, *rest: Any) -> torch.Tensor:
+        delta = real(part, *rest)
         if not folding_ and len(delta) > 3:
             raise torch.OutOfMemoryError("no memory")
         return delta
@@ -375,7 +381,7 @@ def test_a_fold_is_undone_in_halves_too(dtype: torch.dtype, size: float, monkeyp
         folding_.clear()
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(folding, "_delta", short)
+    monkeypatch.setattr(ExactSum, "delta", short)
     monkeypatch.setattr(folding, "_put_away", stop)
     with pytest.raises(torch.OutOfMemoryError):
         lora_fx.fold(layer)
@@ -407,7 +413,7 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def folds_short_of_memory() -> list[str]:
     """Fold with less and less address space to be had, until it fails and after."""
     torch.set_num_threads(1)
-    folding._BLOCK = 2**20  # blocks that the allocator asks the system for
+    exact_sum._BLOCK = 2**20  # blocks that the allocator asks the system for
     model = nn.Sequential(nn.Linear(1024, 2048, bias=False), nn.Linear(2048, 1024, bias=False))
     lora_fx.apply(model, Rule(where="*", rank=2), torch.randn(1, 1024), check=False)
     reference.fill(model)

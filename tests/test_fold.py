@@ -14,8 +14,10 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Rule
+from lora_fx.deltas import exact_sum
+from lora_fx.deltas.exact_sum import ExactSum
 from lora_fx.deltas.rounding import round_once
-from lora_fx.passes import fold as folding
+from lora_fx.passes.fold import kept_bytes
 from tests import reference
 
 HALF = [torch.bfloat16, torch.float16]
@@ -148,7 +150,7 @@ def test_the_way_back_costs_less_than_a_byte_an_element(dtype, size, most):
         adapter.B.mul_(size * layer.weight.float().norm() / adapter.delta().norm())
     before = reference.bits(layer)
     lora_fx.fold(layer)
-    assert folding.kept_bytes(layer) <= most * layer.weight.numel()
+    assert kept_bytes(layer) <= most * layer.weight.numel()
     lora_fx.unfold(layer)
     assert reference.same_bits(reference.bits(layer), before)
 
@@ -200,8 +202,8 @@ def test_unfolding_is_exact_in_whatever_order_the_sums_are_taken(monkeypatch, dt
         model.weight_lora_default.B.fill_(1)
     state = reference.bits(model)
     lora_fx.fold(model)
-    real, last_bit = folding._delta, 2.0**-53 * (1 + 2.0**exponent)
-    monkeypatch.setattr(folding, "_delta", lambda *args: real(*args) + towards * last_bit)
+    real, last_bit = ExactSum.delta, 2.0**-53 * (1 + 2.0**exponent)
+    monkeypatch.setattr(ExactSum, "delta", lambda *args: real(*args) + towards * last_bit)
     assert reference.same_bits(reference.bits(lora_fx.unfold(model)), state)
 
 
@@ -214,7 +216,7 @@ def test_zeros_are_folded_without_fractions(monkeypatch, dtype):
         model.weight[:4] = 0
         model.weight_lora_default.B[2:6] = 0
     sums = reference.dense_weights(model)
-    monkeypatch.setattr(folding._Term, "exact", lambda *_: pytest.fail("summed as fractions"))
+    monkeypatch.setattr(ExactSum, "_exact", lambda *_: pytest.fail("summed as fractions"))
     assert torch.equal(lora_fx.fold(model).weight, round_once(sums["weight"], dtype))
 
 
@@ -222,7 +224,7 @@ def test_zeros_are_folded_without_fractions(monkeypatch, dtype):
 def test_blocks_make_no_difference(monkeypatch, rows):
     whole, blocks = adapted(torch.float64), adapted(torch.float64)
     lora_fx.fold(whole)
-    monkeypatch.setattr(folding, "_BLOCK", rows)
+    monkeypatch.setattr(exact_sum, "_BLOCK", rows)
     lora_fx.fold(blocks)
     assert reference.same_bits(reference.bits(whole), reference.bits(blocks))
 

@@ -15,11 +15,11 @@ from torch import fx, nn
 import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import compare, run, worst
+from lora_fx.deltas import exact_sum
 from lora_fx.errors import EquivalenceError
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.graph.views import View, move
 from lora_fx.model.inventory import inventory
-from lora_fx.passes import fold as folding
 from tests import reference
 
 EPS = torch.finfo(torch.float64).eps
@@ -428,7 +428,7 @@ def test_a_last_block_with_fewer_rows_is_folded_and_unfolded_too(monkeypatch, el
     model = lora_fx.apply(base, Rule(where="*", rank=3, alpha=2), x)
     reference.fill(model)
     state, whole = reference.bits(model), lora_fx.fold(model, copy=True).weight.detach()
-    monkeypatch.setattr(folding, "_BLOCK", elements)
+    monkeypatch.setattr(exact_sum, "_BLOCK", elements)
     assert torch.equal(lora_fx.fold(model).weight.detach(), whole)
     assert reference.same_bits(reference.bits(lora_fx.unfold(model)), state)
 
