@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 _VERBS: dict[str, tuple[str, ...]] = {
     "apply": ("rules",), "plan": ("rules",), "fold": (), "unfold": (), "activate": ("adapter",), "deactivate": (),
     "remove": ("adapter",), "switch": ("adapter",), "load_adapter": ("folder",),
+    "export_onnx": ("inputs", "model.onnx"),
 }  # fmt: skip
 
 
