@@ -588,7 +588,7 @@ MUTANTS = (
     ),
     Mutant(
         "unfold_reads_the_factors_of_now", "unfold", "passes/fold.py",
-        "adapter.layout, A.clone(), B.clone(), scale,", "adapter.layout, A, B, scale,",
+        "delta.layout, A.clone(), B.clone(), scale,", "delta.layout, A, B, scale,",
         "Unfolding takes out what the factors are now, not what was folded in.",
         tests=("tests/test_fold.py::test_training_an_adapter_that_is_put_away_changes_nothing",),
     ),
