@@ -179,7 +179,6 @@ def _take_back(model: nn.Module, undo: list[Undo]) -> None:
 def _way(here: Inventory, module: nn.Module, attribute: str) -> tuple[torch.Tensor, Way]:
     """A weight that is still what the fold has made it, and its way back."""
     weight, way = module._parameters[attribute], here.records[module].ways[attribute]
-    assert isinstance(way, Way)
     if weight is None or not way.starts_at(weight):
         raise FoldError(
             "the folded weight has been written to or cast since it was folded",
