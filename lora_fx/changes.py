@@ -18,6 +18,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -145,12 +146,26 @@ def _roll_back(undo: list[Undo]) -> None:
 # ── what a model was ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-#: what verbs switch for a while: how it is read, how it is set
-_SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], Any]], ...] = (
-    (torch.is_grad_enabled, torch.set_grad_enabled),
-    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
-    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
-)
+@dataclass(frozen=True)
+class Switch:
+    """One of torch's own switches, which verbs turn for a while."""
+
+    read: Callable[[], bool]
+    turn: Callable[[bool], Any]
+
+    @contextmanager
+    def set_for_now(self, value: bool) -> Iterator[None]:
+        before = self.read()
+        self.turn(value)
+        try:
+            yield
+        finally:
+            self.turn(before)
+
+
+GRADIENTS = Switch(torch.is_grad_enabled, torch.set_grad_enabled)
+FAST_PATHS = Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
+ONEDNN = Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
 
 
 class _Before:
@@ -160,14 +175,17 @@ class _Before:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.switches = [(switch, read()) for read, switch in _SWITCHES]
-        self.modules = [(m, type(m), dict(m.__dict__), _tables(m), _forward(m)) for m in model.modules()]
+        self.switches = [(switch, switch.read()) for switch in (GRADIENTS, FAST_PATHS, ONEDNN)]
+        self.modules = [(m, type(m), dict(m.__dict__), _tables(m)) for m in model.modules()]
+        # A GraphModule has a class of its own, which is given another forward with each graph.
+        classes = [type(m) for m in model.modules() if isinstance(m, fx.GraphModule)]
+        self.forwards = [(cls, vars(cls)["forward"]) for cls in classes if "forward" in vars(cls)]
         self.trainable = [(p, p.requires_grad) for p in model.parameters()]
 
     def restore(self) -> None:
         for switch, was in self.switches:
-            switch(was)
-        for module, cls, own, tables, forward in self.modules:
+            switch.turn(was)
+        for module, cls, own, tables in self.modules:
             if type(module) is not cls:
                 module.__class__ = cls
             module.__dict__.clear()
@@ -175,8 +193,8 @@ class _Before:
             for table, was in tables:
                 table.clear()
                 table.update(was)
-            if forward is not None:
-                cls.forward = forward  # type: ignore[attr-defined]  # that class has one
+        for graph_class, forward in self.forwards:
+            graph_class.forward = forward
         for parameter, was in self.trainable:
             if parameter.requires_grad != was:
                 parameter.requires_grad_(was)
@@ -190,11 +208,6 @@ def _tables(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(table, table.copy()) for table in tables if isinstance(table, dict | set)]
 
 
-def _forward(module: nn.Module) -> Any:
-    """A GraphModule has a class of its own, which is given another forward with each graph."""
-    return vars(type(module)).get("forward") if isinstance(module, fx.GraphModule) else None
-
-
 # ── who runs it ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -205,8 +218,7 @@ def _refuse_running(model: nn.Module, verb: str) -> None:
     for thread, frame in sys._current_frames().items():
         for module in _running(frame):
             inside = [module] if thread == here else module.modules()
-            found = next((m for m in inside if id(m) in paths), None)
-            if found is not None:
+            if any(id(m) in paths for m in inside):
                 raise _busy(verb, module, paths.get(id(module)), thread, thread == here)
 
 

@@ -398,7 +398,7 @@ MUTANTS = (
     ),
     Mutant(
         "computed_weight_accepted", "capture", "lora_fx/graph/program.py",
-        "if computed and not constant and _multiplies(name):", "if False:",
+        "if computed and not constant and multiplies:", "if False:",
         "The parameters behind a weight_norm are adapted, which means nothing.",
     ),
     Mutant(
@@ -963,7 +963,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient_mode_left_off", "changes", "lora_fx/changes.py",
-        "            switch(was)\n", "            pass\n",
+        "            switch.turn(was)\n", "            pass\n",
         "After Ctrl-C in a verb nothing has gradients any more.",
         tests=("tests/test_faults.py::test_ctrl_c_at_any_line_leaves_the_model_bitwise_what_it_was",),
     ),
