@@ -133,7 +133,7 @@ class Splitter:
         for smaller in self._sizes(start, region, dims):
             try:
                 run = _Run(self, [start], region, smaller)
-                (gradient,) = run.gradients(target, [run.noise(run.values[target.node])])
+                (gradient,) = run.gradients(target)
             except Undecided as why:
                 problem = str(why)
             except Exception as why:  # any op of any model may be in there
@@ -169,7 +169,9 @@ class Splitter:
         dim = dim_of(target.reader)
         try:
             run = _Run(self, factors, region, {})
-            for element in run.places(run.values[target.node], 4):
+            shape = run.values[target.node].shape
+            for k in range(4):  # one of these elements may be its row's maximum, which is subtracted from itself
+                element = tuple((n // 2 + k) % n for n in shape)
                 counts = [run.count(target, element), run.count(target, element, dim)]
                 if all(counts[0]):
                     break
@@ -230,27 +232,22 @@ class _Run:
             for node in region:
                 self.values[node] = self._step(node)
 
-    def gradients(self, target: Target, cotangents: list[torch.Tensor]) -> list[torch.Tensor]:
+    def gradients(self, target: Target, cotangent: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Of the starts, for this cotangent of the target or a random one."""
         out = self.values[target.node]
+        if cotangent is None:
+            cotangent = torch.randn(out.shape, dtype=out.dtype, device="cpu", generator=self.random)
         if target.part is not None:
-            out, cotangents = out.narrow(*target.part), [c.narrow(*target.part) for c in cotangents]
-        found = torch.autograd.grad(out, self.starts, cotangents, retain_graph=True, allow_unused=True)
+            out, cotangent = out.narrow(*target.part), cotangent.narrow(*target.part)
+        found = torch.autograd.grad(out, self.starts, cotangent, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(s) if g is None else g for g, s in zip(found, self.starts, strict=True)]
-
-    def places(self, scores: torch.Tensor, how_many: int) -> Iterator[tuple[int, ...]]:
-        """Some elements of the scores; one may be the row's maximum, which is subtracted from itself."""
-        for k in range(how_many):
-            yield tuple((n // 2 + k) % n for n in scores.shape)
 
     def count(self, target: Target, place: tuple[int, ...], dim: int | None = None) -> list[int]:
         """How many elements of each start one element of the target depends on, or its whole row along `dim`."""
         cotangent = torch.zeros_like(self.values[target.node])
         row = None if dim is None else dim % cotangent.ndim
         cotangent[tuple(slice(None) if d == row else k for d, k in enumerate(place))] = 1
-        return [int((g != 0).sum()) for g in self.gradients(target, [cotangent])]
-
-    def noise(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(like.shape, dtype=like.dtype, device="cpu", generator=self.random)
+        return [int((g != 0).sum()) for g in self.gradients(target, cotangent)]
 
     def _draw(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
         dtype = torch.complex128 if dtype.is_complex else torch.float64
@@ -260,19 +257,15 @@ class _Run:
     def _step(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._input)
         args, kwargs = self._localise(args), self._localise(kwargs)
-        name = base_name(node)
+        name, wanted = base_name(node), [self.smaller.get(n, n) for n in shape_of(node)]
         if name in _FRESH:
             return self._draw(shape_of(node), torch.float64) * 0
         if name in _SAME and isinstance(args[0], torch.Tensor) and is_float(args[0]):
-            wanted = [self.smaller.get(n, n) for n in shape_of(node)]
             return args[0] if list(args[0].shape) == wanted else args[0].expand(wanted)
         if name == "where" and len(args) == 3:
             return args[1] + args[2]
-        return self._check(node, _in_double(call(node, args, kwargs)))
-
-    def _check(self, node: fx.Node, result: Any) -> Any:
-        wanted = tuple(self.smaller.get(n, n) for n in shape_of(node))
-        if self.smaller and isinstance(result, torch.Tensor) and tuple(result.shape) != wanted:
+        result = _in_double(call(node, args, kwargs))
+        if self.smaller and isinstance(result, torch.Tensor) and list(result.shape) != wanted:
             raise Undecided("its parts can only be told apart at full size: pass shorter example inputs")
         return result
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.analysis.dataflow import CORE, FIRST_USE, MIX, Fact, Flow, multiplies_plainly
+from lora_fx.analysis.dataflow import CORE, FIRST_USE, MIX, Fact, Flow, multiplies_plainly, union
 from lora_fx.analysis.feature_split import Target, Undecided
 from lora_fx.graph.layout import place
 from lora_fx.graph.program import Program, Use
@@ -85,16 +85,12 @@ class _Labeller:
                 self.targets.setdefault(node, {}).setdefault(role, []).append(target)
 
     def _mlp(self, node: fx.Node, fact: Fact) -> None:
-        flow, bit = self.flow, self.flow.bit[node]
+        flow, bit, origins = self.flow, self.flow.bit[node], union(act.origins for act in fact.acts)
         if fact.stream or not fact.acts or not multiplies_plainly(node):
             return
         if fact.frontier & (CORE | MIX):
-            for act in fact.acts if fact.frontier & CORE else ():
-                self.gates |= act.origins
+            self.gates |= origins if fact.frontier & CORE else 0
             return
-        origins = 0
-        for act in fact.acts:
-            origins |= act.origins
         other = [n for n in flow.uses_in(origins) if not multiplies_plainly(n)]
         if bit & flow.added:
             fits = all(flow.is_depthwise(n) for n in other)

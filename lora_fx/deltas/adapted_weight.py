@@ -145,20 +145,17 @@ class AdaptedWeight:
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.window.shape[dim]
 
-    def dim(self) -> int:
-        return self.window.ndim
-
-    def ndimension(self) -> int:
-        return self.window.ndim
-
     @property
     def ndim(self) -> int:
+        return self.window.ndim
+
+    def dim(self) -> int:
         return self.window.ndim
 
     def numel(self) -> int:
         return math.prod(self.window.shape)
 
-    nelement = numel
+    ndimension, nelement = dim, numel
 
     def __len__(self) -> int:
         return self.window.shape[0]
