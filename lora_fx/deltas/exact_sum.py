@@ -26,14 +26,16 @@ from lora_fx.deltas.rounding import (
     TOTAL,
     Remainder,
     Scratch,
+    between,
     checksum,
+    nearest,
     remember,
     round_once,
-    round_sum,
 )
 from lora_fx.errors import FoldError
 from lora_fx.graph.layout import Layout
 
+_CHUNK = 2**15  # doubtful elements that are looked at together
 _BLOCK = 2**19  # elements of a weight that are folded at a time: fewer calls of torch, and the caches still help
 
 
@@ -258,8 +260,36 @@ class ExactSum:
         return scratch.narrow(ROUNDED, self.weight.shape).copy_(difference)
 
     def rounded(self, total: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-        """The sums, of which `total` has float64 values, as the nearest numbers of the dtype of `scratch`."""
-        return round_sum(total, self.magnitude, self.steps, self._errors, self._exact, scratch)
+        """The real sums rounded to nearest-even in the dtype of `scratch`, in its `ROUNDED`.
+
+        Beyond doubt is a sum of which both ends, `total` ± error, round to one number. The few others are looked at
+        again with an error of their own; what is still open then is summed as fractions.
+
+        Args:
+            total: the sums in float64, contiguous.
+        """
+        rounded = scratch.narrow(ROUNDED, total.shape)
+        if rounded.dtype == torch.float64:
+            return rounded.copy_(total)
+        flat, values = rounded.view(-1), total.view(-1)
+        end = scratch.spare(total.shape)
+        for places in between(total, self.magnitude, self.steps, end, rounded, scratch).split(_CHUNK):
+            if len(places):  # an empty tensor is split into one chunk, too
+                flat[places] = self._round_doubtful(values[places], places, rounded.dtype)
+        return rounded
+
+    def _round_doubtful(self, values: torch.Tensor, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        error = self.steps * self.magnitude
+        low, high = round_once(torch.stack([values - error, values + error]), dtype)
+        if torch.equal(low, high):
+            return low
+        own = self._errors(places)
+        low, high = round_once(torch.stack([values - own, values + own]), dtype)
+        open_ = low != high
+        if bool(open_.any()):
+            sums = self._exact(places[open_])
+            low[open_] = torch.stack([nearest(x, a, b) for x, a, b in zip(sums, low[open_], high[open_], strict=True)])
+        return low
 
     def _errors(self, places: torch.Tensor) -> torch.Tensor:
         """How far the float64 sums of single elements may be off."""

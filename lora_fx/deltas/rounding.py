@@ -11,7 +11,6 @@ numbers of which that could move the guess are kept in full.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -19,7 +18,6 @@ import torch
 
 _NARROW = (torch.bfloat16, torch.float16)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 2**15  # doubtful elements that are looked at together
 
 
 def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -80,36 +78,7 @@ DELTA, TOTAL, SPARE = range(3)
 ROUNDED, BEFORE, _GUESS, _HIGH = range(4)
 
 
-def round_sum(
-    total: torch.Tensor,
-    magnitude: float,
-    steps: float,
-    errors: Callable[[torch.Tensor], torch.Tensor],
-    exact: Callable[[torch.Tensor], list[Fraction]],
-    scratch: Scratch,
-) -> torch.Tensor:
-    """The real sums rounded to nearest-even in the dtype of `scratch`, in its `ROUNDED`.
-
-    Beyond doubt is a sum of which both ends, `total` ± error, round to one number. The few others are looked at again
-    with an error of their own; what is still open then is summed as fractions.
-
-    Args:
-        total: the sums in float64, contiguous, none larger than `magnitude`.
-        steps: error / magnitude.
-        errors: flat indices into `total` → an error for each of these elements.
-        exact: flat indices into `total` → the real numbers.
-    """
-    rounded = scratch.narrow(ROUNDED, total.shape)
-    if rounded.dtype == torch.float64:
-        return rounded.copy_(total)
-    flat, values = rounded.view(-1), total.view(-1)
-    for places in _between(total, magnitude, steps, scratch.spare(total.shape), rounded, scratch).split(_CHUNK):
-        if len(places):  # an empty tensor is split into one chunk, too
-            flat[places] = _round_doubtful(values[places], steps * magnitude, places, rounded.dtype, errors, exact)
-    return rounded
-
-
-def _between(
+def between(
     total: torch.Tensor, magnitude: float, steps: float, end: torch.Tensor, rounded: torch.Tensor, scratch: Scratch
 ) -> torch.Tensor:
     """Write `total` − error, rounded, and say where `total` + error is rounded to another number. Everywhere else all
@@ -139,22 +108,7 @@ def _nonzero(bits: torch.Tensor) -> torch.Tensor:
     return places[bits[places] != 0] if len(places) else places
 
 
-def _round_doubtful(
-    values: torch.Tensor, error: float, places: torch.Tensor, dtype: torch.dtype, errors: Callable, exact: Callable
-) -> torch.Tensor:
-    low, high = round_once(torch.stack([values - error, values + error]), dtype)
-    if torch.equal(low, high):
-        return low
-    own = errors(places)
-    low, high = round_once(torch.stack([values - own, values + own]), dtype)
-    open_ = low != high
-    if bool(open_.any()):
-        sums = exact(places[open_])
-        low[open_] = torch.stack([_nearest(x, a, b) for x, a, b in zip(sums, low[open_], high[open_], strict=True)])
-    return low
-
-
-def _nearest(x: Fraction, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+def nearest(x: Fraction, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """The number of the dtype from `low` to `high` that is nearest to x; the even one of two as near."""
     first, last = int(ordinal(low)), int(ordinal(high))
     candidates = [from_ordinal(torch.tensor(n), low.dtype) for n in range(first, last + 1)]
@@ -250,7 +204,7 @@ def remember(
     else:
         guess = scratch.narrow(_GUESS, flat.shape)
         end = scratch.wide(SPARE, flat.shape)  # not float32: each number in doubt is kept in full
-        shaky = _between(difference.view(-1), magnitude, steps, end, guess, scratch)
+        shaky = between(difference.view(-1), magnitude, steps, end, guess, scratch)
     step = scratch.narrow(_HIGH, flat.shape).view(integers)
     torch.sub(flat.view(integers), guess.view(integers), out=step)
     step.add_(_BIAS)

@@ -487,8 +487,8 @@ MUTANTS = (
     # ── rounding ─────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "fold_rounds_twice", "rounding", "lora_fx/deltas/exact_sum.py",
-        "return round_sum(total, self.magnitude, self.steps, self._errors, self._exact, scratch)",
-        "return total.to(self.weight.dtype)",
+        "        flat, values = rounded.view(-1), total.view(-1)\n",
+        "        return total.to(self.weight.dtype)\n",
         "Folding converts float64 to bfloat16 as torch does, by way of float32.",
     ),
     Mutant(
@@ -509,7 +509,7 @@ MUTANTS = (
         tests=(GAPS,),
     ),
     Mutant(
-        "doubt_ignored", "rounding", "lora_fx/deltas/rounding.py",
+        "doubt_ignored", "rounding", "lora_fx/deltas/exact_sum.py",
         "if len(places):  #", "if False:  #",
         "Sums too near a border for float64 to decide are rounded on a guess.",
     ),
