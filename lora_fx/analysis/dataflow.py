@@ -70,8 +70,7 @@ class _Act:
 
     gate: Target
     up: Target | None
-    origins: int
-    """The uses it comes from."""
+    origins: int  # the uses it comes from
     clear: bool = True
 
 
@@ -79,22 +78,14 @@ class _Act:
 class Fact:
     """What a node's value comes from, looking no further than the nearest uses."""
 
-    live: bool = False
-    """It depends on the model's inputs."""
-    frontier: int = 0
-    """The nearest uses, a bit each."""
-    above: int = 0
-    """Every use before those."""
-    stream: bool = False
-    """It is a residual sum, or made of one."""
-    bent: bool = False
-    """A nonlinearity lies between the uses and it."""
-    weighs: bool = False
-    """It comes out of a softmax or a top-k: a weighting, no feature."""
-    softmax: fx.Node | None = None
-    """It is this softmax, perhaps masked, scaled or sliced."""
-    origin: fx.Node | None = None
-    """The node that it is an elementwise function of."""
+    live: bool = False  # it depends on the model's inputs
+    frontier: int = 0  # the nearest uses, a bit each
+    above: int = 0  # every use before those
+    stream: bool = False  # it is a residual sum, or made of one
+    bent: bool = False  # a nonlinearity lies between the uses and it
+    weighs: bool = False  # it comes out of a softmax or a top-k: a weighting, no feature
+    softmax: fx.Node | None = None  # it is this softmax, perhaps masked, scaled or sliced
+    origin: fx.Node | None = None  # the node that it is an elementwise function of
     acts: tuple[_Act, ...] = ()
 
 
@@ -117,11 +108,9 @@ class Flow:
         self.capture = program.capture
         self.splitter = Splitter(self)
         self.uses: dict[fx.Node, list[Use]] = {}
-        for use in program.uses:
-            if use.multiplies:
-                self.uses.setdefault(use.node, []).append(use)
-        in_order = sorted(self.uses, key=self.order.__getitem__)
-        self.bit = {node: FIRST_USE << k for k, node in enumerate(in_order)}
+        for use in sorted((u for u in program.uses if u.multiplies), key=lambda u: self.order[u.node]):
+            self.uses.setdefault(use.node, []).append(use)
+        self.bit = {node: FIRST_USE << k for k, node in enumerate(self.uses)}
         self.at = {bit: node for node, bit in self.bit.items()}
         self._facts: dict[fx.Node, Fact] = {}
         self.inputs: dict[fx.Node, Fact] = {}  # what each use multiplies its weight with
@@ -358,8 +347,6 @@ class Flow:
 def _join(facts: list[Fact]) -> Fact:
     """What is known of a value computed from all of these."""
     joined = Fact()
-    softmaxes, origins = set(), set()
-    acts: list[_Act] = []
     for f in facts:
         joined.live |= f.live
         joined.frontier |= f.frontier
@@ -367,13 +354,11 @@ def _join(facts: list[Fact]) -> Fact:
         joined.stream |= f.stream
         joined.bent |= f.bent
         joined.weighs |= f.weighs
-        if f.frontier:
-            softmaxes.add(f.softmax)
-            origins.add(f.origin)
-            acts += f.acts
+    made_of = [f for f in facts if f.frontier]
+    softmaxes, origins = {f.softmax for f in made_of}, {f.origin for f in made_of}
     joined.softmax = softmaxes.pop() if len(softmaxes) == 1 else None
     joined.origin = origins.pop() if len(origins) == 1 else None
-    joined.acts = tuple(dict.fromkeys(acts))
+    joined.acts = tuple(dict.fromkeys(act for f in made_of for act in f.acts))
     return joined
 
 

@@ -76,10 +76,9 @@ class Splitter:
         key = ("features", dims, self._structure([start], region, target))
         if key not in self.known:
             self.known[key] = self._features(start, region, target, dims)
-        found = self.known[key]
-        if isinstance(found, str):
-            raise Undecided(found)
-        return found
+        if isinstance(self.known[key], str):
+            raise Undecided(self.known[key])
+        return self.known[key]
 
     def key_side(self, product: fx.Node, factors: list[fx.Node], softmax: fx.Node, between: set[fx.Node]) -> int | None:
         """0 or 1: the factor that owns the softmaxed axis, so that a whole row of scores sees more of it than one."""
@@ -88,10 +87,7 @@ class Splitter:
         target = Target(softmax, softmax.all_input_nodes[0])
         key = ("side", self._structure(factors, region, target), repr(softmax.args[1:]), repr(softmax.kwargs))
         if key not in self.known:
-            try:
-                self.known[key] = self._key_side(factors, region, target)
-            except Undecided:
-                self.known[key] = None
+            self.known[key] = self._key_side(factors, region, target)
         return self.known[key]
 
     def _region(self, start: fx.Node, target: Target) -> list[fx.Node]:
@@ -114,11 +110,9 @@ class Splitter:
         slots: dict[fx.Node, str] = {node: f"%{k}" for k, node in enumerate([*starts, *region])}
 
         def name(node: fx.Node) -> str:
-            if node not in slots:
-                value: Any = node.meta.get("val")
-                same = isinstance(value, torch.Tensor) and is_float(value)
-                slots[node] = f"{tuple(value.shape)} {value.dtype}" if same else node.name
-            return slots[node]
+            value: Any = node.meta.get("val")
+            same = isinstance(value, torch.Tensor) and is_float(value)
+            return slots.setdefault(node, f"{tuple(value.shape)} {value.dtype}" if same else node.name)
 
         shapes = tuple(shape_of(node) for node in starts)
         steps = tuple((node.target, repr(fx.node.map_arg((node.args, node.kwargs), name))) for node in region)
@@ -188,32 +182,24 @@ class Splitter:
     def value(self, node: fx.Node, depth: int = 0) -> Any:
         """What the node was in the captured run, where parameters, inputs and cheap ops say it; else `Undecided`."""
         if node not in self.values:
-            try:
-                self.values[node] = self._recompute(node, depth)
-            except Undecided as problem:
-                self.values[node] = problem
-        if isinstance(self.values[node], Undecided):
-            raise self.values[node]
+            self.values[node] = self._recompute(node, depth)
+        if self.values[node] is None:
+            raise Undecided("an index that decides it has no value here (a model on the meta device)")
         return self.values[node]
 
     def _recompute(self, node: fx.Node, depth: int) -> Any:
-        unknown = Undecided("an index that decides it has no value here (a model on the meta device)")
-        capture = self.flow.capture
-        if node in capture.tensors:
-            tensor = capture.tensors[node]
-            if tensor.is_meta or tensor.numel() > _FEW_ELEMENTS:
-                raise unknown
-            return tensor.detach().cpu().clone()
+        """None where it is unknown."""
+        tensor = self.flow.capture.tensors.get(node)
+        if tensor is not None:
+            return None if tensor.is_meta or tensor.numel() > _FEW_ELEMENTS else tensor.detach().cpu().clone()
         written = written_by(node) or self.flow.root.get(node) in self.flow.writes
         if node.op != "call_function" or depth > 50 or written or self.flow.fact(node).frontier:
-            raise unknown
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.value(n, depth + 1))
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": "cpu"}
+            return None
         try:
-            return call(node, args, kwargs)
-        except Exception as problem:
-            raise unknown from problem
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.value(n, depth + 1))
+            return call(node, args, {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
+        except Exception:  # an operand is unknown; and any op of any model may be in there
+            return None
 
 
 class _Run:

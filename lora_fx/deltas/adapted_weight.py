@@ -173,38 +173,28 @@ _PLAIN = (  # read off the base weight, which has the same
 )  # fmt: skip
 
 
-def _plain(name: str) -> property:
-    return property(lambda self: getattr(self.base, name))
-
-
-def _method(name: str) -> Callable[..., Any]:
-    func = getattr(torch.Tensor, name)
+def _member(name: str) -> Any:
+    if name in _PLAIN:
+        return property(lambda self: getattr(self.base, name))
+    kind = getattr(torch.Tensor, name)
+    if not callable(kind):
+        getter = kind.__get__
+        return property(lambda self: dispatch(getter, (self,), {}))
 
     def method(self: AdaptedWeight, *args: Any, **kwargs: Any) -> Any:
-        return dispatch(func, (self, *args), kwargs)
+        return dispatch(kind, (self, *args), kwargs)
 
     method.__name__ = name
     return method
 
 
-def _getter(name: str) -> property:
-    getter = getattr(torch.Tensor, name).__get__
-    return property(lambda self: dispatch(getter, (self,), {}))
-
-
 def _fill() -> None:
     """Everything else a tensor can do goes through `dispatch`. (A `__getattr__` would send Dynamo in circles.)"""
-    for name in _PLAIN:
-        setattr(AdaptedWeight, name, _plain(name))
     skipped = set(dir(object)) | {"__torch_dispatch__", "__deepcopy__", "__reduce_ex__", "__setstate__", "__hash__"}
-    for name in dir(torch.Tensor):
-        if name in AdaptedWeight.__dict__ or name in skipped:
-            continue
+    for name in set(dir(torch.Tensor)) - skipped - set(AdaptedWeight.__dict__):
         kind = getattr(torch.Tensor, name)
-        if callable(kind):
-            setattr(AdaptedWeight, name, _method(name))
-        elif isinstance(kind, types.GetSetDescriptorType | property):
-            setattr(AdaptedWeight, name, _getter(name))
+        if callable(kind) or isinstance(kind, types.GetSetDescriptorType | property):
+            setattr(AdaptedWeight, name, _member(name))
 
 
 _fill()

@@ -107,14 +107,10 @@ class _Trial:
 
     form: Form
     shape: tuple[int, ...]
-    only_look: bool = False
-    """Note what `parse` says, and compute without it."""
-    asked: set[str] = field(default_factory=set)
-    """The ops that the last example calls with its weight."""
-    calls: list[Call] = field(default_factory=list)
-    """What `parse` made of them."""
-    fired: set[str] = field(default_factory=set)
-    """The ops of the form that some example uses."""
+    only_look: bool = False  # note what `parse` says, and compute without it
+    asked: set[str] = field(default_factory=set)  # the ops that the last example calls with its weight
+    calls: list[Call] = field(default_factory=list)  # what `parse` made of them
+    fired: set[str] = field(default_factory=set)  # the ops of the form that some example uses
     thread: int = field(default_factory=threading.get_ident)
 
     def parse(self, form: Form, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: Any) -> Call | None:

@@ -22,11 +22,6 @@ def base_name(node: fx.Node) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Its positional arguments; fx types each as anything that it could ever be."""
-    return node.args
-
-
 def call(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Its op, run on these arguments."""
     assert callable(node.target)

@@ -17,7 +17,7 @@ from lora_fx.graph import layout
 from lora_fx.graph.capture import MODULE, Capture, capture_graph
 from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.layout import Layout
-from lora_fx.graph.nodes import arguments, first_operand, shape_of
+from lora_fx.graph.nodes import first_operand, shape_of
 from lora_fx.graph.views import View, move
 
 
@@ -229,7 +229,8 @@ class _Reader:
     def _read(self, node: fx.Node, name: str) -> None:
         first = first_operand(node)
         if first in self.tuples and name == "getitem":
-            self.views[node] = self.tuples[first][arguments(node)[1]]
+            index: Any = node.args[1]
+            self.views[node] = self.tuples[first][index]
         elif first not in self.views or not self._move(node, name, self.views[first]):
             self._multiply_or_read(node, name)
 
@@ -243,7 +244,8 @@ class _Reader:
 
     def _gather(self, node: fx.Node, name: str, seen: _Seen) -> View | None:
         """`W[indices]` of a weight with three or more axes picks experts; of a 2-D table it makes an activation."""
-        view, args = seen.view, arguments(node)
+        args: Any = node.args  # fx types each as all that it could ever be
+        view = seen.view
         if view != View.of(seen.weight.shape) or view.ndim < 3:
             return None
         if name == "index" and len(args[1]) == 1:
