@@ -213,13 +213,21 @@ def _tables(module: nn.Module) -> list[tuple[Any, Any]]:
 
 def _refuse_running(model: nn.Module, verb: str) -> None:
     """Another thread may also be inside a module around the model; this one's own caller knows what it does."""
-    paths = {id(m): name for name, m in model.named_modules()}
-    here = threading.get_ident()
+    paths = {id(m): name or "the model" for name, m in model.named_modules()}
+    names = {t.ident: t.name for t in threading.enumerate()}
     for thread, frame in sys._current_frames().items():
+        own = thread == threading.get_ident()
+        who = "this thread" if own else f"thread {names.get(thread, str(thread))!r}"
         for module in _running(frame):
-            inside = [module] if thread == here else module.modules()
-            if any(id(m) in paths for m in inside):
-                raise _busy(verb, module, paths.get(id(module)), thread, thread == here)
+            if any(id(m) in paths for m in ([module] if own else module.modules())):
+                raise LoraFxError(
+                    f"{verb} would change the model while {who} is inside a forward of {type(module).__name__}",
+                    place=paths.get(id(module), "a module around the model"),
+                    remedy="call it after that forward, not in it or in a hook"
+                    if own
+                    else "wait until that forward has returned: join the thread, or take one lock for forwards and "
+                    "changes",
+                )
 
 
 def _running(frame: FrameType | None) -> Iterator[nn.Module]:
@@ -231,15 +239,3 @@ def _running(frame: FrameType | None) -> Iterator[nn.Module]:
             if isinstance(first, nn.Module):
                 yield first
         frame = frame.f_back
-
-
-def _busy(verb: str, module: nn.Module, path: str | None, thread: int, own: bool) -> LoraFxError:
-    name = next((t.name for t in threading.enumerate() if t.ident == thread), str(thread))
-    who = "this thread" if own else f"thread {name!r}"
-    return LoraFxError(
-        f"{verb} would change the model while {who} is inside a forward of {type(module).__name__}",
-        place=path or ("the model" if path == "" else "a module around the model"),
-        remedy="call it after that forward, not in it or in a hook"
-        if own
-        else "wait until that forward has returned: join the thread, or take one lock for forwards and changes",
-    )

@@ -17,17 +17,7 @@ from torch import fx
 
 from lora_fx.analysis.feature_split import Splitter, Target
 from lora_fx.graph.forms import FORMS
-from lora_fx.graph.nodes import (
-    ALIASES,
-    PRODUCTS,
-    base_name,
-    dim_of,
-    first_operand,
-    is_float,
-    operands,
-    shape_of,
-    written_by,
-)
+from lora_fx.graph.nodes import PRODUCTS, base_name, dim_of, is_float, looked_into, operands, shape_of, written_by
 from lora_fx.graph.program import Program, Use
 
 _LIKE = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})  # the second argument gives no values
@@ -149,9 +139,8 @@ class Flow:
             floats = given and is_float(node.meta.get("val"))
             self._facts[node] = Fact(live=given, frontier=_INPUT if floats else 0, origin=node)
             return
-        name = base_name(node)
-        self._facts[node] = self._fact(node, name)
-        self._note_aliases(node, name)
+        self._facts[node] = self._fact(node, base_name(node))
+        self._note_aliases(node)
 
     def _fact(self, node: fx.Node, name: str) -> Fact:
         reads = [self.fact(n) for n in node.all_input_nodes]
@@ -318,11 +307,9 @@ class Flow:
 
     # Tensors written in place.
 
-    def _note_aliases(self, node: fx.Node, name: str) -> None:
-        written = written_by(node)
-        source = written[0] if written else first_operand(node)
-        looks = bool(written) or name in ALIASES or name == "getitem"
-        self.root[node] = self.root.get(source, source) if looks and source is not None else node
+    def _note_aliases(self, node: fx.Node) -> None:
+        source, written = looked_into(node), written_by(node)
+        self.root[node] = node if source is None else self.root.get(source, source)
         new = self._facts[node]
         for root in {self.root.get(w, w) for w in written}:  # who reads it from now on reads what was written
             self.writes.setdefault(root, []).append(node)

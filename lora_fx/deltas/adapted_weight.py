@@ -85,13 +85,9 @@ class AdaptedWeight:
     def placements(self, call: Call) -> list[Placement] | None:
         """Where this use reads each adapter's factors; None where it can only be dense."""
         placed = place.__wrapped__ if torch.compiler.is_compiling() else place  # Dynamo warns of caches
-        found = []
-        for branch in self.branches:
-            placement = placed(branch.delta.layout, self.window, call.sides)
-            if placement is None:
-                return None
-            found.append(placement)
-        return found
+        found = [placed(branch.delta.layout, self.window, call.sides) for branch in self.branches]
+        fitting = [placement for placement in found if placement is not None]
+        return fitting if len(fitting) == len(found) else None
 
     def branch(self, call: Call, branch: Branch, placement: Placement) -> Any:
         """scale · (x·Aᵀ)·Bᵀ."""

@@ -19,19 +19,7 @@ import torch
 
 from lora_fx.changes import Undo
 from lora_fx.deltas.low_rank import LowRank
-from lora_fx.deltas.rounding import (
-    BEFORE,
-    DELTA,
-    ROUNDED,
-    TOTAL,
-    Remainder,
-    Scratch,
-    between,
-    checksum,
-    nearest,
-    remember,
-    round_once,
-)
+from lora_fx.deltas.rounding import Remainder, Scratch, between, checksum, nearest, remember, round_once
 from lora_fx.errors import FoldError
 from lora_fx.graph.layout import Layout
 
@@ -131,7 +119,7 @@ def fold_weight(whole: ExactSum, deltas: tuple[LowRank, ...], scratch: Scratch, 
     for part in whole.blocks():
         block = part.weight
         delta = part.delta(scratch)
-        total = scratch.wide(TOTAL, block.shape).copy_(block).add_(delta)
+        total = scratch.wide(scratch.TOTAL, block.shape).copy_(block).add_(delta)
         new = part.rounded(total, scratch)
         difference = total.copy_(new).sub_(delta)
         remainders.append(remember(block, difference, 2 * part.magnitude, 4 * part.steps, scratch))
@@ -169,7 +157,7 @@ def _scratch(weight: torch.Tensor) -> Scratch:
 
 def _write(block: torch.Tensor, new: torch.Tensor, undo: list[Undo], way_back: Undo, scratch: Scratch) -> None:
     """Into the weight. Cut short at whichever line, what stands on the list gives back the block that was."""
-    undo.append(partial(block.copy_, scratch.narrow(BEFORE, block.shape).copy_(block)))
+    undo.append(partial(block.copy_, scratch.narrow(scratch.BEFORE, block.shape).copy_(block)))
     block.copy_(new)
     undo[-1] = way_back
 
@@ -239,14 +227,14 @@ class ExactSum:
 
     def delta(self, scratch: Scratch) -> torch.Tensor:
         """Σ s·B·A in float64."""
-        total = scratch.wide(DELTA, self.weight.shape).zero_()
+        total = scratch.wide(scratch.DELTA, self.weight.shape).zero_()
         for delta in self.deltas:
             _add(delta, total, self.weight.dtype)
         return total
 
     def total(self, scratch: Scratch) -> torch.Tensor:
         """W + Σ s·B·A in float64."""
-        total = scratch.wide(TOTAL, self.weight.shape).copy_(self.weight)
+        total = scratch.wide(scratch.TOTAL, self.weight.shape).copy_(self.weight)
         if self.weight.dtype == torch.float64:  # as it is summed where the delta is needed, too
             return total.add_(self.delta(scratch))
         for delta in self.deltas:
@@ -256,8 +244,8 @@ class ExactSum:
     def guess(self, scratch: Scratch) -> torch.Tensor:
         """Where the weight is W': W' − Σ s·B·A, the original one, give or take a few steps."""
         delta = self.delta(scratch)
-        difference = scratch.wide(TOTAL, self.weight.shape).copy_(self.weight).sub_(delta)
-        return scratch.narrow(ROUNDED, self.weight.shape).copy_(difference)
+        difference = scratch.wide(scratch.TOTAL, self.weight.shape).copy_(self.weight).sub_(delta)
+        return scratch.narrow(scratch.ROUNDED, self.weight.shape).copy_(difference)
 
     def rounded(self, total: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """The real sums rounded to nearest-even in the dtype of `scratch`, in its `ROUNDED`.
@@ -268,7 +256,7 @@ class ExactSum:
         Args:
             total: the sums in float64, contiguous.
         """
-        rounded = scratch.narrow(ROUNDED, total.shape)
+        rounded = scratch.narrow(scratch.ROUNDED, total.shape)
         if rounded.dtype == torch.float64:
             return rounded.copy_(total)
         flat, values = rounded.view(-1), total.view(-1)

@@ -111,6 +111,7 @@ class _Trial:
     asked: set[str] = field(default_factory=set)  # the ops that the last example calls with its weight
     calls: list[Call] = field(default_factory=list)  # what `parse` made of them
     fired: set[str] = field(default_factory=set)  # the ops of the form that some example uses
+    layout: Layout = field(init=False)  # of the weight, as the examples so far multiply with it
     thread: int = field(default_factory=threading.get_ident)
 
     def parse(self, form: Form, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: Any) -> Call | None:
@@ -125,9 +126,9 @@ class _Trial:
 
     def require(self, holds: bool, reason: str, remedy: str) -> None:
         if not holds:
-            raise self._error(reason, remedy)
+            raise self.error(reason, remedy)
 
-    def _error(self, reason: str, remedy: str) -> FormError:
+    def error(self, reason: str, remedy: str) -> FormError:
         return FormError(reason, place=f"form {self.form.name!r}", remedy=remedy)
 
     def refuse_malformed(self) -> None:
@@ -150,14 +151,14 @@ class _Trial:
             self.require(not seen_through, reason, "leave it out of ops")
 
     def judge(self, fires: list[Example], leaves: Example) -> None:
-        layout = default(self.shape)
+        self.layout = default(self.shape)
         for example in fires:
-            layout = self._layout(example)
-            self._check_branch(example, layout)
+            self._check_sides(example)
+            self._check_branch(example)
             self._check_capture(example)
         missing = ", ".join(sorted(self.form.ops - self.fired))
         self.require(not missing, f"no example calls {missing}", "give fires a call of each op of the form")
-        self._check_left_alone(leaves, layout)
+        self._check_left_alone(leaves)
 
     def _run(self, example: Example, weight: Any) -> torch.Tensor:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
@@ -165,19 +166,16 @@ class _Trial:
             try:
                 result = example(weight)
             except Exception as error:  # theirs: any
-                raise self._error(
-                    f"an example raises {essence(error)}",
-                    "an example is a function of the weight alone, float64 and of this shape; parse, down and up have "
-                    "to run on it",
-                ) from error
+                remedy = "it takes the weight alone, float64 and of this shape; parse, down and up have to run on it"
+                raise self.error(f"an example raises {essence(error)}", remedy) from error
         kind = getattr(result, "dtype", type(result).__name__)
         self.require(kind == torch.float64, f"an example returns {kind}", "return the float64 tensor that the op gives")
         return result
 
-    def _weight(self, layout: Layout) -> AdaptedWeight:
+    def _weight(self) -> AdaptedWeight:
         """A weight of the examples' shape with an adapter of random factors."""
         draw = torch.Generator().manual_seed(0)
-        adapter = Adapter(layout, rank=_RANK, alpha=_ALPHA, dtype=torch.float64)
+        adapter = Adapter(self.layout, rank=_RANK, alpha=_ALPHA, dtype=torch.float64)
         for factor in (adapter.A, adapter.B):
             nn.init.normal_(factor, generator=draw)
         plain = torch.randn(self.shape, dtype=torch.float64, generator=draw)
@@ -187,53 +185,48 @@ class _Trial:
         """Note what `parse` says of the calls in an example, with a weight that computes densely."""
         self.asked, self.calls, self.only_look = set(), [], True
         try:
-            self._run(example, self._weight(default(self.shape)))
+            self._run(example, self._weight())
         finally:
             self.only_look = False
 
-    def _layout(self, example: Example) -> Layout:
-        """The layout that the example's calls give the weight."""
+    def _check_sides(self, example: Example) -> None:
+        """The example fires, and its calls give the weight a layout."""
         self._look(example)
         called = ", ".join(sorted(self.asked)) or f"none of {sorted(self.form.ops)}"
-        self.require(
-            bool(self.calls),
-            f"an example does not fire: it calls {called}, and parse gives no Call",
-            "parse must give a Call for it, and ops name what it calls",
-        )
+        reason = f"an example does not fire: it calls {called}, and parse gives no Call"
+        self.require(bool(self.calls), reason, "parse must give a Call for it, and ops name what it calls")
         layouts = [self._fitting(call) for call in self.calls]
-        return layouts[0]
+        self.layout = layouts[0]
 
     def _fitting(self, call: Call) -> Layout:
         weight, sides = call.weight, call.sides
         taken = isinstance(weight, AdaptedWeight) and not isinstance(call.x, AdaptedWeight)
         self.require(taken, "parse takes x for the weight", "give Call(form, x, weight, sides); ndim(x) is None")
         fits = len(sides) == weight.ndim and set(sides) <= set("bio") and len(call.out_dims) == sides.count("o")
-        layout = infer(self.shape, weight.window, sides) if fits else None
-        if layout is None:
-            raise self._error(
-                f"sides={sides!r} with out_dims={call.out_dims} do not fit an operand of shape {tuple(weight.shape)}",
-                "give each axis of the weight operand i (summed over with x), o (in the output) or b (a batch), and "
-                "each o its dim of the output",
+        if not fits or (layout := infer(self.shape, weight.window, sides)) is None:
+            shape = tuple(weight.shape)
+            raise self.error(
+                f"sides={sides!r} with out_dims={call.out_dims} do not fit an operand of shape {shape}",
+                "give each axis i (summed over with x), o (in the output, with its dim there) or b (a batch)",
             )
         return layout
 
-    def _check_branch(self, example: Example, layout: Layout) -> None:
-        weight = self._weight(layout)
+    def _check_branch(self, example: Example) -> None:
+        weight = self._weight()
         out, base = self._run(example, weight), self._run(example, weight.base)
         wanted = self._run(example, weight.dense().detach())
         shapes = f"the branch makes {tuple(out.shape)} of {tuple(wanted.shape)}"
         self.require(out.shape == wanted.shape, shapes, "up must give op's shape")
-        bound = self._bound(base, wanted)
+        branch, bound, off = out - base, self._bound(base, wanted), _largest(out - wanted)
         tells = _largest(wanted - base) > bound
         self.require(tells, "an example gives the same for another weight", "give one whose result depends on it")
-        error = _largest(out - wanted)
         self.require(
-            error <= bound,
-            f"the branch is not the op with s·B·A for its weight: {_how(out - base, wanted - base, bound)}"
-            f"off by {error:.1e}, and rounding explains {bound:.1e}",
+            off <= bound,
+            f"the branch is not the op with s·B·A for its weight: {_how(branch.detach(), wanted - base, bound)}"
+            f"off by {off:.1e}, and rounding explains {bound:.1e}",
             "down must give x·Aᵀ and up z·Bᵀ, with all that the op multiplies by besides",
         )
-        self._check_gradients(out, out - base, weight.branches[0].adapter, bound)
+        self._check_gradients(out, branch.detach(), weight.branches[0].adapter, bound)
 
     def _bound(self, *results: torch.Tensor) -> float:
         """Two orders of one sum differ by less than its number of terms times one rounding each."""
@@ -247,15 +240,15 @@ class _Trial:
         try:
             grads = torch.autograd.grad(out, factors, cotangent)
         except RuntimeError as error:
-            raise self._error(f"no gradient reaches A or B: {essence(error)}", "mend their backward") from error
-        wanted, bound = float((cotangent * branch.detach()).sum()), bound * float(cotangent.abs().sum())
-        alike = all(abs(float((g * f.detach()).sum()) - wanted) <= bound for g, f in zip(grads, factors, strict=True))
+            raise self.error(f"no gradient reaches A or B: {essence(error)}", "mend their backward") from error
+        found = torch.stack([(g * f.detach()).sum() for g, f in zip(grads, factors, strict=True)])
+        alike = _largest(found - (cotangent * branch).sum()) <= bound * float(cotangent.abs().sum())
         self.require(alike, "the gradients of A and B are not those of the branch", "mend the backward of down or up")
 
     def _check_capture(self, example: Example) -> None:
         """A captured graph has an op of the form for the example: the analysis reads it there."""
         model = nn.Module()
-        model.weight = nn.Parameter(self._weight(default(self.shape)).base, requires_grad=False)
+        model.weight = nn.Parameter(self._weight().base, requires_grad=False)
         model.forward = lambda unused: example(model.weight)
         (weight,) = capture(model, torch.zeros(1)).weights
         there = ", ".join(use.form for use in weight.uses) or "none that reads it"
@@ -265,15 +258,14 @@ class _Trial:
             "name those in ops, or make the op one that torch records: torch.library.custom_op",
         )
 
-    def _check_left_alone(self, leaves: Example, layout: Layout) -> None:
+    def _check_left_alone(self, leaves: Example) -> None:
         self._look(leaves)
+        reason = "the counter-example shows nothing: it calls none of the ops with the weight"
         self.require(
-            bool(self.asked),
-            "the counter-example shows nothing: it calls none of the ops with the weight",
-            "give leaves a call of such an op that is no product of x and the weight",
+            bool(self.asked), reason, "give leaves a call of such an op that is no product of x and the weight"
         )
         self.require(not self.calls, "the counter-example fires", "parse must give None for it")
-        weight = self._weight(layout)
+        weight = self._weight()
         out, wanted = self._run(leaves, weight), self._run(leaves, weight.dense().detach())
         same = out.shape == wanted.shape and _largest(out - wanted) <= self._bound(wanted)
         self.require(same, "the counter-example is not the op with W + s·B·A", "parse must read its arguments alone")
@@ -285,7 +277,6 @@ def _largest(values: torch.Tensor) -> float:
 
 def _how(branch: torch.Tensor, wanted: torch.Tensor, bound: float) -> str:
     """Where it is only the size that is wrong: by how much."""
-    branch = branch.detach()
     times = float((branch * wanted).sum() / (wanted * wanted).sum())
     alike = _largest(branch - times * wanted) <= max(1.0, abs(times)) * bound
     return f"it is {times:.3g} times that, " if alike else ""

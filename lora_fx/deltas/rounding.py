@@ -46,6 +46,9 @@ class Scratch:
         dtype: of the weight.
     """
 
+    DELTA, TOTAL, SPARE = range(3)  # wide
+    ROUNDED, BEFORE, GUESS, HIGH = range(4)  # narrow
+
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         room = -(-elements // 8) * 8  # each buffer begins at a whole word, and steps are packed in pairs
         self._wide = torch.empty(3, room, dtype=torch.float64, device=device)
@@ -67,15 +70,11 @@ class Scratch:
 
     def spare(self, shape: torch.Size) -> torch.Tensor:
         """Wider than the weight's dtype: float32, which is faster, where that does."""
-        return self._wide[SPARE].view(self._ends_in)[: math.prod(shape)].view(shape)
+        return self._wide[self.SPARE].view(self._ends_in)[: math.prod(shape)].view(shape)
 
     def codes(self, elements: int) -> torch.Tensor:
         """uint8, an even number of them."""
         return self._codes[: elements + elements % 2]
-
-
-DELTA, TOTAL, SPARE = range(3)
-ROUNDED, BEFORE, _GUESS, _HIGH = range(4)
 
 
 def between(
@@ -89,7 +88,7 @@ def between(
     elif rounded.dtype in _NARROW:  # to which torch goes by way of float32
         error += 2.0**-24 * magnitude + 2.0**-150
     rounded.copy_(end.copy_(total).sub_(error))
-    return _differing(rounded, scratch.narrow(_HIGH, total.shape).copy_(end.add_(2 * error)))
+    return _differing(rounded, scratch.narrow(scratch.HIGH, total.shape).copy_(end.add_(2 * error)))
 
 
 def _differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -202,13 +201,13 @@ def remember(
     if flat.dtype == torch.float64:  # summed in one order, so the guess is the same each time
         guess, shaky = difference.view(-1), torch.empty(0, dtype=torch.int64, device=flat.device)
     else:
-        guess = scratch.narrow(_GUESS, flat.shape)
-        end = scratch.wide(SPARE, flat.shape)  # not float32: each number in doubt is kept in full
+        guess = scratch.narrow(scratch.GUESS, flat.shape)
+        end = scratch.wide(scratch.SPARE, flat.shape)  # not float32: each number in doubt is kept in full
         shaky = between(difference.view(-1), magnitude, steps, end, guess, scratch)
-    step = scratch.narrow(_HIGH, flat.shape).view(integers)
+    step = scratch.narrow(scratch.HIGH, flat.shape).view(integers)
     torch.sub(flat.view(integers), guess.view(integers), out=step)
     step.add_(_BIAS)
-    other = scratch.narrow(_GUESS, flat.shape).view(integers)
+    other = scratch.narrow(scratch.GUESS, flat.shape).view(integers)
     moved = int(torch.bitwise_xor(step, _BIAS, out=other).count_nonzero())
     full = torch.cat([shaky, _nonzero(torch.bitwise_and(step, ~15, out=other))])
     each = 4 + flat.element_size()

@@ -168,18 +168,11 @@ class Placement:
 
     def rows(self) -> list[int]:
         """For each feature the use puts out (row-major over its ``o`` axes): the index along the layout's out side."""
-        side = "i" if self.swapped else "o"
-        axes = self.layout.of(side)
-        weights = contiguous_strides([self.layout.axes[k].size for k in axes])
-        base = sum(self.starts[k] * w for k, w in zip(axes, weights, strict=True))
-        ranges = []
-        for position, form_side in enumerate(self.sides):
-            piece = next((p for p in self.pieces if p.position == position), None)
-            if form_side == "o" and piece is not None:
-                ranges.append([piece.step * weights[axes.index(piece.axis)] * n for n in range(piece.size)])
-            elif form_side == "o":
-                ranges.append([0] * self.view.shape[position])
-        return [base + sum(steps) for steps in itertools.product(*ranges)]
+        axes = zip(self.sides, self.view.shape, self.view.strides, strict=True)
+        steps = [range(0, n * stride, stride) if stride else [0] * n for side, n, stride in axes if side == "o"]
+        firsts = [self.view.offset + sum(each) for each in itertools.product(*steps)]
+        _, out, inner = self.layout.locate(torch.tensor(firsts, device="cpu"))
+        return (inner if self.swapped else out).tolist()
 
     def _whole(self, side: str) -> bool:
         """The view reads this side as it lies: no slicing, no splitting, no batch to move."""

@@ -33,6 +33,13 @@ def first_operand(node: fx.Node) -> fx.Node | None:
     return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
 
 
+def looked_into(node: fx.Node) -> fx.Node | None:
+    """The tensor that its value is a view of, or that it writes into."""
+    if written := written_by(node):
+        return written[0]
+    return first_operand(node) if (name := base_name(node)) in ALIASES or name == "getitem" else None
+
+
 def operands(node: fx.Node) -> list[fx.Node]:
     """The nodes among its arguments, in order, each as often as it is there (`all_input_nodes` has each once)."""
     return [n for n in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, fx.Node)]

@@ -228,7 +228,7 @@ MUTANTS = (
     ),
     Mutant(
         "wrong_form_registered", "algebra", "lora_fx/deltas/registration.py",
-        "            error <= bound,\n", "            True,\n",
+        "            off <= bound,\n", "            True,\n",
         "A form from outside is taken whatever its branch computes.",
         tests=("tests/test_open_forms.py",),
     ),
