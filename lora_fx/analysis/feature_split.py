@@ -166,16 +166,14 @@ class Splitter:
             shape = run.values[target.node].shape
             for k in range(4):  # one of these elements may be its row's maximum, which is subtracted from itself
                 element = tuple((n // 2 + k) % n for n in shape)
-                counts = [run.count(target, element), run.count(target, element, dim)]
-                if all(counts[0]):
-                    break
+                single, whole = run.count(target, element), run.count(target, element, dim)
+                if all(single):
+                    # In banded attention the chunks overlap: a query may be there twice, its keys many times.
+                    grown = [w / s for w, s in zip(whole, single, strict=True)]
+                    return next((k for k in (0, 1) if grown[k] >= 2 * grown[1 - k]), None)
         except Exception:  # any op of any model may be in there
             return None
-        if not all(counts[0]):
-            return None
-        # In banded attention the chunks overlap: a query may be there twice, its keys many times.
-        grown = [whole / single for single, whole in zip(*counts, strict=True)]
-        return next((k for k in (0, 1) if grown[k] >= 2 * grown[1 - k]), None)
+        return None
 
     # Values that are not random: integers and masks.
 

@@ -81,8 +81,7 @@ def _sites_of(weight: Weight, labels: dict[Use, tuple[roles.Label, ...]]) -> lis
     for use in (u for u in weight.uses if u.multiplies):
         for label in labels[use]:
             site = found.setdefault(label.role, Site(weight, label.role, label.rows, (), label.reason))
-            whole = site.rows is None or label.rows is None
-            site.rows = None if whole else tuple(sorted({*site.rows, *label.rows}))
+            site.rows = None if site.rows is None or label.rows is None else tuple(sorted({*site.rows, *label.rows}))
             site.uses = tuple(dict.fromkeys((*site.uses, use)))
     for site in found.values():
         if site.rows is not None and len(site.rows) == everything:

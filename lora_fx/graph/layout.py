@@ -177,15 +177,11 @@ class Placement:
     def _whole(self, side: str) -> bool:
         """The view reads this side as it lies: no slicing, no splitting, no batch to move."""
         axes = self.layout.of(side + "b")
-        pieces = {p.axis: p for p in self.pieces}
-        operand = [k for k, s in enumerate(self.sides) if s in (side, "b")]
-        ordered = [p.axis for p in self.pieces if p.axis in axes]
+        pieces = [p for p in self.pieces if p.axis in axes]
         return (
-            ordered == axes
-            and len(operand) == len(axes)
-            and len(self.pieces) == len(pieces)
-            and set(operand) <= {p.position for p in self.pieces}
-            and all(pieces[k].size == self.layout.axes[k].size and pieces[k].step == 1 for k in axes)
+            [p.axis for p in pieces] == axes
+            and [p.position for p in pieces] == [k for k, s in enumerate(self.sides) if s in (side, "b")]
+            and all(p.size == self.layout.axes[p.axis].size and p.step == 1 for p in pieces)
             and len(self.layout.of(side)) == 1
         )
 
