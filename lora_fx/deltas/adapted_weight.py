@@ -65,7 +65,12 @@ class AdaptedWeight:
         """W + Σ scale · B·A as a plain tensor, differentiable in A and B."""
         delta: Any = None
         for branch in self.branches:
-            _refuse_dropout(branch)
+            if branch.dropout is not None and branch.adapter.training:
+                raise LoraFxError(
+                    "this use is no matmul with a branch input, so dropout on the branch has no meaning there",
+                    place=f"adapter {branch.adapter.name!r}",
+                    remedy="set dropout=0 in the rule that matches this weight, or exclude the weight",
+                )
             own = branch.delta.delta()
             delta = own if delta is None else delta + own
         if self.cast:
@@ -299,15 +304,6 @@ def _read(value: Any, how: Callable[[AdaptedWeight], Any]) -> Any:
         items = [_read(v, how) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
-
-
-def _refuse_dropout(branch: Branch) -> None:
-    if branch.dropout is not None and branch.adapter.training:
-        raise LoraFxError(
-            "this use of the weight is no matmul with a branch input, so dropout on the branch has no meaning there",
-            place=f"adapter {branch.adapter.name!r}",
-            remedy="set dropout=0 in the rule that matches this weight, or exclude the weight",
-        )
 
 
 def _without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:

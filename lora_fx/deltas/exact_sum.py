@@ -72,11 +72,8 @@ def check_foldable(weight: torch.Tensor, deltas: Sequence[LowRank], name: str, a
     scratch = _scratch(weight)
     for part in whole.blocks():  # only the sums themselves can tell
         if not math.isfinite(_largest(round_once(part.total(scratch), weight.dtype))):
-            raise FoldError(
-                f"W + s·B·A does not fit into {weight.dtype}",
-                place=name,
-                remedy="lower the scale, or fold the model in a wider dtype",
-            )
+            remedy = "lower the scale, or fold the model in a wider dtype"
+            raise FoldError(f"W + s·B·A does not fit into {weight.dtype}", place=name, remedy=remedy)
     return whole
 
 

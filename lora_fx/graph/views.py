@@ -167,18 +167,6 @@ def _unflatten(v: View, dim: int, sizes: Sequence[int]) -> View | None:
     return v.reshape([*v.shape[:d], *sizes, *v.shape[d + 1 :]])  # a -1 among the sizes is what the others leave
 
 
-def _chunk(v: View, chunks: int, dim: int = 0) -> tuple[View, ...]:
-    return v.split(-(-v.shape[v.dim(dim)] // chunks), dim)
-
-
-def _narrow(v: View, dim: int, start: int, length: int) -> View:
-    return v.slice(dim, start, start + length)
-
-
-def _squeeze(v: View, dim: Any = None) -> View:
-    return v.squeeze(None if dim is None else _sizes(dim))
-
-
 def _unbind(v: View, dim: int = 0) -> tuple[View, ...]:
     return tuple(v.select(dim, i) for i in range(v.shape[v.dim(dim)]))
 
@@ -192,9 +180,11 @@ MOVES: dict[str, Callable[..., View | tuple[View, ...] | None]] = {
     "transpose": View.transpose, "swapaxes": View.transpose, "swapdims": View.transpose,
     "permute": _of_sizes(View.permute), "movedim": _movedim, "moveaxis": _movedim, "flatten": _flatten,
     "view": _reshape, "reshape": _reshape, "_unsafe_view": _reshape, "unflatten": _unflatten,
-    "select": View.select, "slice": View.slice, "narrow": _narrow, "getitem": View.index, "__getitem__": View.index,
-    "unsqueeze": View.unsqueeze, "squeeze": _squeeze, "expand": _of_sizes(View.expand),
-    "chunk": _chunk, "split": View.split, "split_with_sizes": View.split, "unbind": _unbind, "__iter__": _unbind,
+    "select": View.select, "slice": View.slice, "getitem": View.index, "__getitem__": View.index,
+    "narrow": lambda v, dim, start, length: v.slice(dim, start, start + length),
+    "unsqueeze": View.unsqueeze, "squeeze": lambda v, dim=None: v.squeeze(None if dim is None else _sizes(dim)),
+    "expand": _of_sizes(View.expand), "chunk": lambda v, chunks, dim=0: v.split(-(-v.shape[v.dim(dim)] // chunks), dim),
+    "split": View.split, "split_with_sizes": View.split, "unbind": _unbind, "__iter__": _unbind,
 }  # fmt: skip
 
 #: ops that may give the same elements in another dtype or place
