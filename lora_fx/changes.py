@@ -18,6 +18,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -145,12 +146,26 @@ def _roll_back(undo: list[Undo]) -> None:
 # ── what a model was ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-#: what verbs switch for a while: how it is read, how it is set
-_SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], Any]], ...] = (
-    (torch.is_grad_enabled, torch.set_grad_enabled),
-    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
-    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
-)
+@dataclass(frozen=True)
+class Switch:
+    """One of torch's own switches, which verbs turn for a while."""
+
+    read: Callable[[], bool]
+    turn: Callable[[bool], Any]
+
+    @contextmanager
+    def set_for_now(self, value: bool) -> Iterator[None]:
+        before = self.read()
+        self.turn(value)
+        try:
+            yield
+        finally:
+            self.turn(before)
+
+
+GRADIENTS = Switch(torch.is_grad_enabled, torch.set_grad_enabled)
+FAST_PATHS = Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
+ONEDNN = Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
 
 
 class _Before:
@@ -160,14 +175,17 @@ class _Before:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.switches = [(switch, read()) for read, switch in _SWITCHES]
-        self.modules = [(m, type(m), dict(m.__dict__), _tables(m), _forward(m)) for m in model.modules()]
+        self.switches = [(switch, switch.read()) for switch in (GRADIENTS, FAST_PATHS, ONEDNN)]
+        self.modules = [(m, type(m), dict(m.__dict__), _tables(m)) for m in model.modules()]
+        # A GraphModule has a class of its own, which is given another forward with each graph.
+        classes = [type(m) for m in model.modules() if isinstance(m, fx.GraphModule)]
+        self.forwards = [(cls, vars(cls)["forward"]) for cls in classes if "forward" in vars(cls)]
         self.trainable = [(p, p.requires_grad) for p in model.parameters()]
 
     def restore(self) -> None:
         for switch, was in self.switches:
-            switch(was)
-        for module, cls, own, tables, forward in self.modules:
+            switch.turn(was)
+        for module, cls, own, tables in self.modules:
             if type(module) is not cls:
                 module.__class__ = cls
             module.__dict__.clear()
@@ -175,8 +193,8 @@ class _Before:
             for table, was in tables:
                 table.clear()
                 table.update(was)
-            if forward is not None:
-                cls.forward = forward  # type: ignore[attr-defined]  # that class has one
+        for graph_class, forward in self.forwards:
+            graph_class.forward = forward
         for parameter, was in self.trainable:
             if parameter.requires_grad != was:
                 parameter.requires_grad_(was)
@@ -190,24 +208,26 @@ def _tables(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(table, table.copy()) for table in tables if isinstance(table, dict | set)]
 
 
-def _forward(module: nn.Module) -> Any:
-    """A GraphModule has a class of its own, which is given another forward with each graph."""
-    return vars(type(module)).get("forward") if isinstance(module, fx.GraphModule) else None
-
-
 # ── who runs it ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _refuse_running(model: nn.Module, verb: str) -> None:
     """Another thread may also be inside a module around the model; this one's own caller knows what it does."""
-    paths = {id(m): name for name, m in model.named_modules()}
-    here = threading.get_ident()
+    paths = {id(m): name or "the model" for name, m in model.named_modules()}
+    names = {t.ident: t.name for t in threading.enumerate()}
     for thread, frame in sys._current_frames().items():
+        own = thread == threading.get_ident()
+        who = "this thread" if own else f"thread {names.get(thread, str(thread))!r}"
         for module in _running(frame):
-            inside = [module] if thread == here else module.modules()
-            found = next((m for m in inside if id(m) in paths), None)
-            if found is not None:
-                raise _busy(verb, module, paths.get(id(module)), thread, thread == here)
+            if any(id(m) in paths for m in ([module] if own else module.modules())):
+                raise LoraFxError(
+                    f"{verb} would change the model while {who} is inside a forward of {type(module).__name__}",
+                    place=paths.get(id(module), "a module around the model"),
+                    remedy="call it after that forward, not in it or in a hook"
+                    if own
+                    else "wait until that forward has returned: join the thread, or take one lock for forwards and "
+                    "changes",
+                )
 
 
 def _running(frame: FrameType | None) -> Iterator[nn.Module]:
@@ -219,15 +239,3 @@ def _running(frame: FrameType | None) -> Iterator[nn.Module]:
             if isinstance(first, nn.Module):
                 yield first
         frame = frame.f_back
-
-
-def _busy(verb: str, module: nn.Module, path: str | None, thread: int, own: bool) -> LoraFxError:
-    name = next((t.name for t in threading.enumerate() if t.ident == thread), str(thread))
-    who = "this thread" if own else f"thread {name!r}"
-    return LoraFxError(
-        f"{verb} would change the model while {who} is inside a forward of {type(module).__name__}",
-        place=path or ("the model" if path == "" else "a module around the model"),
-        remedy="call it after that forward, not in it or in a hook"
-        if own
-        else "wait until that forward has returned: join the thread, or take one lock for forwards and changes",
-    )

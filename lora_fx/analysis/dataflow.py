@@ -7,25 +7,17 @@ attentions, with their operands, and the nonlinearities, with what they are mult
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import pairwise
 
 from torch import fx
 
 from lora_fx.analysis.feature_split import Splitter, Target
 from lora_fx.graph.forms import FORMS
-from lora_fx.graph.nodes import (
-    ALIASES,
-    PRODUCTS,
-    arguments,
-    base_name,
-    dim_of,
-    first_operand,
-    is_float,
-    shape_of,
-    written_by,
-)
+from lora_fx.graph.nodes import PRODUCTS, base_name, dim_of, is_float, looked_into, operands, shape_of, written_by
 from lora_fx.graph.program import Program, Use
 
 _LIKE = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})  # the second argument gives no values
@@ -52,6 +44,10 @@ _INPUT, CORE, MIX = 1, 2, 4  # what a value may come from beside uses: model inp
 FIRST_USE = 8
 
 
+def union(bits: Iterable[int]) -> int:
+    return reduce(operator.or_, bits, 0)
+
+
 def multiplies_plainly(node: fx.Node) -> bool:
     """Whether it is a matmul whose role, as a weight's, is told by what is around it."""
     name = base_name(node)
@@ -64,8 +60,7 @@ class _Act:
 
     gate: Target
     up: Target | None
-    origins: int
-    """The uses it comes from."""
+    origins: int  # the uses it comes from
     clear: bool = True
 
 
@@ -73,22 +68,14 @@ class _Act:
 class Fact:
     """What a node's value comes from, looking no further than the nearest uses."""
 
-    live: bool = False
-    """It depends on the model's inputs."""
-    frontier: int = 0
-    """The nearest uses, a bit each."""
-    above: int = 0
-    """Every use before those."""
-    stream: bool = False
-    """It is a residual sum, or made of one."""
-    bent: bool = False
-    """A nonlinearity lies between the uses and it."""
-    weighs: bool = False
-    """It comes out of a softmax or a top-k: a weighting, no feature."""
-    softmax: fx.Node | None = None
-    """It is this softmax, perhaps masked, scaled or sliced."""
-    origin: fx.Node | None = None
-    """The node that it is an elementwise function of."""
+    live: bool = False  # it depends on the model's inputs
+    frontier: int = 0  # the nearest uses, a bit each
+    above: int = 0  # every use before those
+    stream: bool = False  # it is a residual sum, or made of one
+    bent: bool = False  # a nonlinearity lies between the uses and it
+    weighs: bool = False  # it comes out of a softmax or a top-k: a weighting, no feature
+    softmax: fx.Node | None = None  # it is this softmax, perhaps masked, scaled or sliced
+    origin: fx.Node | None = None  # the node that it is an elementwise function of
     acts: tuple[_Act, ...] = ()
 
 
@@ -96,7 +83,6 @@ class Fact:
 class _Core:
     """One attention: its operands."""
 
-    node: fx.Node
     query: tuple[Target, ...]
     key: tuple[Target, ...]
     value: tuple[Target, ...]
@@ -112,11 +98,9 @@ class Flow:
         self.capture = program.capture
         self.splitter = Splitter(self)
         self.uses: dict[fx.Node, list[Use]] = {}
-        for use in program.uses:
-            if use.multiplies:
-                self.uses.setdefault(use.node, []).append(use)
-        in_order = sorted(self.uses, key=self.order.__getitem__)
-        self.bit = {node: FIRST_USE << k for k, node in enumerate(in_order)}
+        for use in sorted((u for u in program.uses if u.multiplies), key=lambda u: self.order[u.node]):
+            self.uses.setdefault(use.node, []).append(use)
+        self.bit = {node: FIRST_USE << k for k, node in enumerate(self.uses)}
         self.at = {bit: node for node, bit in self.bit.items()}
         self._facts: dict[fx.Node, Fact] = {}
         self.inputs: dict[fx.Node, Fact] = {}  # what each use multiplies its weight with
@@ -148,44 +132,33 @@ class Flow:
     def _visit(self, node: fx.Node) -> None:
         self.visits += 1
         if node.op == "output":
-            for source in node.all_input_nodes:
-                self.out |= self.fact(source).frontier
+            self.out |= union(self.fact(source).frontier for source in node.all_input_nodes)
             return
         if node.op != "call_function":
             given = node.op == "placeholder" and node not in self.capture.tensors
             floats = given and is_float(node.meta.get("val"))
             self._facts[node] = Fact(live=given, frontier=_INPUT if floats else 0, origin=node)
             return
-        name = base_name(node)
-        self._facts[node] = self._fact(node, name)
-        self._note_aliases(node, name)
+        self._facts[node] = self._fact(node, base_name(node))
+        self._note_aliases(node)
 
     def _fact(self, node: fx.Node, name: str) -> Fact:
         reads = [self.fact(n) for n in node.all_input_nodes]
-        live = any(f.live for f in reads)
-        above = 0
-        for f in reads:
-            above |= f.frontier | f.above
+        after = Fact(live=any(f.live for f in reads), above=union(f.frontier | f.above for f in reads), origin=node)
         if node in self.uses:
-            return self._use(node, name, live, above)
-        if _is_fused_attention(name):
-            q, k, v = ((Target(node, operand),) for operand in _operands(node, name)[:3])
-            return self._core(_Core(node, q, k, v), live, above)
-        if name in _CHOICES or (name == "max" and self._picks(node)):
-            self.chosen |= self._chosen(node.all_input_nodes)
+            return self._use(node, name, after)
+        if "scaled_dot_product" in name or name in _FUSED_ATTENTION:
+            q, k, v = ((Target(node, operand),) for operand in operands(node)[:3])
+            return self._core(_Core(q, k, v), after)
+        if name in _CHOICES or (name == "max" and self._picks(node)):  # of the stream or of a product it only sorts
+            told = [f for f in reads if not f.stream and not f.frontier & (MIX | CORE)]
+            self.chosen |= union(f.frontier for f in told)
         if not is_float(node.meta.get("val")):
-            return Fact(live=live, origin=node)
+            return Fact(live=after.live, origin=node)
         found = None
         if name in PRODUCTS:
-            found = self._attention(node, name, live, above) or self._mix(node, name, live)
-        return found or self._plain(node, name, live)
-
-    def _chosen(self, nodes: Iterable[fx.Node]) -> int:
-        """The uses that a top-k chooses by, unless it is the stream or a product of activations that it sorts."""
-        bits = 0
-        for fact in (self.fact(n) for n in nodes):
-            bits |= 0 if fact.stream or fact.frontier & (MIX | CORE) else fact.frontier
-        return bits
+            found = self._attention(node, name, after) or self._mix(node, name, after)
+        return found or self._plain(node, name, after)
 
     @staticmethod
     def _picks(node: fx.Node) -> bool:
@@ -194,14 +167,14 @@ class Flow:
 
     # A use: what is behind it stays behind.
 
-    def _use(self, node: fx.Node, name: str, live: bool, above: int) -> Fact:
+    def _use(self, node: fx.Node, name: str, after: Fact) -> Fact:
         read = {u.call.x for u in self.uses[node] if u.call is not None} or set(node.all_input_nodes)
         fact = _join([self.fact(n) for n in read if isinstance(n, fx.Node)])
-        if name in PRODUCTS and (core := self._attention(node, name, live, above)) is not None:
+        if name in PRODUCTS and (core := self._attention(node, name, after)) is not None:
             fact = core  # a weight inside the second product: p, v and W in one einsum
         self.inputs[node] = fact
         self.used |= fact.frontier
-        after = Fact(live=live, frontier=self.bit[node], above=above, origin=node)
+        after.frontier = self.bit[node]
         if self.is_depthwise(node) and not fact.stream:  # features stay apart: it is seen through
             after.frontier |= fact.frontier
             after.bent, after.acts = fact.bent, fact.acts
@@ -216,47 +189,48 @@ class Flow:
 
     # Attention.
 
-    def _core(self, core: _Core, live: bool, above: int) -> Fact:
+    def _core(self, core: _Core, after: Fact) -> Fact:
         self.cores.append(core)
-        for target in (*core.query, *core.key, *core.value):
-            fact = self.fact(target.node)
-            self.operands |= 0 if fact.stream else fact.frontier
-        return Fact(live=live, frontier=CORE, above=above, origin=core.node)
+        read = [self.fact(target.node) for target in (*core.query, *core.key, *core.value)]
+        self.operands |= union(fact.frontier for fact in read if not fact.stream)
+        return replace(after, frontier=CORE)
 
-    def _factors(self, node: fx.Node, name: str) -> list[fx.Node]:
-        return [n for n in _operands(node, name) if self.fact(n).frontier]
+    def factors(self, node: fx.Node, name: str) -> list[fx.Node]:
+        """What a product multiplies, as far as it comes from uses or inputs."""
+        factors = operands(node)[1:3] if name in ("baddbmm", "addmm", "addbmm") else operands(node)
+        return [n for n in factors if self.fact(n).frontier]
 
-    def _attention(self, node: fx.Node, name: str, live: bool, above: int) -> Fact | None:
+    def _attention(self, node: fx.Node, name: str, after: Fact) -> Fact | None:
         """softmax(…)·v, where the softmax is one of products of activations."""
-        factors = self._factors(node, name)
-        weights = {n: softmax for n in factors if (softmax := self.fact(n).softmax) is not None}
-        if len(factors) < 2 or len([n for n in factors if n in weights]) != 1:
+        factors = self.factors(node, name)
+        weightings = [n for n in factors if self.fact(n).softmax is not None]
+        if len(factors) < 2 or len(weightings) != 1:
             return None
-        ((weighting, softmax),) = weights.items()
+        softmax = self.fact(weightings[0]).softmax
+        assert softmax is not None
         scores = _Scores(self, softmax)
-        if not scores.found:
+        if not scores.query:
             return None
-        values = tuple(Target(node, n) for n in factors if n is not weighting)
-        return self._core(_Core(node, scores.query, scores.key, values), live, above)
+        values = tuple(Target(node, n) for n in factors if n is not weightings[0])
+        return self._core(_Core(scores.query, scores.key, values), after)
 
-    def _mix(self, node: fx.Node, name: str, live: bool) -> Fact | None:
+    def _mix(self, node: fx.Node, name: str, after: Fact) -> Fact | None:
         """Another product of activations: what comes out of it is made of tokens, not of features."""
-        factors = self._factors(node, name)
+        factors = self.factors(node, name)
         if len(factors) < 2:
             return None
-        for n in factors:
-            self.mixed |= self.fact(n).frontier
-        fact = self._plain(node, name, live)
+        self.mixed |= union(self.fact(n).frontier for n in factors)
+        fact = self._plain(node, name, after)
         fact.frontier |= MIX
         fact.bent, fact.acts, fact.origin, fact.softmax = False, (), node, None
         return fact
 
     # Everything else.
 
-    def _plain(self, node: fx.Node, name: str, live: bool) -> Fact:
+    def _plain(self, node: fx.Node, name: str, after: Fact) -> Fact:
         sources = [n for n in node.all_input_nodes[: 1 if name in _LIKE else None] if self.fact(n).frontier]
         fact = _join([self.fact(n) for n in sources])
-        fact.live = live
+        fact.live = after.live
         cuts = name in _CUTS
         fact.origin = node if cuts or fact.origin is None else fact.origin
         if not fact.stream and cuts:
@@ -333,21 +307,13 @@ class Flow:
 
     # Tensors written in place.
 
-    def _note_aliases(self, node: fx.Node, name: str) -> None:
-        written = written_by(node)
-        source = written[0] if written else first_operand(node)
-        looks = bool(written) or name in ALIASES or name == "getitem"
-        self.root[node] = self.root.get(source, source) if looks and source is not None else node
-        if written:
-            self._write(node, written)
-
-    def _write(self, node: fx.Node, written: list[fx.Node]) -> None:
-        """Whoever reads the tensor from now on, through whatever view, reads what was written."""
+    def _note_aliases(self, node: fx.Node) -> None:
+        source, written = looked_into(node), written_by(node)
+        self.root[node] = node if source is None else self.root.get(source, source)
         new = self._facts[node]
-        for root in {self.root.get(w, w) for w in written}:
+        for root in {self.root.get(w, w) for w in written}:  # who reads it from now on reads what was written
             self.writes.setdefault(root, []).append(node)
-            before = self.over.get(root)
-            self.over[root] = _join([before, new]) if before else new
+            self.over[root] = _join([self.over[root], new]) if root in self.over else new
 
     def fact(self, node: fx.Node) -> Fact:
         """What is known of the node's value by now."""
@@ -368,8 +334,6 @@ class Flow:
 def _join(facts: list[Fact]) -> Fact:
     """What is known of a value computed from all of these."""
     joined = Fact()
-    softmaxes, origins = set(), set()
-    acts: list[_Act] = []
     for f in facts:
         joined.live |= f.live
         joined.frontier |= f.frontier
@@ -377,28 +341,12 @@ def _join(facts: list[Fact]) -> Fact:
         joined.stream |= f.stream
         joined.bent |= f.bent
         joined.weighs |= f.weighs
-        if f.frontier:
-            softmaxes.add(f.softmax)
-            origins.add(f.origin)
-            acts += f.acts
+    made_of = [f for f in facts if f.frontier]
+    softmaxes, origins = {f.softmax for f in made_of}, {f.origin for f in made_of}
     joined.softmax = softmaxes.pop() if len(softmaxes) == 1 else None
     joined.origin = origins.pop() if len(origins) == 1 else None
-    joined.acts = tuple(dict.fromkeys(acts))
+    joined.acts = tuple(dict.fromkeys(act for f in made_of for act in f.acts))
     return joined
-
-
-def _is_fused_attention(name: str) -> bool:
-    return "scaled_dot_product" in name or name in _FUSED_ATTENTION
-
-
-def _operands(node: fx.Node, name: str) -> list[fx.Node]:
-    """The factors of a product."""
-    args = arguments(node)
-    if name == "einsum":
-        args = tuple(args[1]) if isinstance(args[1], list | tuple) else args[1:]
-    elif name in ("baddbmm", "addmm", "addbmm"):
-        args = (*args[1:3], *(v for k, v in node.kwargs.items() if k[:-1] in ("batch", "mat")))
-    return [a for a in args if isinstance(a, fx.Node)]
 
 
 # ── attention spelled out: which operand of the first product is the query ───────────────────────────────────────────
@@ -410,17 +358,15 @@ class _Scores:
     def __init__(self, flow: Flow, softmax: fx.Node) -> None:
         self.flow, self.softmax = flow, softmax
         self.toward: dict[fx.Node, fx.Node] = {}  # node → the one after it on the way to the softmax
-        pairs = [(p, ops) for p in self._products() if len(ops := flow._factors(p, base_name(p))) == 2]
-        live = [(p, ops) for p, ops in pairs if all(flow.fact(n).live for n in ops)]
-        self._note_positions(pairs if live else [])
-        query, key = [], []
-        for product, operands in live or pairs:
-            side = self._key_side(product, operands)
-            if side is not None:
-                key.append(Target(product, operands[side]))
-                query.append(Target(product, operands[1 - side]))
-        self.found = bool(query)
-        self.query, self.key = tuple(query), tuple(key)
+        pairs = {p: factors for p in self._products() if len(factors := flow.factors(p, base_name(p))) == 2}
+        live = {p: factors for p, factors in pairs.items() if all(flow.fact(n).live for n in factors)}
+        if live:  # beside a product of two activations, one with a table of positions is no attention of its own
+            fixed = [[n for n in factors if not flow.fact(n).live] for factors in pairs.values()]
+            flow.positions |= union(flow.fact(alone[0]).frontier for alone in fixed if len(alone) == 1)
+        sides = {p: self._key_side(p, factors) for p, factors in (live or pairs).items()}
+        known = [(p, pairs[p], side) for p, side in sides.items() if side is not None]
+        self.key = tuple(Target(p, factors[side]) for p, factors, side in known)
+        self.query = tuple(Target(p, factors[1 - side]) for p, factors, side in known)
 
     def _products(self) -> list[fx.Node]:
         flow, found, stack = self.flow, [], [self.softmax]
@@ -432,30 +378,18 @@ class _Scores:
                     continue
                 self.toward[n] = node
                 name = base_name(n)
-                if name in PRODUCTS and len(flow._factors(n, name)) >= 2:
+                if name in PRODUCTS and len(flow.factors(n, name)) >= 2:
                     found.append(n)
                 elif name not in _SOFTMAX:
                     stack.append(n)
         return found
 
-    def _note_positions(self, pairs: list[tuple[fx.Node, list[fx.Node]]]) -> None:
-        """Beside a product of two activations, one with a table of positions is no attention of its own."""
-        fact = self.flow.fact
-        for _, operands in pairs:
-            fixed = [n for n in operands if not fact(n).live]
-            if len(fixed) == 1:
-                self.flow.positions |= fact(fixed[0]).frontier
-
-    def _path(self, product: fx.Node) -> list[fx.Node]:
-        path = [product]
+    def _key_side(self, product: fx.Node, factors: list[fx.Node]) -> int | None:
+        dim, path = dim_of(self.softmax), [product]
         while path[-1] is not self.softmax:
             path.append(self.toward[path[-1]])
-        return path
-
-    def _key_side(self, product: fx.Node, operands: list[fx.Node]) -> int | None:
-        dim = dim_of(self.softmax)
-        if dim < -2 or not all(_keeps_axes(before, after, dim) for before, after in pairwise(self._path(product))):
-            return self.flow.splitter.key_side(product, operands, self.softmax, set(self.toward))
+        if dim < -2 or not all(_keeps_axes(before, after, dim) for before, after in pairwise(path)):
+            return self.flow.splitter.key_side(product, factors, self.softmax, set(self.toward))
         if base_name(product) == "einsum":
             terms, _, out = str(product.args[0]).replace(" ", "").partition("->")
             owners = [k for k, term in enumerate(terms.split(",")) if out and out[dim] in term]

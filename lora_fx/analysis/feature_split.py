@@ -76,10 +76,9 @@ class Splitter:
         key = ("features", dims, self._structure([start], region, target))
         if key not in self.known:
             self.known[key] = self._features(start, region, target, dims)
-        found = self.known[key]
-        if isinstance(found, str):
-            raise Undecided(found)
-        return found
+        if isinstance(self.known[key], str):
+            raise Undecided(self.known[key])
+        return self.known[key]
 
     def key_side(self, product: fx.Node, factors: list[fx.Node], softmax: fx.Node, between: set[fx.Node]) -> int | None:
         """0 or 1: the factor that owns the softmaxed axis, so that a whole row of scores sees more of it than one."""
@@ -88,10 +87,7 @@ class Splitter:
         target = Target(softmax, softmax.all_input_nodes[0])
         key = ("side", self._structure(factors, region, target), repr(softmax.args[1:]), repr(softmax.kwargs))
         if key not in self.known:
-            try:
-                self.known[key] = self._key_side(factors, region, target)
-            except Undecided:
-                self.known[key] = None
+            self.known[key] = self._key_side(factors, region, target)
         return self.known[key]
 
     def _region(self, start: fx.Node, target: Target) -> list[fx.Node]:
@@ -114,11 +110,9 @@ class Splitter:
         slots: dict[fx.Node, str] = {node: f"%{k}" for k, node in enumerate([*starts, *region])}
 
         def name(node: fx.Node) -> str:
-            if node not in slots:
-                value: Any = node.meta.get("val")
-                same = isinstance(value, torch.Tensor) and is_float(value)
-                slots[node] = f"{tuple(value.shape)} {value.dtype}" if same else node.name
-            return slots[node]
+            value: Any = node.meta.get("val")
+            same = isinstance(value, torch.Tensor) and is_float(value)
+            return slots.setdefault(node, f"{tuple(value.shape)} {value.dtype}" if same else node.name)
 
         shapes = tuple(shape_of(node) for node in starts)
         steps = tuple((node.target, repr(fx.node.map_arg((node.args, node.kwargs), name))) for node in region)
@@ -133,7 +127,7 @@ class Splitter:
         for smaller in self._sizes(start, region, dims):
             try:
                 run = _Run(self, [start], region, smaller)
-                (gradient,) = run.gradients(target, [run.noise(run.values[target.node])])
+                (gradient,) = run.gradients(target)
             except Undecided as why:
                 problem = str(why)
             except Exception as why:  # any op of any model may be in there
@@ -169,49 +163,41 @@ class Splitter:
         dim = dim_of(target.reader)
         try:
             run = _Run(self, factors, region, {})
-            for element in run.places(run.values[target.node], 4):
-                counts = [run.count(target, element), run.count(target, element, dim)]
-                if all(counts[0]):
-                    break
+            shape = run.values[target.node].shape
+            for k in range(4):  # one of these elements may be its row's maximum, which is subtracted from itself
+                element = tuple((n // 2 + k) % n for n in shape)
+                single, whole = run.count(target, element), run.count(target, element, dim)
+                if all(single):
+                    # In banded attention the chunks overlap: a query may be there twice, its keys many times.
+                    grown = [w / s for w, s in zip(whole, single, strict=True)]
+                    return next((k for k in (0, 1) if grown[k] >= 2 * grown[1 - k]), None)
         except Exception:  # any op of any model may be in there
             return None
-        if not all(counts[0]):
-            return None
-        # In banded attention the chunks overlap: a query may be there twice, its keys many times.
-        grown = [whole / single for single, whole in zip(*counts, strict=True)]
-        return next((k for k in (0, 1) if grown[k] >= 2 * grown[1 - k]), None)
+        return None
 
     # Values that are not random: integers and masks.
 
     def value(self, node: fx.Node, depth: int = 0) -> Any:
         """What the node was in the captured run, where parameters, inputs and cheap ops say it; else `Undecided`."""
         if node not in self.values:
-            try:
-                self.values[node] = self._recompute(node, depth)
-            except Undecided as problem:
-                self.values[node] = problem
-        if isinstance(self.values[node], Undecided):
-            raise self.values[node]
+            self.values[node] = self._recompute(node, depth)
+        if self.values[node] is None:
+            raise Undecided("an index that decides it has no value here (a model on the meta device)")
         return self.values[node]
 
     def _recompute(self, node: fx.Node, depth: int) -> Any:
-        unknown = Undecided("an index that decides it has no value here (a model on the meta device)")
-        capture = self.flow.capture
-        if node in capture.tensors:
-            tensor = capture.tensors[node]
-            if tensor.is_meta or tensor.numel() > _FEW_ELEMENTS:
-                raise unknown
-            return tensor.detach().cpu().clone()
+        """None where it is unknown."""
+        tensor = self.flow.capture.tensors.get(node)
+        if tensor is not None:
+            return None if tensor.is_meta or tensor.numel() > _FEW_ELEMENTS else tensor.detach().cpu().clone()
         written = written_by(node) or self.flow.root.get(node) in self.flow.writes
         if node.op != "call_function" or depth > 50 or written or self.flow.fact(node).frontier:
-            raise unknown
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.value(n, depth + 1))
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": "cpu"}
+            return None
         try:
-            return call(node, args, kwargs)
-        except Exception as problem:
-            raise unknown from problem
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.value(n, depth + 1))
+            return call(node, args, {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
+        except Exception:  # an operand is unknown; and any op of any model may be in there
+            return None
 
 
 class _Run:
@@ -230,27 +216,22 @@ class _Run:
             for node in region:
                 self.values[node] = self._step(node)
 
-    def gradients(self, target: Target, cotangents: list[torch.Tensor]) -> list[torch.Tensor]:
+    def gradients(self, target: Target, cotangent: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Of the starts, for this cotangent of the target or a random one."""
         out = self.values[target.node]
+        if cotangent is None:
+            cotangent = torch.randn(out.shape, dtype=out.dtype, device="cpu", generator=self.random)
         if target.part is not None:
-            out, cotangents = out.narrow(*target.part), [c.narrow(*target.part) for c in cotangents]
-        found = torch.autograd.grad(out, self.starts, cotangents, retain_graph=True, allow_unused=True)
+            out, cotangent = out.narrow(*target.part), cotangent.narrow(*target.part)
+        found = torch.autograd.grad(out, self.starts, cotangent, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(s) if g is None else g for g, s in zip(found, self.starts, strict=True)]
-
-    def places(self, scores: torch.Tensor, how_many: int) -> Iterator[tuple[int, ...]]:
-        """Some elements of the scores; one may be the row's maximum, which is subtracted from itself."""
-        for k in range(how_many):
-            yield tuple((n // 2 + k) % n for n in scores.shape)
 
     def count(self, target: Target, place: tuple[int, ...], dim: int | None = None) -> list[int]:
         """How many elements of each start one element of the target depends on, or its whole row along `dim`."""
         cotangent = torch.zeros_like(self.values[target.node])
         row = None if dim is None else dim % cotangent.ndim
         cotangent[tuple(slice(None) if d == row else k for d, k in enumerate(place))] = 1
-        return [int((g != 0).sum()) for g in self.gradients(target, [cotangent])]
-
-    def noise(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(like.shape, dtype=like.dtype, device="cpu", generator=self.random)
+        return [int((g != 0).sum()) for g in self.gradients(target, cotangent)]
 
     def _draw(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
         dtype = torch.complex128 if dtype.is_complex else torch.float64
@@ -260,19 +241,15 @@ class _Run:
     def _step(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._input)
         args, kwargs = self._localise(args), self._localise(kwargs)
-        name = base_name(node)
+        name, wanted = base_name(node), [self.smaller.get(n, n) for n in shape_of(node)]
         if name in _FRESH:
             return self._draw(shape_of(node), torch.float64) * 0
         if name in _SAME and isinstance(args[0], torch.Tensor) and is_float(args[0]):
-            wanted = [self.smaller.get(n, n) for n in shape_of(node)]
             return args[0] if list(args[0].shape) == wanted else args[0].expand(wanted)
         if name == "where" and len(args) == 3:
             return args[1] + args[2]
-        return self._check(node, _in_double(call(node, args, kwargs)))
-
-    def _check(self, node: fx.Node, result: Any) -> Any:
-        wanted = tuple(self.smaller.get(n, n) for n in shape_of(node))
-        if self.smaller and isinstance(result, torch.Tensor) and tuple(result.shape) != wanted:
+        result = _in_double(call(node, args, kwargs))
+        if self.smaller and isinstance(result, torch.Tensor) and list(result.shape) != wanted:
             raise Undecided("its parts can only be told apart at full size: pass shorter example inputs")
         return result
 

@@ -40,12 +40,8 @@ def find_pattern(program: Program, pattern: Callable[..., Any], place: str) -> l
     if not isinstance(result, fx.Node):
         raise RuleError("the pattern returns no single value", place=place, remedy="return the last call's result")
     matcher = _Matcher(calls, {use.node: use for use in program.uses if use.call})
-    found = []
-    for node in program.graph.nodes:
-        for bound in matcher.match(result, node, {}):
-            found.append({name: weight for name, weight in bound.items() if isinstance(weight, Weight)})
-            break
-    return found
+    matches = (next(matcher.match(result, node, {}), None) for node in program.graph.nodes)
+    return [{k: v for k, v in bound.items() if isinstance(v, Weight)} for bound in matches if bound is not None]
 
 
 def _trace(pattern: Callable[..., Any], place: str) -> tuple[fx.Graph, dict[fx.Node, Call]]:
@@ -111,10 +107,8 @@ def _skip(node: Any) -> Any:
 class _Matcher:
     """Every method yields each way to read `have` as `want`, with the arguments that it binds."""
 
-    calls: Mapping[fx.Node, Call]
-    """The pattern's matmuls."""
-    uses: Mapping[fx.Node, Use]
-    """The program's."""
+    calls: Mapping[fx.Node, Call]  # the pattern's matmuls
+    uses: Mapping[fx.Node, Use]  # the program's
 
     def match(self, want: fx.Node, have: Any, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
         want, have = _skip(want), _skip(have)

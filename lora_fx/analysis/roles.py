@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.analysis.dataflow import CORE, FIRST_USE, MIX, Fact, Flow, multiplies_plainly
+from lora_fx.analysis.dataflow import CORE, FIRST_USE, MIX, Fact, Flow, multiplies_plainly, union
 from lora_fx.analysis.feature_split import Target, Undecided
 from lora_fx.graph.layout import place
 from lora_fx.graph.program import Program, Use
@@ -41,9 +41,7 @@ class Label:
 
 def label_uses(program: Program) -> dict[Use, tuple[Label, ...]]:
     """The role of every use that multiplies. The rows of a fused weight's labels partition its output features."""
-    if program.capture is None:
-        return {}
-    return _Labeller(program).labels()
+    return {} if program.capture is None else _Labeller(program).labels()
 
 
 _DENSE_ROLES = {"conv_tbc": CONV, "convolution": CONV, "embedding": EMBEDDING, "embedding_bag": EMBEDDING}
@@ -69,10 +67,7 @@ class _Labeller:
             self._mlp(node, fact)
 
     def labels(self) -> dict[Use, tuple[Label, ...]]:
-        found = {}
-        for node, uses in self.flow.uses.items():
-            for use in uses:
-                found[use] = self._use_labels(node, use)
+        found = {use: self._use_labels(node, use) for node, uses in self.flow.uses.items() for use in uses}
         self._share_with_positions(found)
         return found
 
@@ -85,16 +80,12 @@ class _Labeller:
                 self.targets.setdefault(node, {}).setdefault(role, []).append(target)
 
     def _mlp(self, node: fx.Node, fact: Fact) -> None:
-        flow, bit = self.flow, self.flow.bit[node]
+        flow, bit, origins = self.flow, self.flow.bit[node], union(act.origins for act in fact.acts)
         if fact.stream or not fact.acts or not multiplies_plainly(node):
             return
         if fact.frontier & (CORE | MIX):
-            for act in fact.acts if fact.frontier & CORE else ():
-                self.gates |= act.origins
+            self.gates |= origins if fact.frontier & CORE else 0
             return
-        origins = 0
-        for act in fact.acts:
-            origins |= act.origins
         other = [n for n in flow.uses_in(origins) if not multiplies_plainly(n)]
         if bit & flow.added:
             fits = all(flow.is_depthwise(n) for n in other)
@@ -117,7 +108,8 @@ class _Labeller:
     # One use.
 
     def _use_labels(self, node: fx.Node, use: Use) -> tuple[Label, ...]:
-        role = self._by_form(node, use)
+        role = use.call.form.role if use.call else _DENSE_ROLES.get(use.form, "")
+        role = role or ("" if multiplies_plainly(node) else OTHER)
         aims = self.targets.get(node, {})
         inner = self._by_input(node)
         if role or not aims or (inner == OUTPUT and not set(aims) & set(_ATTENTION)):
@@ -127,10 +119,6 @@ class _Labeller:
         if len(aims) == 1 and not self._may_be_a_part(node, aims):
             return self._whole(use, *aims)
         return self._split(use, aims)
-
-    def _by_form(self, node: fx.Node, use: Use) -> str:
-        role = use.call.form.role if use.call else _DENSE_ROLES.get(use.form, "")
-        return role or ("" if multiplies_plainly(node) else OTHER)
 
     def _by_input(self, node: fx.Node) -> str:
         fact = self.flow.inputs[node]
@@ -181,18 +169,16 @@ class _Labeller:
             return self._whole(use, OTHER, f"its parts ({', '.join(aims)}) cannot be told apart: {problem}")
         parts, contested = _disjoint(reached)
         rest = frozenset(range(len(rows))) - contested.union(*parts.values())
-        everything = [(role, features, "") for role, features in parts.items()]
-        everything.append((OTHER, contested, f"the same features feed {' and '.join(aims)}"))
-        everything.append((OTHER, rest, f"these features do not feed {' or '.join(aims)}"))
-        return self._labels_of_parts(use, rows, [part for part in everything if part[1]])
-
-    def _labels_of_parts(
-        self, use: Use, rows: list[int], parts: list[tuple[str, frozenset[int], str]]
-    ) -> tuple[Label, ...]:
-        if len(parts) == 1:
-            return self._whole(use, parts[0][0], parts[0][2])
+        everything = [
+            *((role, features, "") for role, features in parts.items()),
+            (OTHER, contested, f"the same features feed {' and '.join(aims)}"),
+            (OTHER, rest, f"these features do not feed {' or '.join(aims)}"),
+        ]
+        there = [part for part in everything if part[1]]
+        if len(there) == 1:
+            return self._whole(use, there[0][0], there[0][2])
         labels: dict[str, Label] = {}
-        for role, features, reason in parts:
+        for role, features, reason in there:
             own = {rows[k] for k in features}
             if role in labels:
                 own |= set(labels[role].rows or ())

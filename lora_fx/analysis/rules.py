@@ -67,25 +67,21 @@ class Rule:
     op: InitVar[str | None] = None
 
     def __post_init__(self, op: str | None) -> None:
+        if op is not None and self.form is not None:
+            raise self._error(f"form={self.form!r} and op={op!r} are both given", "op is the old word: leave it out")
         if op is not None:
-            self._take_op(op)
+            warnings.warn("Rule(op=…) is the old word for Rule(form=…)", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "form", op)
         self._check_keys()
         if self.rank is not None:
             self._check_settings()
-
-    def _take_op(self, op: str) -> None:
-        if self.form is not None:
-            raise self._error(f"form={self.form!r} and op={op!r} are both given", "op is the old word: leave it out")
-        warnings.warn("Rule(op=…) is the old word for Rule(form=…)", DeprecationWarning, stacklevel=4)
-        object.__setattr__(self, "form", op)
 
     def _check_keys(self) -> None:
         for key in ("where", "role", "form", "adapt"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not all(_globs(value))):
-                raise self._error(
-                    f"{key}={value!r} is no glob", "write a glob such as '*.mlp.*', several joined by ' | '"
-                )
+                remedy = "write a glob such as '*.mlp.*', several joined by ' | '"
+                raise self._error(f"{key}={value!r} is no glob", remedy)
         if all(getattr(self, key) is None for key in ("where", "role", "form", "layers", "pattern", "when")):
             raise self._error("the rule has no key", "say which sites: where, role, form, layers, pattern or when")
         if self.adapt is not None and self.pattern is None:
@@ -100,14 +96,11 @@ class Rule:
             raise self._error(f"alpha={self.alpha!r} is not finite", "give a finite alpha")
         if not 0 <= self.dropout < 1:
             raise self._error(f"dropout={self.dropout!r} is no probability below 1", "give 0 <= dropout < 1")
-        if self.scaling not in SCALINGS:
-            raise self._error(f"scaling={self.scaling!r} is unknown", f"one of {', '.join(SCALINGS)}")
-        if self.schedule not in SCHEDULES:
-            raise self._error(f"schedule={self.schedule!r} is unknown", f"one of {', '.join(SCHEDULES)}")
-        if not callable(self.init) and self.init not in INITS:
-            raise self._error(
-                f"init={self.init!r} is unknown", f"one of {', '.join(INITS)}, or a function (A, B) -> None"
-            )
+        for key, words in (("scaling", SCALINGS), ("schedule", SCHEDULES), ("init", INITS)):
+            value = getattr(self, key)
+            if value not in words and not (key == "init" and callable(value)):
+                also = ", or a function (A, B) -> None" if key == "init" else ""
+                raise self._error(f"{key}={value!r} is unknown", f"one of {', '.join(words)}{also}")
 
     def _error(self, reason: str, remedy: str) -> RuleError:
         return RuleError(reason, place=self.label, remedy=remedy)
@@ -173,13 +166,15 @@ def read_rules(rules: Any) -> tuple[Rule, ...]:
     if isinstance(rules, Mapping):
         return tuple(_from_dict(r) for r in rules["rule"]) if set(rules) == {"rule"} else (_from_dict(rules),)
     if not isinstance(rules, Iterable):
-        raise RuleError(
-            f"{rules!r} is no rule", place="rules", remedy="pass Rule objects, dicts or the path of a TOML file"
-        )
+        raise _no_rules(f"{rules!r} is no rule", "rules", "pass Rule objects, dicts or the path of a TOML file")
     found = tuple(rule for item in rules for rule in read_rules(item))
     if not found:
-        raise RuleError("there is no rule", place="rules", remedy="pass at least one Rule")
+        raise _no_rules("there is no rule", "rules", "pass at least one Rule")
     return found
+
+
+def _no_rules(reason: str, place: str | Path, remedy: str) -> RuleError:
+    return RuleError(reason, place=str(place), remedy=remedy)
 
 
 def _from_dict(given: Mapping[str, Any]) -> Rule:
@@ -187,11 +182,8 @@ def _from_dict(given: Mapping[str, Any]) -> Rule:
     for key in given:
         if key not in (*known, "op"):
             close = difflib.get_close_matches(str(key), known, 1)
-            raise RuleError(
-                f"unknown key {key!r}",
-                place=f"rule {dict(given)!r}",
-                remedy=f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}",
-            )
+            remedy = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}"
+            raise _no_rules(f"unknown key {key!r}", f"rule {dict(given)!r}", remedy)
     return Rule(**given)
 
 
@@ -199,15 +191,11 @@ def _from_toml(path: Path) -> tuple[Rule, ...]:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RuleError(
-            f"cannot read it: {error.strerror}", place=str(path), remedy="pass the path of a TOML file"
-        ) from error
+        raise _no_rules(f"cannot read it: {error.strerror}", path, "pass the path of a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RuleError(f"is no TOML: {error}", place=str(path), remedy="write [[rule]] tables") from error
+        raise _no_rules(f"is no TOML: {error}", path, "write [[rule]] tables") from error
     if set(data) != {"rule"} or not isinstance(data["rule"], list):
-        raise RuleError(
-            f"has the tables {sorted(data)}", place=str(path), remedy="write one [[rule]] table for each rule"
-        )
+        raise _no_rules(f"has the tables {sorted(data)}", path, "write one [[rule]] table for each rule")
     return tuple(_from_dict(rule) for rule in data["rule"])
 
 

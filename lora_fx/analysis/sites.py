@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from lora_fx.analysis import roles
-from lora_fx.graph import layout
 from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.program import Program, Use, Weight
 from lora_fx.graph.views import View
@@ -81,27 +80,13 @@ def _sites_of(weight: Weight, labels: dict[Use, tuple[roles.Label, ...]]) -> lis
     everything = weight.layout.size("o")
     for use in (u for u in weight.uses if u.multiplies):
         for label in labels[use]:
-            rows = label.rows if label.rows is not None else _rows_of(weight, use)
-            site = found.get(label.role)
-            if site is None:
-                found[label.role] = Site(weight, label.role, rows, (use,), label.reason)
-                continue
-            joined = None if site.rows is None or rows is None else tuple(sorted({*site.rows, *rows}))
-            site.rows = joined
+            site = found.setdefault(label.role, Site(weight, label.role, label.rows, (), label.reason))
+            site.rows = None if site.rows is None or label.rows is None else tuple(sorted({*site.rows, *label.rows}))
             site.uses = tuple(dict.fromkeys((*site.uses, use)))
     for site in found.values():
         if site.rows is not None and len(site.rows) == everything:
             site.rows = None
     return list(found.values())
-
-
-def _rows_of(weight: Weight, use: Use) -> tuple[int, ...] | None:
-    """The weight's output features that a use reads, where it reads a slice of them."""
-    placement = layout.place(weight.layout, use.view, use.call.sides) if use.call else None
-    if placement is None or placement.swapped or use.view.shape == weight.shape:
-        return None
-    rows = tuple(sorted(set(placement.rows())))
-    return None if len(rows) == weight.layout.size("o") else rows
 
 
 # ── without example inputs ───────────────────────────────────────────────────────────────────────────────────────────
@@ -111,33 +96,25 @@ def _unseen_site(model: nn.Module, weight: Weight) -> list[Site]:
     """What the type of the owning module alone says: enough for rules by name and form."""
     for name in weight.names:
         path = name.rpartition(".")[0]
-        known = _known_form(model.get_submodule(path), len(weight.shape))
-        if known is None:
+        call = _known_call(model.get_submodule(path), len(weight.shape))
+        if call is None:
             continue
-        call = Call(FORMS[known.op], None, None, known.sides)
         use = Use(weight, fx.Graph().placeholder("unseen"), View.of(weight.shape), path, call)
         weight.uses.append(use)
         return [Site(weight, call.form.role or UNKNOWN, None, (use,))]
     return []
 
 
-@dataclass(frozen=True)
-class _Known:
-    """The op that a module multiplies with, and the sides of its weight."""
-
-    op: str
-    sides: str
-
-
-def _known_form(module: nn.Module, ndim: int) -> _Known | None:
+def _known_call(module: nn.Module, ndim: int) -> Call | None:
+    """The form and the sides that a module multiplies its weight with."""
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return _Known(f"conv_transpose{ndim - 2}d", "i" + "o" * (ndim - 1))
+        return Call(FORMS[f"conv_transpose{ndim - 2}d"], None, None, "i" + "o" * (ndim - 1))
     if isinstance(module, nn.modules.conv._ConvNd):
-        return _Known(f"conv{ndim - 2}d", "o" + "i" * (ndim - 1))
+        return Call(FORMS[f"conv{ndim - 2}d"], None, None, "o" + "i" * (ndim - 1))
     if isinstance(module, nn.Embedding):
-        return _Known("embedding", "io")
+        return Call(FORMS["embedding"], None, None, "io")
     if isinstance(module, nn.Linear | nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase) and ndim == 2:
-        return _Known("linear", "oi")
+        return Call(FORMS["linear"], None, None, "oi")
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and ndim == 2:  # transformers' (in, out) linear
-        return _Known("addmm", "io")
+        return Call(FORMS["addmm"], None, None, "io")
     return None

@@ -65,7 +65,12 @@ class AdaptedWeight:
         """W + Σ scale · B·A as a plain tensor, differentiable in A and B."""
         delta: Any = None
         for branch in self.branches:
-            _refuse_dropout(branch)
+            if branch.dropout is not None and branch.adapter.training:
+                raise LoraFxError(
+                    "this use is no matmul with a branch input, so dropout on the branch has no meaning there",
+                    place=f"adapter {branch.adapter.name!r}",
+                    remedy="set dropout=0 in the rule that matches this weight, or exclude the weight",
+                )
             own = branch.delta.delta()
             delta = own if delta is None else delta + own
         if self.cast:
@@ -85,13 +90,9 @@ class AdaptedWeight:
     def placements(self, call: Call) -> list[Placement] | None:
         """Where this use reads each adapter's factors; None where it can only be dense."""
         placed = place.__wrapped__ if torch.compiler.is_compiling() else place  # Dynamo warns of caches
-        found = []
-        for branch in self.branches:
-            placement = placed(branch.delta.layout, self.window, call.sides)
-            if placement is None:
-                return None
-            found.append(placement)
-        return found
+        found = [placed(branch.delta.layout, self.window, call.sides) for branch in self.branches]
+        fitting = [placement for placement in found if placement is not None]
+        return fitting if len(fitting) == len(found) else None
 
     def branch(self, call: Call, branch: Branch, placement: Placement) -> Any:
         """scale · (x·Aᵀ)·Bᵀ."""
@@ -145,20 +146,17 @@ class AdaptedWeight:
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.window.shape[dim]
 
-    def dim(self) -> int:
-        return self.window.ndim
-
-    def ndimension(self) -> int:
-        return self.window.ndim
-
     @property
     def ndim(self) -> int:
+        return self.window.ndim
+
+    def dim(self) -> int:
         return self.window.ndim
 
     def numel(self) -> int:
         return math.prod(self.window.shape)
 
-    nelement = numel
+    ndimension, nelement = dim, numel
 
     def __len__(self) -> int:
         return self.window.shape[0]
@@ -176,38 +174,28 @@ _PLAIN = (  # read off the base weight, which has the same
 )  # fmt: skip
 
 
-def _plain(name: str) -> property:
-    return property(lambda self: getattr(self.base, name))
-
-
-def _method(name: str) -> Callable[..., Any]:
-    func = getattr(torch.Tensor, name)
+def _member(name: str) -> Any:
+    if name in _PLAIN:
+        return property(lambda self: getattr(self.base, name))
+    kind = getattr(torch.Tensor, name)
+    if not callable(kind):
+        getter = kind.__get__
+        return property(lambda self: dispatch(getter, (self,), {}))
 
     def method(self: AdaptedWeight, *args: Any, **kwargs: Any) -> Any:
-        return dispatch(func, (self, *args), kwargs)
+        return dispatch(kind, (self, *args), kwargs)
 
     method.__name__ = name
     return method
 
 
-def _getter(name: str) -> property:
-    getter = getattr(torch.Tensor, name).__get__
-    return property(lambda self: dispatch(getter, (self,), {}))
-
-
 def _fill() -> None:
     """Everything else a tensor can do goes through `dispatch`. (A `__getattr__` would send Dynamo in circles.)"""
-    for name in _PLAIN:
-        setattr(AdaptedWeight, name, _plain(name))
     skipped = set(dir(object)) | {"__torch_dispatch__", "__deepcopy__", "__reduce_ex__", "__setstate__", "__hash__"}
-    for name in dir(torch.Tensor):
-        if name in AdaptedWeight.__dict__ or name in skipped:
-            continue
+    for name in set(dir(torch.Tensor)) - skipped - set(AdaptedWeight.__dict__):
         kind = getattr(torch.Tensor, name)
-        if callable(kind):
-            setattr(AdaptedWeight, name, _method(name))
-        elif isinstance(kind, types.GetSetDescriptorType | property):
-            setattr(AdaptedWeight, name, _getter(name))
+        if callable(kind) or isinstance(kind, types.GetSetDescriptorType | property):
+            setattr(AdaptedWeight, name, _member(name))
 
 
 _fill()
@@ -316,15 +304,6 @@ def _read(value: Any, how: Callable[[AdaptedWeight], Any]) -> Any:
         items = [_read(v, how) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
-
-
-def _refuse_dropout(branch: Branch) -> None:
-    if branch.dropout is not None and branch.adapter.training:
-        raise LoraFxError(
-            "this use of the weight is no matmul with a branch input, so dropout on the branch has no meaning there",
-            place=f"adapter {branch.adapter.name!r}",
-            remedy="set dropout=0 in the rule that matches this weight, or exclude the weight",
-        )
 
 
 def _without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:

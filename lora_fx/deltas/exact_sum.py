@@ -19,21 +19,11 @@ import torch
 
 from lora_fx.changes import Undo
 from lora_fx.deltas.low_rank import LowRank
-from lora_fx.deltas.rounding import (
-    BEFORE,
-    DELTA,
-    ROUNDED,
-    TOTAL,
-    Remainder,
-    Scratch,
-    checksum,
-    remember,
-    round_once,
-    round_sum,
-)
+from lora_fx.deltas.rounding import Remainder, Scratch, between, checksum, nearest, remember, round_once
 from lora_fx.errors import FoldError
 from lora_fx.graph.layout import Layout
 
+_CHUNK = 2**15  # doubtful elements that are looked at together
 _BLOCK = 2**19  # elements of a weight that are folded at a time: fewer calls of torch, and the caches still help
 
 
@@ -82,11 +72,8 @@ def check_foldable(weight: torch.Tensor, deltas: Sequence[LowRank], name: str, a
     scratch = _scratch(weight)
     for part in whole.blocks():  # only the sums themselves can tell
         if not math.isfinite(_largest(round_once(part.total(scratch), weight.dtype))):
-            raise FoldError(
-                f"W + s·B·A does not fit into {weight.dtype}",
-                place=name,
-                remedy="lower the scale, or fold the model in a wider dtype",
-            )
+            remedy = "lower the scale, or fold the model in a wider dtype"
+            raise FoldError(f"W + s·B·A does not fit into {weight.dtype}", place=name, remedy=remedy)
     return whole
 
 
@@ -129,7 +116,7 @@ def fold_weight(whole: ExactSum, deltas: tuple[LowRank, ...], scratch: Scratch, 
     for part in whole.blocks():
         block = part.weight
         delta = part.delta(scratch)
-        total = scratch.wide(TOTAL, block.shape).copy_(block).add_(delta)
+        total = scratch.wide(scratch.TOTAL, block.shape).copy_(block).add_(delta)
         new = part.rounded(total, scratch)
         difference = total.copy_(new).sub_(delta)
         remainders.append(remember(block, difference, 2 * part.magnitude, 4 * part.steps, scratch))
@@ -167,7 +154,7 @@ def _scratch(weight: torch.Tensor) -> Scratch:
 
 def _write(block: torch.Tensor, new: torch.Tensor, undo: list[Undo], way_back: Undo, scratch: Scratch) -> None:
     """Into the weight. Cut short at whichever line, what stands on the list gives back the block that was."""
-    undo.append(partial(block.copy_, scratch.narrow(BEFORE, block.shape).copy_(block)))
+    undo.append(partial(block.copy_, scratch.narrow(scratch.BEFORE, block.shape).copy_(block)))
     block.copy_(new)
     undo[-1] = way_back
 
@@ -237,14 +224,14 @@ class ExactSum:
 
     def delta(self, scratch: Scratch) -> torch.Tensor:
         """Σ s·B·A in float64."""
-        total = scratch.wide(DELTA, self.weight.shape).zero_()
+        total = scratch.wide(scratch.DELTA, self.weight.shape).zero_()
         for delta in self.deltas:
             _add(delta, total, self.weight.dtype)
         return total
 
     def total(self, scratch: Scratch) -> torch.Tensor:
         """W + Σ s·B·A in float64."""
-        total = scratch.wide(TOTAL, self.weight.shape).copy_(self.weight)
+        total = scratch.wide(scratch.TOTAL, self.weight.shape).copy_(self.weight)
         if self.weight.dtype == torch.float64:  # as it is summed where the delta is needed, too
             return total.add_(self.delta(scratch))
         for delta in self.deltas:
@@ -254,12 +241,40 @@ class ExactSum:
     def guess(self, scratch: Scratch) -> torch.Tensor:
         """Where the weight is W': W' − Σ s·B·A, the original one, give or take a few steps."""
         delta = self.delta(scratch)
-        difference = scratch.wide(TOTAL, self.weight.shape).copy_(self.weight).sub_(delta)
-        return scratch.narrow(ROUNDED, self.weight.shape).copy_(difference)
+        difference = scratch.wide(scratch.TOTAL, self.weight.shape).copy_(self.weight).sub_(delta)
+        return scratch.narrow(scratch.ROUNDED, self.weight.shape).copy_(difference)
 
     def rounded(self, total: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-        """The sums, of which `total` has float64 values, as the nearest numbers of the dtype of `scratch`."""
-        return round_sum(total, self.magnitude, self.steps, self._errors, self._exact, scratch)
+        """The real sums rounded to nearest-even in the dtype of `scratch`, in its `ROUNDED`.
+
+        Beyond doubt is a sum of which both ends, `total` ± error, round to one number. The few others are looked at
+        again with an error of their own; what is still open then is summed as fractions.
+
+        Args:
+            total: the sums in float64, contiguous.
+        """
+        rounded = scratch.narrow(scratch.ROUNDED, total.shape)
+        if rounded.dtype == torch.float64:
+            return rounded.copy_(total)
+        flat, values = rounded.view(-1), total.view(-1)
+        end = scratch.spare(total.shape)
+        for places in between(total, self.magnitude, self.steps, end, rounded, scratch).split(_CHUNK):
+            if len(places):  # an empty tensor is split into one chunk, too
+                flat[places] = self._round_doubtful(values[places], places, rounded.dtype)
+        return rounded
+
+    def _round_doubtful(self, values: torch.Tensor, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        error = self.steps * self.magnitude
+        low, high = round_once(torch.stack([values - error, values + error]), dtype)
+        if torch.equal(low, high):
+            return low
+        own = self._errors(places)
+        low, high = round_once(torch.stack([values - own, values + own]), dtype)
+        open_ = low != high
+        if bool(open_.any()):
+            sums = self._exact(places[open_])
+            low[open_] = torch.stack([nearest(x, a, b) for x, a, b in zip(sums, low[open_], high[open_], strict=True)])
+        return low
 
     def _errors(self, places: torch.Tensor) -> torch.Tensor:
         """How far the float64 sums of single elements may be off."""

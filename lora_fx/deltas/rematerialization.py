@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -114,17 +115,10 @@ def _product(node: Any, operands: list[torch.Tensor], depth: int) -> _Make | Non
         return None
     sides: list[_Make] = []
     for kept, (before, _) in zip((node._saved_self, node._saved_other), node.next_functions, strict=True):
-        if kept is None:
-            side = _product(before, operands, depth - 1)
-            if side is None:
-                return None
-        else:
-            side = _operand(len(operands))
-            operands.append(kept)
+        side = itemgetter(len(operands)) if kept is not None else _product(before, operands, depth - 1)
+        if side is None:
+            return None
+        operands += [] if kept is None else [kept]
         sides.append(side)
     left, right = sides
     return lambda kept: left(kept) * right(kept)
-
-
-def _operand(place: int) -> _Make:
-    return lambda kept: kept[place]

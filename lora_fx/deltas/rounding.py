@@ -11,7 +11,6 @@ numbers of which that could move the guess are kept in full.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -19,7 +18,6 @@ import torch
 
 _NARROW = (torch.bfloat16, torch.float16)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 2**15  # doubtful elements that are looked at together
 
 
 def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -48,6 +46,9 @@ class Scratch:
         dtype: of the weight.
     """
 
+    DELTA, TOTAL, SPARE = range(3)  # wide
+    ROUNDED, BEFORE, GUESS, HIGH = range(4)  # narrow
+
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         room = -(-elements // 8) * 8  # each buffer begins at a whole word, and steps are packed in pairs
         self._wide = torch.empty(3, room, dtype=torch.float64, device=device)
@@ -69,47 +70,14 @@ class Scratch:
 
     def spare(self, shape: torch.Size) -> torch.Tensor:
         """Wider than the weight's dtype: float32, which is faster, where that does."""
-        return self._wide[SPARE].view(self._ends_in)[: math.prod(shape)].view(shape)
+        return self._wide[self.SPARE].view(self._ends_in)[: math.prod(shape)].view(shape)
 
     def codes(self, elements: int) -> torch.Tensor:
         """uint8, an even number of them."""
         return self._codes[: elements + elements % 2]
 
 
-DELTA, TOTAL, SPARE = range(3)
-ROUNDED, BEFORE, _GUESS, _HIGH = range(4)
-
-
-def round_sum(
-    total: torch.Tensor,
-    magnitude: float,
-    steps: float,
-    errors: Callable[[torch.Tensor], torch.Tensor],
-    exact: Callable[[torch.Tensor], list[Fraction]],
-    scratch: Scratch,
-) -> torch.Tensor:
-    """The real sums rounded to nearest-even in the dtype of `scratch`, in its `ROUNDED`.
-
-    Beyond doubt is a sum of which both ends, `total` ± error, round to one number. The few others are looked at again
-    with an error of their own; what is still open then is summed as fractions.
-
-    Args:
-        total: the sums in float64, contiguous, none larger than `magnitude`.
-        steps: error / magnitude.
-        errors: flat indices into `total` → an error for each of these elements.
-        exact: flat indices into `total` → the real numbers.
-    """
-    rounded = scratch.narrow(ROUNDED, total.shape)
-    if rounded.dtype == torch.float64:
-        return rounded.copy_(total)
-    flat, values = rounded.view(-1), total.view(-1)
-    for places in _between(total, magnitude, steps, scratch.spare(total.shape), rounded, scratch).split(_CHUNK):
-        if len(places):  # an empty tensor is split into one chunk, too
-            flat[places] = _round_doubtful(values[places], steps * magnitude, places, rounded.dtype, errors, exact)
-    return rounded
-
-
-def _between(
+def between(
     total: torch.Tensor, magnitude: float, steps: float, end: torch.Tensor, rounded: torch.Tensor, scratch: Scratch
 ) -> torch.Tensor:
     """Write `total` − error, rounded, and say where `total` + error is rounded to another number. Everywhere else all
@@ -120,7 +88,7 @@ def _between(
     elif rounded.dtype in _NARROW:  # to which torch goes by way of float32
         error += 2.0**-24 * magnitude + 2.0**-150
     rounded.copy_(end.copy_(total).sub_(error))
-    return _differing(rounded, scratch.narrow(_HIGH, total.shape).copy_(end.add_(2 * error)))
+    return _differing(rounded, scratch.narrow(scratch.HIGH, total.shape).copy_(end.add_(2 * error)))
 
 
 def _differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -139,22 +107,7 @@ def _nonzero(bits: torch.Tensor) -> torch.Tensor:
     return places[bits[places] != 0] if len(places) else places
 
 
-def _round_doubtful(
-    values: torch.Tensor, error: float, places: torch.Tensor, dtype: torch.dtype, errors: Callable, exact: Callable
-) -> torch.Tensor:
-    low, high = round_once(torch.stack([values - error, values + error]), dtype)
-    if torch.equal(low, high):
-        return low
-    own = errors(places)
-    low, high = round_once(torch.stack([values - own, values + own]), dtype)
-    open_ = low != high
-    if bool(open_.any()):
-        sums = exact(places[open_])
-        low[open_] = torch.stack([_nearest(x, a, b) for x, a, b in zip(sums, low[open_], high[open_], strict=True)])
-    return low
-
-
-def _nearest(x: Fraction, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+def nearest(x: Fraction, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """The number of the dtype from `low` to `high` that is nearest to x; the even one of two as near."""
     first, last = int(ordinal(low)), int(ordinal(high))
     candidates = [from_ordinal(torch.tensor(n), low.dtype) for n in range(first, last + 1)]
@@ -248,13 +201,13 @@ def remember(
     if flat.dtype == torch.float64:  # summed in one order, so the guess is the same each time
         guess, shaky = difference.view(-1), torch.empty(0, dtype=torch.int64, device=flat.device)
     else:
-        guess = scratch.narrow(_GUESS, flat.shape)
-        end = scratch.wide(SPARE, flat.shape)  # not float32: each number in doubt is kept in full
-        shaky = _between(difference.view(-1), magnitude, steps, end, guess, scratch)
-    step = scratch.narrow(_HIGH, flat.shape).view(integers)
+        guess = scratch.narrow(scratch.GUESS, flat.shape)
+        end = scratch.wide(scratch.SPARE, flat.shape)  # not float32: each number in doubt is kept in full
+        shaky = between(difference.view(-1), magnitude, steps, end, guess, scratch)
+    step = scratch.narrow(scratch.HIGH, flat.shape).view(integers)
     torch.sub(flat.view(integers), guess.view(integers), out=step)
     step.add_(_BIAS)
-    other = scratch.narrow(_GUESS, flat.shape).view(integers)
+    other = scratch.narrow(scratch.GUESS, flat.shape).view(integers)
     moved = int(torch.bitwise_xor(step, _BIAS, out=other).count_nonzero())
     full = torch.cat([shaky, _nonzero(torch.bitwise_and(step, ~15, out=other))])
     each = 4 + flat.element_size()

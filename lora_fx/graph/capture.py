@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import in_turn
+from lora_fx.changes import FAST_PATHS, ONEDNN, in_turn
 from lora_fx.errors import CaptureError
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
@@ -36,13 +36,18 @@ recording = _Recording()
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[None]:
-    """In this thread, every schedule is `branch`: for programs that are to be read."""
-    before, recording.on = recording.on, True
+def _set_for_now(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        recording.on = before
+        setattr(owner, name, before)
+
+
+def recorded() -> contextlib.AbstractContextManager[None]:
+    """In this thread, every schedule is `branch`: for programs that are to be read."""
+    return _set_for_now(recording, "on", True)
 
 
 @dataclass(frozen=True)
@@ -80,25 +85,19 @@ def normalize_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
                 remedy="pass example_inputs: a tensor, a tuple of positional or a dict of keyword inputs",
             )
     if isinstance(example_inputs, Mapping):
-        inputs = Inputs((), dict(example_inputs))
-    elif isinstance(example_inputs, tuple | list):
-        inputs = Inputs(tuple(example_inputs), {})
-    else:
-        inputs = Inputs((example_inputs,), {})
-    return _without_cache(model, inputs)
+        return Inputs((), {**example_inputs, **({} if "use_cache" in example_inputs else _without_cache(model))})
+    many = isinstance(example_inputs, tuple | list)
+    return Inputs(tuple(example_inputs) if many else (example_inputs,), _without_cache(model))
 
 
-def _without_cache(model: nn.Module, inputs: Inputs) -> Inputs:
+def _without_cache(model: nn.Module) -> dict[str, Any]:
     """transformers' models return a cache object by default; it is no part of the function."""
-    if not hasattr(model, "config") or "use_cache" in inputs.kwargs:
-        return inputs
-    try:
-        takes = "use_cache" in inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):
-        return inputs
-    if not (takes and getattr(model.config, "use_cache", None) is not None):
-        return inputs
-    return Inputs(inputs.args, {**inputs.kwargs, "use_cache": False})
+    if getattr(getattr(model, "config", None), "use_cache", None) is None:
+        return {}
+    with contextlib.suppress(TypeError, ValueError):  # a forward without a signature
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            return {"use_cache": False}
+    return {}
 
 
 @contextlib.contextmanager
@@ -110,8 +109,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     flags = [(m, m.training) for m in modules]
     buffers = [(m, dict(m._buffers)) for m in modules if m._buffers]
-    saved = {id(b): (b, b.detach().clone()) for _, own in buffers for b in own.values() if b is not None}
-    devices = {t.device for t in _tensors(model) if t.device.type == "cuda"}
+    saved = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
         try:
             yield
@@ -120,40 +119,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module._buffers.clear()
                 module._buffers.update(own)
             with torch.no_grad():
-                for buffer, copy in saved.values():
+                for buffer, copy in saved:
                     buffer.copy_(copy)  # batch norm moves its statistics without moving their version counter
             for module, training in flags:
                 module.training = training
 
 
-@contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
+def _without_onednn() -> contextlib.AbstractContextManager[None]:
     """While it traces, torch hands a bfloat16 LSTM to oneDNN on CPUs whose oneDNN has none; eager mode does not."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
+    return ONEDNN.set_for_now(False)
 
 
-@contextlib.contextmanager
-def no_fast_paths() -> Iterator[None]:
+def no_fast_paths() -> contextlib.AbstractContextManager[None]:
     """torch's fused encoder kernels read weights that no trace shows: switch them off."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    return FAST_PATHS.set_for_now(False)
 
 
 @contextlib.contextmanager
 def on_meta(model: nn.Module) -> Iterator[None]:
     """Inside, all of a model that is partly on meta is there: buffers, and factors that a file gave numbers."""
-    tables: list[dict[str, Any]] = [
-        table for module in model.modules() for table in (module._parameters, module._buffers)
-    ]
+    tables: list[dict[str, Any]] = [table for m in model.modules() for table in (m._parameters, m._buffers)]
     places = [(t, name, old) for t in tables for name, old in t.items() if old is not None and not old.is_meta]
     try:
         for table, name, old in places:
@@ -185,29 +170,25 @@ def capture_graph(model: nn.Module, example_inputs: Any = None) -> Capture:
 
 
 def _capture(model: nn.Module, inputs: Inputs) -> Capture:
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = [*model.parameters(), *model.buffers()]
     flat, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
-    is_tensor = [isinstance(leaf, torch.Tensor) for leaf in flat]
+    leaves = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
 
     def run(tensors: list[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
         given = iter(leaves)
-        args, kwargs = pytree.tree_unflatten(
-            [next(given) if is_t else leaf for leaf, is_t in zip(flat, is_tensor, strict=True)], spec
-        )
+        traced = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
+        args, kwargs = pytree.tree_unflatten(traced, spec)
         return output_tensors(model(*args, **kwargs))
 
-    leaves = [leaf for leaf, is_t in zip(flat, is_tensor, strict=True) if is_t]
     # In turn: tracing patches torch, here and in torch.fx.
     with in_turn(), undisturbed(model), no_fast_paths(), recorded(), torch.no_grad():
         model.eval()
-        module = _make_fx(model, run, list(state.values()), leaves)
+        module = _make_fx(model, run, state, leaves)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    tensors = dict(zip(placeholders, state.values(), strict=False))
+    tensors = dict(zip(placeholders, state, strict=False))
     for node in module.graph.nodes:
-        if node.op == "get_attr":
-            value = getattr(module, node.target, None)
-            if isinstance(value, torch.Tensor):
-                tensors[node] = value
+        if node.op == "get_attr" and isinstance(value := getattr(module, node.target, None), torch.Tensor):
+            tensors[node] = value
     return Capture(module.graph, module, tensors, inputs)
 
 
@@ -236,16 +217,6 @@ def does_not_run(model: nn.Module, error: Exception) -> CaptureError:
 
 
 @contextlib.contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextlib.contextmanager
 def _described_in_one_mode() -> Iterator[None]:
     """`make_fx` describes each result of a real run by a fake tensor of a mode of its own, which holds a traceback:
     two fifths of the time that a capture takes, in torch 2.13. One mode will do."""
@@ -259,7 +230,7 @@ def _described_in_one_mode() -> Iterator[None]:
         with mode:
             return torch.empty_strided(value.shape, value.stride(), device=value.device, dtype=value.dtype)
 
-    with _patched(proxy_tensor, "extract_val", described):
+    with _set_for_now(proxy_tensor, "extract_val", described):
         yield
 
 
@@ -289,7 +260,7 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
         nn.modules.module.register_module_forward_hook(leave, always_call=True),
     ]
     try:
-        with _patched(fx.proxy.TracerBase, "create_node", create_node):
+        with _set_for_now(fx.proxy.TracerBase, "create_node", create_node):
             yield
     finally:
         for handle in handles:
@@ -327,11 +298,8 @@ def refuse_unready(model: nn.Module) -> None:
     """Raise for what no later step could get right: scripted and exported modules, parameters that do not exist yet."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise CaptureError(
-                "the parameter is lazy: it has no shape yet",
-                place=name,
-                remedy="run the model once on real inputs before",
-            )
+            remedy = "run the model once on real inputs before"
+            raise CaptureError("the parameter is lazy: it has no shape yet", place=name, remedy=remedy)
     for name, module in model.named_modules():
         if isinstance(module, fx.GraphModule) and "eval" in module.__dict__:  # torch.export replaces train and eval
             raise CaptureError(
@@ -339,15 +307,9 @@ def refuse_unready(model: nn.Module) -> None:
                 place=name or "the model",
                 remedy="apply lora_fx to that model, or to copy.deepcopy(exported.module())",
             )
-    for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(
                 f"{module.original_name} is a torch.jit.ScriptModule: its graph cannot be rewritten from Python",
                 place=name or "the model",
                 remedy="apply lora_fx to the module before torch.jit.script",
             )
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()

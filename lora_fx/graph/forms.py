@@ -90,10 +90,8 @@ def find(
     return None if form is None else form.parse(form, op_name(func), tuple(args), kwargs, weight_ndim)
 
 
-def _bind(names: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    bound = dict(zip(names.split(), args, strict=False))
-    bound.update(kwargs)
-    return bound
+def _bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **synonyms: str) -> dict[str, Any]:
+    return dict(zip(names.split(), args, strict=False)) | {synonyms.get(k, k): v for k, v in kwargs.items()}
 
 
 # ── linear ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -106,19 +104,16 @@ def _parse_linear(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable
     return Call(form, a["input"], a["weight"], "oi", options={"bias": a.get("bias")})
 
 
-def _linear_down(call: Call, x: Any, A: Any) -> Any:
-    return F.linear(x, A)
-
-
-def _linear_up(call: Call, z: Any, B: Any) -> Any:
-    return F.linear(z, B)
+def _linear(call: Call, x: Any, factor: Any) -> Any:
+    """Down with A, and up with B."""
+    return F.linear(x, factor)
 
 
 # ── matmul, mm, bmm, mv: the weight on either side ───────────────────────────────────────────────────────────────────
 
 
 def _parse_matmul(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
-    left, right = _bind("left right", args, {})["left"], args[1] if len(args) > 1 else next(iter(kwargs.values()))
+    left, right, *_ = *args, *kwargs.values()
     if op == "__rmatmul__":
         op, left, right = "matmul", right, left
     return _product(form, left, right, ndim, {"op": op})
@@ -134,32 +129,25 @@ def _product(form: Form, left: Any, right: Any, ndim: Callable, options: dict[st
     return None
 
 
-def _matmul_down(call: Call, x: Any, A: Any) -> Any:
+def _matmul(call: Call, x: Any, factor: Any) -> Any:
+    """Down with A, and up with B."""
     if not call.options["right"]:
-        return torch.matmul(A, x)
-    return F.linear(x, A) if len(call.sides) == 2 else torch.matmul(x, A.transpose(-2, -1))
-
-
-def _matmul_up(call: Call, z: Any, B: Any) -> Any:
-    if not call.options["right"]:
-        return torch.matmul(B, z)
-    return F.linear(z, B) if len(call.sides) == 2 else torch.matmul(z, B.transpose(-2, -1))
+        return torch.matmul(factor, x)
+    return F.linear(x, factor) if len(call.sides) == 2 else torch.matmul(x, factor.transpose(-2, -1))
 
 
 # ── addmm, baddbmm: out = beta·input + alpha·(left @ right) ──────────────────────────────────────────────────────────
 
 
 def _parse_addmm(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
-    a = _bind("input left right", args, {k: v for k, v in kwargs.items() if k in ("input", "beta", "alpha")})
-    a.setdefault("left", kwargs.get("mat1", kwargs.get("batch1", kwargs.get("vec"))))
-    a.setdefault("right", kwargs.get("mat2", kwargs.get("batch2", kwargs.get("mat"))))
+    a = _bind("input left right", args, kwargs, mat1="left", batch1="left", mat2="right", batch2="right")
     options = {"op": op, "alpha": a.get("alpha", 1), "beta": a.get("beta", 1), "bias": a["input"]}
     return _product(form, a["left"], a["right"], ndim, options)
 
 
 def _addmm_up(call: Call, z: Any, B: Any) -> Any:
     alpha = call.options["alpha"]
-    return _matmul_up(call, z if isinstance(alpha, int) and alpha == 1 else z * alpha, B)
+    return _matmul(call, z if isinstance(alpha, int) and alpha == 1 else z * alpha, B)
 
 
 # ── einsum: any equation that is a matmul over the weight ────────────────────────────────────────────────────────────
@@ -176,20 +164,17 @@ def _parse_einsum(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable
     w, x = terms[which[0]], terms[1 - which[0]]
     if "." in w or len(set(w)) != len(w) or len(set(x) - {"."}) != len(x.replace("...", "")):
         return None
-    sides = "".join(_einsum_side(label, x, out) for label in w)
+    side = {(True, True): "b", (True, False): "i", (False, True): "o", (False, False): "?"}
+    sides = "".join(side[label in x, label in out] for label in w)
     if "?" in sides or "i" not in sides:
         return None
     rank = next(c for c in "rRzZyYqQwWvVuU" if c not in w + x + out)
     kept = "".join(c for c in x.replace("...", "") if c in out)
-    batch = "".join(c for c, side in zip(w, sides, strict=True) if side == "b")
-    contracted, free = (  # labels of A and B beside the batch and the rank
-        "".join(c for c, side in zip(w, sides, strict=True) if side == which_side) for which_side in "io"
-    )
+    batch, contracted, free = ("".join(c for c, own in zip(w, sides, strict=True) if own == side) for side in "bio")
     z = ("..." if "..." in x else "") + kept + rank
     options = {"down": f"{x},{batch}{rank}{contracted}->{z}", "up": f"{z},{batch}{free}{rank}->{out}"}
     after = out.replace("...", ".")  # an ellipsis stands for an unknown number of dims: count from the nearer end
-    at = after.find(".")
-    dims = tuple((k if at < 0 or k < at else k - len(after)) for k in (after.index(c) for c in free))
+    dims = tuple(k - len(after) if "." in after[:k] else k for k in (after.index(c) for c in free))
     return Call(form, operands[1 - which[0]], operands[which[0]], sides, dims, options)
 
 
@@ -202,33 +187,24 @@ def _equation(equation: str) -> tuple[list[str], str]:
     return terms, out
 
 
-def _einsum_side(label: str, x: str, out: str) -> str:
-    return {(True, True): "b", (True, False): "i", (False, True): "o"}.get((label in x, label in out), "?")
-
-
-def _einsum_down(call: Call, x: Any, A: Any) -> Any:
-    return torch.einsum(call.options["down"], x, A)
-
-
-def _einsum_up(call: Call, z: Any, B: Any) -> Any:
-    return torch.einsum(call.options["up"], z, B)
-
-
-# ── convolutions: A carries the kernel, B is pointwise ───────────────────────────────────────────────────────────────
+# ── convolutions: A carries the kernel, B is pointwise; transposed ones have W (in, out / groups, k…), and it is B ───
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def _parse_conv(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
-    a = _bind("input weight bias stride padding dilation groups", args, kwargs)
+    transposed = op.startswith("conv_transpose")
+    order = "stride padding output_padding groups dilation" if transposed else "stride padding dilation groups"
+    a = _bind(f"input weight bias {order}", args, kwargs)
     n = ndim(a["weight"])
-    if n is None or n != int(op[4]) + 2 or ndim(a["input"]) is not None:
+    if n is None or n != int(op[-2]) + 2 or ndim(a["input"]) is not None:
         return None
-    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return Call(
-        form, a["input"], a["weight"], "o" + "i" * (n - 1), (1 - n,), {k: a.get(k, v) for k, v in defaults.items()}
-    )
+    defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    options = {k: a.get(k, v) for k, v in defaults.items()}
+    if transposed:
+        return Call(form, a["input"], a["weight"], "i" + "o" * (n - 1), tuple(range(1 - n, 0)), options)
+    return Call(form, a["input"], a["weight"], "o" + "i" * (n - 1), (1 - n,), options)
 
 
 def _conv_down(call: Call, x: Any, A: Any) -> Any:
@@ -248,19 +224,6 @@ def _pointwise(matrix: Any, spatial: int) -> Any:
     for _ in range(spatial):
         matrix = matrix.unsqueeze(-1)
     return matrix
-
-
-# ── transposed convolutions: A is pointwise, B carries the kernel. W: (in, out / groups, k…) ─────────────────────────
-
-
-def _parse_conv_transpose(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
-    a = _bind("input weight bias stride padding output_padding groups dilation", args, kwargs)
-    n = ndim(a["weight"])
-    if n is None or n != int(op[14]) + 2 or ndim(a["input"]) is not None:
-        return None
-    defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-    dims = tuple(range(1 - n, 0))
-    return Call(form, a["input"], a["weight"], "i" + "o" * (n - 1), dims, {k: a.get(k, v) for k, v in defaults.items()})
 
 
 def _conv_transpose_down(call: Call, x: Any, A: Any) -> Any:
@@ -285,14 +248,10 @@ def _conv_transpose_up(call: Call, z: Any, B: Any) -> Any:
 def _parse_embedding(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
     weight_first = bool(args) and ndim(args[0]) is not None  # ATen's order is (weight, indices, …)
     names = "weight input padding_idx" if weight_first else "input weight padding_idx max_norm"
-    a = _bind(names, args, {("input" if k == "indices" else k): v for k, v in kwargs.items()})
+    a = _bind(names, args, kwargs, indices="input")
     if ndim(a["weight"]) != 2 or ndim(a["input"]) is not None or a.get("max_norm") is not None:
         return None
     return Call(form, a["input"], a["weight"], "io")
-
-
-def _embedding_down(call: Call, x: Any, A: Any) -> Any:
-    return F.embedding(x, A.t())
 
 
 # ── grouped_mm: one matmul an expert, rows grouped by `offs`. W: (experts, in, out) ──────────────────────────────────
@@ -301,13 +260,11 @@ _GROUPED_FALLBACK = "transformers::grouped_mm_fallback"
 
 
 def _parse_grouped_mm(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
-    a = _bind(
-        "x weight offs bias", args, {("x" if k in ("input", "mat_a", "self") else k): v for k, v in kwargs.items()}
-    )
-    weight = a.get("weight", a.get("mat_b", a.get("mat2")))
-    if ndim(weight) != 3 or ndim(a["x"]) is not None or a.get("offs") is None:
+    synonyms = {"input": "x", "mat_a": "x", "self": "x", "mat_b": "weight", "mat2": "weight"}
+    a = _bind("x weight offs bias", args, kwargs, **synonyms)
+    if ndim(a.get("weight")) != 3 or ndim(a["x"]) is not None or a.get("offs") is None:
         return None
-    return Call(form, a["x"], weight, "bio", (-1,), {"offs": a["offs"], "fallback": op == _GROUPED_FALLBACK})
+    return Call(form, a["x"], a["weight"], "bio", (-1,), {"offs": a["offs"], "fallback": op == _GROUPED_FALLBACK})
 
 
 def _grouped(call: Call, x: Any, weight: Any) -> Any:
@@ -326,14 +283,16 @@ def _grouped_mm_up(call: Call, z: Any, B: Any) -> Any:
 
 
 TABLE = (
-    Form("linear", frozenset({"linear"}), _parse_linear, _linear_down, _linear_up),
-    Form("matmul", frozenset({"matmul", "mm", "bmm", "__rmatmul__"}), _parse_matmul, _matmul_down, _matmul_up),
-    Form("addmm", frozenset({"addmm", "baddbmm"}), _parse_addmm, _matmul_down, _addmm_up),
-    Form("einsum", frozenset({"einsum"}), _parse_einsum, _einsum_down, _einsum_up),
+    Form("linear", frozenset({"linear"}), _parse_linear, _linear, _linear),
+    Form("matmul", frozenset({"matmul", "mm", "bmm", "__rmatmul__"}), _parse_matmul, _matmul, _matmul),
+    Form("addmm", frozenset({"addmm", "baddbmm"}), _parse_addmm, _matmul, _addmm_up),
+    Form("einsum", frozenset({"einsum"}), _parse_einsum,
+         down=lambda call, x, A: torch.einsum(call.options["down"], x, A),
+         up=lambda call, z, B: torch.einsum(call.options["up"], z, B)),
     Form("conv", frozenset({"conv1d", "conv2d", "conv3d"}), _parse_conv, _conv_down, _conv_up, role="conv"),
     Form("conv_transpose", frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}),
-         _parse_conv_transpose, _conv_transpose_down, _conv_transpose_up, role="conv"),
-    Form("embedding", frozenset({"embedding"}), _parse_embedding, _embedding_down, _linear_up,
+         _parse_conv, _conv_transpose_down, _conv_transpose_up, role="conv"),
+    Form("embedding", frozenset({"embedding"}), _parse_embedding, lambda call, x, A: F.embedding(x, A.t()), _linear,
          looks_up=True, role="embedding"),
     Form("grouped_mm", frozenset({"grouped_mm", "_grouped_mm", _GROUPED_FALLBACK}),
          _parse_grouped_mm, _grouped_mm_down, _grouped_mm_up),

@@ -49,6 +49,10 @@ class Layout:
             stride *= size
         return tuple(reversed(axes))
 
+    def of(self, sides: str) -> list[int]:
+        """The axes of these sides."""
+        return [k for k, axis in enumerate(self.axes) if axis.side in sides]
+
     def size(self, side: str) -> int:
         return math.prod(axis.size for axis in self.axes if axis.side == side)
 
@@ -69,8 +73,8 @@ class Layout:
 
     def to_weight(self, matrix: torch.Tensor, order: str = "boi") -> torch.Tensor:
         """A matrix (b…, out, in), or of another order, in the weight's own axes; a view where strides allow it."""
-        grouped = matrix.reshape([axis.size for side in order for axis in self.axes if axis.side == side])
-        axes = [k for side in order for k, axis in enumerate(self.axes) if axis.side == side]
+        axes = [k for side in order for k in self.of(side)]
+        grouped = matrix.reshape([self.axes[k].size for k in axes])
         return grouped.permute([axes.index(k) for k in range(len(axes))]).reshape(self.shape)
 
     def picked(self, count: int | None) -> Layout:
@@ -88,7 +92,7 @@ class Layout:
         found = []
         for side in "boi":
             index = None
-            for axis in (axis for axis in self.axes if axis.side == side):
+            for axis in (self.axes[k] for k in self.of(side)):
                 own = flat if axis.stride == 1 else flat // axis.stride
                 if axis is not self.axes[0]:
                     own = own % axis.size
@@ -113,9 +117,7 @@ def infer(shape: Sequence[int], view: View, sides: str) -> Layout | None:
                 found[k] = side
     if view.shape == shape:
         found = [side if was is None else was for was, side in zip(found, sides, strict=True)]
-    for k, n in enumerate(
-        shape
-    ):  # an axis the view fixed to one index is a batch axis; one of size 1 is what is missing
+    for k, n in enumerate(shape):  # an axis that the view fixed is a batch axis; one of size 1 is what is missing
         if found[k] is None:
             found[k] = "b" if n > 1 else next((s for s in "oi" if s not in found), "b")
     return Layout("".join(s or "b" for s in found), shape) if {"o", "i"} <= set(found) else None
@@ -154,9 +156,10 @@ class Placement:
 
     def up(self, A: Any, B: Any) -> Any:
         """The factor that makes the output: (b…, o…, rank)."""
-        if self.swapped:
-            return self._rank_last(self._factor(A, "i", "o"), "o")
-        return self._rank_last(self._factor(B.transpose(-2, -1), "o", "o"), "o") if not self._whole("o") else B
+        if not self.swapped and self._whole("o"):
+            return B
+        factor = self._factor(A, "i", "o") if self.swapped else self._factor(B.transpose(-2, -1), "o", "o")
+        return factor.movedim(self.sides.count("b"), sum(side in "bo" for side in self.sides))  # the rank comes last
 
     @property
     def is_whole(self) -> bool:
@@ -165,64 +168,45 @@ class Placement:
 
     def rows(self) -> list[int]:
         """For each feature the use puts out (row-major over its ``o`` axes): the index along the layout's out side."""
-        side = "i" if self.swapped else "o"
-        axes = [k for k, axis in enumerate(self.layout.axes) if axis.side == side]
-        weights = contiguous_strides([self.layout.axes[k].size for k in axes])
-        base = sum(self.starts[k] * w for k, w in zip(axes, weights, strict=True))
-        ranges = []
-        for position, form_side in enumerate(self.sides):
-            piece = next((p for p in self.pieces if p.position == position), None)
-            if form_side == "o" and piece is not None:
-                ranges.append([piece.step * weights[axes.index(piece.axis)] * n for n in range(piece.size)])
-            elif form_side == "o":
-                ranges.append([0] * self.view.shape[position])
-        return [base + sum(steps) for steps in itertools.product(*ranges)]
+        axes = zip(self.sides, self.view.shape, self.view.strides, strict=True)
+        steps = [range(0, n * stride, stride) if stride else [0] * n for side, n, stride in axes if side == "o"]
+        firsts = [self.view.offset + sum(each) for each in itertools.product(*steps)]
+        _, out, inner = self.layout.locate(torch.tensor(firsts, device="cpu"))
+        return (inner if self.swapped else out).tolist()
 
     def _whole(self, side: str) -> bool:
         """The view reads this side as it lies: no slicing, no splitting, no batch to move."""
-        axes = [k for k, axis in enumerate(self.layout.axes) if axis.side in (side, "b")]
-        pieces = {p.axis: p for p in self.pieces}
-        positions = [p.position for p in sorted(self.pieces, key=lambda p: p.position)]
-        operand = [k for k, s in enumerate(self.sides) if s in (side, "b")]
-        ordered = [p.axis for p in sorted(self.pieces, key=lambda p: p.position) if p.axis in axes]
+        axes = self.layout.of(side + "b")
+        pieces = [p for p in self.pieces if p.axis in axes]
         return (
-            ordered == axes
-            and len(operand) == len(axes)
-            and len(self.pieces) == len(pieces)
-            and set(operand) <= set(positions)
-            and all(pieces[k].size == self.layout.axes[k].size and pieces[k].step == 1 for k in axes)
-            and sum(self.layout.axes[k].side == side for k in axes) == 1
+            [p.axis for p in pieces] == axes
+            and [p.position for p in pieces] == [k for k, s in enumerate(self.sides) if s in (side, "b")]
+            and all(p.size == self.layout.axes[p.axis].size and p.step == 1 for p in pieces)
+            and len(self.layout.of(side)) == 1
         )
 
     def _factor(self, factor: Any, layout_side: str, form_side: str) -> Any:
         """`factor` is (b…, rank, n): its n axis split, sliced and ordered as the operand's `form_side` axes are."""
         if self._whole(layout_side) and not self.swapped:
             return factor
-        batch = [k for k, axis in enumerate(self.layout.axes) if axis.side == "b"]
-        own = [k for k, axis in enumerate(self.layout.axes) if axis.side == layout_side]
+        own = self.layout.of(layout_side)
         if len(own) > 1:
             factor = factor.unflatten(-1, [self.layout.axes[k].size for k in own])
         where: list[int | None] = []  # operand position of each remaining dim of `factor`; the rank's is None
-        dim = 0
-        for k in [*batch, None, *own]:
-            if k is None:
-                where.append(None)
-                dim += 1
-                continue
-            factor, positions = self._take(factor, dim, k)
+        for k in self.layout.of("b"):
+            factor, positions = self._take(factor, len(where), k)
             where += positions
-            dim += len(positions)
-        keep = [p for p, side in enumerate(self.sides) if side == "b" and p in where]
-        order = [*(where.index(p) for p in keep), where.index(None)]
-        order += [where.index(p) for p, side in enumerate(self.sides) if side == form_side and p in where]
+        where.append(None)
+        for k in own:
+            factor, positions = self._take(factor, len(where), k)
+            where += positions
+        batch, rest = ([p for p, s in enumerate(self.sides) if s == side] for side in ("b", form_side))
+        wanted = [*batch, None, *rest]
+        order = [where.index(p) for p in wanted if p in where]
         if order != sorted(order):
             factor = factor.permute(order)
-        wanted = (
-            [p for p, s in enumerate(self.sides) if s == "b"],
-            [p for p, s in enumerate(self.sides) if s == form_side],
-        )
-        for at, p in enumerate([*wanted[0], None, *wanted[1]]):  # operand axes of size 1, and broadcast batch axes
-            if p is not None and p not in where:
+        for at, p in enumerate(wanted):  # operand axes of size 1, and broadcast batch axes
+            if p not in where:
                 factor = factor.unsqueeze(at)
         return factor
 
@@ -233,24 +217,17 @@ class Placement:
         if not pieces:
             return (factor.select(dim, start), []) if size > 1 else (factor.squeeze(dim), [])
         at = dim
-        for n, piece in enumerate(pieces):
-            if n == len(pieces) - 1:
-                stop = start + piece.step * (piece.size - 1) + 1
-                if (start, stop, piece.step) != (0, size, 1):
-                    key = (slice(None),) * at + (slice(start, stop, piece.step),)
-                    factor = factor[key]
-                break
+        *outer, last = pieces
+        for piece in outer:
             factor = factor.unflatten(at, (size // piece.step, piece.step))
             first, start = divmod(start, piece.step)
             if (first, piece.size) != (0, size // piece.step):
                 factor = factor.narrow(at, first, piece.size)
             size, at = piece.step, at + 1
+        stop = start + last.step * (last.size - 1) + 1
+        if (start, stop, last.step) != (0, size, 1):
+            factor = factor[(slice(None),) * at + (slice(start, stop, last.step),)]
         return factor, [p.position for p in pieces]
-
-    def _rank_last(self, factor: Any, side: str) -> Any:
-        """(b…, rank, o…) → (b…, o…, rank)."""
-        at, total = self.sides.count("b"), 1 + len([s for s in self.sides if s in ("b", side)])
-        return factor.movedim(at, total - 1)
 
 
 @lru_cache(maxsize=4096)
@@ -274,29 +251,23 @@ def place(layout: Layout, view: View, sides: str) -> Placement | None:
         pieces.append(Piece(k, size, stride // layout.axes[k].stride, position))
     if not all(_nests(layout.axes[k], starts[k], [p for p in pieces if p.axis == k]) for k in range(len(layout.axes))):
         return None
-    pairs = {(layout.axes[p.axis].side, sides[p.position]) for p in pieces}
-    pairs |= _forced(layout, pieces, sides)
+    pairs = {layout.axes[p.axis].side + sides[p.position] for p in pieces}
+    if all(pair[0] == "b" for pair in pairs):  # in and out are of size 1: each stands for the operand's axis of size 1
+        pairs |= {"oo", "ii"} if {"o", "i"} <= set(sides) else {"no axis"}
     for swapped, allowed in ((False, {"oo", "ii", "bb"}), (True, {"oi", "io", "bb"})):
-        if {a + b for a, b in pairs} <= allowed:
+        if pairs <= allowed:
             return Placement(layout, tuple(starts), tuple(pieces), sides, view, swapped)
     return None
 
 
-def _forced(layout: Layout, pieces: list[Piece], sides: str) -> set[tuple[str, str]]:
-    """A side the view fixed to one index (or of size 1) still has to stand for the operand's axis of size 1."""
-    if pieces and {layout.axes[p.axis].side for p in pieces} & {"o", "i"}:
-        return set()
-    return {("o", "o"), ("i", "i")} if {"o", "i"} <= set(sides) else {("?", "?")}
-
-
 def _nests(axis: Axis, start: int, pieces: list[Piece]) -> bool:
     """The operand axes that read one layout axis split it evenly, outer to inner, without crossing over."""
+    if not pieces:
+        return True
     size = axis.size
-    pieces = sorted(pieces, key=lambda p: -p.step)
-    for n, piece in enumerate(pieces):
-        if n == len(pieces) - 1:
-            return start + piece.step * (piece.size - 1) < size
+    *outer, last = sorted(pieces, key=lambda p: -p.step)
+    for piece in outer:
         if size % piece.step or start // piece.step + piece.size > size // piece.step:
             return False
         size, start = piece.step, start % piece.step
-    return True
+    return start + last.step * (last.size - 1) < size

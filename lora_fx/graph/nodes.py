@@ -22,11 +22,6 @@ def base_name(node: fx.Node) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Its positional arguments; fx types each as anything that it could ever be."""
-    return node.args
-
-
 def call(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Its op, run on these arguments."""
     assert callable(node.target)
@@ -36,6 +31,13 @@ def call(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 def first_operand(node: fx.Node) -> fx.Node | None:
     """Its first positional argument, where that is a node."""
     return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+
+
+def looked_into(node: fx.Node) -> fx.Node | None:
+    """The tensor that its value is a view of, or that it writes into."""
+    if written := written_by(node):
+        return written[0]
+    return first_operand(node) if (name := base_name(node)) in ALIASES or name == "getitem" else None
 
 
 def operands(node: fx.Node) -> list[fx.Node]:

@@ -17,7 +17,7 @@ from lora_fx.graph import layout
 from lora_fx.graph.capture import MODULE, Capture, capture_graph
 from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.layout import Layout
-from lora_fx.graph.nodes import arguments, first_operand
+from lora_fx.graph.nodes import first_operand, shape_of
 from lora_fx.graph.views import View, move
 
 
@@ -111,9 +111,8 @@ class Program:
 
     def rounding(self) -> dict[int, float]:
         """Storage → the coarsest rounding step of its uses."""
-        return {
-            w.parameter.untyped_storage()._cdata: max(use.rounding for use in w.uses) for w in self.weights if w.uses
-        }
+        seen = (w for w in self.weights if w.uses)
+        return {w.parameter.untyped_storage()._cdata: max(use.rounding for use in w.uses) for w in seen}
 
     def weight(self, name: str) -> Weight:
         return next(w for w in self.weights if name in w.names)
@@ -148,23 +147,16 @@ def find_weights(model: nn.Module) -> dict[tuple, Weight]:
     """Every parameter of two or more dimensions by storage, with all names, before anything is known of its uses."""
     found: dict[tuple, Weight] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.ndim < 2 or is_adapter_name(model, name):
+        if parameter.ndim < 2 or isinstance(model.get_submodule(name.rpartition(".")[0]), Beside):
             continue
-        known = found.get(storage_key(parameter))
-        if known is not None:
-            known.names += (name,)
-        else:
-            found[storage_key(parameter)] = Weight((name,), parameter, problem=_unadaptable(parameter))
+        weight = found.setdefault(storage_key(parameter), Weight((), parameter, problem=_unadaptable(parameter)))
+        weight.names += (name,)
     _mark_overlaps(found)
     return found
 
 
 class Beside(nn.Module):
     """Parameters that stand beside a weight of the model, and are none of its own: an adapter's."""
-
-
-def is_adapter_name(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), Beside)
 
 
 def _unadaptable(parameter: nn.Parameter) -> str:
@@ -192,10 +184,6 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
         last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
         spans.append((t.storage_offset(), t.storage_offset() + last))
     return spans[0][0] <= spans[1][1] and spans[1][0] <= spans[0][1]
-
-
-def _multiplies(op: str) -> bool:
-    return op in DENSE_OPS or op in FORMS or op.startswith("conv")
 
 
 @dataclass(frozen=True)
@@ -241,7 +229,8 @@ class _Reader:
     def _read(self, node: fx.Node, name: str) -> None:
         first = first_operand(node)
         if first in self.tuples and name == "getitem":
-            self.views[node] = self.tuples[first][arguments(node)[1]]
+            index: Any = node.args[1]
+            self.views[node] = self.tuples[first][index]
         elif first not in self.views or not self._move(node, name, self.views[first]):
             self._multiply_or_read(node, name)
 
@@ -255,17 +244,17 @@ class _Reader:
 
     def _gather(self, node: fx.Node, name: str, seen: _Seen) -> View | None:
         """`W[indices]` of a weight with three or more axes picks experts; of a 2-D table it makes an activation."""
-        view, args = seen.view, arguments(node)
+        args: Any = node.args  # fx types each as all that it could ever be
+        view = seen.view
         if view != View.of(seen.weight.shape) or view.ndim < 3:
             return None
         if name == "index" and len(args[1]) == 1:
-            picked = args[1][0].meta["val"].shape
+            picked = shape_of(args[1][0])
         elif name == "index_select" and args[1] == 0:
-            picked = args[2].meta["val"].shape
+            picked = shape_of(args[2])
         else:
             return None
-        one = view.select(0, 0)
-        return View((*picked, *one.shape), (*[0] * len(picked), *one.strides))
+        return View((*picked, *view.shape[1:]), (*[0] * len(picked), *view.strides[1:]))
 
     def _multiply_or_read(self, node: fx.Node, name: str) -> None:
         read = node.all_input_nodes
@@ -276,7 +265,8 @@ class _Reader:
             if read and constant:
                 self.constant.add(node)
             return
-        if computed and not constant and _multiplies(name):
+        multiplies = name in DENSE_OPS or name in FORMS or name.startswith("conv")
+        if computed and not constant and multiplies:
             for weight, op in ((w, c.op) for c in computed for w in c.weights):
                 weight.problem = weight.problem or f"is computed before it multiplies (by {op}, as weight_norm does)"
         call = find(node.target, node.args, dict(node.kwargs), self._ndim)

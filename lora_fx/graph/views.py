@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -38,27 +38,26 @@ class View:
         dims = [self.dim(d) for d in dims]
         return View(tuple(self.shape[d] for d in dims), tuple(self.strides[d] for d in dims), self.offset)
 
-    def transpose(self, a: int, b: int) -> View:
+    def transpose(self, dim0: int, dim1: int) -> View:
         dims = list(range(self.ndim))
-        a, b = self.dim(a), self.dim(b)
-        dims[a], dims[b] = dims[b], dims[a]
+        dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
         return self.permute(dims)
 
-    def slice(self, d: int, start: int | None, stop: int | None, step: int = 1) -> View:
-        d = self.dim(d)
-        start, stop, step = slice(start, stop, step).indices(self.shape[d])
+    def slice(self, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> View:
+        d = self.dim(dim)
+        start, stop, step = slice(start, end, step).indices(self.shape[d])
         shape, strides = list(self.shape), list(self.strides)
         shape[d], strides[d] = len(range(start, stop, step)), strides[d] * step
         return View(tuple(shape), tuple(strides), self.offset + start * self.strides[d])
 
-    def select(self, d: int, index: int) -> View:
-        d = self.dim(d)
+    def select(self, dim: int, index: int) -> View:
+        d = self.dim(dim)
         offset = self.offset + (index % self.shape[d]) * self.strides[d]
-        return View(_drop(self.shape, d), _drop(self.strides, d), offset)
+        return replace(self, offset=offset).permute([k for k in range(self.ndim) if k != d])
 
-    def unsqueeze(self, d: int) -> View:
-        d = d % (self.ndim + 1)
-        return View(_put(self.shape, d, 1), _put(self.strides, d, 0), self.offset)
+    def unsqueeze(self, dim: int) -> View:
+        d = dim % (self.ndim + 1)
+        return View((*self.shape[:d], 1, *self.shape[d:]), (*self.strides[:d], 0, *self.strides[d:]), self.offset)
 
     def squeeze(self, dims: Sequence[int] | None = None) -> View:
         gone = range(self.ndim) if dims is None else [self.dim(d) for d in dims]
@@ -74,9 +73,10 @@ class View:
                 shape[d], strides[d] = size, 0
         return View(tuple(shape), tuple(strides), self.offset)
 
-    def split(self, sizes: Sequence[int], d: int) -> tuple[View, ...]:
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return tuple(self.slice(d, start, start + size) for start, size in zip(starts, sizes, strict=True))
+    def split(self, size: int | Sequence[int], dim: int = 0) -> tuple[View, ...]:
+        total = self.shape[self.dim(dim)]
+        sizes = [size] * -(-total // size) if isinstance(size, int) else list(size)
+        return tuple(self.slice(dim, sum(sizes[:k]), sum(sizes[: k + 1])) for k in range(len(sizes)))
 
     def reshape(self, shape: Sequence[int]) -> View | None:
         """The same elements under another shape, or None where that needs a copy."""
@@ -131,22 +131,14 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
 
 
-def _drop(items: tuple[int, ...], d: int) -> tuple[int, ...]:
-    return items[:d] + items[d + 1 :]
-
-
-def _put(items: tuple[int, ...], d: int, item: int) -> tuple[int, ...]:
-    return (*items[:d], item, *items[d:])
-
-
-def _sizes(args: Sequence[Any]) -> list[int]:
-    """`f(x, 2, 3)` and `f(x, (2, 3))` mean the same."""
+def _sizes(*args: Any) -> list[int]:
     flat = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
     return [int(n) for n in flat]
 
 
-def _transpose(v: View, a: int = 0, b: int = 1, **kw: int) -> View:
-    return v.transpose(kw.get("dim0", a), kw.get("dim1", b))
+def _of_sizes(rule: Callable[[View, list[int]], Any]) -> Callable[..., Any]:
+    """`f(x, 2, 3)`, `f(x, (2, 3))` and `f(x, size=(2, 3))` mean the same."""
+    return lambda v, *sizes, **named: rule(v, _sizes(*(sizes or named.values())))
 
 
 def _matrix_transpose(v: View) -> View:
@@ -157,20 +149,12 @@ def _reverse(v: View) -> View:
     return v.permute(range(v.ndim)[::-1])
 
 
-def _permute(v: View, *dims: Any, **kw: Any) -> View:
-    return v.permute(_sizes((kw["dims"],) if "dims" in kw else dims))
-
-
 def _movedim(v: View, source: Any, destination: Any) -> View:
-    source, destination = _sizes((source,)), _sizes((destination,))
+    source, destination = _sizes(source), _sizes(destination)
     order = [d for d in range(v.ndim) if d not in [v.dim(s) for s in source]]
     for d, s in sorted((v.dim(d), v.dim(s)) for s, d in zip(source, destination, strict=True)):
         order.insert(d, s)
     return v.permute(order)
-
-
-def _reshape(v: View, *shape: Any, **kw: Any) -> View | None:
-    return v.reshape(_sizes((kw.get("shape", kw.get("size")),) if kw else shape))
 
 
 def _flatten(v: View, start_dim: int = 0, end_dim: int = -1) -> View | None:
@@ -179,52 +163,28 @@ def _flatten(v: View, start_dim: int = 0, end_dim: int = -1) -> View | None:
 
 
 def _unflatten(v: View, dim: int, sizes: Sequence[int]) -> View | None:
-    d, sizes = v.dim(dim), list(sizes)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = v.shape[d] // max(math.prod(n for n in sizes if n != -1), 1)
-    return v.reshape([*v.shape[:d], *sizes, *v.shape[d + 1 :]])
-
-
-def _chunk(v: View, chunks: int, dim: int = 0) -> tuple[View, ...]:
-    return _split(v, -(-v.shape[v.dim(dim)] // chunks), dim)
-
-
-def _split(v: View, size: Any, dim: int = 0, **kw: Any) -> tuple[View, ...]:
-    total = v.shape[v.dim(dim)]
-    sizes = [min(size, total - at) for at in range(0, total, size)] if isinstance(size, int) else list(size)
-    return v.split(sizes, dim)
-
-
-def _slice(v: View, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> View:
-    return v.slice(dim, start, end, step)
-
-
-def _narrow(v: View, dim: int, start: int, length: int) -> View:
-    return v.slice(dim, start, start + length)
-
-
-def _squeeze(v: View, dim: Any = None) -> View:
-    return v.squeeze(None if dim is None else _sizes((dim,) if not isinstance(dim, int) else ([dim],)))
-
-
-def _expand(v: View, *sizes: Any, **kw: Any) -> View:
-    return v.expand(_sizes((kw["size"],) if "size" in kw else sizes))
+    d = v.dim(dim)
+    return v.reshape([*v.shape[:d], *sizes, *v.shape[d + 1 :]])  # a -1 among the sizes is what the others leave
 
 
 def _unbind(v: View, dim: int = 0) -> tuple[View, ...]:
     return tuple(v.select(dim, i) for i in range(v.shape[v.dim(dim)]))
 
 
+_reshape = _of_sizes(View.reshape)
+
 #: movement op → the view it gives. The names are torch's own, the same for functions, methods, properties and ATen.
 MOVES: dict[str, Callable[..., View | tuple[View, ...] | None]] = {
     "t": _reverse, "T": _reverse, "numpy_T": _reverse, "mT": _matrix_transpose, "adjoint": _matrix_transpose,
     "H": _reverse, "mH": _matrix_transpose,
-    "transpose": _transpose, "swapaxes": _transpose, "swapdims": _transpose,
-    "permute": _permute, "movedim": _movedim, "moveaxis": _movedim,
-    "view": _reshape, "reshape": _reshape, "_unsafe_view": _reshape, "flatten": _flatten, "unflatten": _unflatten,
-    "select": View.select, "slice": _slice, "narrow": _narrow, "getitem": View.index, "__getitem__": View.index,
-    "unsqueeze": View.unsqueeze, "squeeze": _squeeze, "expand": _expand,
-    "chunk": _chunk, "split": _split, "split_with_sizes": _split, "unbind": _unbind, "__iter__": _unbind,
+    "transpose": View.transpose, "swapaxes": View.transpose, "swapdims": View.transpose,
+    "permute": _of_sizes(View.permute), "movedim": _movedim, "moveaxis": _movedim, "flatten": _flatten,
+    "view": _reshape, "reshape": _reshape, "_unsafe_view": _reshape, "unflatten": _unflatten,
+    "select": View.select, "slice": View.slice, "getitem": View.index, "__getitem__": View.index,
+    "narrow": lambda v, dim, start, length: v.slice(dim, start, start + length),
+    "unsqueeze": View.unsqueeze, "squeeze": lambda v, dim=None: v.squeeze(None if dim is None else _sizes(dim)),
+    "expand": _of_sizes(View.expand), "chunk": lambda v, chunks, dim=0: v.split(-(-v.shape[v.dim(dim)] // chunks), dim),
+    "split": View.split, "split_with_sizes": View.split, "unbind": _unbind, "__iter__": _unbind,
 }  # fmt: skip
 
 #: ops that may give the same elements in another dtype or place

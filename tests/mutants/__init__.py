@@ -229,13 +229,13 @@ MUTANTS = (
     ),
     Mutant(
         "wrong_form_registered", "algebra", "lora_fx/deltas/registration.py",
-        "if not error <= bound:", "if False:",
+        "            off <= bound,\n", "            True,\n",
         "A form from outside is taken whatever its branch computes.",
         tests=("tests/test_open_forms.py",),
     ),
     Mutant(
         "form_fires_where_it_must_not", "algebra", "lora_fx/deltas/registration.py",
-        "if any(reading.call is not None for reading in readings):", "if False:",
+        "self.require(not self.calls, ", "self.require(True, ",
         "A form from outside is taken though it fires on its own counter-example.",
         tests=("tests/test_open_forms.py",),
     ),
@@ -446,7 +446,7 @@ MUTANTS = (
     ),
     Mutant(
         "computed_weight_accepted", "capture", "lora_fx/graph/program.py",
-        "if computed and not constant and _multiplies(name):", "if False:",
+        "if computed and not constant and multiplies:", "if False:",
         "The parameters behind a weight_norm are adapted, which means nothing.",
     ),
     Mutant(
@@ -535,8 +535,8 @@ MUTANTS = (
     # ── rounding ─────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "fold_rounds_twice", "rounding", "lora_fx/deltas/exact_sum.py",
-        "return round_sum(total, self.magnitude, self.steps, self._errors, self._exact, scratch)",
-        "return total.to(self.weight.dtype)",
+        "        flat, values = rounded.view(-1), total.view(-1)\n",
+        "        return total.to(self.weight.dtype)\n",
         "Folding converts float64 to bfloat16 as torch does, by way of float32.",
     ),
     Mutant(
@@ -557,7 +557,7 @@ MUTANTS = (
         tests=(GAPS,),
     ),
     Mutant(
-        "doubt_ignored", "rounding", "lora_fx/deltas/rounding.py",
+        "doubt_ignored", "rounding", "lora_fx/deltas/exact_sum.py",
         "if len(places):  #", "if False:  #",
         "Sums too near a border for float64 to decide are rounded on a guess.",
     ),
@@ -1011,7 +1011,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient_mode_left_off", "changes", "lora_fx/changes.py",
-        "            switch(was)\n", "            pass\n",
+        "            switch.turn(was)\n", "            pass\n",
         "After Ctrl-C in a verb nothing has gradients any more.",
         tests=("tests/test_faults.py::test_ctrl_c_at_any_line_leaves_the_model_bitwise_what_it_was",),
     ),
