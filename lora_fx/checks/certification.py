@@ -12,9 +12,10 @@ model: one that is gone from the adapted program is missed.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +27,13 @@ from lora_fx.checks.oracles import delta
 from lora_fx.checks.verification import (
     Report,
     check_once,
-    compare,
+    compare_all,
     compare_with_dense,
     dither,
     filled,
     in_mode,
     relative_error,
     with_dense_weights,
-    worst,
 )
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.realisation import Realisation
@@ -348,9 +348,8 @@ def _moves(node: fx.Node, carriers: Mapping[fx.Node, Any]) -> bool:
 def _measure(model: nn.Module, flow: _Flow, storages: Sequence[Storage], base: Counter[Storage]) -> list[Coverage]:
     """A row for each use of each adapted weight; `base` counts those of the base model."""
     with undisturbed(model), torch.no_grad():
-        replay = _Replay(flow)
-        replay.run(*replay.arguments())
-    adapted, rows = flow.counts(), replay.rows
+        rows = _Replay(flow).play()
+    adapted = flow.counts()
     for storage in storages:
         if not base[storage]:
             rows.append(_row(storage, "", "", Realisation.UNSEEN, problem="the example inputs do not reach it"))
@@ -375,41 +374,44 @@ class _Replay(fx.Interpreter):
         super().__init__(flow.captured.module)
         self.flow = flow
         self.rows: list[Coverage] = []
-        self._waiting: dict[fx.Node, list[tuple[_Reading, _Expected]]] = {}
+        self._judges: dict[fx.Node, list[Callable[[list[torch.Tensor]], None]]] = defaultdict(list)
         self._readings = {reading.node: reading for reading in flow.readings}
         kept = {n for node in flow.carriers for n in node.all_input_nodes if n not in flow.carriers}
         for last, freed in self.user_to_last_uses.items():  # indices of gathered experts are needed once more
             self.user_to_last_uses[last] = [n for n in freed if n not in kept]
 
-    def arguments(self) -> list[torch.Tensor]:
+    def play(self) -> list[Coverage]:
         captured = self.flow.captured
         leaves = pytree.tree_leaves((captured.inputs.args, captured.inputs.kwargs))
-        placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
-        state = [captured.tensors[n] for n in placeholders if n in captured.tensors]
-        return [*state, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
+        state = [captured.tensors[n] for n in captured.graph.nodes if n.op == "placeholder" and n in captured.tensors]
+        self.run(*state, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)))
+        return self.rows
 
     def run_node(self, node: fx.Node) -> Any:
-        reading = self._readings.get(node)
-        expected = None if reading is None else self._expect(reading)
+        if node in self._readings:
+            reading = self._readings[node]
+            self._judges[reading.end].append(self._judge_of(reading))
         result = super().run_node(node)
-        if reading is not None and expected is not None:
-            self._waiting.setdefault(reading.end, []).append((reading, expected))
-        for waiting, wanted in self._waiting.pop(node, ()):
-            self._judge(waiting, wanted, result)
+        for judge in self._judges.pop(node, ()):
+            judge(_floats(result))
         return result
 
-    def _expect(self, reading: _Reading) -> _Expected:
-        """What the use gives with the dense sums: before it runs, since it may write into its operands."""
-        plain = {root: self.flow.captured.tensors[root] for root in reading.acting}
-        dense = {root: _sums(plain[root], storage) for root, storage in reading.acting.items() if storage is not None}
-        whole = plain | {root: sums.whole for root, sums in dense.items()}
-        moved = plain | {root: sums.moved for root, sums in dense.items()}
-        without = {root: self._call(reading.node, whole | {root: plain[root]}) for root in dense}
-        return _Expected(self._call(reading.node, whole), self._call(reading.node, moved), without)
+    def _judge_of(self, reading: _Reading) -> Callable[[list[torch.Tensor]], None]:
+        """Runs the use with the dense sums: before the model does, since it may write into its operands."""
+        node, plain = reading.node, {root: self.flow.captured.tensors[root] for root in reading.acting}
+        whole, moved = dict(plain), dict(plain)  # W + Σ s·B·A in W's dtype, and the same moved by one rounding step
+        adapted = {root: storage for root, storage in reading.acting.items() if storage is not None}
+        for root, storage in adapted.items():
+            weight = plain[root].detach()
+            total = weight.to(torch.float64) + delta(*storage.adapters).to(weight.device)
+            step = dither(weight, torch.finfo(weight.dtype).eps / 2, torch.Generator().manual_seed(0))
+            whole[root], moved[root] = total.to(weight.dtype), (total * step).to(weight.dtype)
+        without = {root: self._call(node, whole | {root: plain[root]}) for root in adapted}
+        return partial(self._judge, reading, self._call(node, whole), self._call(node, moved), without)
 
     def _call(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
         """The node's floating-point outputs with these weights in the place of its own."""
-        return [t.clone() for t in pytree.tree_leaves(self._value(node, weights)) if _is_float(t)]
+        return [t.clone() for t in _floats(self._value(node, weights))]
 
     def _value(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._operand(n, weights))
@@ -425,12 +427,16 @@ class _Replay(fx.Interpreter):
             return self._operand(next(n for n in node.all_input_nodes if n in self.flow.carriers), weights)
         return self._value(node, weights)
 
-    def _judge(self, reading: _Reading, expected: _Expected, result: Any) -> None:
-        actual = [t for t in pytree.tree_leaves(result) if _is_float(t)]
-        report = worst([
-            compare(a, e, e, relative_error(m, e, e), a.dtype)
-            for a, e, m in zip(actual, expected.whole, expected.moved, strict=True)
-        ])  # fmt: skip
+    def _judge(
+        self,
+        reading: _Reading,
+        whole: list[torch.Tensor],
+        moved: list[torch.Tensor],
+        without: dict[fx.Node, list[torch.Tensor]],
+        actual: list[torch.Tensor],
+    ) -> None:
+        """A row for each weight of a use: `without` is what it gives with the plain W for one of them."""
+        report = compare_all(actual, whole, moved)
         place = reading.module, _form(reading.node)
         for root, storage in reading.acting.items():
             if storage is None:
@@ -438,37 +444,11 @@ class _Replay(fx.Interpreter):
                 problem = "" if report else "it must read the plain weight, and does not"
                 self.rows.append(Coverage(name, (), *place, Realisation.SPLIT_OFF, *numbers, problem))
                 continue
-            pairs = zip(expected.without[root], expected.whole, strict=True)
+            pairs = zip(without[root], whole, strict=True)
             effect = max((relative_error(w, e, e) for w, e in pairs), default=0.0)
             realised = Realisation.DENSE if reading.dense else storage.adapters[0].realised
             numbers = effect, report.error, report.bound
             self.rows.append(_row(storage, *place, realised, *numbers, _problem(reading, effect, report)))
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """What a use gives."""
-
-    whole: list[torch.Tensor]
-    """With W + s·B·A for every weight that it reads."""
-    moved: list[torch.Tensor]
-    """The same, each weight moved by one rounding step."""
-    without: dict[fx.Node, list[torch.Tensor]]
-    """The same, with the plain W for one of the weights."""
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """W + Σ s·B·A in W's dtype, and the same moved by one rounding step."""
-
-    whole: torch.Tensor
-    moved: torch.Tensor
-
-
-def _sums(weight: torch.Tensor, storage: Storage) -> _Sums:
-    total = weight.detach().to(torch.float64) + delta(*storage.adapters).to(weight.device)
-    moved = total * dither(weight, torch.finfo(weight.dtype).eps / 2, torch.Generator().manual_seed(0))
-    return _Sums(total.to(weight.dtype), moved.to(weight.dtype))
 
 
 def _problem(reading: _Reading, effect: float, report: Report) -> str:
@@ -489,8 +469,8 @@ def _form(node: fx.Node) -> str:
     return op_name(node.target) if form is None else form.name
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+def _floats(value: Any) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def _without_gradient(model: nn.Module, inputs: Inputs, storages: Sequence[Storage]) -> list[str]:

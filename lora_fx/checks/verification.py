@@ -127,6 +127,14 @@ def compare(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor, noise: fl
     return Report(error, largest, noise, SLACK * noise, str(dtype).removeprefix("torch."), 1)
 
 
+def compare_all(
+    outputs: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]
+) -> Report:
+    """Each output against what it must be; the noise is how far that moves with weights that are rounded once more."""
+    triples = zip(outputs, exact, moved, strict=True)
+    return worst([compare(y, e, e, relative_error(m, e, e), y.dtype) for y, e, m in triples])
+
+
 def worst(reports: Sequence[Report]) -> Report:
     top = max(reports, key=lambda r: r.error / r.bound if math.isfinite(r.error) else math.inf)
     return Report(top.error, top.largest, top.noise, top.bound, top.dtype, len(reports))
@@ -219,9 +227,7 @@ def check_once(
             with with_dense_weights(model, undo, rounding):
                 moved = run(model, inputs)
     _same_structure(adapted, dense)
-    return worst(
-        [compare(a, d, d, relative_error(m, d, d), a.dtype) for a, d, m in zip(adapted, dense, moved, strict=True)]
-    )
+    return compare_all(adapted, dense, moved)
 
 
 @contextmanager
