@@ -151,8 +151,8 @@ def certify_adapted(
         with unwired(model), with_dense_weights(model, undo):
             program = capture(model, inputs)
             assert program.capture is not None
-            base = _Flow(program.capture, storages, found.modules).counts()
-        flow = _Flow(capture_graph(model, inputs), storages, found.modules)
+            base = Flow(program.capture, storages, found.modules).counts()
+        flow = Flow(capture_graph(model, inputs), storages, found.modules)
         rows = tuple(_measure(model, flow, storages, base))
         modes = (False, True) if whole else ()
         reports = tuple(check_once(model, inputs, training, program.rounding(), undo) for training in modes)
@@ -202,8 +202,8 @@ def _suspect(
 
 
 @dataclass(eq=False)
-class _Reading:
-    """A node that consumes adapted weights, and the node at which its branches have been added."""
+class Reading:
+    """A node that consumes weights, and the node at which its branches have been added."""
 
     node: fx.Node
     acting: dict[fx.Node, Storage | None]
@@ -218,8 +218,13 @@ class _Reading:
     def module(self) -> str:
         return self.node.meta.get(MODULE, "")
 
+    @property
+    def form(self) -> str:
+        name = op_name(self.node.target)
+        return FORMS[name].name if name in FORMS else name
 
-class _Flow:
+
+class Flow:
     """One walk over a captured graph: which nodes carry an adapted weight, or factors, and who consumes the weights."""
 
     def __init__(
@@ -242,6 +247,13 @@ class _Flow:
         """weight → how many nodes consume it."""
         acting = (storage for reading in self.readings for storage in reading.acting.values())
         return Counter(storage for storage in acting if storage is not None)
+
+    def arguments(self) -> list[torch.Tensor]:
+        """What the captured graph takes: the model's tensors as they are now, and the inputs."""
+        captured = self.captured
+        leaves = pytree.tree_leaves((captured.inputs.args, captured.inputs.kwargs))
+        state = [captured.tensors[n] for n in captured.graph.nodes if n.op == "placeholder" and n in captured.tensors]
+        return [*state, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
 
     def _find_roots(self, storages: Sequence[Storage]) -> None:
         weights: dict[tuple, list[Storage]] = {}
@@ -279,13 +291,13 @@ class _Flow:
     def _roots(self, node: fx.Node) -> tuple[fx.Node, ...]:
         return tuple(dict.fromkeys(root for n in node.all_input_nodes for root in self.carriers.get(n, ())))
 
-    def _reading(self, node: fx.Node) -> _Reading:
+    def _reading(self, node: fx.Node) -> Reading:
         roots = self._roots(node)
         carried = [n for n in node.all_input_nodes if n in self.carriers]
         summed = [self._summed(n) for n in carried]
         end, added, bypass = self._end(node, roots)
         acting = {root: self._acting(node, root, added.union(*summed)) for root in roots}
-        return _Reading(node, acting, end, all(summed), bypass)
+        return Reading(node, acting, end, all(summed), bypass)
 
     def _acting(self, node: fx.Node, root: fx.Node, adapters: frozenset[int]) -> Storage | None:
         """Adapters: the ids of those whose branches, or sums, were found here."""
@@ -345,11 +357,12 @@ def _moves(node: fx.Node, carriers: Mapping[fx.Node, Any]) -> bool:
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _measure(model: nn.Module, flow: _Flow, storages: Sequence[Storage], base: Counter[Storage]) -> list[Coverage]:
+def _measure(model: nn.Module, flow: Flow, storages: Sequence[Storage], base: Counter[Storage]) -> list[Coverage]:
     """A row for each use of each adapted weight; `base` counts those of the base model."""
     with undisturbed(model), torch.no_grad():
-        rows = _Replay(flow).play()
-    adapted = flow.counts()
+        replay = _Replay(flow)
+        replay.run(*flow.arguments())
+    adapted, rows = flow.counts(), replay.rows
     for storage in storages:
         if not base[storage]:
             rows.append(_row(storage, "", "", Realisation.UNSEEN, problem="the example inputs do not reach it"))
@@ -370,7 +383,7 @@ def _row(storage: Storage, *rest: Any, **more: Any) -> Coverage:
 class _Replay(fx.Interpreter):
     """Runs a captured graph on its own inputs, and holds each use of an adapted weight against the dense sum."""
 
-    def __init__(self, flow: _Flow) -> None:
+    def __init__(self, flow: Flow) -> None:
         super().__init__(flow.captured.module)
         self.flow = flow
         self.rows: list[Coverage] = []
@@ -379,13 +392,6 @@ class _Replay(fx.Interpreter):
         kept = {n for node in flow.carriers for n in node.all_input_nodes if n not in flow.carriers}
         for last, freed in self.user_to_last_uses.items():  # indices of gathered experts are needed once more
             self.user_to_last_uses[last] = [n for n in freed if n not in kept]
-
-    def play(self) -> list[Coverage]:
-        captured = self.flow.captured
-        leaves = pytree.tree_leaves((captured.inputs.args, captured.inputs.kwargs))
-        state = [captured.tensors[n] for n in captured.graph.nodes if n.op == "placeholder" and n in captured.tensors]
-        self.run(*state, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)))
-        return self.rows
 
     def run_node(self, node: fx.Node) -> Any:
         if node in self._readings:
@@ -396,7 +402,7 @@ class _Replay(fx.Interpreter):
             judge(_floats(result))
         return result
 
-    def _judge_of(self, reading: _Reading) -> Callable[[list[torch.Tensor]], None]:
+    def _judge_of(self, reading: Reading) -> Callable[[list[torch.Tensor]], None]:
         """Runs the use with the dense sums: before the model does, since it may write into its operands."""
         node, plain = reading.node, {root: self.flow.captured.tensors[root] for root in reading.acting}
         whole, moved = dict(plain), dict(plain)  # W + Σ s·B·A in W's dtype, and the same moved by one rounding step
@@ -429,7 +435,7 @@ class _Replay(fx.Interpreter):
 
     def _judge(
         self,
-        reading: _Reading,
+        reading: Reading,
         whole: list[torch.Tensor],
         moved: list[torch.Tensor],
         without: dict[fx.Node, list[torch.Tensor]],
@@ -437,7 +443,7 @@ class _Replay(fx.Interpreter):
     ) -> None:
         """A row for each weight of a use: `without` is what it gives with the plain W for one of them."""
         report = compare_all(actual, whole, moved)
-        place = reading.module, _form(reading.node)
+        place = reading.module, reading.form
         for root, storage in reading.acting.items():
             if storage is None:
                 name, numbers = _name(self.flow.storages[root][0]), (0.0, report.error, report.bound)
@@ -451,7 +457,7 @@ class _Replay(fx.Interpreter):
             self.rows.append(_row(storage, *place, realised, *numbers, _problem(reading, effect, report)))
 
 
-def _problem(reading: _Reading, effect: float, report: Report) -> str:
+def _problem(reading: Reading, effect: float, report: Report) -> str:
     if reading.bypass:
         return f"{reading.bypass} reads its output without the branch"
     if not report:
@@ -462,11 +468,6 @@ def _problem(reading: _Reading, effect: float, report: Report) -> str:
     if effect > report.noise:
         return f"rounding in {report.dtype} could hide its effect: certify a copy in float32 or float64"
     return "nothing to measure: on these inputs its output does not depend on the adapters"
-
-
-def _form(node: fx.Node) -> str:
-    form = FORMS.get(op_name(node.target))
-    return op_name(node.target) if form is None else form.name
 
 
 def _floats(value: Any) -> list[torch.Tensor]:
