@@ -28,12 +28,12 @@ from lora_fx.checks.verification import (
     Report,
     check_once,
     compare_all,
-    compare_with_dense,
     dither,
     filled,
     in_mode,
     relative_error,
     with_dense_weights,
+    worst,
 )
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.realisation import Realisation
@@ -131,7 +131,7 @@ def certify_adapted(
     """The certificate of a model with branches; see `lora_fx.certify`, which takes folded models too.
 
     Args:
-        undo: the list of the change that this is a part of; see `compare_with_dense`.
+        undo: the list of the change that this is a part of; see `check_once`.
     """
     inputs, found = normalize_inputs(model, example_inputs), inventory(model)
     storages = found.storages()
@@ -166,18 +166,25 @@ def check_adapted(
 ) -> None:
     """The self-check of `apply`: the adapted model must be the model with W + s·B·A in its weights.
 
+    B is nonzero while this runs; what is kept to undo that is bounded: of large weights only some output features are
+    adapted. Afterwards A and B are what they were, and every weight.
+
     Raises:
         EquivalenceError: it is not, in train or in eval mode; the error names the first use that is not covered.
     """
     if any(t.is_meta for t in model.parameters()):
         return
-    report = compare_with_dense(model, inputs, adapters, rounding, undo)
-    if not report:
-        raise EquivalenceError(
-            f"the adapted model is not the model with W + s·B·A: {report}",
-            place=_suspect(model, inputs, adapters, rounding, undo),
-            remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
-        )
+    reports: list[Report] = []
+    for seed in range(3):  # rounding can flip a router's choice: such an error goes away with other numbers
+        with filled(model, adapters, seed, undo):
+            reports = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
+        if all(reports):
+            return
+    raise EquivalenceError(
+        f"the adapted model is not the model with W + s·B·A: {worst(reports)}",
+        place=_suspect(model, inputs, adapters, rounding, undo),
+        remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
+    )
 
 
 def _suspect(

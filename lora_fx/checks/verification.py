@@ -188,37 +188,21 @@ def dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> tor
     return 1 + step * signs.to(weight.device, torch.float64)
 
 
-# ── the self-check of `apply` ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def compare_with_dense(
-    model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
-) -> Report:
-    """The adapted model against the base model with the dense W + s·B·A in place of each weight.
-
-    B is nonzero while this runs. The dense sums are written into the base weights, and taken out again bit for bit;
-    what is kept for that is bounded: of large weights only some output features are adapted.
-
-    Args:
-        rounding: storage → one rounding step of the weight where the model multiplies with it (`Program.rounding`).
-        undo: the list of the change that this is a part of: a check that is interrupted is undone with it.
-
-    Returns:
-        The worse of eval and train mode. A and B are what they were, and every weight.
-    """
-    reports: list[Report] = []
-    for seed in range(3):  # rounding can flip a router's choice: such an error goes away with other numbers
-        with filled(model, adapters, seed, undo):
-            reports = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
-        if all(reports):
-            break
-    return worst(reports)
+# ── against the dense sums ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_once(
     model: nn.Module, inputs: Inputs, training: bool, rounding: Mapping[int, float], undo: list[Undo]
 ) -> Report:
-    """The adapted model, with the factors it has, against the one with the dense sums, in one mode."""
+    """The adapted model, with the factors it has, against the one with the dense W + s·B·A in place of each weight.
+
+    The sums are written into the base weights, and taken out again bit for bit.
+
+    Args:
+        training: train mode, or eval mode.
+        rounding: storage → one rounding step of the weight where the model multiplies with it (`Program.rounding`).
+        undo: the list of the change that this is a part of: a check that is interrupted is undone with it.
+    """
     with in_mode(model, training):
         adapted = run(model, inputs)
         with unwired(model):

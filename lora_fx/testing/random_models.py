@@ -67,12 +67,6 @@ class Block(nn.Module):
         self.drop = nn.Dropout(self.dropout)
         self.build(**{name: self._options[name] for name in self.choices})
 
-    def build(self, **options: Any) -> None:
-        raise NotImplementedError
-
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.opaque and x.shape[0] == 0:
             return x.new_zeros(0, 1, self.outputs)
@@ -167,10 +161,9 @@ class Addmm(Block):
     """beta·bias + alpha·(x @ W), with two axes or three, the weight on either side."""
 
     choices: ClassVar = {
-        **_HEADED,
-        "how": ("addmm", "addmm_left", "baddbmm", "baddbmm_left"),
+        **_HEADED, "how": ("addmm", "addmm_left", "baddbmm", "baddbmm_left"),
         "beta_alpha": ((1, 1), (0.5, 2), (1, 0.7)),
-    }
+    }  # fmt: skip
 
     def build(self, heads, head_inputs, head_outputs, how, beta_alpha):
         self.beta, self.alpha = beta_alpha
@@ -245,10 +238,8 @@ class _Convolution(Block):
         if not isinstance(padding, str):
             padding = self.along(padding, (1, 0))
         others |= dict(stride=self.along(stride, (1, 1)), padding=padding, dilation=self.along(dilation, (1, 1)))
-        kernel = self.along(kernel, _KERNEL_BESIDE)
-        return getattr(nn, f"{kind}{self.spatial}d")(
-            channels, out, kernel, groups=self.groups, bias=self.bias, **others
-        )
+        others |= dict(groups=self.groups, bias=self.bias)
+        return getattr(nn, f"{kind}{self.spatial}d")(channels, out, self.along(kernel, _KERNEL_BESIDE), **others)
 
     def along(self, first: int, beside: tuple[int, int]) -> tuple[int, ...]:
         return (first, *beside)[: self.spatial]
@@ -339,11 +330,9 @@ class Experts(Block):
     """(experts, …) weights: a loop over the experts, a gather of some, a slice of them."""
 
     choices: ClassVar = {
-        "experts": (2, 3),
-        "expert_inputs": _IN,
-        "expert_outputs": _OUT,
+        "experts": (2, 3), "expert_inputs": _IN, "expert_outputs": _OUT,
         "how": ("loop", "picked", "picked_one", "unbound"),
-    }
+    }  # fmt: skip
 
     def build(self, experts, expert_inputs, expert_outputs, how):
         self.inputs, self.outputs = experts * expert_inputs, expert_outputs
@@ -368,11 +357,8 @@ class GroupedExperts(Block):
     """`grouped_mm`: rows in groups, a weight for each; the kernel wants rows of 16 bytes."""
 
     choices: ClassVar = {
-        "experts": (2, 3),
-        "expert_inputs": (16, 8),
-        "expert_outputs": (8, 16),
-        "layout": ("in-out", "out-in"),
-    }
+        "experts": (2, 3), "expert_inputs": (16, 8), "expert_outputs": (8, 16), "layout": ("in-out", "out-in"),
+    }  # fmt: skip
     dtypes = (torch.float32, torch.bfloat16)
 
     def build(self, experts, expert_inputs, expert_outputs, layout):
@@ -392,10 +378,9 @@ class Sliced(Block):
     """One weight read through several views."""
 
     choices: ClassVar = {
-        "inputs": (3, 2, 5, 7),
-        "half": (2, 1, 3),
+        "inputs": (3, 2, 5, 7), "half": (2, 1, 3),
         "how": ("columns", "rows", "chunk", "part", "every_other", "inputs", "viewed"),
-    }
+    }  # fmt: skip
 
     def build(self, inputs, half, how):
         self.outputs = half
@@ -590,12 +575,8 @@ class TorchAttention(Block):
     """`nn.MultiheadAttention`, whose projections are read by a function, not by their modules."""
 
     choices: ClassVar = {
-        "heads": (2, 1),
-        "head_size": (2, 3),
-        "kdim": (False, True),
-        "bias": _BOTH,
-        "weights": (False, True),
-    }
+        "heads": (2, 1), "head_size": (2, 3), "kdim": (False, True), "bias": _BOTH, "weights": (False, True),
+    }  # fmt: skip
 
     def build(self, heads, head_size, kdim, bias, **_):
         self.inputs = self.outputs = heads * head_size
@@ -653,18 +634,14 @@ class Whole(Block):
     """Ops beside which no branch can stand, and a matmul's weight that something else reads as well."""
 
     choices: ClassVar = {
-        "inputs": _IN,
-        "outputs": _OUT,
-        "how": ("bilinear", "inner", "tensordot", "conv_tbc", "addbmm", "also_read"),
-    }
+        "inputs": _IN, "outputs": _OUT, "how": ("bilinear", "inner", "tensordot", "conv_tbc", "addbmm", "also_read"),
+    }  # fmt: skip
 
     def build(self, inputs, outputs, how):
         shape = {
-            "bilinear": (outputs, inputs, inputs),
-            "tensordot": (inputs, outputs),
-            "conv_tbc": (2, inputs, outputs),
-            "addbmm": (1, inputs, outputs),
-        }
+            "bilinear": (outputs, inputs, inputs), "tensordot": (inputs, outputs),
+            "conv_tbc": (2, inputs, outputs), "addbmm": (1, inputs, outputs),
+        }  # fmt: skip
         self.weight, self.bias = weight(*shape.get(how, (outputs, inputs))), weight(outputs)
 
     def compute(self, x):
