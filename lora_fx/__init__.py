@@ -1,5 +1,7 @@
 """LoRA as a graph-rewriting compiler pass:   y = x·Wᵀ   ⇄   y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ"""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from lora_fx.analysis.rules import Rule
 from lora_fx.application import (
     activate,
@@ -28,6 +30,11 @@ from lora_fx.graph.program import Program, capture
 from lora_fx.model.classes import show
 from lora_fx.passes.pipeline import Pipeline
 from lora_fx.passes.planning import Plan
+
+try:
+    __version__ = version("lora-fx")
+except PackageNotFoundError:  # a copy that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "Adapter",

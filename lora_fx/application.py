@@ -16,7 +16,6 @@ from lora_fx.checks.oracles import misrounded
 from lora_fx.errors import PipelineError
 from lora_fx.export.adapters.files import loading
 from lora_fx.export.onnx.export import exporting
-from lora_fx.export.onnx.export import exporting
 from lora_fx.model.inventory import base_parameters, inventory, weight_name
 from lora_fx.passes.activate import Activate, Remove, Require
 from lora_fx.passes.base import Pass
@@ -69,7 +68,6 @@ _PIPELINES: dict[str, Callable[..., tuple[Pass, ...]]] = {
     "remove": lambda *names: (Remove(names), Rewrite()),
     "switch": _switch,
     "load_adapter": loading,
-    "export_onnx": exporting,
     "export_onnx": exporting,
 }
 

@@ -106,13 +106,9 @@ class Condition:
             )
 
 
-def _why_folded(model: nn.Module, facts: Facts) -> str:
-    return "the model is folded: its adapters are in its weights" if inventory(model).folded else ""
-
-
 UNFOLDED = Condition(
     "a model that is not folded",
-    _why_folded,
+    lambda model, facts: "the model is folded: its adapters are in its weights" if inventory(model).folded else "",
     "lora_fx.unfold(model) first, or make the fold final: fold(model, final=True)",
     PlanError,
 )

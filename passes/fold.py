@@ -41,19 +41,19 @@ def _why_inactive(model: nn.Module, facts: Facts) -> str:
     return "" if found else "the model has no active adapter"
 
 
-def _why_unfolded(model: nn.Module, facts: Facts) -> str:
-    return "" if inventory(model).folded else "the model is not folded, or its fold was final"
-
-
-def _why_wired(model: nn.Module, facts: Facts) -> str:
-    return "a module has a generated class still" if is_wired(model) else ""
-
-
 ACTIVE = Condition(
     "an active adapter", _why_inactive, "apply or activate one first; lora_fx.adapters(model) lists them", FoldError
 )
-FOLDED = Condition("a folded model", _why_unfolded, "only fold(model) without final=True can be undone", FoldError)
-PLAIN = Condition("every module in its own class", _why_wired)
+FOLDED = Condition(
+    "a folded model",
+    lambda model, facts: "" if inventory(model).folded else "the model is not folded, or its fold was final",
+    "only fold(model) without final=True can be undone",
+    FoldError,
+)
+PLAIN = Condition(
+    "every module in its own class",
+    lambda model, facts: "a module has a generated class still" if is_wired(model) else "",
+)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,6 @@ def _take_back(model: nn.Module, undo: list[Undo]) -> None:
 def _way(here: Inventory, module: nn.Module, attribute: str) -> tuple[torch.Tensor, Way]:
     """A weight that is still what the fold has made it, and its way back."""
     weight, way = module._parameters[attribute], here.records[module].ways[attribute]
-    assert isinstance(way, Way)
     if weight is None or not way.starts_at(weight):
         raise FoldError(
             "the folded weight has been written to or cast since it was folded",

@@ -5,6 +5,7 @@ plan  =  Capture → Analyse → Select → Schedule
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,11 +71,12 @@ class Row:
     @property
     def parameters(self) -> int:
         """Trainable parameters of this adapter."""
-        out = self.layout.size("o") if self.rows is None else len(self.rows)
-        batch = 1
-        for n in self.layout.batch:
-            batch *= n
-        return batch * self.rank * (out + self.layout.size("i"))
+        return math.prod(self.layout.batch) * self.rank * (self.out + self.layout.size("i"))
+
+    @property
+    def out(self) -> int:
+        """How many output features it has: those of a part, or all."""
+        return self.layout.size("o") if self.rows is None else len(self.rows)
 
     @property
     def why_branch(self) -> str:
@@ -361,11 +363,10 @@ def _reads_rows(use: Use, rows: tuple[int, ...] | None) -> bool:
 
 
 def _check_rank(row: Row) -> None:
-    out = row.layout.size("o") if row.rows is None else len(row.rows)
-    most = min(row.layout.size("i"), out)
+    most = min(row.layout.size("i"), row.out)
     if row.rank > most:
         raise PlanError(
-            f"rank={row.rank} is more than min(in, out) = min({row.layout.size('i')}, {out}) = {most}",
+            f"rank={row.rank} is more than min(in, out) = min({row.layout.size('i')}, {row.out}) = {most}",
             place=row.weight.name,
             remedy=f"choose a rank of at most {most}",
         )
@@ -403,12 +404,11 @@ def _check(row: Row, model: nn.Module, name: str, here: Inventory) -> None:
 
 
 def _notes(program: Program, rows: Sequence[Row]) -> tuple[str, ...]:
-    notes = []
     if program.capture is None:
-        notes.append(
-            "Without example inputs nothing was captured: roles are unknown, and the adapted model is not checked."
+        return (
+            "Without example inputs nothing was captured: roles are unknown, and the adapted model is not checked.",
         )
-        return tuple(notes)
+    notes = []
     if any(row.weight.parameter.is_meta for row in rows):
         notes.append("On meta tensors the adapted model is not checked: lora_fx.verify it once it is materialised.")
     if program.unseen:

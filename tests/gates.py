@@ -117,7 +117,7 @@ def _copy(source: Path, to: Path) -> None:
 def wheel(folder: Path) -> None:
     """The installed package is the wheel's, of the version that stands in pyproject.toml, and so is its command."""
     python = fresh(folder)
-    code = "import lora_fx, importlib.metadata as m; print(lora_fx.__file__, m.version('lora-fx'), sep='|')"
+    code = "import lora_fx; print(lora_fx.__file__, lora_fx.__version__, sep='|')"
     place, version = _run(python, "-c", code, cwd=folder).strip().split("|")
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     if version != declared or not Path(place).resolve().is_relative_to(folder.resolve()):

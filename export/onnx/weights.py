@@ -120,7 +120,6 @@ def _kept_originals(model: nn.Module) -> dict[str, int]:
         for module, record in here.records.items()
         for path in here.modules[module]
         for attribute, original in record.originals.items()
-        if isinstance(original, nn.Parameter)
     }
 
 

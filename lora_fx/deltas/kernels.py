@@ -113,8 +113,7 @@ def forward(
 
 
 def _starts_with_the_branch(op: str, x: Any, weight: Any, terms: Sequence[Term]) -> bool:
-    features = weight.size(0 if op == "linear" else -1)
-    whole = weight.dim() == 2 and terms[0].B.size(0) == features
+    whole = weight.dim() == 2 and terms[0].B.size(0) == weight.size(0 if op == "linear" else -1)
     return whole and x.is_cpu and x.dim() > 1 and loses_nothing(x.dtype)
 
 
@@ -136,7 +135,6 @@ def gradients(
         x: None will do where every term has one with dropout.
         kept: what `forward` appended.
     """
-    width = shape[-1]
     g = _rows(grad, weight)
     grads: list[Term] = []
     factors: list[tuple[torch.Tensor, torch.Tensor, float]] = []  # whose products belong to the gradient of x
@@ -156,7 +154,7 @@ def gradients(
     if not needs_x:
         return None, grads
     total = weight_sum(op, weight, terms) if dense else weight
-    grad_x = g.new_empty(*g.shape[:-1], width)
+    grad_x = g.new_empty(*g.shape[:-1], shape[-1])
     for n, (z, A, scale) in enumerate(factors):
         _add(grad_x, z, A, scale, beta=1 if n else 0)
     _add(grad_x, g, total if op == "linear" else total.mT, beta=1 if factors else 0)

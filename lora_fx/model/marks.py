@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import fx, nn
 
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.exact_sum import Way
 
 ORIGINAL = "_lora_fx_graph"
 """The graph that a GraphModule had before."""
@@ -77,13 +78,6 @@ def unmark(module: nn.Module) -> None:
 # ── the record of a fold ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class WayBack(Protocol):
-    """From a folded weight to the original one."""
-
-    @property
-    def bytes(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class PutAway:
     """An adapter that a fold has taken from beside its weight."""
@@ -98,7 +92,7 @@ class FoldRecord:
     """What one module needs to be unfolded."""
 
     children: Mapping[str, PutAway]
-    ways: Mapping[str, WayBack] = field(default_factory=dict)
+    ways: Mapping[str, Way] = field(default_factory=dict)
     """attribute → the way back to the original weight, which the fold has overwritten."""
     originals: Mapping[str, nn.Parameter] = field(default_factory=dict)
     """attribute → the original parameter: the fold has given this module a copy of its own."""

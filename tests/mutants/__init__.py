@@ -91,6 +91,7 @@ AREAS = {
     "rounding": Area(("tests/test_fold.py", GAPS), "native-chain", "l3"),
     "unfold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l5"),
     "changes": Area(("tests/test_concurrency.py",)),
+    "passes": Area(("tests/test_pipeline.py",)),
     "roles": Area(("tests/test_roles.py",)),
     "rules": Area(("tests/test_rules.py", GAPS)),
     "plan": Area(("tests/test_rules.py", "tests/test_refusals.py", GAPS)),
@@ -379,6 +380,53 @@ MUTANTS = (
         "next(placeholders, kwargs.get(node.target, default))", "next(placeholders, default)",
         "A GraphModule's call of an adapted leaf by keyword gets the default instead.",
         tests=(GAPS,),
+    ),
+    # ── passes and pipelines ─────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "requires_unchecked", "passes", "passes/base.py",
+        "            for condition in self.requires:", "            for condition in ():",
+        "A pass runs where what it requires does not hold.",
+    ),
+    Mutant(
+        "ensures_unchecked", "passes", "passes/base.py",
+        "            for condition in self.ensures:", "            for condition in ():",
+        "A pass that does not do what it promises goes unnoticed.",
+    ),
+    Mutant(
+        "missing_facts_accepted", "passes", "passes/pipeline.py",
+        "if c.fact is not None and c.fact not in known]", "if False]",
+        "A pipeline without what a pass needs is refused in the middle of its run, not when it is made.",
+    ),
+    Mutant(
+        "two_passes_of_one_name", "passes", "passes/pipeline.py",
+        "if one.name in self.names[:k]:", "if False:",
+        "Which of two passes people insert before is anyone's guess.",
+    ),
+    Mutant(
+        "after_is_before", "passes", "passes/pipeline.py",
+        "self._with(self._place(name) + 1, passes)", "self._with(self._place(name), passes)",
+        "A pass inserted after another one runs before it.",
+    ),
+    Mutant(
+        "pipeline_half_done", "passes", "passes/pipeline.py",
+        ", changing(model, self.name) as undo, ExitStack() as inside:",
+        ", ExitStack() as inside:\n            undo: list = []",
+        "A refusal in the middle leaves what the passes before it have done.",
+    ),
+    Mutant(
+        "dump_of_the_start", "passes", "passes/pipeline.py",
+        "                    before = after\n", "                    pass\n",
+        "The dump shows each pass what all passes before it have changed.",
+    ),
+    Mutant(
+        "removal_without_a_name", "passes", "passes/activate.py",
+        "        if not self.names:", "        if False:",
+        "remove(model) does nothing, without a word.",
+    ),
+    Mutant(
+        "unknown_adapter_ignored", "passes", "lora_fx/model/inventory.py",
+        "            if name not in self.names:", "            if False:",
+        "A mistyped adapter is activated, removed and saved in silence.",
     ),
     # ── capture ──────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
