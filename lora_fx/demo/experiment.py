@@ -9,6 +9,7 @@ One thread throughout: the model is small, and the numbers then depend on the se
 from __future__ import annotations
 
 import importlib
+import math
 import random
 import tempfile
 import time
@@ -146,10 +147,11 @@ def load_splits(seed: int) -> tuple[Split, Split]:
 
 
 def train(model: nn.Module, data: Split, how: Training, step: Callable[[], None]) -> None:
-    """Any loop will do: after `apply`, exactly the adapters have `requires_grad`."""
+    """Any loop will do: after `apply`, exactly the adapters have `requires_grad`. A step of the bar is an epoch."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=how.rate, weight_decay=how.decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.rate, total_steps=count_steps(data, how))
+    steps = how.epochs * math.ceil(len(data.labels) / how.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.rate, total_steps=steps)
     model.train()
     for _ in range(how.epochs):
         for batch in torch.randperm(len(data.labels)).split(how.batch):
@@ -157,12 +159,8 @@ def train(model: nn.Module, data: Split, how: Training, step: Callable[[], None]
             F.cross_entropy(model(data.images[batch]), data.labels[batch]).backward()
             optimizer.step()
             schedule.step()
-            step()
+        step()
     model.eval()
-
-
-def count_steps(data: Split, how: Training) -> int:
-    return how.epochs * -(-len(data.labels) // how.batch)
 
 
 # ── an ONNX file, and what it does ───────────────────────────────────────────────────────────────────────────────────
@@ -208,16 +206,14 @@ def time_sessions(sessions: list[Any], image: torch.Tensor, rounds: int, step: C
     machine does falls on all of them alike."""
     order = random.Random(0)
     feeds = [{session.get_inputs()[0].name: image.numpy()} for session in sessions]
-    times = torch.zeros(rounds, len(sessions), dtype=torch.float64)
-    for turn in range(-20, rounds):  # the first twenty warm up
+    times = torch.zeros(20 + rounds, len(sessions), dtype=torch.float64)
+    for turn in times:
         for which in order.sample(range(len(sessions)), len(sessions)):
             start = time.perf_counter_ns()
             sessions[which].run(None, feeds[which])
-            if turn >= 0:
-                times[turn, which] = (time.perf_counter_ns() - start) / 1000
-        if turn >= 0:
-            step()
-    return times
+            turn[which] = (time.perf_counter_ns() - start) / 1000
+        step()
+    return times[20:]  # the first twenty warm up
 
 
 # ── the story ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -267,7 +263,7 @@ def measure(folder: Path, settings: Settings, seed: int, progress: Progress) -> 
     learn, test = load_splits(seed)
     model = VisionTransformer()
     parameters = sum(p.numel() for p in model.parameters())
-    with stage(progress, "training the base on upright digits", count_steps(learn, settings.base)) as step:
+    with stage(progress, "training the base on upright digits", settings.base.epochs) as step:
         train(model, learn, settings.base, step)
     with tempfile.TemporaryDirectory() as scratch:
         with stage(progress, "exporting the base"):
@@ -275,7 +271,7 @@ def measure(folder: Path, settings: Settings, seed: int, progress: Progress) -> 
 
         lora_fx.apply(model, RULE, test.images[:2])
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        with stage(progress, "training the adapter on rotated digits", count_steps(learn, settings.lora)) as step:
+        with stage(progress, "training the adapter on rotated digits", settings.lora.epochs) as step:
             train(model, learn.rotated(), settings.lora, step)
         save_adapter(model, folder / ADAPTER)
 

@@ -37,10 +37,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def first_changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> str | None:
     """The first name that is missing, new, or not the same bits."""
-    for name in dict.fromkeys((*before, *after)):
-        if name not in before or name not in after or not same_bits(before[name], after[name]):
-            return name
-    return None
+    names = dict.fromkeys((*before, *after))
+    return next((n for n in names if not (n in before and n in after and same_bits(before[n], after[n]))), None)
 
 
 def classes(model: nn.Module) -> dict[str, type]:
