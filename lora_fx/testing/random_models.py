@@ -281,8 +281,8 @@ class ConvTranspose(_Convolution):
 
     def build(self, geometry, module, **_):
         kernel, stride, padding, output_padding, dilation = geometry
-        more = dict(output_padding=self.along(output_padding, (0, 0)))
-        conv = self.convolution("ConvTranspose", kernel, stride, padding, dilation, **more)
+        output_padding = self.along(output_padding, (0, 0))
+        conv = self.convolution("ConvTranspose", kernel, stride, padding, dilation, output_padding=output_padding)
         self.conv = conv if module else _FunctionalTranspose(conv)
 
 
