@@ -12,9 +12,10 @@ model: one that is gone from the adapted program is missed.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ from lora_fx.checks.oracles import delta
 from lora_fx.checks.verification import (
     Report,
     check_once,
-    compare,
-    compare_with_dense,
+    compare_all,
     dither,
     filled,
     in_mode,
@@ -131,7 +131,7 @@ def certify_adapted(
     """The certificate of a model with branches; see `lora_fx.certify`, which takes folded models too.
 
     Args:
-        undo: the list of the change that this is a part of; see `compare_with_dense`.
+        undo: the list of the change that this is a part of; see `check_once`.
     """
     inputs, found = normalize_inputs(model, example_inputs), inventory(model)
     storages = found.storages()
@@ -151,8 +151,8 @@ def certify_adapted(
         with unwired(model), with_dense_weights(model, undo):
             program = capture(model, inputs)
             assert program.capture is not None
-            base = _Flow(program.capture, storages, found.modules).counts()
-        flow = _Flow(capture_graph(model, inputs), storages, found.modules)
+            base = Flow(program.capture, storages, found.modules).counts()
+        flow = Flow(capture_graph(model, inputs), storages, found.modules)
         rows = tuple(_measure(model, flow, storages, base))
         modes = (False, True) if whole else ()
         reports = tuple(check_once(model, inputs, training, program.rounding(), undo) for training in modes)
@@ -166,18 +166,25 @@ def check_adapted(
 ) -> None:
     """The self-check of `apply`: the adapted model must be the model with W + s·B·A in its weights.
 
+    B is nonzero while this runs; what is kept to undo that is bounded: of large weights only some output features are
+    adapted. Afterwards A and B are what they were, and every weight.
+
     Raises:
         EquivalenceError: it is not, in train or in eval mode; the error names the first use that is not covered.
     """
     if any(t.is_meta for t in model.parameters()):
         return
-    report = compare_with_dense(model, inputs, adapters, rounding, undo)
-    if not report:
-        raise EquivalenceError(
-            f"the adapted model is not the model with W + s·B·A: {report}",
-            place=_suspect(model, inputs, adapters, rounding, undo),
-            remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
-        )
+    reports: list[Report] = []
+    for seed in range(3):  # rounding can flip a router's choice: such an error goes away with other numbers
+        with filled(model, adapters, seed, undo):
+            reports = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
+        if all(reports):
+            return
+    raise EquivalenceError(
+        f"the adapted model is not the model with W + s·B·A: {worst(reports)}",
+        place=_suspect(model, inputs, adapters, rounding, undo),
+        remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
+    )
 
 
 def _suspect(
@@ -202,8 +209,8 @@ def _suspect(
 
 
 @dataclass(eq=False)
-class _Reading:
-    """A node that consumes adapted weights, and the node at which its branches have been added."""
+class Reading:
+    """A node that consumes weights, and the node at which its branches have been added."""
 
     node: fx.Node
     acting: dict[fx.Node, Storage | None]
@@ -218,8 +225,13 @@ class _Reading:
     def module(self) -> str:
         return self.node.meta.get(MODULE, "")
 
+    @property
+    def form(self) -> str:
+        name = op_name(self.node.target)
+        return FORMS[name].name if name in FORMS else name
 
-class _Flow:
+
+class Flow:
     """One walk over a captured graph: which nodes carry an adapted weight, or factors, and who consumes the weights."""
 
     def __init__(
@@ -242,6 +254,13 @@ class _Flow:
         """weight → how many nodes consume it."""
         acting = (storage for reading in self.readings for storage in reading.acting.values())
         return Counter(storage for storage in acting if storage is not None)
+
+    def arguments(self) -> list[torch.Tensor]:
+        """What the captured graph takes: the model's tensors as they are now, and the inputs."""
+        captured = self.captured
+        leaves = pytree.tree_leaves((captured.inputs.args, captured.inputs.kwargs))
+        state = [captured.tensors[n] for n in captured.graph.nodes if n.op == "placeholder" and n in captured.tensors]
+        return [*state, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
 
     def _find_roots(self, storages: Sequence[Storage]) -> None:
         weights: dict[tuple, list[Storage]] = {}
@@ -279,13 +298,13 @@ class _Flow:
     def _roots(self, node: fx.Node) -> tuple[fx.Node, ...]:
         return tuple(dict.fromkeys(root for n in node.all_input_nodes for root in self.carriers.get(n, ())))
 
-    def _reading(self, node: fx.Node) -> _Reading:
+    def _reading(self, node: fx.Node) -> Reading:
         roots = self._roots(node)
         carried = [n for n in node.all_input_nodes if n in self.carriers]
         summed = [self._summed(n) for n in carried]
         end, added, bypass = self._end(node, roots)
         acting = {root: self._acting(node, root, added.union(*summed)) for root in roots}
-        return _Reading(node, acting, end, all(summed), bypass)
+        return Reading(node, acting, end, all(summed), bypass)
 
     def _acting(self, node: fx.Node, root: fx.Node, adapters: frozenset[int]) -> Storage | None:
         """Adapters: the ids of those whose branches, or sums, were found here."""
@@ -345,11 +364,11 @@ def _moves(node: fx.Node, carriers: Mapping[fx.Node, Any]) -> bool:
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _measure(model: nn.Module, flow: _Flow, storages: Sequence[Storage], base: Counter[Storage]) -> list[Coverage]:
+def _measure(model: nn.Module, flow: Flow, storages: Sequence[Storage], base: Counter[Storage]) -> list[Coverage]:
     """A row for each use of each adapted weight; `base` counts those of the base model."""
     with undisturbed(model), torch.no_grad():
         replay = _Replay(flow)
-        replay.run(*replay.arguments())
+        replay.run(*flow.arguments())
     adapted, rows = flow.counts(), replay.rows
     for storage in storages:
         if not base[storage]:
@@ -371,45 +390,41 @@ def _row(storage: Storage, *rest: Any, **more: Any) -> Coverage:
 class _Replay(fx.Interpreter):
     """Runs a captured graph on its own inputs, and holds each use of an adapted weight against the dense sum."""
 
-    def __init__(self, flow: _Flow) -> None:
+    def __init__(self, flow: Flow) -> None:
         super().__init__(flow.captured.module)
         self.flow = flow
         self.rows: list[Coverage] = []
-        self._waiting: dict[fx.Node, list[tuple[_Reading, _Expected]]] = {}
+        self._judges: dict[fx.Node, list[Callable[[list[torch.Tensor]], None]]] = defaultdict(list)
         self._readings = {reading.node: reading for reading in flow.readings}
         kept = {n for node in flow.carriers for n in node.all_input_nodes if n not in flow.carriers}
         for last, freed in self.user_to_last_uses.items():  # indices of gathered experts are needed once more
             self.user_to_last_uses[last] = [n for n in freed if n not in kept]
 
-    def arguments(self) -> list[torch.Tensor]:
-        captured = self.flow.captured
-        leaves = pytree.tree_leaves((captured.inputs.args, captured.inputs.kwargs))
-        placeholders = [n for n in captured.graph.nodes if n.op == "placeholder"]
-        state = [captured.tensors[n] for n in placeholders if n in captured.tensors]
-        return [*state, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
-
     def run_node(self, node: fx.Node) -> Any:
-        reading = self._readings.get(node)
-        expected = None if reading is None else self._expect(reading)
+        if node in self._readings:
+            reading = self._readings[node]
+            self._judges[reading.end].append(self._judge_of(reading))
         result = super().run_node(node)
-        if reading is not None and expected is not None:
-            self._waiting.setdefault(reading.end, []).append((reading, expected))
-        for waiting, wanted in self._waiting.pop(node, ()):
-            self._judge(waiting, wanted, result)
+        for judge in self._judges.pop(node, ()):
+            judge(_floats(result))
         return result
 
-    def _expect(self, reading: _Reading) -> _Expected:
-        """What the use gives with the dense sums: before it runs, since it may write into its operands."""
-        plain = {root: self.flow.captured.tensors[root] for root in reading.acting}
-        dense = {root: _sums(plain[root], storage) for root, storage in reading.acting.items() if storage is not None}
-        whole = plain | {root: sums.whole for root, sums in dense.items()}
-        moved = plain | {root: sums.moved for root, sums in dense.items()}
-        without = {root: self._call(reading.node, whole | {root: plain[root]}) for root in dense}
-        return _Expected(self._call(reading.node, whole), self._call(reading.node, moved), without)
+    def _judge_of(self, reading: Reading) -> Callable[[list[torch.Tensor]], None]:
+        """Runs the use with the dense sums: before the model does, since it may write into its operands."""
+        node, plain = reading.node, {root: self.flow.captured.tensors[root] for root in reading.acting}
+        whole, moved = dict(plain), dict(plain)  # W + Σ s·B·A in W's dtype, and the same moved by one rounding step
+        adapted = {root: storage for root, storage in reading.acting.items() if storage is not None}
+        for root, storage in adapted.items():
+            weight = plain[root].detach()
+            total = weight.to(torch.float64) + delta(*storage.adapters).to(weight.device)
+            step = dither(weight, torch.finfo(weight.dtype).eps / 2, torch.Generator().manual_seed(0))
+            whole[root], moved[root] = total.to(weight.dtype), (total * step).to(weight.dtype)
+        without = {root: self._call(node, whole | {root: plain[root]}) for root in adapted}
+        return partial(self._judge, reading, self._call(node, whole), self._call(node, moved), without)
 
     def _call(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
         """The node's floating-point outputs with these weights in the place of its own."""
-        return [t.clone() for t in pytree.tree_leaves(self._value(node, weights)) if _is_float(t)]
+        return [t.clone() for t in _floats(self._value(node, weights))]
 
     def _value(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._operand(n, weights))
@@ -425,53 +440,31 @@ class _Replay(fx.Interpreter):
             return self._operand(next(n for n in node.all_input_nodes if n in self.flow.carriers), weights)
         return self._value(node, weights)
 
-    def _judge(self, reading: _Reading, expected: _Expected, result: Any) -> None:
-        actual = [t for t in pytree.tree_leaves(result) if _is_float(t)]
-        report = worst([
-            compare(a, e, e, relative_error(m, e, e), a.dtype)
-            for a, e, m in zip(actual, expected.whole, expected.moved, strict=True)
-        ])  # fmt: skip
-        place = reading.module, _form(reading.node)
+    def _judge(
+        self,
+        reading: Reading,
+        whole: list[torch.Tensor],
+        moved: list[torch.Tensor],
+        without: dict[fx.Node, list[torch.Tensor]],
+        actual: list[torch.Tensor],
+    ) -> None:
+        """A row for each weight of a use: `without` is what it gives with the plain W for one of them."""
+        report = compare_all(actual, whole, moved)
+        place = reading.module, reading.form
         for root, storage in reading.acting.items():
             if storage is None:
                 name, numbers = _name(self.flow.storages[root][0]), (0.0, report.error, report.bound)
                 problem = "" if report else "it must read the plain weight, and does not"
                 self.rows.append(Coverage(name, (), *place, Realisation.SPLIT_OFF, *numbers, problem))
                 continue
-            pairs = zip(expected.without[root], expected.whole, strict=True)
+            pairs = zip(without[root], whole, strict=True)
             effect = max((relative_error(w, e, e) for w, e in pairs), default=0.0)
             realised = Realisation.DENSE if reading.dense else storage.adapters[0].realised
             numbers = effect, report.error, report.bound
             self.rows.append(_row(storage, *place, realised, *numbers, _problem(reading, effect, report)))
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """What a use gives."""
-
-    whole: list[torch.Tensor]
-    """With W + s·B·A for every weight that it reads."""
-    moved: list[torch.Tensor]
-    """The same, each weight moved by one rounding step."""
-    without: dict[fx.Node, list[torch.Tensor]]
-    """The same, with the plain W for one of the weights."""
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """W + Σ s·B·A in W's dtype, and the same moved by one rounding step."""
-
-    whole: torch.Tensor
-    moved: torch.Tensor
-
-
-def _sums(weight: torch.Tensor, storage: Storage) -> _Sums:
-    total = weight.detach().to(torch.float64) + delta(*storage.adapters).to(weight.device)
-    moved = total * dither(weight, torch.finfo(weight.dtype).eps / 2, torch.Generator().manual_seed(0))
-    return _Sums(total.to(weight.dtype), moved.to(weight.dtype))
-
-
-def _problem(reading: _Reading, effect: float, report: Report) -> str:
+def _problem(reading: Reading, effect: float, report: Report) -> str:
     if reading.bypass:
         return f"{reading.bypass} reads its output without the branch"
     if not report:
@@ -484,13 +477,8 @@ def _problem(reading: _Reading, effect: float, report: Report) -> str:
     return "nothing to measure: on these inputs its output does not depend on the adapters"
 
 
-def _form(node: fx.Node) -> str:
-    form = FORMS.get(op_name(node.target))
-    return op_name(node.target) if form is None else form.name
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+def _floats(value: Any) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def _without_gradient(model: nn.Module, inputs: Inputs, storages: Sequence[Storage]) -> list[str]:

@@ -127,6 +127,14 @@ def compare(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor, noise: fl
     return Report(error, largest, noise, SLACK * noise, str(dtype).removeprefix("torch."), 1)
 
 
+def compare_all(
+    outputs: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]
+) -> Report:
+    """Each output against what it must be; the noise is how far that moves with weights that are rounded once more."""
+    triples = zip(outputs, exact, moved, strict=True)
+    return worst([compare(y, e, e, relative_error(m, e, e), y.dtype) for y, e, m in triples])
+
+
 def worst(reports: Sequence[Report]) -> Report:
     top = max(reports, key=lambda r: r.error / r.bound if math.isfinite(r.error) else math.inf)
     return Report(top.error, top.largest, top.noise, top.bound, top.dtype, len(reports))
@@ -180,37 +188,21 @@ def dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> tor
     return 1 + step * signs.to(weight.device, torch.float64)
 
 
-# ── the self-check of `apply` ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def compare_with_dense(
-    model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
-) -> Report:
-    """The adapted model against the base model with the dense W + s·B·A in place of each weight.
-
-    B is nonzero while this runs. The dense sums are written into the base weights, and taken out again bit for bit;
-    what is kept for that is bounded: of large weights only some output features are adapted.
-
-    Args:
-        rounding: storage → one rounding step of the weight where the model multiplies with it (`Program.rounding`).
-        undo: the list of the change that this is a part of: a check that is interrupted is undone with it.
-
-    Returns:
-        The worse of eval and train mode. A and B are what they were, and every weight.
-    """
-    reports: list[Report] = []
-    for seed in range(3):  # rounding can flip a router's choice: such an error goes away with other numbers
-        with filled(model, adapters, seed, undo):
-            reports = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
-        if all(reports):
-            break
-    return worst(reports)
+# ── against the dense sums ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_once(
     model: nn.Module, inputs: Inputs, training: bool, rounding: Mapping[int, float], undo: list[Undo]
 ) -> Report:
-    """The adapted model, with the factors it has, against the one with the dense sums, in one mode."""
+    """The adapted model, with the factors it has, against the one with the dense W + s·B·A in place of each weight.
+
+    The sums are written into the base weights, and taken out again bit for bit.
+
+    Args:
+        training: train mode, or eval mode.
+        rounding: storage → one rounding step of the weight where the model multiplies with it (`Program.rounding`).
+        undo: the list of the change that this is a part of: a check that is interrupted is undone with it.
+    """
     with in_mode(model, training):
         adapted = run(model, inputs)
         with unwired(model):
@@ -219,9 +211,7 @@ def check_once(
             with with_dense_weights(model, undo, rounding):
                 moved = run(model, inputs)
     _same_structure(adapted, dense)
-    return worst(
-        [compare(a, d, d, relative_error(m, d, d), a.dtype) for a, d, m in zip(adapted, dense, moved, strict=True)]
-    )
+    return compare_all(adapted, dense, moved)
 
 
 @contextmanager

@@ -6,18 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fx.demo.experiment import (
-    FULL,
-    PICTURE,
-    QUICK,
-    Outcome,
-    measure,
-    one_thread,
-    prepare,
-    progress_bars,
-    require_packages,
-    stage,
-)
+from lora_fx.demo import experiment
+from lora_fx.demo.experiment import FULL, PICTURE, QUICK, Outcome, stage
 from lora_fx.demo.report import draw_figure, print_outcome
 
 if TYPE_CHECKING:
@@ -31,15 +21,14 @@ def run_demo(folder: Path, *, seed: int = 0, quick: bool = False, console: Conso
         LoraFxError: a package is missing, or the folder cannot be written; nothing has been trained then.
     """
     started = time.perf_counter()
-    require_packages()
+    experiment.require_packages()
     from rich.console import Console
 
-    prepare(folder)
+    experiment.prepare(folder)
     console = console or Console()
-    with one_thread(seed), progress_bars(console) as progress:
-        outcome = measure(folder, QUICK if quick else FULL, seed, progress)
-        with stage(progress, "drawing the figure", 1) as step:
+    with experiment.one_thread(seed), experiment.progress_bars(console) as progress:
+        outcome = experiment.measure(folder, QUICK if quick else FULL, seed, progress)
+        with stage(progress, "drawing the figure"):
             draw_figure(outcome, folder / PICTURE)
-            step()
     print_outcome(outcome, folder, time.perf_counter() - started, console)
     return outcome

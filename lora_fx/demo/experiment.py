@@ -9,6 +9,7 @@ One thread throughout: the model is small, and the numbers then depend on the se
 from __future__ import annotations
 
 import importlib
+import math
 import random
 import tempfile
 import time
@@ -135,10 +136,10 @@ def load_splits(seed: int) -> tuple[Split, Split]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    images, labels = load_digits(return_X_y=True)
+    digits = load_digits()
+    images, labels = digits.images[:, None].astype("float32") / 16, digits.target
     parts = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=seed)
-    train_x, test_x = (torch.from_numpy(part).float().reshape(-1, 1, 8, 8) / 16 for part in parts[:2])
-    train_y, test_y = (torch.from_numpy(part).long() for part in parts[2:])
+    train_x, test_x, train_y, test_y = map(torch.from_numpy, parts)
     return Split(train_x, train_y), Split(test_x, test_y)
 
 
@@ -146,10 +147,11 @@ def load_splits(seed: int) -> tuple[Split, Split]:
 
 
 def train(model: nn.Module, data: Split, how: Training, step: Callable[[], None]) -> None:
-    """Any loop will do: after `apply`, exactly the adapters have `requires_grad`."""
+    """Any loop will do: after `apply`, exactly the adapters have `requires_grad`. A step of the bar is an epoch."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=how.rate, weight_decay=how.decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.rate, total_steps=count_steps(data, how))
+    steps = how.epochs * math.ceil(len(data.labels) / how.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.rate, total_steps=steps)
     model.train()
     for _ in range(how.epochs):
         for batch in torch.randperm(len(data.labels)).split(how.batch):
@@ -157,12 +159,8 @@ def train(model: nn.Module, data: Split, how: Training, step: Callable[[], None]
             F.cross_entropy(model(data.images[batch]), data.labels[batch]).backward()
             optimizer.step()
             schedule.step()
-            step()
+        step()
     model.eval()
-
-
-def count_steps(data: Split, how: Training) -> int:
-    return how.epochs * -(-len(data.labels) // how.batch)
 
 
 # ── an ONNX file, and what it does ───────────────────────────────────────────────────────────────────────────────────
@@ -188,10 +186,10 @@ def export(model: nn.Module, test: Split, path: Path, adapters: str = "folded") 
     import onnx
 
     from lora_fx.export.onnx.export import export_onnx
+    from lora_fx.export.onnx.runs import open_session
 
     report = export_onnx(model, test.images[:2], path, dynamic_shapes={"images": {0: "batch"}}, adapters=adapters)
-    nodes = onnx.load(path).graph.node
-    session = open_session(path)
+    session, _ = open_session(path)
     predictions, accuracy, largest = {}, {}, 0.0
     for task, data in test.tasks().items():
         logits = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: data.images.numpy()})[0])
@@ -199,16 +197,8 @@ def export(model: nn.Module, test: Split, path: Path, adapters: str = "folded") 
             largest = max(largest, float((logits - model(data.images)).abs().max()))
         predictions[task] = logits.argmax(dim=1)
         accuracy[task] = float((predictions[task] == data.labels).double().mean())
-    wiring = tuple((n.op_type, *n.input, "→", *n.output) for n in nodes)
+    wiring = tuple((n.op_type, *n.input, "→", *n.output) for n in onnx.load(path).graph.node)
     return Exported(session, report.nodes, wiring, report.bytes, predictions, accuracy, largest)
-
-
-def open_session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def time_sessions(sessions: list[Any], image: torch.Tensor, rounds: int, step: Callable[[], None]) -> torch.Tensor:
@@ -216,16 +206,14 @@ def time_sessions(sessions: list[Any], image: torch.Tensor, rounds: int, step: C
     machine does falls on all of them alike."""
     order = random.Random(0)
     feeds = [{session.get_inputs()[0].name: image.numpy()} for session in sessions]
-    times = torch.zeros(rounds, len(sessions), dtype=torch.float64)
-    for turn in range(-20, rounds):  # the first twenty warm up
+    times = torch.zeros(20 + rounds, len(sessions), dtype=torch.float64)
+    for turn in times:
         for which in order.sample(range(len(sessions)), len(sessions)):
             start = time.perf_counter_ns()
             sessions[which].run(None, feeds[which])
-            if turn >= 0:
-                times[turn, which] = (time.perf_counter_ns() - start) / 1000
-        if turn >= 0:
-            step()
-    return times
+            turn[which] = (time.perf_counter_ns() - start) / 1000
+        step()
+    return times[20:]  # the first twenty warm up
 
 
 # ── the story ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -272,41 +260,34 @@ class Outcome:
 def measure(folder: Path, settings: Settings, seed: int, progress: Progress) -> Outcome:
     from lora_fx.export.adapters.files import save_adapter
 
-    train_split, test = load_splits(seed)
+    learn, test = load_splits(seed)
     model = VisionTransformer()
     parameters = sum(p.numel() for p in model.parameters())
-    with stage(progress, "training the base on upright digits", count_steps(train_split, settings.base)) as step:
-        train(model, train_split, settings.base, step)
+    with stage(progress, "training the base on upright digits", settings.base.epochs) as step:
+        train(model, learn, settings.base, step)
     with tempfile.TemporaryDirectory() as scratch:
-        with stage(progress, "exporting the base", 1) as step:
+        with stage(progress, "exporting the base"):
             base = export(model, test, Path(scratch) / "base.onnx")
-            step()
 
         lora_fx.apply(model, RULE, test.images[:2])
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        steps = count_steps(train_split, settings.lora)
-        with stage(progress, "training the adapter on rotated digits", steps) as step:
-            train(model, train_split.rotated(), settings.lora, step)
+        with stage(progress, "training the adapter on rotated digits", settings.lora.epochs) as step:
+            train(model, learn.rotated(), settings.lora, step)
         save_adapter(model, folder / ADAPTER)
 
         with stage(progress, "folding and exporting", 2) as step:
             unfolded = export(model, test, Path(scratch) / "unfolded.onnx", adapters="unfolded")
             step()
-            before = snapshot(model)
+            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             equivalence = lora_fx.verify(model, lora_fx.fold(model, copy=True), test.rotated().images)
             lora_fx.fold(model)
             folded = export(model, test, folder / MODEL)
-            restored = same_bits(before, snapshot(lora_fx.unfold(model)))
-            step()
+            restored = same_bits(before, lora_fx.unfold(model).state_dict())
+    sessions = [base.session, unfolded.session, folded.session]
     with stage(progress, "timing ONNX Runtime", settings.rounds) as step:
-        sessions = [base.session, unfolded.session, folded.session]
         times = time_sessions(sessions, test.rotated().images[:1], settings.rounds, step)
     size = sum(file.stat().st_size for file in (folder / ADAPTER).iterdir())
     return Outcome(base, unfolded, folded, times, parameters, trainable, size, equivalence, restored, test)
-
-
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def same_bits(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
@@ -363,7 +344,8 @@ def progress_bars(console: Console) -> Progress:
 
 
 @contextmanager
-def stage(progress: Progress, title: str, steps: int) -> Iterator[Callable[[], None]]:
-    """A bar of its own; inside, call what comes back once for each step."""
+def stage(progress: Progress, title: str, steps: int = 1) -> Iterator[Callable[[], None]]:
+    """A bar of its own; inside, call what comes back after each step; it is full afterwards."""
     task = progress.add_task(title, total=steps)
     yield lambda: progress.advance(task)
+    progress.update(task, completed=steps)

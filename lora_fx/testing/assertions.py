@@ -6,7 +6,8 @@ import copy
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -52,28 +53,18 @@ def assert_folds_exactly(model: nn.Module, example_inputs: Any = None) -> Report
     """
     state, wired = comparing.bits(model), comparing.classes(model)
     base, folded = comparing.base_of(model), fold(model, copy=True)
-
-    def check(holds: bool, message: str) -> None:
-        if not holds:
-            raise _failure(message, model)
-
-    def check_bits(was: dict[str, torch.Tensor], now: nn.Module, message: str) -> None:
-        changed = comparing.first_changed(was, comparing.bits(now))
-        check(changed is None, f"{changed}: {message}")
-
-    check_bits(state, model, "folding a copy has changed the model itself")
-    _check_shape(check, wired, comparing.classes(model), "class of the model itself")
-    _check_shape(check, comparing.classes(base), comparing.classes(folded), "class")
-    _check_shape(check, dict.fromkeys(base.state_dict()), dict.fromkeys(folded.state_dict()), "state_dict key")
-    _check_ties(check, model, folded)
-    _check_weights(check, model, folded)
-    _check_graph(check, base, folded, example_inputs)
+    _refuse(model, _changed(state, model, "folding a copy has changed the model itself"))
+    _refuse(model, _other(wired, comparing.classes(model), "class of the model itself"))
+    _refuse(model, _other(comparing.classes(base), comparing.classes(folded), "class"))
+    _refuse(model, _other(dict.fromkeys(base.state_dict()), dict.fromkeys(folded.state_dict()), "state_dict key"))
+    _refuse(model, _wrong_weights(model, folded))
+    _refuse(model, _other_lines(base, folded, example_inputs))
     report = _assert_equivalent("the folded model is not the adapted model", model, folded, example_inputs)
     once = comparing.bits(folded)
-    check_bits(once, fold(folded), "folding a second time changes it")
+    _refuse(model, _changed(once, fold(folded), "folding a second time changes it"))
     back = unfold(folded)
-    check_bits(state, back, "unfolding does not give its bits back")
-    _check_shape(check, wired, comparing.classes(back), "class after unfolding")
+    _refuse(model, _changed(state, back, "unfolding does not give its bits back"))
+    _refuse(model, _other(wired, comparing.classes(back), "class after unfolding"))
     return report
 
 
@@ -118,9 +109,9 @@ def assert_onnx_equivalent(
 
 def _run_file(path: Path, model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     """What ONNX Runtime gives for the floating-point outputs."""
-    import onnxruntime
+    from lora_fx.export.onnx.runs import open_session
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session, _ = open_session(path)
     bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments  # in the signature's order
     tensors = [t for t in pytree.tree_leaves(bound) if isinstance(t, torch.Tensor)]
     feeds = {value.name: t.numpy() for value, t in zip(session.get_inputs(), tensors, strict=True)}
@@ -145,36 +136,42 @@ def _failure(message: str, model: nn.Module) -> AssertionError:
     return AssertionError(f"{message}\n{model!r}" if isinstance(model, RandomModel) else message)
 
 
-_Check = Callable[[bool, str], None]
+def _refuse(model: nn.Module, problems: Iterator[str]) -> None:
+    for problem in problems:
+        raise _failure(problem, model)
 
 
-def _check_shape(check: _Check, wanted: dict[str, Any], found: dict[str, Any], what: str) -> None:
+def _changed(was: dict[str, torch.Tensor], now: nn.Module, message: str) -> Iterator[str]:
+    changed = comparing.first_changed(was, comparing.bits(now))
+    if changed is not None:
+        yield f"{changed}: {message}"
+
+
+def _other(wanted: dict[str, Any], found: dict[str, Any], what: str) -> Iterator[str]:
     for name in dict.fromkeys((*wanted, *found)):
-        check(name in found, f"{name}: this {what} is missing")
-        check(name in wanted, f"{name}: this {what} is not the base model's")
-        check(wanted[name] is found[name], f"{name or 'the model'}: the {what} is {found[name]}, not {wanted[name]}")
+        if name not in found:
+            yield f"{name}: this {what} is missing"
+        elif name not in wanted:
+            yield f"{name}: this {what} is not the base model's"
+        elif wanted[name] is not found[name]:
+            yield f"{name or 'the model'}: the {what} is {found[name]}, not {wanted[name]}"
 
 
-def _check_ties(check: _Check, model: nn.Module, folded: nn.Module) -> None:
-    """Names of one storage that are adapted alike share a storage still."""
-    acting, after = inventory(model).by_weight(active=True), base_parameters(folded)
+def _wrong_weights(model: nn.Module, folded: nn.Module) -> Iterator[str]:
+    """Names of one storage that are adapted alike share one still, and what no adapter acts on is untouched."""
+    acting, before, after = inventory(model).by_weight(active=True), base_parameters(model), base_parameters(folded)
     first: dict[tuple, str] = {}
-    for name, parameter in base_parameters(model).items():
-        alike = (parameter.untyped_storage().data_ptr(), tuple(map(id, acting.get(name, ()))))
-        twin = first.setdefault(alike, name)
-        same = after[name].untyped_storage().data_ptr() == after[twin].untyped_storage().data_ptr()
-        check(same, f"{name}: it shared its storage with {twin}, and does no longer")
-
-
-def _check_weights(check: _Check, model: nn.Module, folded: nn.Module) -> None:
-    acting, after = inventory(model).by_weight(active=True), base_parameters(folded)
-    for name, weight in base_parameters(model).items():
-        if name not in acting:
-            check(comparing.same_bits(weight, after[name]), f"{name}: no adapter acts on it, and its bits have changed")
-            continue
-        wrong = misrounded(weight, after[name], acting[name])
-        if wrong.numel():
-            raise _failure(_describe(name, weight, after[name], acting[name], wrong), model)
+    for name, weight in before.items():
+        twin = first.setdefault((weight.untyped_storage().data_ptr(), *map(id, acting.get(name, ()))), name)
+        if after[name].untyped_storage().data_ptr() != after[twin].untyped_storage().data_ptr():
+            yield f"{name}: it shared its storage with {twin}, and does no longer"
+    for name, weight in before.items():
+        if name in acting:
+            wrong = misrounded(weight, after[name], acting[name])
+            if wrong.numel():
+                yield _describe(name, weight, after[name], acting[name], wrong)
+        elif not comparing.same_bits(weight, after[name]):
+            yield f"{name}: no adapter acts on it, and its bits have changed"
 
 
 def _describe(
@@ -192,13 +189,13 @@ def _describe(
     )
 
 
-def _check_graph(check: _Check, base: nn.Module, folded: nn.Module, example_inputs: Any) -> None:
+def _other_lines(base: nn.Module, folded: nn.Module, example_inputs: Any) -> Iterator[str]:
     def lines(model: nn.Module) -> list[str]:
         return comparing.graph_lines(capture_graph(model, example_inputs).graph)
 
     found, wanted = lines(folded), lines(base)
     if found != wanted:  # a router on other numbers, or a tied weight of which one use has a copy now
         wanted = lines(comparing.as_folded(base, folded))
-    pairs = zip([*wanted, *[""] * len(found)], [*found, *[""] * len(wanted)], strict=False)
-    differing = next(((w, f) for w, f in pairs if w != f), None)
-    check(differing is None, f"the folded model's graph is not the base model's: {differing}")
+    for pair in zip_longest(wanted, found, fillvalue=""):
+        if len({*pair}) > 1:
+            yield f"the folded model's graph is not the base model's: {pair}"

@@ -6,22 +6,19 @@ value of a use in one model  ≈  value of the same use in the other
 from __future__ import annotations
 
 import copy
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
-from lora_fx.checks.verification import Report, compare, in_float64, move_weights, relative_error
-from lora_fx.deltas.adapter import Adapter
-from lora_fx.graph.capture import MODULE, Inputs, capture_graph, no_fast_paths, normalize_inputs, undisturbed
-from lora_fx.graph.forms import op_name
-from lora_fx.graph.program import Use, capture
-from lora_fx.model.classes import unwire, unwired
-from lora_fx.model.inventory import base_parameters, inventory
+from lora_fx.checks.certification import Flow, Reading
+from lora_fx.checks.verification import Report, compare, in_float64, move_weights, relative_error, rounding_step
+from lora_fx.graph.capture import Inputs, capture_graph, no_fast_paths, normalize_inputs, undisturbed
+from lora_fx.graph.program import find_weights, storage_key
+from lora_fx.model.classes import unwire
+from lora_fx.model.inventory import Storage, base_parameters, inventory
 from lora_fx.model.marks import detach, unmark
 
 
@@ -40,10 +37,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def first_changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> str | None:
     """The first name that is missing, new, or not the same bits."""
-    for name in dict.fromkeys((*before, *after)):
-        if name not in before or name not in after or not same_bits(before[name], after[name]):
-            return name
-    return None
+    names = dict.fromkeys((*before, *after))
+    return next((n for n in names if not (n in before and n in after and same_bits(before[n], after[n]))), None)
 
 
 def classes(model: nn.Module) -> dict[str, type]:
@@ -115,7 +110,7 @@ class Difference:
         )
 
 
-#: the path of the module, the op, and which one of those in there
+#: the path of the module, the form of the use, and which one of those in there
 _Key = tuple[str, str, int]
 
 
@@ -123,105 +118,68 @@ def first_difference(before: nn.Module, after: nn.Module, example_inputs: Any = 
     """The first use of a weight, in the order of execution, at which two models differ; None where no use does.
 
     Both are captured (in eval mode) and run node by node. A use counts with its branches; uses are matched by the
-    module that executes them, their op, and their number in there. The bound is that of `lora_fx.verify`, for each use.
+    module that executes them, their form, and their number in there. The bound is that of `lora_fx.verify`, for each
+    use.
     """
     inputs = normalize_inputs(before, example_inputs)
-    with unwired(before):
-        uses = _uses(before, inputs)
-    mine, theirs = _Tape(before, inputs).play(), _Tape(after, inputs).play()
-    wide, wide_inputs, _ = in_float64(before, inputs)
-    tape = _Tape(wide, wide_inputs)
-    exact = tape.play()
-    move_weights(wide, max((use.rounding for own in uses.values() for use in own), default=0.0))
-    moved = tape.play()
-    for key, own in uses.items():
-        if not all(key in values for values in (mine, theirs, exact)) or mine[key].shape != theirs[key].shape:
+    tape, (wide, wide_inputs, _) = _Tape(before, inputs), in_float64(before, inputs)
+    wide_tape = _Tape(wide, wide_inputs)
+    runs = [tape.play(), _Tape(after, inputs).play(), wide_tape.play()]
+    move_weights(wide, rounding_step(before, inputs))
+    runs.append(wide_tape.play())
+    for key, reading in tape.uses.items():
+        if not all(key in values for values in runs):
             continue
-        a, w = mine[key], exact[key]
-        noise = max(relative_error(a, w, w), relative_error(moved[key], w, w))
-        report = compare(a, theirs[key], w, noise, a.dtype)
+        mine, theirs, exact, moved = (values[key] for values in runs)
+        if mine.shape != theirs.shape:
+            continue
+        noise = max(relative_error(mine, exact, exact), relative_error(moved, exact, exact))
+        report = compare(mine, theirs, exact, noise, mine.dtype)
         if not report:
-            names = tuple(dict.fromkeys(" = ".join(use.weight.names) for use in own))
-            return Difference(names, own[0].module, own[0].form, report)
+            return Difference(tape.weights_of(reading), reading.module, reading.form, report)
     return None
 
 
-def _uses(model: nn.Module, inputs: Inputs) -> dict[_Key, list[Use]]:
-    """Each node that uses weights, with its uses: an LSTM reads several in one."""
-    program = capture(model, inputs)
-    uses: dict[fx.Node, list[Use]] = defaultdict(list)
-    for use in program.uses:
-        uses[use.node].append(use)
-    return {key: uses[node] for key, node in _numbered(program.graph, frozenset()) if node in uses}
-
-
-def _numbered(graph: fx.Graph, left_out: frozenset[fx.Node]) -> Iterator[tuple[_Key, fx.Node]]:
-    counts: Counter[tuple[str, str]] = Counter()
-    for node in graph.nodes:
-        if node.op == "call_function" and node not in left_out:
-            place = node.meta.get(MODULE, ""), op_name(node.target)
-            yield (*place, counts[place]), node
-            counts[place] += 1
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the value of every node."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.values: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.values[n] = super().run_node(n)
-        return self.values[n]
-
-
-class _Tape:
+class _Tape(fx.Interpreter):
     """A captured model, to be run node by node."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.model, self.captured = model, capture_graph(model, inputs)
-        self.leaves = [t for t in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(t, torch.Tensor)]
-        own = {id(t) for m in model.modules() if isinstance(m, Adapter) for t in (*m.parameters(), *m.buffers())}
-        factors = {node for node, tensor in self.captured.tensors.items() if id(tensor) in own}
-        branches, self.last = _branches(self.captured.graph, factors)
-        self.numbered = list(_numbered(self.captured.graph, branches))
+        captured, found = capture_graph(model, inputs), inventory(model)
+        super().__init__(captured.module)
+        self.model, self.weights = model, find_weights(model)
+        adapted = found.storages()
+        known = {storage_key(storage.parameter) for storage in adapted}
+        plain = [_plain_storage(model, w.names) for key, w in self.weights.items() if key not in known]
+        self.flow = Flow(captured, [*adapted, *plain], found.modules)
+        self.uses: dict[_Key, Reading] = {}
+        counts: Counter[tuple[str, str]] = Counter()
+        for reading in self.flow.readings:
+            place = reading.module, reading.form
+            self.uses[(*place, counts[place])] = reading
+            counts[place] += 1
+        self._ends = {reading.end: key for key, reading in self.uses.items()}
+        self._values: dict[_Key, torch.Tensor] = {}
 
     def play(self) -> dict[_Key, torch.Tensor]:
-        """What every node that is no part of a branch gives, its branches added: floating-point numbers only."""
-        state = [*dict(self.model.named_parameters()).values(), *dict(self.model.named_buffers()).values()]
-        recorder = _Recorder(self.captured.module)
+        """What every use gives, its branches added: floating-point numbers only."""
+        self._values = {}
         with undisturbed(self.model), no_fast_paths(), torch.no_grad():
             torch.manual_seed(0)
-            recorder.run(state, self.leaves)
-        found = {key: recorder.values[self.last.get(node, node)] for key, node in self.numbered}
-        found = {key: v[0] if isinstance(v, tuple | list) and v else v for key, v in found.items()}
-        return {key: v for key, v in found.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+            self.run(*self.flow.arguments())
+        return self._values
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        first = value[0] if isinstance(value, tuple | list) and value else value
+        if n in self._ends and isinstance(first, torch.Tensor) and first.is_floating_point():
+            self._values[self._ends[n]] = first.clone()
+        return value
+
+    def weights_of(self, reading: Reading) -> tuple[str, ...]:
+        keys = (storage_key(self.flow.captured.tensors[root]) for root in reading.acting)
+        return tuple(" = ".join(self.weights[key].names) for key in dict.fromkeys(keys))
 
 
-def _branches(graph: fx.Graph, factors: set[fx.Node]) -> tuple[frozenset[fx.Node], dict[fx.Node, fx.Node]]:
-    """The nodes that belong to branches, and for each node that has branches the one that adds the last of them."""
-    made = set(factors)  # of factors alone: B·A, padded, cast or transposed factors
-    tainted = set(factors)
-    up: set[fx.Node] = set()
-    origin: dict[fx.Node, fx.Node] = {}
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        read = node.all_input_nodes
-        if node.op != "call_function" or not any(n in tainted for n in read):
-            continue
-        tainted.add(node)
-        if all(n in made for n in read):
-            made.add(node)
-            continue
-        left, right = (*node.args[:2], None, None)[:2]
-        if op_name(node.target) == "add" and right in made | up:
-            origin[node] = origin.get(left, left)
-            last[origin[node]] = node
-        elif any(n in made for n in read):
-            up.add(node)
-    inside = made | up | set(origin)
-    for node in reversed(graph.nodes):  # what lies between a factor and the end of its branch: the scale
-        if node in tainted and node.users and all(user in inside for user in node.users) and node not in last:
-            inside.add(node)
-    return frozenset(inside), last
+def _plain_storage(model: nn.Module, names: tuple[str, ...]) -> Storage:
+    path, _, attribute = names[0].rpartition(".")
+    return Storage(((model.get_submodule(path), attribute),), (), False, names)

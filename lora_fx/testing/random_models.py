@@ -39,8 +39,8 @@ _HEADED = {"heads": _HEADS, "head_inputs": _IN, "head_outputs": _OUT}
 class Block(nn.Module):
     """One step of a model: (batch, tokens, inputs) → (batch, some tokens, outputs).
 
-    A subclass is a row of the table: `choices` are its options, simplest first; `build` makes the parameters and sets
-    `inputs` and `outputs`; `compute` multiplies.
+    A subclass is a row of the table: `choices` are its options, simplest first, and each is an attribute; `build` makes
+    the parameters, and sets `inputs` and `outputs` where they are no options; `compute` multiplies.
 
     Args:
         activation: what follows the block.
@@ -62,17 +62,10 @@ class Block(nn.Module):
         every = {**self.choices, **GLUE}
         if unknown := options.keys() - every.keys():
             raise TypeError(f"{type(self).__name__} has no option {sorted(unknown)}; it has {', '.join(every)}")
-        self._options = {**{name: values[0] for name, values in self.choices.items()}, **options}
-        glue = {name: options.get(name, values[0]) for name, values in GLUE.items()}
-        self.activation, self.residual, self.opaque = glue["activation"], glue["residual"], glue["opaque"]
-        self.drop = nn.Dropout(glue["dropout"])
+        self._options = {name: options.get(name, values[0]) for name, values in every.items()}
+        vars(self).update(self._options)
+        self.drop = nn.Dropout(self.dropout)
         self.build(**{name: self._options[name] for name in self.choices})
-
-    def build(self, **options: Any) -> None:
-        raise NotImplementedError
-
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.opaque and x.shape[0] == 0:
@@ -80,8 +73,7 @@ class Block(nn.Module):
         return self.compute(x)
 
     def __repr__(self) -> str:
-        plain = {name: values[0] for name, values in GLUE.items()}
-        shown = {name: value for name, value in self._options.items() if name not in plain or value != plain[name]}
+        shown = {n: value for n, value in self._options.items() if n in self.choices or value != GLUE[n][0]}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
@@ -99,7 +91,6 @@ class Linear(Block):
     choices: ClassVar = {"inputs": _IN, "outputs": _OUT, "bias": _BOTH, "module": _BOTH}
 
     def build(self, inputs, outputs, bias, module):
-        self.inputs, self.outputs, self.module = inputs, outputs, module
         if module:
             self.linear = nn.Linear(inputs, outputs, bias)
         else:
@@ -109,13 +100,17 @@ class Linear(Block):
         return self.linear(x) if self.module else F.linear(x, self.weight, self.bias)
 
 
+def _by_token(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(batch · tokens, n) → (batch, tokens, n), as x has them."""
+    return y.unflatten(0, (x.shape[0], x.shape[1]))
+
+
 class Matmul(Block):
     """`@` with a raw weight on either side, straight or transposed."""
 
     choices: ClassVar = {"inputs": _IN, "outputs": _OUT, "how": ("right", "left", "transposed", "reversed", "mm")}
 
     def build(self, inputs, outputs, how):
-        self.inputs, self.outputs, self.how = inputs, outputs, how
         self.weight = weight(*((outputs, inputs) if how in ("left", "transposed") else (inputs, outputs)))
 
     def compute(self, x):
@@ -126,8 +121,18 @@ class Matmul(Block):
         if self.how == "reversed":
             return torch.matmul(self.weight.t(), x.transpose(1, 2)).transpose(1, 2)
         if self.how == "mm":
-            return torch.mm(x.flatten(0, 1), self.weight).unflatten(0, (x.shape[0], x.shape[1]))
+            return _by_token(torch.mm(x.flatten(0, 1), self.weight), x)
         return x @ self.weight
+
+
+def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(batch, tokens, heads · n) → (heads, batch · tokens, n)"""
+    return x.unflatten(-1, (heads, -1)).movedim(2, 0).flatten(1, 2)
+
+
+def _joined(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(heads, batch · tokens, n) → (batch, tokens, heads · n), with the batch and tokens of x."""
+    return y.unflatten(1, (x.shape[0], x.shape[1])).movedim(0, 2).flatten(2)
 
 
 class Bmm(Block):
@@ -136,39 +141,31 @@ class Bmm(Block):
     choices: ClassVar = {**_HEADED, "how": ("bmm", "bmm_left", "matmul", "matmul_left", "expanded")}
 
     def build(self, heads, head_inputs, head_outputs, how):
-        self.heads, self.how = heads, how
         self.inputs, self.outputs = heads * head_inputs, heads * head_outputs
         sizes = (head_outputs, head_inputs) if how.endswith("left") else (head_inputs, head_outputs)
         self.weight = weight(*sizes) if how == "expanded" else weight(heads, *sizes)
 
     def compute(self, x):
-        x = x.unflatten(-1, (self.heads, -1))
         if self.how.startswith("matmul"):
-            x = x.transpose(1, 2)  # (batch, heads, tokens, head_inputs)
+            x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head_inputs)
             y = (self.weight @ x.mT).mT if self.how == "matmul_left" else x @ self.weight
             return y.transpose(1, 2).flatten(2)
-        batch, tokens = x.shape[0], x.shape[1]
-        x = x.movedim(2, 0).flatten(1, 2)  # (heads, batch · tokens, head_inputs)
+        parts = _by_head(x, self.heads)
         if self.how == "bmm_left":
-            y = torch.bmm(self.weight, x.mT).mT
-        elif self.how == "expanded":
-            y = torch.bmm(x, self.weight.expand(self.heads, -1, -1))
-        else:
-            y = torch.bmm(x, self.weight)
-        return y.unflatten(1, (batch, tokens)).movedim(0, 2).flatten(2)
+            return _joined(torch.bmm(self.weight, parts.mT).mT, x)
+        weights = self.weight.expand(self.heads, -1, -1) if self.how == "expanded" else self.weight
+        return _joined(torch.bmm(parts, weights), x)
 
 
 class Addmm(Block):
     """beta·bias + alpha·(x @ W), with two axes or three, the weight on either side."""
 
     choices: ClassVar = {
-        **_HEADED,
-        "how": ("addmm", "addmm_left", "baddbmm", "baddbmm_left"),
+        **_HEADED, "how": ("addmm", "addmm_left", "baddbmm", "baddbmm_left"),
         "beta_alpha": ((1, 1), (0.5, 2), (1, 0.7)),
-    }
+    }  # fmt: skip
 
     def build(self, heads, head_inputs, head_outputs, how, beta_alpha):
-        self.heads, self.how = heads, how
         self.beta, self.alpha = beta_alpha
         self.inputs, self.outputs = heads * head_inputs, heads * head_outputs
         if how.startswith("addmm"):
@@ -179,20 +176,15 @@ class Addmm(Block):
         self.bias = weight(*summand)
 
     def compute(self, x):
-        batch, tokens = x.shape[0], x.shape[1]
-        if self.how.startswith("addmm"):
-            x = x.flatten(0, 1)
-            if self.how == "addmm":
-                y = torch.addmm(self.bias, x, self.weight, beta=self.beta, alpha=self.alpha)
-            else:
-                y = torch.addmm(self.bias[:, None], self.weight, x.t(), beta=self.beta, alpha=self.alpha).t()
-            return y.unflatten(0, (batch, tokens))
-        x = x.unflatten(-1, (self.heads, -1)).movedim(2, 0).flatten(1, 2)
+        w, b, beta, alpha = self.weight, self.bias, self.beta, self.alpha
+        if self.how == "addmm":
+            return _by_token(torch.addmm(b, x.flatten(0, 1), w, beta=beta, alpha=alpha), x)
+        if self.how == "addmm_left":
+            return _by_token(torch.addmm(b[:, None], w, x.flatten(0, 1).t(), beta=beta, alpha=alpha).t(), x)
+        parts = _by_head(x, self.heads)
         if self.how == "baddbmm":
-            y = torch.baddbmm(self.bias, x, self.weight, beta=self.beta, alpha=self.alpha)
-        else:
-            y = torch.baddbmm(self.bias.mT, self.weight, x.mT, beta=self.beta, alpha=self.alpha).mT
-        return y.unflatten(1, (batch, tokens)).movedim(0, 2).flatten(2)
+            return _joined(torch.baddbmm(b, parts, w, beta=beta, alpha=alpha), x)
+        return _joined(torch.baddbmm(b.mT, w, parts.mT, beta=beta, alpha=alpha).mT, x)
 
 
 class Einsum(Block):
@@ -211,16 +203,15 @@ class Einsum(Block):
         left, _, out = equation.replace("...", "bt").partition("->")
         first, second = left.split(",")
         w, x = (first, second) if "b" in second else (second, first)
-        self.equation, self.weight_first = equation, w == first
+        self.weight_first, self.split = w == first, "h" in x
         out = out or "".join(sorted(set(w) ^ set(x)))
-        self.heads = heads if "h" in x else 1
         self.order = tuple(out.index(label) for label in "btho" if label in out)
-        self.inputs = head_inputs * (heads if "h" in x else 1)
+        self.inputs = head_inputs * (heads if self.split else 1)
         self.outputs = head_outputs * (heads if "h" in out else 1)
         self.weight = weight(*(sizes[label] for label in w))
 
     def compute(self, x):
-        if "h" in self.equation.partition(",")[0]:
+        if self.split:
             x = x.unflatten(-1, (self.heads, -1))
         operands = (self.weight, x) if self.weight_first else (x, self.weight)
         return torch.einsum(self.equation, *operands).permute(self.order).flatten(2)
@@ -229,16 +220,37 @@ class Einsum(Block):
 #: Sizes of the spatial axes beside the tokens, and of the kernel along them.
 _BESIDE, _KERNEL_BESIDE = (3, 2), (3, 1)
 
-
-def _spatial(first: Any, beside: tuple, spatial: int) -> tuple:
-    return (first, *beside)[:spatial]
-
-
 _CHANNELS = {"spatial": (1, 2, 3), "groups": (1, 2), "group_inputs": (3, 1, 2), "group_outputs": (2, 3, 1)}
 
 
-class Conv(Block):
-    """Convolutions along the tokens, and along axes made of the features."""
+class _Convolution(Block):
+    """Along the tokens, and along axes made of the features; so that every kernel fits, `more` tokens are added."""
+
+    keeps_length = False
+    more = 1
+
+    def convolution(self, kind: str, kernel, stride, padding, dilation, **others) -> nn.Module:
+        self.beside = _BESIDE[: self.spatial - 1]
+        lost = [extent - 1 if padding == "valid" else 0 for extent in _KERNEL_BESIDE]
+        left = [size - less for size, less in zip(self.beside, lost, strict=False)]
+        channels, out = self.groups * self.group_inputs, self.groups * self.group_outputs
+        self.inputs, self.outputs = channels * math.prod(self.beside), out * math.prod(left)
+        if not isinstance(padding, str):
+            padding = self.along(padding, (1, 0))
+        others |= dict(stride=self.along(stride, (1, 1)), padding=padding, dilation=self.along(dilation, (1, 1)))
+        others |= dict(groups=self.groups, bias=self.bias)
+        return getattr(nn, f"{kind}{self.spatial}d")(channels, out, self.along(kernel, _KERNEL_BESIDE), **others)
+
+    def along(self, first: int, beside: tuple[int, int]) -> tuple[int, ...]:
+        return (first, *beside)[: self.spatial]
+
+    def compute(self, x):
+        x = F.pad(x, (0, 0, 0, self.more)).unflatten(-1, (-1, *self.beside)).transpose(1, 2)
+        return self.conv(x).transpose(1, 2).flatten(2)
+
+
+class Conv(_Convolution):
+    """The ordinary ones."""
 
     choices: ClassVar = {
         **_CHANNELS,
@@ -249,33 +261,14 @@ class Conv(Block):
         "mode": ("zeros", "circular", "reflect", "replicate"),
         "bias": _BOTH,
     }  # fmt: skip
-    keeps_length = False
 
-    def build(self, spatial, groups, group_inputs, group_outputs, geometry, mode, bias):
-        kernel, stride, padding, dilation = geometry
-        self.beside, self.least = _spatial(1, _BESIDE, spatial)[1:], dilation * (kernel - 1)
-        channels, out = groups * group_inputs, groups * group_outputs
-        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1](
-            channels,
-            out,
-            _spatial(kernel, _KERNEL_BESIDE, spatial),
-            stride=_spatial(stride, (1, 1), spatial),
-            padding=padding if isinstance(padding, str) else _spatial(padding, (1, 0), spatial),
-            dilation=_spatial(dilation, (1, 1), spatial),
-            groups=groups,
-            bias=bias,
-            padding_mode=mode,
-        )
-        lost = [extent - 1 if padding == "valid" else 0 for extent in _KERNEL_BESIDE]
-        left = [size - less for size, less in zip(self.beside, lost, strict=False)]
-        self.inputs, self.outputs = channels * math.prod(self.beside), out * math.prod(left)
-
-    def compute(self, x):
-        return _convolve(self.conv, F.pad(x, (0, 0, 0, self.least)), self.beside)
+    def build(self, geometry, mode, **_):
+        kernel, *_, dilation = geometry
+        self.more, self.conv = dilation * (kernel - 1), self.convolution("Conv", *geometry, padding_mode=mode)
 
 
-class ConvTranspose(Block):
-    """Transposed convolutions; torch's module decides too much to be traced, so there is the function as well."""
+class ConvTranspose(_Convolution):
+    """Transposed ones; torch's module decides too much to be traced, so there is the function as well."""
 
     choices: ClassVar = {
         **_CHANNELS,
@@ -285,29 +278,12 @@ class ConvTranspose(Block):
         "bias": _BOTH,
         "module": _BOTH,
     }  # fmt: skip
-    keeps_length = False
 
-    def build(self, spatial, groups, group_inputs, group_outputs, geometry, bias, module):
+    def build(self, geometry, module, **_):
         kernel, stride, padding, output_padding, dilation = geometry
-        self.beside = _spatial(1, _BESIDE, spatial)[1:]
-        channels, out = groups * group_inputs, groups * group_outputs
-        self.conv = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[spatial - 1](
-            channels,
-            out,
-            _spatial(kernel, _KERNEL_BESIDE, spatial),
-            stride=_spatial(stride, (1, 1), spatial),
-            padding=_spatial(padding, (1, 0), spatial),
-            output_padding=_spatial(output_padding, (0, 0), spatial),
-            groups=groups,
-            bias=bias,
-            dilation=_spatial(dilation, (1, 1), spatial),
-        )
-        if not module:
-            self.conv = _FunctionalTranspose(self.conv)
-        self.inputs, self.outputs = (n * math.prod(self.beside) for n in (channels, out))
-
-    def compute(self, x):
-        return _convolve(self.conv, F.pad(x, (0, 0, 0, 1)), self.beside)
+        output_padding = self.along(output_padding, (0, 0))
+        conv = self.convolution("ConvTranspose", kernel, stride, padding, dilation, output_padding=output_padding)
+        self.conv = conv if module else _FunctionalTranspose(conv)
 
 
 class _FunctionalTranspose(nn.Module):
@@ -323,11 +299,6 @@ class _FunctionalTranspose(nn.Module):
         return function(x, self.weight, self.bias, *self.geometry)
 
 
-def _convolve(conv: nn.Module, x: torch.Tensor, beside: tuple[int, ...]) -> torch.Tensor:
-    y = conv(x.unflatten(-1, (-1, *beside)).transpose(1, 2))
-    return y.transpose(1, 2).flatten(2)
-
-
 class Embedding(Block):
     """A lookup: as a module, as a function on a raw parameter, with a padding index, a bag of all the tokens."""
 
@@ -335,7 +306,7 @@ class Embedding(Block):
     reads_ids = True
 
     def build(self, rows, outputs, how):
-        self.inputs, self.outputs, self.how, self.rows = 1, outputs, how, rows
+        self.inputs = 1
         if how == "function":
             self.weight = weight(rows, outputs)
         elif how == "bag":
@@ -359,14 +330,11 @@ class Experts(Block):
     """(experts, …) weights: a loop over the experts, a gather of some, a slice of them."""
 
     choices: ClassVar = {
-        "experts": (2, 3),
-        "expert_inputs": _IN,
-        "expert_outputs": _OUT,
+        "experts": (2, 3), "expert_inputs": _IN, "expert_outputs": _OUT,
         "how": ("loop", "picked", "picked_one", "unbound"),
-    }
+    }  # fmt: skip
 
     def build(self, experts, expert_inputs, expert_outputs, how):
-        self.experts, self.how = experts, how
         self.inputs, self.outputs = experts * expert_inputs, expert_outputs
         self.weight = weight(experts, expert_outputs, expert_inputs)
         self.register_buffer("order", torch.arange(experts).flip(0))
@@ -374,9 +342,8 @@ class Experts(Block):
     def compute(self, x):
         parts = x.unflatten(-1, (self.experts, -1)).unbind(2)
         if self.how == "picked":
-            x = torch.stack([part.flatten(0, 1) for part in parts])  # (experts, tokens, expert_inputs)
-            y = torch.bmm(x, self.weight[self.order].transpose(1, 2))
-            return y.sum(0).unflatten(0, (x.shape[1] // parts[0].shape[1], parts[0].shape[1]))
+            rows = torch.stack([part.flatten(0, 1) for part in parts])  # (experts, tokens, expert_inputs)
+            return _by_token(torch.bmm(rows, self.weight[self.order].transpose(1, 2)).sum(0), x)
         if self.how == "unbound":
             weights = self.weight.unbind(0)
         elif self.how == "picked_one":
@@ -390,39 +357,33 @@ class GroupedExperts(Block):
     """`grouped_mm`: rows in groups, a weight for each; the kernel wants rows of 16 bytes."""
 
     choices: ClassVar = {
-        "experts": (2, 3),
-        "expert_inputs": (16, 8),
-        "expert_outputs": (8, 16),
-        "layout": ("in-out", "out-in"),
-    }
+        "experts": (2, 3), "expert_inputs": (16, 8), "expert_outputs": (8, 16), "layout": ("in-out", "out-in"),
+    }  # fmt: skip
     dtypes = (torch.float32, torch.bfloat16)
 
     def build(self, experts, expert_inputs, expert_outputs, layout):
-        self.experts, self.layout = experts, layout
         self.inputs, self.outputs = experts * expert_inputs, expert_outputs
         sizes = (expert_inputs, expert_outputs)
         self.weight = weight(experts, *(sizes if layout == "in-out" else sizes[::-1]))
 
     def compute(self, x):
-        batch, tokens = x.shape[0], x.shape[1]
-        rows = x.unflatten(-1, (self.experts, -1)).movedim(2, 0).flatten(0, 2)
-        ends = torch.arange(1, self.experts + 1, dtype=torch.int32, device=x.device) * (batch * tokens)
+        rows = _by_head(x, self.experts)
+        ends = torch.arange(1, self.experts + 1, dtype=torch.int32, device=x.device) * rows.shape[1]
         w = self.weight if self.layout == "in-out" else self.weight.transpose(1, 2)
-        y = F.grouped_mm(rows, w, offs=ends.to(torch.int32))
-        return y.unflatten(0, (self.experts, batch, tokens)).sum(0)
+        y = F.grouped_mm(rows.flatten(0, 1), w, offs=ends.to(torch.int32))
+        return _by_token(y.unflatten(0, (self.experts, -1)).sum(0), x)
 
 
 class Sliced(Block):
     """One weight read through several views."""
 
     choices: ClassVar = {
-        "inputs": (3, 2, 5, 7),
-        "half": (2, 1, 3),
+        "inputs": (3, 2, 5, 7), "half": (2, 1, 3),
         "how": ("columns", "rows", "chunk", "part", "every_other", "inputs", "viewed"),
-    }
+    }  # fmt: skip
 
     def build(self, inputs, half, how):
-        self.inputs, self.outputs, self.half, self.how = inputs, half, half, how
+        self.outputs = half
         self.weight = weight(*((inputs, 2 * half) if how == "columns" else (2 * half, inputs)))
 
     def compute(self, x):
@@ -495,7 +456,7 @@ class Borrowed(Block):
     choices: ClassVar = {"inputs": _IN, "outputs": _OUT, "how": tuple(_BORROWERS)}
 
     def build(self, inputs, outputs, how):
-        self.inputs, self.outputs = inputs, inputs if how == "back" else outputs
+        self.outputs = inputs if how == "back" else outputs
         self.parent = _BORROWERS[how](inputs, outputs)
 
     def compute(self, x):
@@ -508,7 +469,7 @@ class Chain(Block):
     choices: ClassVar = {"sizes": ((3, 2, 5), (2, 3, 4, 7), (5, 1, 3)), "listed": (False, True)}
 
     def build(self, sizes, listed):
-        self.inputs, self.outputs, self.listed = sizes[0], sizes[-1], listed
+        self.inputs, self.outputs = sizes[0], sizes[-1]
         weights = [weight(a, b) for a, b in itertools.pairwise(sizes)]
         self.first, self.second, *more = weights if not listed else (None, None)
         self.more = nn.ParameterList(weights if listed else more)
@@ -540,8 +501,7 @@ class Gated(Block):
     choices: ClassVar = {"inputs": (3, 2, 5), "hidden": (4, 2, 7, 1), "fused": (False, True), "bias": _BOTH}
 
     def build(self, inputs, hidden, fused, bias):
-        self.inputs = self.outputs = inputs
-        self.fused = fused
+        self.outputs = inputs
         if fused:
             self.gate_up = nn.Linear(inputs, 2 * hidden, bias)
         else:
@@ -566,38 +526,38 @@ def _unmirrored(y: torch.Tensor) -> torch.Tensor:
     return one - other.tanh()
 
 
+#: What is fused → each projection, and how many of q, k and v it makes.
+_PROJECTIONS = {
+    "apart": {"query": 1, "key": 1, "value": 1},
+    "blocks": {"qkv": 3},
+    "interleaved": {"qkv": 3},
+    "key_value": {"query": 1, "key_value": 2},
+}
+
+
 class Attention(Block):
     """Attention: q, k, v apart, fused one after the other, fused head by head, or only k and v fused."""
 
     choices: ClassVar = {
         "inputs": (3, 2, 5), "heads": (2, 1, 3), "head_size": (2, 3),
-        "fused": ("apart", "blocks", "interleaved", "key_value"), "core": ("sdpa", "softmax"), "bias": _BOTH,
+        "fused": tuple(_PROJECTIONS), "core": ("sdpa", "softmax"), "bias": _BOTH,
     }  # fmt: skip
 
-    def build(self, inputs, heads, head_size, fused, core, bias):
-        self.inputs = self.outputs = inputs
-        self.heads, self.head_size, self.fused, self.core = heads, head_size, fused, core
-        size = heads * head_size
-        if fused in ("blocks", "interleaved"):
-            self.qkv = nn.Linear(inputs, 3 * size, bias)
-        else:
-            self.query = nn.Linear(inputs, size, bias)
-        if fused == "key_value":
-            self.key_value = nn.Linear(inputs, 2 * size, bias)
-        if fused == "apart":
-            self.key, self.value = nn.Linear(inputs, size, bias), nn.Linear(inputs, size, bias)
-        self.output = nn.Linear(size, inputs, bias)
+    def build(self, inputs, heads, head_size, fused, bias, **_):
+        self.outputs = inputs
+        for name, parts in _PROJECTIONS[fused].items():
+            self.add_module(name, nn.Linear(inputs, parts * heads * head_size, bias))
+        self.output = nn.Linear(heads * head_size, inputs, bias)
 
     def compute(self, x):
         x = _mirrored(x)
         if self.fused == "interleaved":
-            q, k, v = self.qkv(x).unflatten(-1, (self.heads, 3 * self.head_size)).transpose(1, 2).chunk(3, dim=-1)
+            q, k, v = self._split(self.qkv(x)).chunk(3, dim=-1)
         else:
             if self.fused == "blocks":
                 q, k, v = self.qkv(x).chunk(3, dim=-1)
             elif self.fused == "key_value":
-                q = self.query(x)
-                k, v = self.key_value(x).chunk(2, dim=-1)
+                q, (k, v) = self.query(x), self.key_value(x).chunk(2, dim=-1)
             else:
                 q, k, v = self.query(x), self.key(x), self.value(x)
             q, k, v = self._split(q), self._split(k), self._split(v)
@@ -608,23 +568,18 @@ class Attention(Block):
         return _unmirrored(self.output(y.transpose(1, 2).flatten(2)))
 
     def _split(self, t):
-        return t.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
+        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class TorchAttention(Block):
     """`nn.MultiheadAttention`, whose projections are read by a function, not by their modules."""
 
     choices: ClassVar = {
-        "heads": (2, 1),
-        "head_size": (2, 3),
-        "kdim": (False, True),
-        "bias": _BOTH,
-        "weights": (False, True),
-    }
+        "heads": (2, 1), "head_size": (2, 3), "kdim": (False, True), "bias": _BOTH, "weights": (False, True),
+    }  # fmt: skip
 
-    def build(self, heads, head_size, kdim, bias, weights):
+    def build(self, heads, head_size, kdim, bias, **_):
         self.inputs = self.outputs = heads * head_size
-        self.kdim, self.weights = kdim, weights
         keys = self.inputs + 1 if kdim else None
         self.attention = nn.MultiheadAttention(self.inputs, heads, bias=bias, kdim=keys, vdim=keys, batch_first=True)
 
@@ -658,9 +613,8 @@ class Recurrent(Block):
     }  # fmt: skip
 
     def build(self, kind, inputs, hidden, layers, bidirectional, bias):
-        self.inputs, self.outputs, self.kind = inputs, hidden, kind
         if kind.endswith("Cell"):
-            self.cell = getattr(nn, kind)(inputs, hidden, bias)
+            self.outputs, self.cell = hidden, getattr(nn, kind)(inputs, hidden, bias)
             return
         self.outputs = hidden * (2 if bidirectional else 1)
         self.net = getattr(nn, kind)(inputs, hidden, layers, bias=bias, batch_first=True, bidirectional=bidirectional)
@@ -680,19 +634,14 @@ class Whole(Block):
     """Ops beside which no branch can stand, and a matmul's weight that something else reads as well."""
 
     choices: ClassVar = {
-        "inputs": _IN,
-        "outputs": _OUT,
-        "how": ("bilinear", "inner", "tensordot", "conv_tbc", "addbmm", "also_read"),
-    }
+        "inputs": _IN, "outputs": _OUT, "how": ("bilinear", "inner", "tensordot", "conv_tbc", "addbmm", "also_read"),
+    }  # fmt: skip
 
     def build(self, inputs, outputs, how):
-        self.inputs, self.outputs, self.how = inputs, outputs, how
         shape = {
-            "bilinear": (outputs, inputs, inputs),
-            "tensordot": (inputs, outputs),
-            "conv_tbc": (2, inputs, outputs),
-            "addbmm": (1, inputs, outputs),
-        }
+            "bilinear": (outputs, inputs, inputs), "tensordot": (inputs, outputs),
+            "conv_tbc": (2, inputs, outputs), "addbmm": (1, inputs, outputs),
+        }  # fmt: skip
         self.weight, self.bias = weight(*shape.get(how, (outputs, inputs))), weight(outputs)
 
     def compute(self, x):
@@ -706,8 +655,7 @@ class Whole(Block):
             x = F.pad(x, (0, 0, 0, 1)).transpose(0, 1).contiguous()
             return torch.conv_tbc(x, self.weight, self.bias, 0).transpose(0, 1)
         if self.how == "addbmm":
-            y = torch.addbmm(self.bias, x.flatten(0, 1).unsqueeze(0), self.weight)
-            return y.unflatten(0, (x.shape[0], x.shape[1]))
+            return _by_token(torch.addbmm(self.bias, x.flatten(0, 1).unsqueeze(0), self.weight), x)
         return F.linear(x, self.weight, self.bias) * (1 + self.weight.square().mean())
 
 
@@ -717,7 +665,7 @@ class Normed(Block):
     choices: ClassVar = {"inputs": _IN, "outputs": (3, 5, 4), "norm": ("layer", "rms", "batch")}
 
     def build(self, inputs, outputs, norm):
-        self.inputs, self.outputs, self.batch = inputs, outputs, norm == "batch"
+        self.batch = norm == "batch"
         self.linear = nn.Linear(inputs, outputs, bias=False)
         self.norm = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm2d}[norm](
             1 if self.batch else outputs
@@ -734,7 +682,6 @@ class Computed(Block):
     choices: ClassVar = {"inputs": _IN, "outputs": _OUT}
 
     def build(self, inputs, outputs):
-        self.inputs, self.outputs = inputs, outputs
         self.direction, self.gain = weight(outputs, inputs), weight(outputs, 1)
         self.plain = nn.Linear(inputs, outputs)
 

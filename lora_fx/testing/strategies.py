@@ -136,24 +136,21 @@ def _rule(
         schedule=draw(st.sampled_from(SCHEDULES)),
         dropout=draw(st.sampled_from((0.0, 0.5))) if dropout else 0.0,
     )
-    decided = [s for s in left if Rule(**key).matches(s)]
-    rule = Rule(**key, **_fitting(settings, decided))
-    if any(s.weight in {d.weight for d in decided} and s not in decided for s in left) or not (
-        settings["dropout"] == 0 and settings["schedule"] in (AUTO, BRANCH)
-    ):
+    rule, decided = _fitting(key, settings, left)
+    partly = any(s.weight in {d.weight for d in decided} and s not in decided for s in left)
+    if partly or settings["dropout"] or settings["schedule"] not in (AUTO, BRANCH):
         try:
             plan(model, [*before, rule], inputs)
         except LoraFxError:  # one use of a weight that the same attribute gives to others; a use that has no branch
-            key = {"where": chosen.weight.name}
-            settings.update(dropout=0.0, schedule=AUTO)
-            decided = [s for s in left if s.weight is chosen.weight]
-            rule = Rule(**key, **_fitting(settings, decided))
+            return _fitting({"where": chosen.weight.name}, {**settings, "dropout": 0.0, "schedule": AUTO}, left)
     return rule, decided
 
 
-def _fitting(settings: dict[str, Any], sites: Sequence[Site]) -> dict[str, Any]:
-    """With a rank that every site can have."""
-    return {**settings, "rank": min(settings["rank"], *(min(s.in_features, s.out_features) for s in sites))}
+def _fitting(key: dict[str, Any], settings: dict[str, Any], left: Sequence[Site]) -> tuple[Rule, list[Site]]:
+    """The rule, with a rank that every site it decides can have, and those sites."""
+    decided = [site for site in left if Rule(**key).matches(site)]
+    rank = min(settings["rank"], *(min(s.in_features, s.out_features) for s in decided))
+    return Rule(**key, **{**settings, "rank": rank}), decided
 
 
 @dataclass(frozen=True)

@@ -767,7 +767,7 @@ MUTANTS = (
         "apply does not check itself.",
     ),
     Mutant(
-        "self_check_in_eval_only", "verification", "lora_fx/checks/verification.py",
+        "self_check_in_eval_only", "verification", "lora_fx/checks/certification.py",
         "for training in (False, True)]", "for training in (False,)]",
         "apply does not look at the path that the model takes in train mode.",
         tests=(GAPS,),
