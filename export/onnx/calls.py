@@ -76,24 +76,28 @@ class Call:
         """The call with one more keyword argument, behind all other tensors; the names stay those of the others."""
         bound = _bind(model, Inputs(self.inputs.args, {**self.inputs.kwargs, name: value}))
         behind = [*bound][[*bound].index(name) + 1 :]
-        if any(isinstance(leaf, torch.Tensor) for key in behind for leaf in pytree.tree_leaves(bound[key])):
+        if tensors_in([bound[key] for key in behind]):
             raise ExportError(
                 f"{type(model).__name__}.forward takes tensors through **{behind[-1]}, where no other input can follow",
                 place="example_inputs",
                 remedy="pass only inputs that forward names",
             )
-        first = {key: part for key, part in self.inputs.kwargs.items() if key in bound}
-        rest = {key: part for key, part in self.inputs.kwargs.items() if key not in bound}
+        kwargs = {**self.inputs.kwargs, name: value}
+        kwargs = dict(sorted(kwargs.items(), key=lambda item: (item[0] not in bound, item[0] == name)))
         every = dict.fromkeys(bound) if self.shapes is None else self.shapes
-        return replace(
-            self, inputs=Inputs(self.inputs.args, {**first, name: value, **rest}), shapes={**every, name: shapes}
-        )
+        return replace(self, inputs=Inputs(self.inputs.args, kwargs), shapes={**every, name: shapes})
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All of them, in order, in containers or in the inputs of a call."""
+    leaves = pytree.tree_leaves((value.args, value.kwargs) if isinstance(value, Inputs) else value)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _names(argument: str, value: Any) -> list[str]:
     if is_flat_cache(value):
         return [f"{argument}.{name}" for name in cache_names(value)]
-    return [""] * sum(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+    return [""] * len(tensors_in(value))
 
 
 def _bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -101,15 +105,12 @@ def _bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     try:
         return inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
     except TypeError as error:
+        given = f"{len(inputs.args)} positional inputs" + "".join(f", {name}=…" for name in inputs.kwargs)
         raise CaptureError(
-            f"{type(model).__name__}.forward does not take {_described(inputs)}: {error}",
+            f"{type(model).__name__}.forward does not take {given}: {error}",
             place="example_inputs",
             remedy="pass inputs that model(*inputs) or model(**inputs) accepts",
         ) from error
-
-
-def _described(inputs: Inputs) -> str:
-    return f"{len(inputs.args)} positional inputs" + "".join(f", {name}=…" for name in inputs.kwargs)
 
 
 def _keyed(model: nn.Module, bound: dict[str, Any], given: Any) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def _spread(spec: Any, value: Any, place: str, labels: list[dict[int, str]]) -> 
             raise _misfit(spec, place, f"{len(value)} entries")
         parts = [_spread(s, part, f"{place}[{n}]", labels) for n, (s, part) in enumerate(zip(spec, value, strict=True))]
         return tuple(parts) if isinstance(value, tuple) else parts
-    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    tensors = tensors_in(value)
     if spec is not None and not tensors:
         raise _misfit(spec, place, f"None: {value!r} is no tensor, and stays what it is")
     labels += [{} for _ in tensors]  # a container of another kind: torch.export knows how it wants its shapes
@@ -200,7 +201,7 @@ def axis_names(program: Any, call: Call) -> dict[Any, str]:
 
 def graph_inputs(program: Any, inputs: Inputs) -> list[tuple[Any, torch.Tensor]]:
     """(input of the graph, the tensor that is fed to it); slots of a switchable graph come behind those."""
-    tensors = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = tensors_in(inputs)
     return list(zip(program.model.graph.inputs[: len(tensors)], tensors, strict=True))
 
 
@@ -228,7 +229,10 @@ def flat_caches(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = [kind(value) if n in places else value for n, value in enumerate(args)]
         named = {name: kind(value) if name in names else value for name, value in kwargs.items()}
-        return _flat_output(inner(*given, **named) if inner else type(self).forward(self, *given, **named))
+        output = inner(*given, **named) if inner else type(self).forward(self, *given, **named)
+        if isinstance(output, Mapping):
+            return {name: _flat(value) for name, value in output.items()}
+        return tuple(map(_flat, output)) if isinstance(output, tuple) else output
 
     # A method, not a closure over the model: a deep copy of the model calls itself.
     model.__dict__["forward"] = types.MethodType(forward, model)
@@ -263,12 +267,6 @@ def _flat(value: Any) -> Any:
             remedy="fill the cache with a forward of the model first; the file will take an empty past too",
         )
     return [(layer.keys, layer.values) for layer in value.layers]
-
-
-def _flat_output(output: Any) -> Any:
-    if isinstance(output, Mapping):
-        return {name: _flat(value) for name, value in output.items()}
-    return tuple(map(_flat, output)) if isinstance(output, tuple) else output
 
 
 def is_flat_cache(value: Any) -> bool:

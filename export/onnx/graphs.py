@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import ExportError, essence
+from lora_fx.errors import ExportError
 from lora_fx.export.onnx.calls import Call, axis_names, cache_names, is_flat_cache
+from lora_fx.export.onnx.runtimes import refusing
 from lora_fx.graph.capture import no_fast_paths
 
 
@@ -24,25 +25,24 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
     """torch.onnx's program, not optimized yet."""
     inputs = call.traced()
     shown = io.StringIO()  # where it fails, torch prints the graph so far; the exception says more
-    try:
-        with torch.no_grad(), no_fast_paths(), redirect_stderr(shown):
-            program = torch.onnx.export(
-                model.eval(),
-                inputs.args,
-                kwargs=inputs.kwargs,
-                dynamic_shapes=call.shapes,
-                opset_version=opset,
-                custom_translation_table=_translations(),
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-            )
-    except Exception as error:
-        raise ExportError(
-            f"torch.onnx.export refuses the model: {essence(error)}",
-            place=type(model).__name__,
-            remedy=_remedy(model),
-        ) from error
+    remedy = "the exception this one was raised from says more; torch.export.export(model, ...) shows it alone"
+    if hasattr(model, "set_experts_implementation"):
+        remedy = 'if the model is a mixture of experts, call model.set_experts_implementation("batched_mm") before'
+    with (
+        refusing("torch.onnx.export refuses the model", type(model).__name__, remedy),
+        torch.no_grad(), no_fast_paths(), redirect_stderr(shown),
+    ):  # fmt: skip
+        program = torch.onnx.export(
+            model.eval(),
+            inputs.args,
+            kwargs=inputs.kwargs,
+            dynamic_shapes=call.shapes,
+            opset_version=opset,
+            custom_translation_table=_translations(),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
     sys.stderr.write(shown.getvalue())
     assert program is not None
     version = program.model.opset_imports.get("", opset)
@@ -121,12 +121,6 @@ def _output_names(program: Any) -> list[str]:
     return names
 
 
-def _remedy(model: nn.Module) -> str:
-    if hasattr(model, "set_experts_implementation"):
-        return 'if the model is a mixture of experts, call model.set_experts_implementation("batched_mm") before'
-    return "the exception this one was raised from says more; torch.export.export(model, ...) shows it alone"
-
-
 # ── what the file says about itself ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -134,31 +128,21 @@ def describe(model: Any, notes: Mapping[str, str]) -> None:
     """Say who made it and what it is; take out the traces and source paths of the machine it was made on."""
     import onnx_ir
 
-    graphs = [model.graph, *model.functions.values()]
-    for graph in graphs:
-        for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
-            _strip(node)
-            for value in node.outputs:
-                _strip(value)
-    for graph in model.graphs():
-        _strip(graph)
-        for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
-            _strip(value)
+    outer, graphs = (model.graph, *model.functions.values()), [*model.graphs()]
+    nodes = [node for graph in outer for node in onnx_ir.traversal.RecursiveGraphIterator(graph)]
+    values = [value for node in nodes for value in node.outputs]
+    values += [v for graph in graphs for v in (*graph.inputs, *graph.outputs, *graph.initializers.values())]
+    for thing in (*graphs, *nodes, *values):
+        namespace = thing.metadata_props.get("namespace")  # viewers group by the module path of a node
+        thing.metadata_props.clear()
+        thing.metadata_props.update({"namespace": namespace} if namespace else {})
+        thing.doc_string = None
     for function in model.functions.values():
         function.metadata_props.clear()
     # ONNX Runtime's tools look for torch's name to know what they have before them.
     model.producer_name, model.producer_version, model.doc_string = "pytorch", str(torch.__version__), None
     model.metadata_props.clear()
     model.metadata_props.update({"lora_fx.version": _version(), **notes})
-
-
-def _strip(thing: Any) -> None:
-    """The module path of a node stays: viewers group by it."""
-    namespace = thing.metadata_props.get("namespace")
-    thing.metadata_props.clear()
-    if namespace:
-        thing.metadata_props["namespace"] = namespace
-    thing.doc_string = None
 
 
 def _version() -> str:

@@ -23,6 +23,7 @@ from lora_fx.checks.oracles import misrounded
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx.graphs import as_torch, graph_lines, operators
 from lora_fx.export.onnx.optimization import Contents
+from lora_fx.export.onnx.runtimes import CPU, quiet_options
 from lora_fx.export.onnx.weights import Weight, Weights
 
 
@@ -146,11 +147,10 @@ def fused_operators(path: Path, folder: Path) -> dict[str, int]:
     import onnxruntime
 
     target = folder / f"{path.stem}.fused"
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = quiet_options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(target)
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(str(path), options, providers=[CPU])
     file = onnx.load(target, load_external_data=False)
     found = Counter(node.op_type for node in file.graph.node if node.domain not in ("", "ai.onnx"))
     return dict(sorted(found.items()))

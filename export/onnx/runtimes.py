@@ -1,9 +1,10 @@
-"""The packages of the extras `onnx` and `onnx-gpu`, and which devices their runtime computes on."""
+"""The packages of the extras `onnx` and `onnx-gpu`, what they refuse, and which devices their runtime computes on."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -40,11 +41,23 @@ def require(package: str) -> Any:
 
 
 def _is_installed(distribution: str) -> bool:
+    return next(iter(metadata.distributions(name=distribution)), None) is not None
+
+
+@contextmanager
+def refusing(reason: str, place: str, remedy: str) -> Iterator[None]:
+    """Inside, what a package raises becomes an `ExportError`: the reason, and what the package says."""
     try:
-        metadata.distribution(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+        yield
+    except Exception as error:
+        raise ExportError(f"{reason}: {essence(error)}", place=place, remedy=remedy) from error
+
+
+def quiet_options() -> Any:
+    """`onnxruntime.SessionOptions` without the warnings, of which one comes for every slot: it can be overridden."""
+    options = require("onnxruntime").SessionOptions()
+    options.log_severity_level = 3
+    return options
 
 
 def open_session(path: str, providers: Sequence[Provider] | None, options: Any = None) -> Any:
@@ -58,18 +71,15 @@ def open_session(path: str, providers: Sequence[Provider] | None, options: Any =
         ExportError: a provider that was asked for is unknown, not in this build, or did not load; or the file does not.
     """
     onnxruntime = require("onnxruntime")
-    asked = [_named(provider) for provider in (_default(onnxruntime) if providers is None else providers)]
+    available = onnxruntime.get_available_providers()
+    wanted = [name for name in (*GPU, CPU) if name in available] if providers is None else providers
+    asked = [(p, {}) if isinstance(p, str) else (p[0], dict(p[1])) for p in wanted]
     _refuse_unknown(onnxruntime, [name for name, _ in asked])
     if any(name in GPU for name, _ in asked) and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
-    try:
+    remedy = "pass the path of a file that export_onnx wrote, with its .data file beside it"
+    with refusing("ONNX Runtime does not load it", path, remedy):
         session = onnxruntime.InferenceSession(path, options, providers=asked)
-    except Exception as error:
-        raise ExportError(
-            f"ONNX Runtime does not load it: {essence(error)}",
-            place=path,
-            remedy="pass the path of a file that export_onnx wrote, with its .data file beside it",
-        ) from error
     loaded = session.get_providers()
     missing = [name for name, _ in asked if name not in loaded]
     if missing and (providers is not None or not any(name in GPU for name in loaded)):
@@ -81,29 +91,14 @@ def open_session(path: str, providers: Sequence[Provider] | None, options: Any =
     return session
 
 
-def _named(provider: Provider) -> tuple[str, dict[str, Any]]:
-    return (provider, {}) if isinstance(provider, str) else (provider[0], dict(provider[1]))
-
-
-def _default(onnxruntime: Any) -> list[str]:
-    return [name for name in (*GPU, CPU) if name in onnxruntime.get_available_providers()]
-
-
 def _refuse_unknown(onnxruntime: Any, names: Sequence[str]) -> None:
     """ONNX Runtime says this in a warning, and takes the CPU."""
     available = onnxruntime.get_available_providers()
-    for name in names:
-        if name not in available:
-            known = name in onnxruntime.get_all_providers()
-            raise ExportError(
-                f"{name!r} is {'not in this build of ONNX Runtime' if known else 'no execution provider'}",
-                place="providers",
-                remedy=f"this build has {', '.join(available)}"
-                + (
-                    "; pip install 'lora-fx[onnx-gpu]' in the place of 'lora-fx[onnx]' has those for GPUs"
-                    if known
-                    else ""
-                ),
-            )
-    if not names:
-        raise ExportError("there is none", place="providers", remedy=f"this build has {', '.join(available)}")
+    unknown, remedy = [name for name in names if name not in available], f"this build has {', '.join(available)}"
+    if unknown and unknown[0] in onnxruntime.get_all_providers():
+        reason = f"{unknown[0]!r} is not in this build of ONNX Runtime"
+        remedy += "; pip install 'lora-fx[onnx-gpu]' in the place of 'lora-fx[onnx]' has those for GPUs"
+    else:
+        reason = f"{unknown[0]!r} is no execution provider" if unknown else "there is none"
+    if unknown or not names:
+        raise ExportError(reason, place="providers", remedy=remedy)

@@ -16,6 +16,7 @@ import numpy
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx.files import folder_beside, load_model, move_files, writable
 from lora_fx.export.onnx.runtimes import require
+from lora_fx.export.onnx.weights import opened
 
 GRAPH = "lora_fx.graph"
 """The key of the graph's digest, in the metadata of both kinds of file."""
@@ -85,16 +86,9 @@ def read_task(path: Path, graph: str, base: Mapping[str, numpy.ndarray]) -> dict
     Raises:
         ExportError: the file cannot be read, or is for another graph.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            of = (file.metadata() or {}).get(GRAPH, "")
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ExportError(
-            f"it cannot be read: {error}", place=str(path), remedy="pass a file that save_onnx_weights wrote"
-        ) from error
+    with opened(path, "np", "pass a file that save_onnx_weights wrote") as file:
+        of = (file.metadata() or {}).get(GRAPH, "")
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     wrong = [n for n, a in found.items() if n not in base or (a.shape, a.dtype) != (base[n].shape, base[n].dtype)]
     if not of or of != graph or wrong or not found:
         reason = f"the graph has no weight {wrong[0]!r} of that shape" if wrong else "it is for another graph"

@@ -93,23 +93,19 @@ def _weights(
     split: Mapping[int, nn.Parameter],
     checkpoint: Checkpoint | None,
 ) -> Weights:
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     names: dict[int, list[str]] = {}
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named:
         names.setdefault(id(split.get(id(tensor), tensor)), []).append(name)
     kept, weights = _kept_originals(model), {}
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named:
         source = split.get(id(tensor), tensor)
         storage = kept.get(name, source.untyped_storage()._cdata)
-        stored = checkpoint.loader(names[id(source)], source) if checkpoint and source.is_meta else None
+        stored = checkpoint is not None and source.is_meta
+        load = checkpoint.loader(names[id(source)], source) if checkpoint and stored else source.detach
         own = adapters.get(id(tensor), ())
-        load = stored or source.detach
-        weights[name] = Weight(name, source.dtype, source.shape, storage, load, stored is not None, own)
+        weights[name] = Weight(name, source.dtype, source.shape, storage, load, stored, own)
     return weights
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _kept_originals(model: nn.Module) -> dict[str, int]:
@@ -155,7 +151,7 @@ class Checkpoint:
         self.place = Path(place)
         self._found: dict[str, tuple[Path, tuple[int, ...]]] = {}
         for file in self._files():
-            with _opened(file) as tensors:
+            with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118
                     self._found[name] = file, tuple(tensors.get_slice(name).get_shape())
 
@@ -203,18 +199,16 @@ class Checkpoint:
 
 
 def _read(file: Path, name: str) -> torch.Tensor:
-    with _opened(file) as tensors:
+    with opened(file) as tensors:
         return tensors.get_tensor(name)
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path, framework: str = "pt", remedy: str = "restore the file, or pass another path") -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework=framework) as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
-        raise ExportError(
-            f"it cannot be read: {error}", place=str(file), remedy="restore the file, or pass another path"
-        ) from error
+        raise ExportError(f"it cannot be read: {error}", place=str(file), remedy=remedy) from error
