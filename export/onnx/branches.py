@@ -194,6 +194,7 @@ class Reader:
         return self._constants[value]
 
     def _evaluate(self, value: Any) -> torch.Tensor | None:
+        import onnx
         import onnx_ir
         from onnx.reference import ReferenceEvaluator
 
@@ -219,7 +220,10 @@ class Reader:
             (only,) = inputs.values()
             return only.permute(order(node, only.ndim))
         try:
-            evaluator: Any = ReferenceEvaluator(_as_model(node, self.model))
+            proto = onnx_ir.to_proto(node)
+            opsets = [onnx.helper.make_opsetid(*opset) for opset in self.model.opset_imports.items()]
+            alone = onnx.helper.make_function("", "node", [*inputs], [*proto.output], [proto], opsets)
+            evaluator: Any = ReferenceEvaluator(alone)
             outputs = evaluator.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
         except Exception:
             return None
@@ -430,17 +434,3 @@ def _keeps(cast: Any) -> bool:
     floats, whole = {"FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"}, {"INT32", "INT64"}
     to, given = DataType(attribute(cast, "to")).name, cast.inputs[0].dtype
     return to in floats or (to in whole and given is not None and given.name in whole)
-
-
-def _as_model(node: Any, model: Any) -> Any:
-    """A model of this one node, for the reference evaluator."""
-    import onnx
-    import onnx_ir
-
-    proto = onnx_ir.to_proto(node)
-    empty = onnx.TypeProto()
-    inputs = [onnx.ValueInfoProto(name=name, type=empty) for name in dict.fromkeys(proto.input) if name]
-    outputs = [onnx.ValueInfoProto(name=name, type=empty) for name in proto.output]
-    graph = onnx.helper.make_graph([proto], "node", inputs, outputs)
-    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    return onnx.helper.make_model(graph, opset_imports=opsets)

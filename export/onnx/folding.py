@@ -20,11 +20,11 @@ import torch
 
 from lora_fx.deltas.exact_sum import folded_weight
 from lora_fx.deltas.low_rank import LowRank
-from lora_fx.errors import ExportError, essence
+from lora_fx.errors import ExportError
 from lora_fx.export.onnx.branches import REMEDY, Branch, Kind, Op, Reader, Site, op_type
 from lora_fx.export.onnx.files import check_file, folder_beside, load_model, move_files, save_model, writable
 from lora_fx.export.onnx.graphs import operators, order
-from lora_fx.export.onnx.runtimes import require
+from lora_fx.export.onnx.runtimes import refusing, require
 from lora_fx.graph.layout import Layout
 
 _FACTOR = re.compile(r"lora_(embedding_)?[AB]\b|_lora_\w+\.[AB]\b")
@@ -101,13 +101,9 @@ def _load(path: Path) -> Any:
     from onnx_ir.passes import common
 
     model = load_model(path, "pass the path of an ONNX file")
-    try:
+    with refusing("its functions and shapes cannot be followed", str(path), REMEDY):
         common.InlinePass()(model)
         common.ShapeInferencePass()(model)
-    except Exception as error:
-        raise ExportError(
-            f"its functions and shapes cannot be followed: {essence(error)}", place=str(path), remedy=REMEDY
-        ) from error
     return model
 
 
@@ -118,11 +114,8 @@ def _clean(model: Any, branches: int, place: str) -> None:
     common.RemoveUnusedNodesPass()(model)
     left = [name for name, value in model.graph.initializers.items() if _FACTOR.search(name) and value.uses()]
     if left:
-        raise ExportError(
-            f"{branches} branches were found, and more are there: {', '.join(left[:4])} are still in use",
-            place=place,
-            remedy=REMEDY,
-        )
+        reason = f"{branches} branches were found, and more are there: {', '.join(left[:4])} are still in use"
+        raise ExportError(reason, place=place, remedy=REMEDY)
 
 
 # ── one weight ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -156,7 +149,10 @@ def _fold(reader: Reader, sites: Sequence[Site]) -> str:
             site.base.node.replace_input_with(site.base.form.place, origin)
     origin.const_value = TorchTensor(folded, name=origin.name)
     for term in (term for site in sites for term in site.terms if term.branch is not None):
-        _leave_out(term.add.outputs[0], term.rest)
+        (total,) = term.add.outputs
+        if total.is_graph_output():  # an output keeps its name
+            total.name, term.rest.name = term.rest.name, total.name
+        total.replace_all_uses_with(term.rest, replace_graph_outputs=True)
     return origin.name
 
 
@@ -173,21 +169,12 @@ def _new_initializer(graph: Any, like: Any, weight: torch.Tensor) -> Any:
     return value
 
 
-def _leave_out(total: Any, rest: Any) -> None:
-    """Let all that reads the sum read what it was added to; an output of the graph keeps its name."""
-    if total.is_graph_output():
-        total.name, rest.name = rest.name, total.name
-    total.replace_all_uses_with(rest, replace_graph_outputs=True)
-
-
 def _low_rank(reader: Reader, base: Op, branch: Branch, weight: torch.Tensor) -> LowRank:
     """The branch as a delta of the weight as it lies in the graph."""
     A, B, groups = reader.matrix(branch.down), reader.matrix(branch.up), base.groups
     if base.form.kind is Kind.CONV:  # A has the kernel, (groups·r, in / groups·k…), and B is (out, r)
         A = _of_one_group(reader, branch.down, A, groups)
-    elif (
-        base.form.kind is Kind.DECONV
-    ):  # A is (groups·r, in / groups), and B has the kernel, (out / groups·k…, groups·r)
+    elif base.form.kind is Kind.DECONV:  # A: (groups·r, in / groups), B has the kernel: (out / groups·k…, groups·r)
         A = A.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1)
         B = _of_one_group(reader, branch.up, B.mT, groups).mT
     batch = () if base.convolves else tuple(weight.shape[:-2])
@@ -210,9 +197,6 @@ def _of_one_group(reader: Reader, op: Op, factor: torch.Tensor, groups: int) -> 
     """A factor that all groups of a convolution share."""
     blocks = factor.unflatten(0, (groups, -1))
     if bool((blocks != blocks[:1]).any()):
-        raise ExportError(
-            f"{op.constant.name} is another factor for each group of the convolution",
-            place=reader.place,
-            remedy=REMEDY,
-        )
+        reason = f"{op.constant.name} is another factor for each group of the convolution"
+        raise ExportError(reason, place=reader.place, remedy=REMEDY)
     return blocks[0]

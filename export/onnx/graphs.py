@@ -28,10 +28,8 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
     remedy = "the exception this one was raised from says more; torch.export.export(model, ...) shows it alone"
     if hasattr(model, "set_experts_implementation"):
         remedy = 'if the model is a mixture of experts, call model.set_experts_implementation("batched_mm") before'
-    with (
-        refusing("torch.onnx.export refuses the model", type(model).__name__, remedy),
-        torch.no_grad(), no_fast_paths(), redirect_stderr(shown),
-    ):  # fmt: skip
+    ours = refusing("torch.onnx.export refuses the model", type(model).__name__, remedy)
+    with ours, torch.no_grad(), no_fast_paths(), redirect_stderr(shown):
         program = torch.onnx.export(
             model.eval(),
             inputs.args,

@@ -18,7 +18,7 @@ import numpy
 import torch
 
 from lora_fx.errors import ExportError, essence
-from lora_fx.export.onnx.runtimes import GPU, Provider, open_session, require
+from lora_fx.export.onnx.runtimes import GPU, Provider, open_session, quiet_options, refusing, require
 from lora_fx.export.onnx.switchable import MANIFEST, read_manifest
 from lora_fx.export.onnx.tasks import GRAPH, read_task, read_weights
 
@@ -56,7 +56,7 @@ class Session:
         self.path = Path(path)
         self._asked = providers
         self._weights = read_weights(self.path) if shared else {}
-        self._open(options or _options())
+        self._open(options or quiet_options())
         for name, file in (adapters or {}).items():
             self.load_adapter(file, name)
 
@@ -85,7 +85,8 @@ class Session:
         for name, slot in self._slots.items():
             value = found.get(name)
             sizes = [0 if isinstance(size, str) else size for size in value.shape] if value else None
-            if value is None or sizes != slot["shape"] or value.type != _onnx_type(slot["dtype"]):
+            kind = {"float32": "float", "float64": "double"}.get(slot["dtype"], slot["dtype"])
+            if value is None or sizes != slot["shape"] or value.type != f"tensor({kind})":
                 raise ExportError(
                     f"the graph has no input {name!r} of {slot['dtype']} {slot['shape']}, which its manifest names",
                     place=str(self.path),
@@ -127,7 +128,7 @@ class Session:
         own = read_task(Path(weights), metadata.get(GRAPH, ""), self._weights)
         other = object.__new__(Session)
         other.path, other._asked, other._weights = self.path, self._asked, {**self._weights, **own}
-        other._open(options or _options())
+        other._open(options or quiet_options())
         return other
 
     # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -160,17 +161,12 @@ class Session:
         del self._adapters[name]
 
     def _read(self, place: str) -> tuple[dict[str, numpy.ndarray], int]:
-        onnxruntime = require("onnxruntime")
-        try:
-            file = onnxruntime.AdapterFormat.read_adapter(place)
+        reason, remedy = "it is no adapter file that ONNX Runtime can read", "pass a file that save_onnx_adapter wrote"
+        adapters = require("onnxruntime").AdapterFormat
+        with refusing(reason, place, remedy):
+            file = adapters.read_adapter(place)
             # A copy: the values lie in the file's own memory.
             return {key: v.numpy().copy() for key, v in file.get_parameters().items()}, file.get_model_version()
-        except Exception as error:
-            raise ExportError(
-                f"it is no adapter file that ONNX Runtime can read: {essence(error)}",
-                place=place,
-                remedy="pass a file that save_onnx_adapter wrote",
-            ) from error
 
     def _check_factors(self, factors: Mapping[str, numpy.ndarray], place: str) -> None:
         remedy = "save it with save_onnx_adapter from the model that was exported"
@@ -182,12 +178,9 @@ class Session:
             axis = slot["shape"].index(0)
             shape = [0 if n == axis else size for n, size in enumerate(array.shape)]
             if shape != slot["shape"] or str(array.dtype) != slot["dtype"]:
-                raise ExportError(
-                    f"{key} is {array.dtype} {[*array.shape]}, the slot takes {slot['dtype']} {slot['shape']} of any "
-                    f"size in the place of 0",
-                    place=place,
-                    remedy=remedy,
-                )
+                takes = f"{slot['dtype']} {slot['shape']} of any size in the place of 0"
+                reason = f"{key} is {array.dtype} {[*array.shape]}, the slot takes {takes}"
+                raise ExportError(reason, place=place, remedy=remedy)
             if not numpy.isfinite(array).all():
                 raise ExportError(f"{key} holds NaN or Inf", place=place, remedy="save an earlier checkpoint")
             ranks.setdefault(slot["weight"], []).append(array.shape[axis])
@@ -201,10 +194,8 @@ class Session:
         found: dict[str, Any] = {}
         for name in names:
             if name not in self._adapters:
-                have = ", ".join(self._adapters) or "none"
-                raise ExportError(
-                    f"there is no adapter {name!r}", place=str(self.path), remedy=f"load it first; loaded: {have}"
-                )
+                remedy = f"load it first; loaded: {', '.join(self._adapters) or 'none'}"
+                raise ExportError(f"there is no adapter {name!r}", place=str(self.path), remedy=remedy)
             twice = found.keys() & self._adapters[name].keys()
             if twice:
                 raise ExportError(
@@ -294,44 +285,37 @@ class Session:
             raise ExportError(essence(error), place=str(self.path), remedy=f"the model takes {wanted}") from error
 
     def _fed(self, inputs: Any) -> dict[str, Any]:
+        takes = f"the model takes {', '.join(self.inputs)}"
         if not isinstance(inputs, Mapping):
             inputs = inputs if isinstance(inputs, tuple | list) else [inputs]
             if len(inputs) > len(self.inputs):
-                raise self._unfit(f"{len(inputs)} inputs were given", "inputs")
+                raise ExportError(f"{len(inputs)} inputs were given", place="inputs", remedy=takes)
             inputs = dict(zip(self.inputs, inputs, strict=False))
         for name in inputs:
             if name in self._slots:
-                raise ExportError(
-                    f"{name!r} is a slot for an adapter", place="inputs", remedy="load_adapter, and run with its name"
-                )
+                remedy = "load_adapter, and run with its name"
+                raise ExportError(f"{name!r} is a slot for an adapter", place="inputs", remedy=remedy)
             if name not in self.inputs:
-                raise self._unfit(f"{name!r} is no input", "inputs")
+                raise ExportError(f"{name!r} is no input", place="inputs", remedy=takes)
         missing = [name for name in self.inputs if name not in inputs]
         if missing:
-            raise self._unfit(f"{', '.join(missing)} is missing", "inputs")
+            raise ExportError(f"{', '.join(missing)} is missing", place="inputs", remedy=takes)
         return dict(inputs)
 
     def _wanted(self, outputs: Sequence[str] | None) -> list[str]:
         names = [*(self.outputs if outputs is None else outputs)]
         for name in names:
             if name not in self.outputs:
-                raise ExportError(
-                    f"{name!r} is no output", place="outputs", remedy=f"the model returns {', '.join(self.outputs)}"
-                )
+                remedy = f"the model returns {', '.join(self.outputs)}"
+                raise ExportError(f"{name!r} is no output", place="outputs", remedy=remedy)
         return names
-
-    def _unfit(self, reason: str, place: str) -> ExportError:
-        return ExportError(reason, place=place, remedy=f"the model takes {', '.join(self.inputs)}")
 
     def _value(self, array: Any, host: bool = False) -> Any:
         """An array as the runtime's own value, on the device that computes with it."""
-        onnxruntime = require("onnxruntime")
-        on_gpu = not host and self.session.get_providers()[0] in GPU
-        device = ("cuda", int(self._gpu_options().get("device_id", 0))) if on_gpu else ("cpu", 0)
-        return onnxruntime.OrtValue.ortvalue_from_numpy(numpy.ascontiguousarray(array), *device)
-
-    def _gpu_options(self) -> Mapping[str, Any]:
-        return self.session.get_provider_options()[self.session.get_providers()[0]]
+        device = "cpu", 0
+        if not host and (first := self.providers[0]) in GPU:
+            device = "cuda", int(self.session.get_provider_options()[first].get("device_id", 0))
+        return require("onnxruntime").OrtValue.ortvalue_from_numpy(numpy.ascontiguousarray(array), *device)
 
 
 def _empty(slot: Mapping[str, Any]) -> numpy.ndarray:
@@ -341,15 +325,5 @@ def _empty(slot: Mapping[str, Any]) -> numpy.ndarray:
     return numpy.zeros(shape, slot["dtype"])
 
 
-def _options() -> Any:
-    options = require("onnxruntime").SessionOptions()
-    options.log_severity_level = 3  # a warning for every slot, that it can be overridden
-    return options
-
-
 def _array(value: Any) -> numpy.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else numpy.asarray(value)
-
-
-def _onnx_type(dtype: str) -> str:
-    return f"tensor({ {'float32': 'float', 'float64': 'double'}.get(dtype, dtype) })"

@@ -133,18 +133,14 @@ def factors_as_inputs(model: nn.Module, slots: list[Slot], call: Call) -> Iterat
     last = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     own = inspect.Parameter(FACTORS, inspect.Parameter.KEYWORD_ONLY)
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([_free(me, named), *named, own, *last])  # type: ignore[attr-defined]
+    only = any(p.kind is p.POSITIONAL_ONLY for p in named)
+    me = inspect.Parameter("self", own.POSITIONAL_ONLY if only else own.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([me, *named, own, *last])  # type: ignore[attr-defined]
     with borrowed(model):
         model.__dict__["forward"] = types.MethodType(forward, model)
         factors = [(slot.adapter.A.detach(), slot.adapter.B.detach()) for slot in slots]
         ranks = [tuple({axis: _RANK} for axis in slot.axes) for slot in slots]
         yield call.with_argument(model, FACTORS, factors, ranks)
-
-
-def _free(me: inspect.Parameter, others: list[inspect.Parameter]) -> inspect.Parameter:
-    only = any(p.kind is p.POSITIONAL_ONLY for p in others)
-    return me.replace(kind=inspect.Parameter.POSITIONAL_ONLY) if only else me
 
 
 def open_slots(graph: Any, slots: list[Slot], inputs: int) -> list[Slot]:
@@ -156,8 +152,8 @@ def open_slots(graph: Any, slots: list[Slot], inputs: int) -> list[Slot]:
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor
 
-    values = [value for value in graph.inputs if _is_factor(value)]
-    own = [value for value in graph.inputs if not _is_factor(value)]
+    values = [value for value in graph.inputs if value.name.startswith(FACTORS)]
+    own = [value for value in graph.inputs if not value.name.startswith(FACTORS)]
     assert len(own) == inputs and len(values) == 2 * len(slots), "the exporter has dropped an input"
     graph.inputs[:] = [*own, *values]
     opened = []
@@ -179,10 +175,6 @@ def _may_be_empty(factor: Any) -> bool:
     nodes = factor.consumers()
     moved = [value for node in nodes if node.op_type in _MOVE for value in node.outputs]
     return all(node.op_type in _MOVE | _MULTIPLY for node in nodes) and all(map(_may_be_empty, moved))
-
-
-def _is_factor(value: Any) -> bool:
-    return value.name.startswith(FACTORS)
 
 
 # ── what goes into the slots ─────────────────────────────────────────────────────────────────────────────────────────
@@ -244,11 +236,7 @@ def manifest(model: nn.Module, slots: list[Slot], graph: str, weights: Weights) 
 
 
 def save_onnx_adapter(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    old: str | os.PathLike[str] | None = None,
-    *,
-    name: str = "default",
+    model: nn.Module, path: str | os.PathLike[str], old: str | os.PathLike[str] | None = None, *, name: str = "default"
 ) -> Path:
     """Write one adapter of a model as an ``.onnx_adapter`` file, for the switchable graphs of the same base model.
 
