@@ -77,11 +77,8 @@ class _Held:
         delta = self.adapter.low_rank().detached()
         turned = Factors(delta.A.cpu(), delta.whole.cpu(), delta.layout.sides).turned(layer.sides)
         if turned is None:
-            refuse(
-                self.weights[0],
-                f"the model reads it as {delta.layout.sides!r} (o: out, i: in, b: batch), PEFT as {layer.sides!r}",
-                _OWN_FORMAT,
-            )
+            reason = f"the model reads it as {delta.layout.sides!r} (o: out, i: in, b: batch), PEFT as {layer.sides!r}"
+            refuse(self.weights[0], reason, _OWN_FORMAT)
         return turned
 
     def entry(self) -> dict[str, Any]:
@@ -339,9 +336,8 @@ def _target_parameters(modules: Modules, parameters: list[str]) -> list[str]:
     for parameter in parameters:
         clash = next((name for name in others if name.endswith(f".{parameter}")), None)
         if clash:
-            refuse(
-                parameter, f"PEFT's target_parameters would take {clash} too: it ends in the same words", _OWN_FORMAT
-            )
+            reason = f"PEFT's target_parameters would take {clash} too: it ends in the same words"
+            refuse(parameter, reason, _OWN_FORMAT)
     return parameters
 
 
@@ -448,11 +444,8 @@ def _refuse_name(model: nn.Module, name: str) -> None:
     if here.folded:
         refuse(type(model).__name__, "it is folded", "lora_fx.unfold(model) first, or load into a fresh model")
     if name in here.names:
-        refuse(
-            type(model).__name__,
-            f"it already has an adapter named {name!r}",
-            f"pass another name to load_adapter, or lora_fx.remove(model, {name!r}) first",
-        )
+        remedy = f"pass another name to load_adapter, or lora_fx.remove(model, {name!r}) first"
+        refuse(type(model).__name__, f"it already has an adapter named {name!r}", remedy)
 
 
 def _plan(model: nn.Module, saved: list[_Saved], example_inputs: Any, name: str) -> Plan:

@@ -172,11 +172,8 @@ def _unpack(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | Non
 
     file = folder / TENSORS
     if not file.is_file() and (folder / PICKLE).is_file():
-        refuse(
-            str(folder / PICKLE),
-            "it is a pickle, which can run any code when it is opened",
-            f"save the adapter as {TENSORS} with PEFT, where you trust it",
-        )
+        remedy = f"save the adapter as {TENSORS} with PEFT, where you trust it"
+        refuse(str(folder / PICKLE), "it is a pickle, which can run any code when it is opened", remedy)
     if file.exists() and not file.is_file():
         refuse(str(file), "it is no regular file", _RESTORE)
     try:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_fx.errors import ExportError
 from lora_fx.export.onnx.graphs import as_torch, attribute, order
+from lora_fx.export.onnx.runtimes import refuse
 
 REMEDY = "fold the torch model before it is exported; report the graph to lora_fx if it is a plain LoRA"
 
@@ -383,11 +383,8 @@ class Reader:
             if term.branch is None or not self._is_narrow(term.branch):
                 continue
             names = [op.constant.name for op in (term.branch.down, term.branch.up)]
-            raise ExportError(
-                f"{' and '.join(names)} are two narrow linear ops, added to no single linear op of the same input",
-                place=f"{self.place}, node {term.add.name or term.add.outputs[0].name}",
-                remedy=REMEDY,
-            )
+            reason = f"{' and '.join(names)} are two narrow linear ops, added to no single linear op of the same input"
+            refuse(f"{self.place}, node {term.add.name or term.add.outputs[0].name}", reason, REMEDY)
 
     def _is_narrow(self, branch: Branch) -> bool:
         """It goes through fewer features than it takes and gives."""
@@ -402,11 +399,11 @@ class Reader:
             readers = [node for node in value.consumers() if op_type(node) != "Shape"]
             if len(readers) > 1 or value.is_graph_output():
                 names = ", ".join(node.name or node.op_type for node in readers)
-                raise ExportError(
+                refuse(
+                    f"{self.place}, value {value.name}",
                     f"the product with {site.base.constant.name} is read without its adapters too, by {names}"
                     + (" and as an output of the graph" if value.is_graph_output() else ""),
-                    place=f"{self.place}, value {value.name}",
-                    remedy="export the model without what reads it there (a disabled adapter beside an enabled one)",
+                    "export the model without what reads it there (a disabled adapter beside an enabled one)",
                 )
 
 

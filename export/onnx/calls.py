@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError, ExportError
+from lora_fx.export.onnx.runtimes import refuse
 from lora_fx.graph.capture import Inputs
 
 
@@ -77,10 +78,10 @@ class Call:
         bound = _bind(model, Inputs(self.inputs.args, {**self.inputs.kwargs, name: value}))
         behind = [*bound][[*bound].index(name) + 1 :]
         if tensors_in([bound[key] for key in behind]):
-            raise ExportError(
+            refuse(
+                "example_inputs",
                 f"{type(model).__name__}.forward takes tensors through **{behind[-1]}, where no other input can follow",
-                place="example_inputs",
-                remedy="pass only inputs that forward names",
+                "pass only inputs that forward names",
             )
         kwargs = {**self.inputs.kwargs, name: value}
         kwargs = dict(sorted(kwargs.items(), key=lambda item: (item[0] not in bound, item[0] == name)))
@@ -119,16 +120,11 @@ def _keyed(model: nn.Module, bound: dict[str, Any], given: Any) -> dict[str, Any
         given = (given,)  # the axes of the one input
     if isinstance(given, tuple | list):
         if len(given) > len(bound):
-            raise ExportError(
-                f"dynamic_shapes has {len(given)} entries for {len(bound)} inputs",
-                place="dynamic_shapes",
-                remedy=f"give one entry for each of {', '.join(bound)}",
-            )
+            reason = f"dynamic_shapes has {len(given)} entries for {len(bound)} inputs"
+            refuse("dynamic_shapes", reason, f"give one entry for each of {', '.join(bound)}")
         return dict(zip(bound, given, strict=False))
     if not isinstance(given, Mapping):
-        raise ExportError(
-            f"dynamic_shapes is {given!r}", place="dynamic_shapes", remedy='pass a dict: {"input": {0: "batch"}}'
-        )
+        refuse("dynamic_shapes", f"dynamic_shapes is {given!r}", 'pass a dict: {"input": {0: "batch"}}')
     keyed = dict(given)
     for name, parameter in inspect.signature(model.forward).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD and name in bound and name not in keyed:
@@ -189,10 +185,10 @@ def axis_names(program: Any, call: Call) -> dict[Any, str]:
         for axis, size in enumerate(value.shape):
             name = call.labels.get((n, axis))
             if isinstance(size, int) and name is not None:
-                raise ExportError(
+                refuse(
+                    f"input {value.name!r}",
                     f"axis {axis} must be {size}: the model works with no other size, so the axis cannot be dynamic",
-                    place=f"input {value.name!r}",
-                    remedy="leave that axis out of dynamic_shapes",
+                    "leave that axis out of dynamic_shapes",
                 )
             if name:
                 names.setdefault(str(size.value), name)
@@ -255,17 +251,12 @@ def _flat(value: Any) -> Any:
     layers = [type(layer).__name__ for layer in value.layers]
     if type(value).__name__ != "DynamicCache" or set(layers) - {"DynamicLayer"}:
         kinds = ", ".join(dict.fromkeys(layers)) or "no layers"
-        raise ExportError(
-            f"a {type(value).__name__} ({kinds}) has no form of plain tensors that the model could be given again",
-            place="example_inputs",
-            remedy="pass a DynamicCache() that was made without a config and filled by a forward; or use_cache=False",
-        )
+        reason = f"a {type(value).__name__} ({kinds}) has no form of plain tensors that the model could be given again"
+        remedy = "pass a DynamicCache() that was made without a config and filled by a forward; or use_cache=False"
+        refuse("example_inputs", reason, remedy)
     if not all(layer.is_initialized for layer in value.layers):
-        raise ExportError(
-            "a layer of the cache is empty: its tensors have no shape yet",
-            place="example_inputs",
-            remedy="fill the cache with a forward of the model first; the file will take an empty past too",
-        )
+        remedy = "fill the cache with a forward of the model first; the file will take an empty past too"
+        refuse("example_inputs", "a layer of the cache is empty: its tensors have no shape yet", remedy)
     return [(layer.keys, layer.values) for layer in value.layers]
 
 

@@ -26,14 +26,13 @@ from torch import nn
 from lora_fx.changes import borrowed
 from lora_fx.checks.certification import Certificate, certify_adapted
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.errors import ExportError
 from lora_fx.export.onnx.calls import Call, flat_caches
 from lora_fx.export.onnx.files import INLINE, check_file, folder_beside, move_files, save_model, writable
 from lora_fx.export.onnx.graphs import describe, graph_digest, name_interface, operators, translate
 from lora_fx.export.onnx.optimization import Contents, optimize
 from lora_fx.export.onnx.proof import Proof, fused_operators, prove
 from lora_fx.export.onnx.runs import Comparison, compare_runs, open_session, run_torch
-from lora_fx.export.onnx.runtimes import require
+from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.export.onnx.switchable import (
     MANIFEST,
     SWITCHABLE,
@@ -188,9 +187,7 @@ def export_onnx(
         LoraFxError: a thread is inside a forward of the model.
     """
     if not isinstance(model, nn.Module):
-        raise ExportError(
-            f"{type(model).__name__} is no torch.nn.Module", place="model", remedy="pass the module itself"
-        )
+        refuse("model", f"{type(model).__name__} is no torch.nn.Module", "pass the module itself")
     passes = exporting(
         example_inputs, path, dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names,
         opset=opset, optimize=optimize, adapters=adapters, prove=prove, check=check, weights=weights,
@@ -309,17 +306,10 @@ class Prepare(Pass):
 
     def __post_init__(self) -> None:
         if self.adapters not in FORMS:
-            raise ExportError(
-                f"adapters={self.adapters!r} is unknown",
-                place="adapters",
-                remedy=f"choose {' or '.join(map(repr, FORMS))}",
-            )
+            refuse("adapters", f"adapters={self.adapters!r} is unknown", f"choose {' or '.join(map(repr, FORMS))}")
         if self.prove and self.adapters != "folded":
-            raise ExportError(
-                f"adapters={self.adapters!r}: with its branches a graph is not the base graph",
-                place="prove",
-                remedy='leave prove out, or export with adapters="folded"',
-            )
+            reason = f"adapters={self.adapters!r}: with its branches a graph is not the base graph"
+            refuse("prove", reason, 'leave prove out, or export with adapters="folded"')
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         target = writable(self.path)
@@ -345,17 +335,11 @@ class Prepare(Pass):
     def _checkpoint(self, model: nn.Module) -> Checkpoint | None:
         meta = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
         if meta and self.weights is None:
-            raise ExportError(
-                "the tensor is on meta: it has no numbers",
-                place=meta[0],
-                remedy="materialise the model first, or pass weights= with the files of its checkpoint",
-            )
+            reason = "the tensor is on meta: it has no numbers"
+            refuse(meta[0], reason, "materialise the model first, or pass weights= with the files of its checkpoint")
         if self.weights is not None and not meta:
-            raise ExportError(
-                "no tensor of the model is on meta: it has its numbers already",
-                place="weights",
-                remedy='leave weights out, or build the model inside `with torch.device("meta")`',
-            )
+            reason = "no tensor of the model is on meta: it has its numbers already"
+            refuse("weights", reason, 'leave weights out, or build the model inside `with torch.device("meta")`')
         return None if self.weights is None else Checkpoint(self.weights)
 
 
@@ -396,11 +380,11 @@ class Translate(Pass):
     def __post_init__(self) -> None:
         opset = self.opset
         if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
-            raise ExportError(
+            refuse(
+                "opset",
                 f"opset {opset!r} is not supported: torch's translations start at opset {OPSETS[0]} (files below it "
                 f"were invalid), and nothing above {OPSETS[-1]} has been checked",
-                place="opset",
-                remedy=f"choose {OPSETS[0]} to {OPSETS[-1]}; 20 is the default",
+                f"choose {OPSETS[0]} to {OPSETS[-1]}; 20 is the default",
             )
 
     def call(self, model: nn.Module, facts: Facts) -> Result:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_fx.errors import ExportError, LoraFxError
-from lora_fx.export.onnx.runtimes import refusing
+from lora_fx.errors import LoraFxError
+from lora_fx.export.onnx.runtimes import refuse, refusing
 
 INLINE = 2**31 - 2**26
 """Bytes of weights that fit, with their graph, into a protobuf message of 2 GiB."""
@@ -34,9 +34,7 @@ def writable(path: str | os.PathLike[str]) -> Path:
         except OSError as error:
             reason = f"cannot be written: {error.strerror}"
     if reason:
-        raise ExportError(
-            f"the path {reason}", place=str(path), remedy="pass the path of a file in a folder you may write"
-        )
+        refuse(str(path), f"the path {reason}", "pass the path of a file in a folder you may write")
     return target
 
 
@@ -47,9 +45,7 @@ def folder_beside(target: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             yield Path(folder)
     except OSError as error:
-        raise ExportError(
-            f"the file cannot be written: {error}", place=str(target), remedy="make room, or pass another path"
-        ) from error
+        refuse(str(target), f"the file cannot be written: {error}", "make room, or pass another path", error)
 
 
 def load_model(path: Path, remedy: str) -> Any:
@@ -65,11 +61,8 @@ def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external_data is False and size > INLINE:
-        raise ExportError(
-            f"{size:,} bytes of weights do not fit into one ONNX file, which ends at 2 GiB",
-            place="external_data",
-            remedy="leave external_data out",
-        )
+        reason = f"{size:,} bytes of weights do not fit into one ONNX file, which ends at 2 GiB"
+        refuse("external_data", reason, "leave external_data out")
     data = path.with_name(f"{path.name}.data")
     try:
         if not (external_data or size > INLINE):

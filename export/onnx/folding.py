@@ -20,11 +20,10 @@ import torch
 
 from lora_fx.deltas.exact_sum import folded_weight
 from lora_fx.deltas.low_rank import LowRank
-from lora_fx.errors import ExportError
 from lora_fx.export.onnx.branches import REMEDY, Branch, Kind, Op, Reader, Site, op_type
 from lora_fx.export.onnx.files import check_file, folder_beside, load_model, move_files, save_model, writable
 from lora_fx.export.onnx.graphs import operators, order
-from lora_fx.export.onnx.runtimes import refusing, require
+from lora_fx.export.onnx.runtimes import refuse, refusing, require
 from lora_fx.graph.layout import Layout
 
 _FACTOR = re.compile(r"lora_(embedding_)?[AB]\b|_lora_\w+\.[AB]\b")
@@ -74,10 +73,10 @@ def fold_onnx(
     reader = Reader(model, str(path))
     sites = reader.sites()
     if not sites:
-        raise ExportError(
+        refuse(
+            str(path),
             "the graph has no LoRA branch: no Add of a linear op and of two narrow ones of the same input",
-            place=str(path),
-            remedy='export with adapters="unfolded", or the model of PEFT before it is merged; the slots of a '
+            'export with adapters="unfolded", or the model of PEFT before it is merged; the slots of a '
             "switchable graph have no numbers",
         )
     alike: dict[Hashable, list[Site]] = {}
@@ -115,7 +114,7 @@ def _clean(model: Any, branches: int, place: str) -> None:
     left = [name for name, value in model.graph.initializers.items() if _FACTOR.search(name) and value.uses()]
     if left:
         reason = f"{branches} branches were found, and more are there: {', '.join(left[:4])} are still in use"
-        raise ExportError(reason, place=place, remedy=REMEDY)
+        refuse(place, reason, REMEDY)
 
 
 # ── one weight ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -185,11 +184,8 @@ def _low_rank(reader: Reader, base: Op, branch: Branch, weight: torch.Tensor) ->
         A = A.expand(*batch, *A.shape[-2:]).reshape(layout.shape_of("A", rank))
         B = B.expand(*batch, *B.shape[-2:]).reshape(layout.shape_of("B", rank))
     except RuntimeError as error:
-        raise ExportError(
-            f"the factors {[*A.shape]} and {[*B.shape]} are no delta of {base.constant.name} {[*weight.shape]}",
-            place=f"{reader.place}, {branch.down.constant.name}",
-            remedy=REMEDY,
-        ) from error
+        reason = f"the factors {[*A.shape]} and {[*B.shape]} are no delta of {base.constant.name} {[*weight.shape]}"
+        refuse(f"{reader.place}, {branch.down.constant.name}", reason, REMEDY, error)
     return LowRank(layout, A, B, branch.scale / base.scale, rank)
 
 
@@ -198,5 +194,5 @@ def _of_one_group(reader: Reader, op: Op, factor: torch.Tensor, groups: int) -> 
     blocks = factor.unflatten(0, (groups, -1))
     if bool((blocks != blocks[:1]).any()):
         reason = f"{op.constant.name} is another factor for each group of the convolution"
-        raise ExportError(reason, place=reader.place, remedy=REMEDY)
+        refuse(reader.place, reason, REMEDY)
     return blocks[0]

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import ExportError
 from lora_fx.export.onnx.calls import Call, axis_names, cache_names, is_flat_cache
-from lora_fx.export.onnx.runtimes import refusing
+from lora_fx.export.onnx.runtimes import refuse, refusing
 from lora_fx.graph.capture import no_fast_paths
 
 
@@ -45,11 +44,8 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
     assert program is not None
     version = program.model.opset_imports.get("", opset)
     if version != opset:
-        raise ExportError(
-            f"torch.onnx wrote opset {version} where {opset} was asked for",
-            place=type(model).__name__,
-            remedy=f"export with opset={version}",
-        )
+        reason = f"torch.onnx wrote opset {version} where {opset} was asked for"
+        refuse(type(model).__name__, reason, f"export with opset={version}")
     if call.labels:
         program.rename_axes(axis_names(program, call))
     return program
@@ -78,11 +74,8 @@ def name_interface(
         (graph.outputs, output_names, _output_names(program), "output_names"),
     ):
         if given is not None and (len(given) != len(values) or len({*given}) != len(given)):
-            raise ExportError(
-                f"{place} is {[*given]}: {len({*given})} names for {len(values)} tensors",
-                place=place,
-                remedy=f"give one name for each of {', '.join(value.name for value in values)}",
-            )
+            reason = f"{place} is {[*given]}: {len({*given})} names for {len(values)} tensors"
+            refuse(place, reason, f"give one name for each of {', '.join(value.name for value in values)}")
         for value, name in zip(values, given or own, strict=True):
             if name and name != value.name:
                 _take_name(graph, value, name)

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.checks.verification import Report, cast_inputs, compare, move_weights, relative_error, rounding_step
-from lora_fx.errors import CaptureError, ExportError, essence
+from lora_fx.errors import CaptureError, essence
 from lora_fx.export.onnx.calls import Call, graph_inputs, tensors_in
-from lora_fx.export.onnx.runtimes import CPU, quiet_options, refusing
+from lora_fx.export.onnx.runtimes import CPU, quiet_options, refuse, refusing
 from lora_fx.graph.capture import Inputs, does_not_run, no_fast_paths, undisturbed
 
 _OTHER_SHAPES = 2
@@ -97,11 +97,9 @@ def compare_runs(
         comparisons.append(comparison := Comparison(shapes, reports))
         if not comparison.equivalent:
             number = comparison.reports.index(comparison.worst)
-            raise ExportError(
-                f"ONNX Runtime is not the model, on inputs of shapes {comparison}",
-                place=f"output {program.model.graph.outputs[number].name!r}",
-                remedy="nothing was written; try another opset, and report it to lora_fx if no opset helps",
-            )
+            reason = f"ONNX Runtime is not the model, on inputs of shapes {comparison}"
+            remedy = "nothing was written; try another opset, and report it to lora_fx if no opset helps"
+            refuse(f"output {program.model.graph.outputs[number].name!r}", reason, remedy)
     return tuple(comparisons)
 
 
@@ -109,11 +107,8 @@ def _judge(expected: torch.Tensor, got: torch.Tensor, exact: torch.Tensor, moved
     """One output: of torch in its own dtype, ONNX Runtime, torch in float64, and float64 with weights rounded once."""
     if expected.shape != got.shape or expected.dtype != got.dtype:
         theirs, ours = (f"{t.dtype} {tuple(t.shape)}" for t in (got, expected))
-        raise ExportError(
-            f"ONNX Runtime returns {theirs} where torch returns {ours}",
-            place="output",
-            remedy="nothing was written; an axis that changes may be missing in dynamic_shapes",
-        )
+        reason = f"ONNX Runtime returns {theirs} where torch returns {ours}"
+        refuse("output", reason, "nothing was written; an axis that changes may be missing in dynamic_shapes")
     if expected.is_floating_point():
         noise = max(relative_error(moved, exact, exact), relative_error(expected, exact, exact))
         return compare(expected, got, exact, noise, expected.dtype)
@@ -184,11 +179,8 @@ def _other_shapes(model: nn.Module, program: Any, call: Call) -> list[tuple[Inpu
         if len(seen) == _OTHER_SHAPES:
             break
     if not seen:
-        raise ExportError(
-            f"axes are dynamic, but the model ran on no other size than {sorted(sizes.values())}: {failure}",
-            place="dynamic_shapes",
-            remedy="make those axes static, or give their range: Dim(name, min=…, max=…)",
-        )
+        reason = f"axes are dynamic, but the model ran on no other size than {sorted(sizes.values())}: {failure}"
+        refuse("dynamic_shapes", reason, "make those axes static, or give their range: Dim(name, min=…, max=…)")
     return [*seen.values()]
 
 

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 from lora_fx.errors import ExportError, essence
 
@@ -25,23 +25,22 @@ def require(package: str) -> Any:
             installed last has overwritten the other.
     """
     if package == "onnxruntime" and all(map(_is_installed, ("onnxruntime", "onnxruntime-gpu"))):
-        raise ExportError(
-            "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files",
-            place="onnxruntime",
-            remedy="uninstall both with pip, then pip install 'lora-fx[onnx]' or 'lora-fx[onnx-gpu]'",
-        )
+        reason = "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files"
+        remedy = "uninstall both with pip, then pip install 'lora-fx[onnx]' or 'lora-fx[onnx-gpu]'"
+        refuse("onnxruntime", reason, remedy)
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ExportError(
-            f"the package {package} cannot be imported: {error}",
-            place="export_onnx",
-            remedy="pip install 'lora-fx[onnx]' (or 'lora-fx[onnx-gpu]')",
-        ) from error
+        reason = f"the package {package} cannot be imported: {error}"
+        refuse("export_onnx", reason, "pip install 'lora-fx[onnx]' (or 'lora-fx[onnx-gpu]')", error)
 
 
 def _is_installed(distribution: str) -> bool:
     return next(iter(metadata.distributions(name=distribution)), None) is not None
+
+
+def refuse(place: str, reason: str, remedy: str, cause: BaseException | None = None) -> NoReturn:
+    raise ExportError(reason, place=place, remedy=remedy) from cause
 
 
 @contextmanager
@@ -50,7 +49,7 @@ def refusing(reason: str, place: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ExportError(f"{reason}: {essence(error)}", place=place, remedy=remedy) from error
+        refuse(place, f"{reason}: {essence(error)}", remedy, error)
 
 
 def quiet_options() -> Any:
@@ -83,10 +82,10 @@ def open_session(path: str, providers: Sequence[Provider] | None, options: Any =
     loaded = session.get_providers()
     missing = [name for name, _ in asked if name not in loaded]
     if missing and (providers is not None or not any(name in GPU for name in loaded)):
-        raise ExportError(
+        refuse(
+            "providers",
             f"{', '.join(missing)} did not load: the session would run on {', '.join(loaded)}",
-            place="providers",
-            remedy=f"install what it needs (pip install 'lora-fx[onnx-gpu]', a driver), or ask for {CPU!r} by name",
+            f"install what it needs (pip install 'lora-fx[onnx-gpu]', a driver), or ask for {CPU!r} by name",
         )
     return session
 
@@ -101,4 +100,4 @@ def _refuse_unknown(onnxruntime: Any, names: Sequence[str]) -> None:
     else:
         reason = f"{unknown[0]!r} is no execution provider" if unknown else "there is none"
     if unknown or not names:
-        raise ExportError(reason, place="providers", remedy=remedy)
+        refuse("providers", reason, remedy)

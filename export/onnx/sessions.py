@@ -18,7 +18,7 @@ import numpy
 import torch
 
 from lora_fx.errors import ExportError, essence
-from lora_fx.export.onnx.runtimes import GPU, Provider, open_session, quiet_options, refusing, require
+from lora_fx.export.onnx.runtimes import GPU, Provider, open_session, quiet_options, refuse, refusing, require
 from lora_fx.export.onnx.switchable import MANIFEST, read_manifest
 from lora_fx.export.onnx.tasks import GRAPH, read_task, read_weights
 
@@ -87,11 +87,8 @@ class Session:
             sizes = [0 if isinstance(size, str) else size for size in value.shape] if value else None
             kind = {"float32": "float", "float64": "double"}.get(slot["dtype"], slot["dtype"])
             if value is None or sizes != slot["shape"] or value.type != f"tensor({kind})":
-                raise ExportError(
-                    f"the graph has no input {name!r} of {slot['dtype']} {slot['shape']}, which its manifest names",
-                    place=str(self.path),
-                    remedy="export the model again: another tool has changed the file",
-                )
+                reason = f"the graph has no input {name!r} of {slot['dtype']} {slot['shape']}, which its manifest names"
+                refuse(str(self.path), reason, "export the model again: another tool has changed the file")
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -119,11 +116,8 @@ class Session:
             ExportError: this session is not shared, or the weights are for another graph.
         """
         if not self._weights:
-            raise ExportError(
-                "the session keeps no weights that another one could share",
-                place=str(self.path),
-                remedy="open it with Session(path, shared=True)",
-            )
+            reason = "the session keeps no weights that another one could share"
+            refuse(str(self.path), reason, "open it with Session(path, shared=True)")
         metadata = self.session.get_modelmeta().custom_metadata_map
         own = read_task(Path(weights), metadata.get(GRAPH, ""), self._weights)
         other = object.__new__(Session)
@@ -146,11 +140,8 @@ class Session:
         factors, version = self._read(place)
         base = (self._manifest or read_manifest({}, str(self.path)))["base"]
         if version != base:
-            raise ExportError(
-                f"it is for base model {version}, the graph is of base model {base}",
-                place=place,
-                remedy="save it with save_onnx_adapter from the model that was exported, its base weights unchanged",
-            )
+            remedy = "save it with save_onnx_adapter from the model that was exported, its base weights unchanged"
+            refuse(place, f"it is for base model {version}, the graph is of base model {base}", remedy)
         self._check_factors(factors, place)
         self._adapters[name] = {key: self._value(array) for key, array in factors.items()}
         return name
@@ -174,19 +165,19 @@ class Session:
         for key, array in sorted(factors.items()):
             slot = self._slots.get(key)
             if slot is None:
-                raise ExportError(f"the graph has no slot {key!r}", place=place, remedy=remedy)
+                refuse(place, f"the graph has no slot {key!r}", remedy)
             axis = slot["shape"].index(0)
             shape = [0 if n == axis else size for n, size in enumerate(array.shape)]
             if shape != slot["shape"] or str(array.dtype) != slot["dtype"]:
                 takes = f"{slot['dtype']} {slot['shape']} of any size in the place of 0"
                 reason = f"{key} is {array.dtype} {[*array.shape]}, the slot takes {takes}"
-                raise ExportError(reason, place=place, remedy=remedy)
+                refuse(place, reason, remedy)
             if not numpy.isfinite(array).all():
-                raise ExportError(f"{key} holds NaN or Inf", place=place, remedy="save an earlier checkpoint")
+                refuse(place, f"{key} holds NaN or Inf", "save an earlier checkpoint")
             ranks.setdefault(slot["weight"], []).append(array.shape[axis])
         for weight, found in ranks.items():
             if len(found) != 2 or found[0] != found[1]:
-                raise ExportError(f"A and B of {weight} are of ranks {found}", place=place, remedy=remedy)
+                refuse(place, f"A and B of {weight} are of ranks {found}", remedy)
 
     def _factors(self, adapters: Adapters) -> dict[str, Any]:
         """A and B of every slot."""
@@ -195,14 +186,11 @@ class Session:
         for name in names:
             if name not in self._adapters:
                 remedy = f"load it first; loaded: {', '.join(self._adapters) or 'none'}"
-                raise ExportError(f"there is no adapter {name!r}", place=str(self.path), remedy=remedy)
+                refuse(str(self.path), f"there is no adapter {name!r}", remedy)
             twice = found.keys() & self._adapters[name].keys()
             if twice:
-                raise ExportError(
-                    f"{', '.join(map(repr, names))} both adapt {self._slots[min(twice)]['weight']}",
-                    place="adapter",
-                    remedy="run one of them, or save their sum as one adapter",
-                )
+                reason = f"{', '.join(map(repr, names))} both adapt {self._slots[min(twice)]['weight']}"
+                refuse("adapter", reason, "run one of them, or save their sum as one adapter")
             found |= self._adapters[name]
         return {**self._empty, **found}
 
@@ -282,24 +270,24 @@ class Session:
             yield
         except Exception as error:
             wanted = ", ".join(f"{v.name}: {v.type} {v.shape}" for v in self.session.get_inputs())
-            raise ExportError(essence(error), place=str(self.path), remedy=f"the model takes {wanted}") from error
+            refuse(str(self.path), essence(error), f"the model takes {wanted}", error)
 
     def _fed(self, inputs: Any) -> dict[str, Any]:
         takes = f"the model takes {', '.join(self.inputs)}"
         if not isinstance(inputs, Mapping):
             inputs = inputs if isinstance(inputs, tuple | list) else [inputs]
             if len(inputs) > len(self.inputs):
-                raise ExportError(f"{len(inputs)} inputs were given", place="inputs", remedy=takes)
+                refuse("inputs", f"{len(inputs)} inputs were given", takes)
             inputs = dict(zip(self.inputs, inputs, strict=False))
         for name in inputs:
             if name in self._slots:
                 remedy = "load_adapter, and run with its name"
-                raise ExportError(f"{name!r} is a slot for an adapter", place="inputs", remedy=remedy)
+                refuse("inputs", f"{name!r} is a slot for an adapter", remedy)
             if name not in self.inputs:
-                raise ExportError(f"{name!r} is no input", place="inputs", remedy=takes)
+                refuse("inputs", f"{name!r} is no input", takes)
         missing = [name for name in self.inputs if name not in inputs]
         if missing:
-            raise ExportError(f"{', '.join(missing)} is missing", place="inputs", remedy=takes)
+            refuse("inputs", f"{', '.join(missing)} is missing", takes)
         return dict(inputs)
 
     def _wanted(self, outputs: Sequence[str] | None) -> list[str]:
@@ -307,7 +295,7 @@ class Session:
         for name in names:
             if name not in self.outputs:
                 remedy = f"the model returns {', '.join(self.outputs)}"
-                raise ExportError(f"{name!r} is no output", place="outputs", remedy=remedy)
+                refuse("outputs", f"{name!r} is no output", remedy)
         return names
 
     def _value(self, array: Any, host: bool = False) -> Any:

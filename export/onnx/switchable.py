@@ -27,10 +27,9 @@ from torch import nn
 
 from lora_fx.changes import borrowed, changing
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.errors import ExportError
 from lora_fx.export.onnx.calls import Call
 from lora_fx.export.onnx.files import folder_beside, move_files, writable
-from lora_fx.export.onnx.runtimes import require
+from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.export.onnx.weights import Weights, tensor_bytes
 from lora_fx.model.inventory import Place, base_parameters, inventory
 from lora_fx.model.marks import attach, child_name, detach
@@ -85,11 +84,8 @@ def adapted(model: nn.Module) -> dict[str, list[Place]]:
     for place in inventory(model).places:
         found.setdefault(place.weight, []).append(place)
     if not found:
-        raise ExportError(
-            "the model has no adapter beside a weight",
-            place=type(model).__name__,
-            remedy="apply or load the adapters first; unfold a folded model",
-        )
+        reason = "the model has no adapter beside a weight"
+        refuse(type(model).__name__, reason, "apply or load the adapters first; unfold a folded model")
     return found
 
 
@@ -195,11 +191,8 @@ def factors_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
             found[f"{weight}.lora_B"] = torch.cat([delta.whole * delta.scale for delta in own], -1).cpu()
     for key, factor in found.items():
         if not bool(factor.isfinite().all()):
-            raise ExportError(
-                f"adapter {name!r} holds NaN or Inf, or does with its scale in it",
-                place=key,
-                remedy="load an earlier checkpoint of the adapter",
-            )
+            reason = f"adapter {name!r} holds NaN or Inf, or does with its scale in it"
+            refuse(key, reason, "load an earlier checkpoint of the adapter")
     return found
 
 
@@ -212,11 +205,8 @@ def base_version(model: nn.Module, load: Callable[[str], torch.Tensor] | None = 
     digest = hashlib.sha256()
     for name, parameter in sorted(base_parameters(model).items()):
         if parameter.is_meta and load is None:
-            raise ExportError(
-                "the weight is on meta: which base model this is cannot be told",
-                place=name,
-                remedy="save the adapter from a model that has its weights",
-            )
+            reason = "the weight is on meta: which base model this is cannot be told"
+            refuse(name, reason, "save the adapter from a model that has its weights")
         numbers = load(name) if parameter.is_meta and load else parameter
         digest.update(json.dumps([name, str(parameter.dtype), [*parameter.shape]]).encode())
         digest.update(tensor_bytes(numbers.to(parameter.dtype)))
@@ -260,11 +250,8 @@ def save_onnx_adapter(
         factors, version = factors_of(model, name), base_version(model)
     for key, factor in factors.items():
         if factor.dtype == torch.bfloat16:
-            raise ExportError(
-                "the factor is bfloat16, which the file format cannot be given from Python",
-                place=key,
-                remedy="adapters of lora_fx are float32 beside bfloat16 weights: cast this one back",
-            )
+            reason = "the factor is bfloat16, which the file format cannot be given from Python"
+            refuse(key, reason, "adapters of lora_fx are float32 beside bfloat16 weights: cast this one back")
     file = onnxruntime.AdapterFormat()
     file.set_adapter_version(1)
     file.set_model_version(version)
@@ -289,9 +276,6 @@ def read_manifest(metadata: Mapping[str, str], place: str) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError):
         known = False
     if not known:
-        raise ExportError(
-            "the graph has no slots for adapters that this version of lora_fx knows",
-            place=place,
-            remedy='export it with adapters="switchable"',
-        )
+        reason = "the graph has no slots for adapters that this version of lora_fx knows"
+        refuse(place, reason, 'export it with adapters="switchable"')
     return found

@@ -22,7 +22,7 @@ from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.exact_sum import check_foldable, folded_weight
-from lora_fx.errors import ExportError
+from lora_fx.export.onnx.runtimes import refuse
 from lora_fx.graph.capture import on_meta
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory, weight_name
@@ -175,26 +175,18 @@ class Checkpoint:
         return [place.with_name(n) for n in sorted(names)] if inside else self._refuse("it is no index of files beside")
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise ExportError(
-            reason, place=str(self.place), remedy="pass a .safetensors file, an index of some, or the folder with them"
-        )
+        refuse(str(self.place), reason, "pass a .safetensors file, an index of some, or the folder with them")
 
     def loader(self, names: Sequence[str], tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """What reads the numbers of a tensor of the model, which may have several names, one of them in the files."""
         name = next((n for n in names if n in self._found), None)
         if name is None:
-            raise ExportError(
-                f"{' = '.join(names)} is on meta, and in none of its files",
-                place=str(self.place),
-                remedy="pass this model's own checkpoint; give buffers that no checkpoint holds their numbers",
-            )
+            remedy = "pass this model's own checkpoint; give buffers that no checkpoint holds their numbers"
+            refuse(str(self.place), f"{' = '.join(names)} is on meta, and in none of its files", remedy)
         file, shape = self._found[name]
         if shape != tuple(tensor.shape):
-            raise ExportError(
-                f"it has shape {shape} where the model has {tuple(tensor.shape)}",
-                place=f"{file}, {name}",
-                remedy="pass the checkpoint of this model",
-            )
+            reason = f"it has shape {shape} where the model has {tuple(tensor.shape)}"
+            refuse(f"{file}, {name}", reason, "pass the checkpoint of this model")
         return partial(_read, file, name)
 
 
@@ -211,4 +203,4 @@ def opened(file: Path, framework: str = "pt", remedy: str = "restore the file, o
         with safe_open(file, framework=framework) as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
-        raise ExportError(f"it cannot be read: {error}", place=str(file), remedy=remedy) from error
+        refuse(str(file), f"it cannot be read: {error}", remedy, error)
