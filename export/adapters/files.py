@@ -124,12 +124,10 @@ _Files = tuple[dict[str, Any], dict[str, torch.Tensor], list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where in its layer's factors an adapter lies."""
+    """Where in its layer's factors an adapter lies: from `start` on along the rank, its B 2^shift times as large."""
 
     start: int
-    """Along the rank."""
     shift: int
-    """Its B is 2ⁿ times as large there."""
 
 
 def save_adapter(
@@ -178,18 +176,15 @@ def _held(model: nn.Module, name: str) -> list[_Held]:
         held.append(_Held(adapter, names, places[0].part))
     for h in held:
         for label, factor in (("A", h.adapter.A), ("B", h.adapter.B)):
-            _check_saveable(factor, f"{h.weights[0]}, {label} of adapter {name!r}")
+            where = f"{h.weights[0]}, {label} of adapter {name!r}"
+            if factor.is_meta:
+                refuse(where, "it is on meta and has no numbers", "materialise the model first")
+            if is_shard(factor):
+                how = "unshard() every FSDPModule, or enter FullyShardedDataParallel.summon_full_params(model)"
+                refuse(where, "it is sharded", f"in all processes {how}; then save in one of them")
+            if not bool(factor.isfinite().all()):
+                refuse(where, "it holds NaN or Inf", "save an earlier checkpoint of the adapter")
     return held
-
-
-def _check_saveable(factor: torch.Tensor, place: str) -> None:
-    if factor.is_meta:
-        refuse(place, "it is on meta and has no numbers", "materialise the model first")
-    if is_shard(factor):
-        how = "in all processes unshard() every FSDPModule, or enter FullyShardedDataParallel.summon_full_params(model)"
-        refuse(place, "it is sharded", f"{how}; then save in one of them")
-    if not bool(factor.isfinite().all()):
-        refuse(place, "it holds NaN or Inf", "save an earlier checkpoint of the adapter")
 
 
 def _as_own(held: list[_Held]) -> _Files:
@@ -254,13 +249,10 @@ def _attention_layers(modules: Modules, layer: Layer) -> dict[Layer, list[_Held]
 def _refuse_outside_reads(model: nn.Module, name: str) -> None:
     """PEFT adapts calls of a module; a module around it that reads the weight itself goes past that."""
     for path, module in model.named_modules():
-        if not is_reader(module):
-            continue
-        found = re.search(rf"(?<!self)\.(\w+){child_name('', name)}\w*\.[AB]\b", show(module))
-        if found:
-            reason = (
-                f"its forward reads the {found[1]} of a module inside it, and PEFT adapts only calls of that module"
-            )
+        pattern = rf"(?<!self)\.(\w+){child_name('', name)}\w*\.[AB]\b"
+        if is_reader(module) and (found := re.search(pattern, show(module))):
+            reads = f"its forward reads the {found[1]} of a module inside it"
+            reason = f"{reads}, and PEFT adapts only calls of that module"
             refuse(path or type(model).__name__, reason, _OWN_FORMAT)
 
 
@@ -301,6 +293,11 @@ def _config(modules: Modules, targets: Mapping[str, _Target], rslora: bool) -> d
     parameters = [layer.target for layer in layers if layer.kind == "parameter"]
     if why := peft_format.why_not_together(layers, False):
         refuse(next(layer.target for layer in layers if layer.kind == "conv1d"), why, _OWN_FORMAT)
+    for parameter in parameters:
+        clashes = [n for n in modules.parameters if n.endswith(f".{parameter}") and n not in parameters]
+        if clashes:
+            reason = f"PEFT's target_parameters would take {clashes[0]} too: it ends in the same words"
+            refuse(parameter, reason, _OWN_FORMAT)
     exactly = {"^" + re.escape(name): t for name, t in targets.items()}  # PEFT allows any prefix before a key
     ((rank, alpha), _), *_ = Counter((t.rank, t.alpha) for t in targets.values()).most_common(1)
     return {
@@ -316,7 +313,7 @@ def _config(modules: Modules, targets: Mapping[str, _Target], rslora: bool) -> d
         "bias": "none",
         "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
         "target_modules": _target_modules(modules, [t for t in targets if t not in parameters]),
-        "target_parameters": _target_parameters(modules, parameters) or None,
+        "target_parameters": parameters or None,
         "rank_pattern": {key: t.rank for key, t in exactly.items() if t.rank != rank},
         "alpha_pattern": {key: t.alpha for key, t in exactly.items() if t.alpha != alpha},
         "init_lora_weights": True,
@@ -329,16 +326,6 @@ def _target_modules(modules: Modules, targets: list[str]) -> list[str] | str:
     if any(path.endswith(f".{target}") for path in others for target in targets):
         return "|".join(re.escape(target) for target in targets)
     return targets
-
-
-def _target_parameters(modules: Modules, parameters: list[str]) -> list[str]:
-    others = [name for name in modules.parameters if name not in parameters]
-    for parameter in parameters:
-        clash = next((name for name in others if name.endswith(f".{parameter}")), None)
-        if clash:
-            reason = f"PEFT's target_parameters would take {clash} too: it ends in the same words"
-            refuse(parameter, reason, _OWN_FORMAT)
-    return parameters
 
 
 def _shared_dropout(targets: Mapping[str, _Target]) -> float:
@@ -433,8 +420,13 @@ class Read(Pass):
             saved = _read_own(model, folder, folder.header) if folder.header else _read_peft(model, folder)
             name = self.adapter or (folder.header["name"] if folder.header else "default")
             _refuse_name(model, name)
-            plan = _plan(model, saved, self.example_inputs, name)
-        return Result(model, False, (plan.program, plan))
+            program = read_program(model, self.example_inputs)
+            weights = {n: w for w in program.weights for n in w.names}
+            for s in saved:
+                _check_target(s, weights)
+            rows = [_row(program, s, weights[s.weights[0]]) for s in _shared(saved, weights)]
+            plan = plan_rows(program, tuple(row.rule for row in rows), name, rows)
+        return Result(model, False, (program, plan))
 
 
 def _refuse_name(model: nn.Module, name: str) -> None:
@@ -446,15 +438,6 @@ def _refuse_name(model: nn.Module, name: str) -> None:
     if name in here.names:
         remedy = f"pass another name to load_adapter, or lora_fx.remove(model, {name!r}) first"
         refuse(type(model).__name__, f"it already has an adapter named {name!r}", remedy)
-
-
-def _plan(model: nn.Module, saved: list[_Saved], example_inputs: Any, name: str) -> Plan:
-    program = read_program(model, example_inputs)
-    weights = {n: w for w in program.weights for n in w.names}
-    for s in saved:
-        _check_target(s, weights)
-    rows = [_row(program, s, weights[s.weights[0]]) for s in _shared(saved, weights)]
-    return plan_rows(program, tuple(row.rule for row in rows), name, rows)
 
 
 def _check_target(s: _Saved, weights: Mapping[str, Weight]) -> None:
@@ -473,17 +456,14 @@ def _shared(saved: list[_Saved], weights: Mapping[str, Weight]) -> list[_Saved]:
     kept: list[_Saved] = []
     for s in saved:
         for k, other in enumerate(kept):
-            if weights[other.weights[0]] is weights[s.weights[0]] and _same(other, s):
+            first, second = ((x.alpha, x.scaling, x.factors.rank, x.ranges) for x in (other, s))
+            one = weights[other.weights[0]] is weights[s.weights[0]] and first == second
+            if one and other.factors.equals(s.factors):
                 kept[k] = replace(other, weights=(*other.weights, *s.weights))
                 break
         else:
             kept.append(s)
     return kept
-
-
-def _same(a: _Saved, b: _Saved) -> bool:
-    first, second = ((s.alpha, s.scaling, s.factors.rank, s.ranges) for s in (a, b))
-    return first == second and a.factors.equals(b.factors)
 
 
 def _row(program: Program, s: _Saved, weight: Weight) -> Row:
@@ -536,9 +516,6 @@ def _oriented(s: _Saved, layout: Layout, rows: tuple[int, ...] | None) -> Factor
             reason = f"{label} has the shape {tuple(factor.shape)}, and {s.weights[0]} wants {want}"
             refuse(s.place, reason, _ITS_BASE)
     return factors
-
-
-# ── what save_adapter wrote ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _read_own(model: nn.Module, folder: Folder, header: dict[str, Any]) -> list[_Saved]:
@@ -594,9 +571,6 @@ def _entry(modules: Modules, entry: dict[str, Any], raw: list[str], folder: Fold
         tuple(entry["weights"]), factors, float(entry["alpha"]), entry["scaling"], folder.tensor(key),
         float(entry["dropout"]), ranges, str(entry["role"]), str(entry["part"]), str(entry.get("schedule", AUTO)),
     )  # fmt: skip
-
-
-# ── what PEFT wrote ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _read_peft(model: nn.Module, folder: Folder) -> list[_Saved]:

@@ -62,7 +62,7 @@ def read_folder(path: Path) -> Folder:
 
 
 def _find_folder(path: Path) -> Path:
-    """The folder with the adapter: this one, or its only subfolder that holds one."""
+    """This one, or its only subfolder that holds an adapter."""
     if not path.is_dir():
         refuse(str(path), "there is no such folder", "pass the folder that save_adapter or save_pretrained wrote")
     if (path / CONFIG).is_file():

@@ -138,7 +138,7 @@ class Modules:
     @property
     def parameters(self) -> list[str]:
         """The names of all parameters, as PEFT walks over them."""
-        return [weight_name(plain_path(paths[0]), name) for m, paths in self.modules.items() for name in own_names(m)]
+        return [weight_name(plain_path(paths[0]), name) for m, paths in self.modules.items() for name in _own_names(m)]
 
     def parameter(self, name: str) -> nn.Parameter | None:
         path, _, attribute = name.rpartition(".")
@@ -186,15 +186,14 @@ class Modules:
         if kind:
             sides = {"conv1d": "io", "embedding": "io", "conv": "o" + "i" * (len(shape) - 1)}.get(kind, "oi")
             return Layer(path, path, shape, sides, kind)
-        nested = [p for p in own_names(module) if f"{path}.{p}" in raw]
+        nested = [p for p in _own_names(module) if f"{path}.{p}" in raw]
         around = len(nested) - 1 - nested.index(attribute)
         transposed = getattr(module, "is_transposed", False)
         sides = "oi" if len(shape) == 2 else ("bio" if transposed else "boi")
         return Layer(name, path + ".base_layer" * around, shape, sides, "parameter")
 
 
-def own_names(module: nn.Module) -> list[str]:
-    """Of its parameters, each once."""
+def _own_names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
@@ -271,9 +270,12 @@ def check_options(folder: Folder) -> None:
 def targeted_layers(modules: Modules, folder: Folder) -> Iterator[tuple[str, Layer]]:
     """(name, layer) of every weight that PEFT adapts in this model by its config."""
     config, place = folder.config, folder.option("target_modules")
-    linears = _all_linear(modules.model) if str(config.get("target_modules")).lower() == "all-linear" else None
+    every = str(config.get("target_modules")).lower() == "all-linear"
+    given: Any = getattr(modules.model, "get_output_embeddings", None) if every else None
+    head = given() if given else None
     for module, (path, *_) in modules.modules.items():
-        if not path or not (path in linears if linears is not None else _is_target(config, path)):
+        linear = known_kind(module, "weight") in ("linear", "conv1d") and module is not head
+        if not path or not (linear if every else _is_target(config, path)):
             continue
         taken, attention = f"it takes {path}, a {type(module).__name__}", isinstance(module, nn.MultiheadAttention)
         if isinstance(modules.parent(path), nn.MultiheadAttention):
@@ -293,12 +295,6 @@ def _loadable(modules: Modules, name: str, raw: Sequence[str], place: str) -> tu
     if why and why != _FUSED:  # such a layer PEFT trains well, and is wrong only in eval
         refuse(f"{place}: {name}", why, TRAIN)
     return name, modules.layer(name, raw)
-
-
-def _all_linear(model: nn.Module) -> set[str]:
-    given: Any = getattr(model, "get_output_embeddings", None)
-    head = given() if given else None
-    return {p for p, m in model.named_modules() if known_kind(m, "weight") in ("linear", "conv1d") and m is not head}
 
 
 def _is_target(config: dict, path: str) -> bool:

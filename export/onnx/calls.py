@@ -62,15 +62,9 @@ class Call:
                 sizes[label] = max(2, leaves[places[n]].shape[axis], sizes.get(label, 0))
         for (n, axis), label in self.labels.items():
             tensor, parts = leaves[places[n]], label.split(" + ")
-            old = tensor.shape[axis]
-            new = sum(sizes[part] for part in parts) if label and all(part in sizes for part in parts) else max(2, old)
-            if new == old:
-                continue
-            if not old:
-                leaves[places[n]] = tensor.new_zeros([*tensor.shape[:axis], new, *tensor.shape[axis + 1 :]])
-            else:
-                picked = torch.arange(new, device=tensor.device) * old // new
-                leaves[places[n]] = tensor.index_select(axis, picked)
+            named = label and all(part in sizes for part in parts)
+            size = sum(sizes[part] for part in parts) if named else max(2, tensor.shape[axis])
+            leaves[places[n]] = resized(tensor, axis, size)
         return Inputs(*pytree.tree_unflatten(leaves, spec))
 
     def with_argument(self, model: nn.Module, name: str, value: Any, shapes: Any) -> Call:
@@ -78,15 +72,23 @@ class Call:
         bound = _bind(model, Inputs(self.inputs.args, {**self.inputs.kwargs, name: value}))
         behind = [*bound][[*bound].index(name) + 1 :]
         if tensors_in([bound[key] for key in behind]):
-            refuse(
-                "example_inputs",
-                f"{type(model).__name__}.forward takes tensors through **{behind[-1]}, where no other input can follow",
-                "pass only inputs that forward names",
-            )
+            taken = f"{type(model).__name__}.forward takes tensors through **{behind[-1]}"
+            remedy = "pass only inputs that forward names"
+            refuse("example_inputs", f"{taken}, where no other input can follow", remedy)
         kwargs = {**self.inputs.kwargs, name: value}
         kwargs = dict(sorted(kwargs.items(), key=lambda item: (item[0] not in bound, item[0] == name)))
         every = dict.fromkeys(bound) if self.shapes is None else self.shapes
         return replace(self, inputs=Inputs(self.inputs.args, kwargs), shapes={**every, name: shapes})
+
+
+def resized(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """With another size of an axis: entries repeated or left out evenly: masks and positions keep their order."""
+    old = tensor.shape[axis]
+    if size == old:
+        return tensor
+    if not old:
+        return tensor.new_zeros([*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]])
+    return tensor.index_select(axis, torch.arange(size, device=tensor.device) * old // size)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -185,11 +187,10 @@ def axis_names(program: Any, call: Call) -> dict[Any, str]:
         for axis, size in enumerate(value.shape):
             name = call.labels.get((n, axis))
             if isinstance(size, int) and name is not None:
-                refuse(
-                    f"input {value.name!r}",
-                    f"axis {axis} must be {size}: the model works with no other size, so the axis cannot be dynamic",
-                    "leave that axis out of dynamic_shapes",
+                reason = (
+                    f"axis {axis} must be {size}: the model works with no other size, so the axis cannot be dynamic"
                 )
+                refuse(f"input {value.name!r}", reason, "leave that axis out of dynamic_shapes")
             if name:
                 names.setdefault(str(size.value), name)
     return names

@@ -26,6 +26,7 @@ from torch import nn
 from lora_fx.changes import borrowed
 from lora_fx.checks.certification import Certificate, certify_adapted
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.export.onnx import switchable
 from lora_fx.export.onnx.calls import Call, flat_caches
 from lora_fx.export.onnx.files import INLINE, check_file, folder_beside, move_files, save_model, writable
 from lora_fx.export.onnx.graphs import describe, graph_digest, name_interface, operators, translate
@@ -33,17 +34,6 @@ from lora_fx.export.onnx.optimization import Contents, optimize
 from lora_fx.export.onnx.proof import Proof, fused_operators, prove
 from lora_fx.export.onnx.runs import Comparison, compare_runs, open_session, run_torch
 from lora_fx.export.onnx.runtimes import refuse, require
-from lora_fx.export.onnx.switchable import (
-    MANIFEST,
-    SWITCHABLE,
-    Slot,
-    adapted,
-    factors_as_inputs,
-    factors_of,
-    manifest,
-    open_slots,
-    slots_in,
-)
 from lora_fx.export.onnx.tasks import GRAPH
 from lora_fx.export.onnx.weights import Checkpoint, Weights, adapter_digest, structure
 from lora_fx.graph.capture import inputs_on_meta, normalize_inputs, refuse_unready, undisturbed
@@ -55,12 +45,9 @@ from lora_fx.passes.pipelines import FOLD, UNFOLD
 from lora_fx.passes.wiring import wire
 
 OPSETS = range(18, 25)
-FORMS = ("folded", "unfolded", SWITCHABLE)
+FORMS = ("folded", "unfolded", switchable.SWITCHABLE)
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-# ── what comes back ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -126,9 +113,6 @@ class ExportReport:
         lines += [f"  {self.proof}"] if self.proof else []
         lines += [f"  NOT RUN, only checked by onnx.checker: {self.not_run}"] if self.not_run else []
         return "\n".join(lines)
-
-
-# ── the verb ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def export_onnx(
@@ -222,9 +206,6 @@ def exporting(
     )
 
 
-# ── facts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class Job:
     """What is to be exported."""
@@ -249,7 +230,7 @@ class Translated:
 
     program: Any
     weights: Weights
-    slots: list[Slot]
+    slots: list[switchable.Slot]
     how: Translate
     """A proof has the base model translated in the same way."""
 
@@ -260,7 +241,7 @@ class Optimised:
 
     graph: Any
     contents: Contents
-    slots: list[Slot]
+    slots: list[switchable.Slot]
     how: Optimise
 
 
@@ -282,9 +263,6 @@ class Compared:
     comparisons: tuple[Comparison, ...] = ()
     not_run: str = ""
     """Why it has not."""
-
-
-# ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -323,8 +301,8 @@ class Prepare(Pass):
         inputs = facts.enter(flat_caches(model, normalize_inputs(model, self.example_inputs)))
         here = inventory(model)
         form, acting = self.adapters, here.by_weight(active=True)
-        if form == SWITCHABLE:
-            acting = {name: [place.adapter for place in places] for name, places in adapted(model).items()}
+        if form == switchable.SWITCHABLE:
+            acting = {name: [place.adapter for place in places] for name, places in switchable.adapted(model).items()}
         elif not acting:
             acting = here.by_weight(here.put_away, active=True)
             form = "folded" if acting else "base"
@@ -393,9 +371,9 @@ class Translate(Pass):
     def of(self, model: nn.Module, job: Job) -> Translated:
         call, slots = job.call, []
         with ExitStack() as stack:
-            if job.form == SWITCHABLE:
-                slots = stack.enter_context(slots_in(model))
-                call = stack.enter_context(factors_as_inputs(model, slots, call))
+            if job.form == switchable.SWITCHABLE:
+                slots = stack.enter_context(switchable.slots_in(model))
+                call = stack.enter_context(switchable.factors_as_inputs(model, slots, call))
                 call = replace(call, inputs=inputs_on_meta(call.inputs)) if job.checkpoint else call
             weights = stack.enter_context(structure(model, job.form == "folded", job.checkpoint))
             return Translated(translate(model, call, self.opset), weights, slots, self)
@@ -425,7 +403,8 @@ class Optimise(Pass):
             notes["lora_fx.weights"] = json.dumps({n: [*map(_said, own)] for n, own in sorted(job.acting.items())})
             notes["lora_fx.adapter_sha256"] = adapter_digest(job.acting)
         if made.slots:
-            notes[MANIFEST] = json.dumps(manifest(model, made.slots, notes[GRAPH], translated.weights))
+            manifest = switchable.manifest(model, made.slots, notes[GRAPH], translated.weights)
+            notes[switchable.MANIFEST] = json.dumps(manifest)
         describe(made.graph, notes)
         return Result(model, False, (made,))
 
@@ -434,7 +413,7 @@ class Optimise(Pass):
         contents = optimize(program.model, translated.weights, self.optimize)
         name_interface(program, job.call, self.input_names, self.output_names)
         if slots:
-            slots = open_slots(program.model.graph, slots, len(job.call.names))
+            slots = switchable.open_slots(program.model.graph, slots, len(job.call.names))
         return Optimised(program.model, contents, slots, self)
 
 
@@ -475,7 +454,7 @@ class Run(Pass):
         session, missing = open_session(facts[Written].files[0])
         if session is None:
             return Result(model, False, (Compared((), missing),))
-        if job.form != SWITCHABLE:
+        if job.form != switchable.SWITCHABLE:
             return Result(model, False, (Compared(compare_runs(model, session, program, job.call, job.expected)),))
         found: list[Comparison] = []
         every = inventory(model).adapters
@@ -484,7 +463,7 @@ class Run(Pass):
                 for adapter in every:
                     adapter.active = adapter.name == name
                 wire(model)
-                fed, expected = factors_of(model, name) if name else {}, run_torch(model, job.call.inputs)
+                fed, expected = switchable.factors_of(model, name) if name else {}, run_torch(model, job.call.inputs)
                 own = compare_runs(model, session, program, job.call, expected, fed)
             found += [replace(comparison, adapter=name or "no adapter") for comparison in own]
         return Result(model, False, (Compared(tuple(found)),))
@@ -556,8 +535,6 @@ def _info(value: Any) -> TensorInfo:
     shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape or ())
     return TensorInfo(value.name, value.dtype.name.lower(), shape)
 
-
-# ── a clean console ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 #: What the exporter says where nothing is wrong: logger → how its messages start.
 _NOISE: dict[str, tuple[str, ...]] = {

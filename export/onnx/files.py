@@ -29,8 +29,7 @@ def writable(path: str | os.PathLike[str]) -> Path:
         reason = f"lies in a folder that does not exist: {target.parent}"
     else:
         try:
-            with tempfile.TemporaryFile(dir=target.parent, prefix=f".{target.name}.data"):
-                pass
+            tempfile.TemporaryFile(dir=target.parent, prefix=f".{target.name}.data").close()
         except OSError as error:
             reason = f"cannot be written: {error.strerror}"
     if reason:

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,13 @@ def fold_onnx(
     """
     for package in ("onnx", "onnxscript"):
         require(package)
+    from onnx_ir.passes import common
+
     target = writable(out)
-    model = _load(Path(path))
+    model = load_model(Path(path), "pass the path of an ONNX file")
+    with refusing("its functions and shapes cannot be followed", str(path), REMEDY):
+        common.InlinePass()(model)
+        common.ShapeInferencePass()(model)
     before = operators(model).total()
     reader = Reader(model, str(path))
     sites = reader.sites()
@@ -86,7 +92,11 @@ def fold_onnx(
     for same in alike.values():
         weights[_fold(reader, same)] += len(same[0].branches)
     branches = sum(len(site.branches) for site in sites)
-    _clean(model, branches, str(path))
+    common.RemoveUnusedNodesPass()(model)
+    left = [name for name, value in model.graph.initializers.items() if _FACTOR.search(name) and value.uses()]
+    if left:
+        reason = f"{branches} branches were found, and more are there: {', '.join(left[:4])} are still in use"
+        refuse(str(path), reason, REMEDY)
     if "lora_fx.form" in model.metadata_props:
         model.metadata_props["lora_fx.form"] = "folded"
     with folder_beside(target) as folder:
@@ -94,30 +104,6 @@ def fold_onnx(
         check_file(files[0])
         move_files(files, target)
     return OnnxFold(target, branches, dict(weights), (before, operators(model).total()))
-
-
-def _load(path: Path) -> Any:
-    from onnx_ir.passes import common
-
-    model = load_model(path, "pass the path of an ONNX file")
-    with refusing("its functions and shapes cannot be followed", str(path), REMEDY):
-        common.InlinePass()(model)
-        common.ShapeInferencePass()(model)
-    return model
-
-
-def _clean(model: Any, branches: int, place: str) -> None:
-    """Take out what nothing reads any more: after that no initializer with a name of LoRA's factors may be in use."""
-    from onnx_ir.passes import common
-
-    common.RemoveUnusedNodesPass()(model)
-    left = [name for name, value in model.graph.initializers.items() if _FACTOR.search(name) and value.uses()]
-    if left:
-        reason = f"{branches} branches were found, and more are there: {', '.join(left[:4])} are still in use"
-        refuse(place, reason, REMEDY)
-
-
-# ── one weight ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _fold(reader: Reader, sites: Sequence[Site]) -> str:
@@ -159,9 +145,8 @@ def _new_initializer(graph: Any, like: Any, weight: torch.Tensor) -> Any:
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor
 
-    name, number = f"{like.name}.folded", 1
-    while name in graph.initializers:
-        name, number = f"{like.name}.folded_{number}", number + 1
+    names = (f"{like.name}.folded{f'_{number}' if number else ''}" for number in count())
+    name = next(name for name in names if name not in graph.initializers)
     kind = onnx_ir.TensorType(TorchTensor(weight).dtype)
     value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(weight.shape), type=kind)
     graph.initializers.add(value)

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
+from itertools import count
 from typing import Any
 
 import torch
@@ -77,30 +78,23 @@ def name_interface(
             reason = f"{place} is {[*given]}: {len({*given})} names for {len(values)} tensors"
             refuse(place, reason, f"give one name for each of {', '.join(value.name for value in values)}")
         for value, name in zip(values, given or own, strict=True):
-            if name and name != value.name:
-                _take_name(graph, value, name)
-
-
-def _take_name(graph: Any, value: Any, name: str) -> None:
-    """Whoever else has the name gets another one."""
-    everything = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
-    taken = {other.name: other for other in everything}
-    if name in taken:
-        other, number = taken[name], 1
-        while f"{name}_{number}" in taken:
-            number += 1
-        other.name = f"{name}_{number}"
-    value.name = name
+            if not name or name == value.name:
+                continue
+            everything = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+            taken = {other.name: other for other in everything}
+            if name in taken:  # whoever else has it gets another one
+                taken[name].name = next(n for k in count(1) if (n := f"{name}_{k}") not in taken)
+            value.name = name
 
 
 def _output_names(program: Any) -> list[str]:
     """A name for each output; empty where the model says none."""
     spec = program.exported_program.call_spec.out_spec
-    count = len(program.model.graph.outputs)
-    if spec.num_leaves != count:
-        return [""] * count
-    structure = pytree.tree_unflatten(list(range(count)), spec)
-    keyed = structure.items() if isinstance(structure, Mapping) else enumerate(structure if count > 1 else [structure])
+    total = len(program.model.graph.outputs)
+    if spec.num_leaves != total:
+        return [""] * total
+    structure = pytree.tree_unflatten(list(range(total)), spec)
+    keyed = structure.items() if isinstance(structure, Mapping) else enumerate(structure if total > 1 else [structure])
     names: list[str] = []
     for key, part in keyed:
         if is_flat_cache(part):
@@ -110,9 +104,6 @@ def _output_names(program: Any) -> list[str]:
             named = key if isinstance(key, str) else ""
             names += [f"{named}.{n}" if named and inside > 1 else named for n in range(inside)]
     return names
-
-
-# ── what the file says about itself ──────────────────────────────────────────────────────────────────────────────────
 
 
 def describe(model: Any, notes: Mapping[str, str]) -> None:
@@ -133,14 +124,8 @@ def describe(model: Any, notes: Mapping[str, str]) -> None:
     # ONNX Runtime's tools look for torch's name to know what they have before them.
     model.producer_name, model.producer_version, model.doc_string = "pytorch", str(torch.__version__), None
     model.metadata_props.clear()
-    model.metadata_props.update({"lora_fx.version": _version(), **notes})
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("lora-fx")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    ours = next(iter(importlib.metadata.distributions(name="lora-fx")), None)
+    model.metadata_props.update({"lora_fx.version": ours.version if ours else "unknown", **notes})
 
 
 def operators(model: Any) -> Counter[str]:
@@ -178,15 +163,14 @@ def order(node: Any, axes: int) -> tuple[int, ...]:
     return tuple(reversed(range(axes))) if given is None else given
 
 
-# ── the graph as text ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def graph_lines(model: Any, renamed: Mapping[str, str] | None = None) -> list[str]:
     """All of a file but the numbers in its initializers, one line for each thing: equal texts are equal graphs.
 
     Args:
         renamed: initializers that stand for others.
     """
+    import onnx_ir
+
     names = dict(renamed or {})
 
     def lines(graph: Any) -> Iterator[str]:
@@ -197,8 +181,13 @@ def graph_lines(model: Any, renamed: Mapping[str, str] | None = None) -> list[st
             inputs = ", ".join("–" if value is None else names.get(value.name, value.name) for value in node.inputs)
             outputs = ", ".join(_typed(value, names) for value in node.outputs)
             yield f"{outputs} = {node.domain}.{node.op_type}.{node.overload}({inputs}) as {node.name}"
-            for attribute in sorted(node.attributes.values(), key=lambda a: a.name):
-                yield from _attribute_lines(attribute, lines)
+            for held in sorted(node.attributes.values(), key=lambda a: a.name):
+                inner = held.value if held.type == onnx_ir.AttributeType.GRAPHS else [held.value]
+                if held.type in (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS):
+                    yield from (f"  {held.name}: {line}" for graph in inner for line in lines(graph))
+                else:
+                    text = onnx_ir.to_proto(held).SerializeToString(deterministic=True)
+                    yield f"  {held.name}: {hashlib.sha256(text).hexdigest()}"
 
     opsets = [f"opset {domain or 'ai.onnx'} {version}" for domain, version in sorted(model.opset_imports.items())]
     return [*opsets, *lines(model.graph), *(line for f in model.functions.values() for line in lines(f))]
@@ -207,18 +196,6 @@ def graph_lines(model: Any, renamed: Mapping[str, str] | None = None) -> list[st
 def _typed(value: Any, names: Mapping[str, str]) -> str:
     shape = "?" if value.shape is None else ", ".join(str(getattr(size, "value", size)) for size in value.shape)
     return f"{names.get(value.name, value.name)}: {value.dtype}[{shape}]"
-
-
-def _attribute_lines(attribute: Any, lines: Callable[[Any], Iterator[str]]) -> Iterator[str]:
-    import onnx_ir
-
-    kind = attribute.type
-    if kind in (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS):
-        graphs = [attribute.value] if kind == onnx_ir.AttributeType.GRAPH else attribute.value
-        yield from (f"  {attribute.name}: {line}" for graph in graphs for line in lines(graph))
-        return
-    text = onnx_ir.to_proto(attribute).SerializeToString(deterministic=True)
-    yield f"  {attribute.name}: {hashlib.sha256(text).hexdigest()}"
 
 
 def graph_digest(model: Any) -> str:

@@ -57,13 +57,8 @@ def optimize(model: Any, weights: Weights, wanted: bool = True) -> Contents:
             with _hidden(model, values, large):
                 _constant_folding(_FOLDABLE)(model)
             with _hidden(model, values, shared):
-                RewritePass(
-                    [
-                        rules.fuse_batchnorm_into_conv_rule,
-                        rules.fuse_batchnorm_into_conv_transpose_rule,
-                        rules.fuse_batchnorm_into_gemm_rule,
-                    ]
-                )(model)
+                convolutions = [rules.fuse_batchnorm_into_conv_rule, rules.fuse_batchnorm_into_conv_transpose_rule]
+                RewritePass([*convolutions, rules.fuse_batchnorm_into_gemm_rule])(model)
     common.RemoveUnusedNodesPass()(model)
     missing = [name for name, value in model.graph.initializers.items() if value.const_value is None]
     assert not missing, f"initializers without a value: {missing}"

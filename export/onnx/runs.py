@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.checks.verification import Report, cast_inputs, compare, move_weights, relative_error, rounding_step
 from lora_fx.errors import CaptureError, essence
-from lora_fx.export.onnx.calls import Call, graph_inputs, tensors_in
+from lora_fx.export.onnx.calls import Call, graph_inputs, resized, tensors_in
 from lora_fx.export.onnx.runtimes import CPU, quiet_options, refuse, refusing
 from lora_fx.graph.capture import Inputs, does_not_run, no_fast_paths, undisturbed
 
@@ -52,9 +52,6 @@ def _excess(report: Report) -> float:
     if not math.isfinite(report.error):
         return math.inf
     return report.error / report.bound if report.bound else (math.inf if report.error else 0.0)
-
-
-# ── ONNX Runtime against torch ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def open_session(path: Path) -> tuple[Any, str]:
@@ -112,15 +109,12 @@ def _judge(expected: torch.Tensor, got: torch.Tensor, exact: torch.Tensor, moved
     if expected.is_floating_point():
         noise = max(relative_error(moved, exact, exact), relative_error(expected, exact, exact))
         return compare(expected, got, exact, noise, expected.dtype)
+    dtype = str(expected.dtype).removeprefix("torch.")
+    if not expected.numel():
+        return Report(0.0, 0.0, 0.0, 0.0, dtype, 1)
     undecided = (expected != exact) | (exact != moved)
-    wrong = (expected != got) & ~undecided
-    share = _share(undecided)
-    largest = float((expected.double() - got.double()).abs().max()) if expected.numel() else 0.0
-    return Report(_share(wrong), largest, share, 0.0, str(expected.dtype).removeprefix("torch."), 1)
-
-
-def _share(mask: torch.Tensor) -> float:
-    return float(mask.double().mean()) if mask.numel() else 0.0
+    wrong, noise = (float(mask.double().mean()) for mask in ((expected != got) & ~undecided, undecided))
+    return Report(wrong, float((expected.double() - got.double()).abs().max()), noise, 0.0, dtype, 1)
 
 
 def _step(model: nn.Module, inputs: Inputs) -> float:
@@ -156,9 +150,6 @@ def run_session(session: Any, program: Any, inputs: Inputs, factors: Mapping[str
         return [torch.from_numpy(array) for array in session.run(None, feeds)]
 
 
-# ── another shape ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _other_shapes(model: nn.Module, program: Any, call: Call) -> list[tuple[Inputs, list[torch.Tensor]]]:
     """Inputs of other sizes on every dynamic axis, and what torch returns for them: two where it runs on two."""
     shapes = _symbolic_shapes(program)[: len(call.names)]
@@ -168,7 +159,8 @@ def _other_shapes(model: nn.Module, program: Any, call: Call) -> list[tuple[Inpu
     ranges = program.exported_program.range_constraints
     failure: Exception | None = None
     seen: dict[tuple[int, ...], tuple[Inputs, list[torch.Tensor]]] = {}
-    labels = _symbol_labels(shapes, call)
+    named = {(n, axis): size for n, shape in enumerate(shapes) for axis, size in enumerate(shape)}
+    labels = {named[at]: label for at, label in call.labels.items() if label and getattr(named[at], "is_symbol", False)}
     for drawn in _draws(sizes, ranges, any(p.is_cuda for p in model.parameters())):
         _agree(drawn, labels)
         inputs = _resized(call.inputs, shapes, drawn)
@@ -203,18 +195,10 @@ def _symbol_sizes(shapes: list[tuple[Any, ...]], inputs: Inputs) -> dict[Any, in
     for shape, tensor in zip(shapes, tensors_in(inputs), strict=True):
         for expression, size in zip(shape, tensor.shape, strict=True):
             free = list(getattr(expression, "free_symbols", ()))
-            if len(free) == 1:
-                symbol = free[0]
-                solutions = [s for s in sympy.solve(expression - size, symbol) if s.is_integer]
-                if solutions:
-                    sizes.setdefault(symbol, int(solutions[0]))
+            solutions = sympy.solve(expression - size, free[0]) if len(free) == 1 else ()
+            for solution in (s for s in solutions if s.is_integer):
+                sizes.setdefault(free[0], int(solution))
     return sizes
-
-
-def _symbol_labels(shapes: list[tuple[Any, ...]], call: Call) -> dict[Any, str]:
-    """symbol → the name that the user gave the axis."""
-    named = {(n, axis): e for n, shape in enumerate(shapes) for axis, e in enumerate(shape)}
-    return {named[at]: label for at, label in call.labels.items() if label and getattr(named[at], "is_symbol", False)}
 
 
 def _agree(drawn: dict[Any, int], labels: Mapping[Any, str]) -> None:
@@ -240,16 +224,12 @@ def _draws(sizes: dict[Any, int], ranges: Mapping[Any, Any], careful: bool) -> I
 
 
 def _resized(inputs: Inputs, shapes: Sequence[tuple[Any, ...]], sizes: dict[Any, int]) -> Inputs:
-    """The inputs in other sizes: entries repeated or left out evenly, so that masks and positions keep their order."""
     given = iter(shapes)
 
     def resize(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        for axis, expression in enumerate(next(given)):
+        for axis, expression in enumerate(next(given) if isinstance(leaf, torch.Tensor) else ()):
             if getattr(expression, "free_symbols", ()):
-                new, old = int(expression.subs(sizes)), leaf.shape[axis]
-                leaf = leaf.index_select(axis, torch.arange(new, device=leaf.device) * old // new)
+                leaf = resized(leaf, axis, int(expression.subs(sizes)))
         return leaf
 
     args, kwargs = pytree.tree_map(resize, (inputs.args, inputs.kwargs))

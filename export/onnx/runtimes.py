@@ -49,7 +49,7 @@ def refusing(reason: str, place: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        refuse(place, f"{reason}: {essence(error)}", remedy, error)
+        refuse(place, f"{reason}: {essence(error)}" if reason else essence(error), remedy, error)
 
 
 def quiet_options() -> Any:

@@ -8,16 +8,15 @@ but inputs: A and B of every slot are given in each call, in every kind of run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
-from lora_fx.errors import ExportError, essence
+from lora_fx.errors import ExportError
 from lora_fx.export.onnx.runtimes import GPU, Provider, open_session, quiet_options, refuse, refusing, require
 from lora_fx.export.onnx.switchable import MANIFEST, read_manifest
 from lora_fx.export.onnx.tasks import GRAPH, read_task, read_weights
@@ -78,6 +77,7 @@ class Session:
         self._empty = {name: self._value(_empty(slot)) for name, slot in self._slots.items()}
         self._adapters: dict[str, dict[str, Any]] = {}
         self._running: dict[int, Any] = {}
+        self._takes = ", ".join(f"{v.name}: {v.type} {v.shape}" for v in self.session.get_inputs())
 
     def _check_slots(self) -> None:
         """The graph has what its manifest says: it may have been written over by another tool."""
@@ -103,8 +103,6 @@ class Session:
             for name, factors in self._adapters.items()
         }
 
-    # ── tasks ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def task(self, weights: str | os.PathLike[str], options: Any = None) -> Session:
         """Another session of this graph, with a task's folded weights in the place of the base's: no node more, and no
         second copy of the weights that the task leaves alone.
@@ -125,8 +123,6 @@ class Session:
         other._open(options or quiet_options())
         return other
 
-    # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def load_adapter(self, path: str | os.PathLike[str], name: str | None = None) -> str:
         """Read an ``.onnx_adapter`` file, and check it against the graph's manifest.
 
@@ -137,7 +133,13 @@ class Session:
             ExportError: the file is damaged, or for another base model, graph, shape or dtype.
         """
         place, name = str(path), Path(path).stem if name is None else name
-        factors, version = self._read(place)
+        adapters = require("onnxruntime").AdapterFormat
+        reason, remedy = "it is no adapter file that ONNX Runtime can read", "pass a file that save_onnx_adapter wrote"
+        with refusing(reason, place, remedy):
+            file = adapters.read_adapter(place)
+            # A copy: the values lie in the file's own memory.
+            factors = {key: value.numpy().copy() for key, value in file.get_parameters().items()}
+        version = file.get_model_version()
         base = (self._manifest or read_manifest({}, str(self.path)))["base"]
         if version != base:
             remedy = "save it with save_onnx_adapter from the model that was exported, its base weights unchanged"
@@ -150,14 +152,6 @@ class Session:
         """Forget an adapter. Runs that use it now keep it until they end."""
         self._factors(name)
         del self._adapters[name]
-
-    def _read(self, place: str) -> tuple[dict[str, numpy.ndarray], int]:
-        reason, remedy = "it is no adapter file that ONNX Runtime can read", "pass a file that save_onnx_adapter wrote"
-        adapters = require("onnxruntime").AdapterFormat
-        with refusing(reason, place, remedy):
-            file = adapters.read_adapter(place)
-            # A copy: the values lie in the file's own memory.
-            return {key: v.numpy().copy() for key, v in file.get_parameters().items()}, file.get_model_version()
 
     def _check_factors(self, factors: Mapping[str, numpy.ndarray], place: str) -> None:
         remedy = "save it with save_onnx_adapter from the model that was exported"
@@ -194,8 +188,6 @@ class Session:
             found |= self._adapters[name]
         return {**self._empty, **found}
 
-    # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def run(self, inputs: Any, adapter: Adapters = None, outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Run the model with these adapters.
 
@@ -212,7 +204,7 @@ class Session:
         if any(isinstance(value, torch.Tensor) for value in fed.values()):
             return self._run_tensors(fed, factors, names)
         values = {name: self._value(array, host=True) for name, array in fed.items()} | factors
-        with self._told():
+        with refusing("", str(self.path), f"the model takes {self._takes}"):
             found = self.session.run_with_ort_values(names, values)
         return {name: value.numpy() for name, value in zip(names, found, strict=True)}
 
@@ -257,20 +249,11 @@ class Session:
             binding.bind_output(name, device.type, device.index or 0)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # what the inputs are computed by
-        with self._told():
+        with refusing("", str(self.path), f"the model takes {self._takes}"):
             binding.synchronize_inputs()
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
         return {name: torch.from_dlpack(v) for name, v in zip(names, binding.get_outputs(), strict=True)}
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What the runtime refuses to run, in our words."""
-        try:
-            yield
-        except Exception as error:
-            wanted = ", ".join(f"{v.name}: {v.type} {v.shape}" for v in self.session.get_inputs())
-            refuse(str(self.path), essence(error), f"the model takes {wanted}", error)
 
     def _fed(self, inputs: Any) -> dict[str, Any]:
         takes = f"the model takes {', '.join(self.inputs)}"

@@ -173,9 +173,6 @@ def _may_be_empty(factor: Any) -> bool:
     return all(node.op_type in _MOVE | _MULTIPLY for node in nodes) and all(map(_may_be_empty, moved))
 
 
-# ── what goes into the slots ─────────────────────────────────────────────────────────────────────────────────────────
-
-
 def factors_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """Input of the graph → A or B of the adapter of this name.
 

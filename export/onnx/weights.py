@@ -70,8 +70,7 @@ def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = No
             for storage in storages:
                 if checkpoint is None:
                     deltas = [adapter.low_rank() for adapter in storage.adapters]
-                    names = [adapter.name for adapter in storage.adapters]
-                    check_foldable(storage.parameter, deltas, storage.names[0], names)
+                    check_foldable(storage.parameter, deltas, storage.names[0], [a.name for a in storage.adapters])
             stack.enter_context(unwired(model))
             for storage in storages:
                 old = storage.parameter
@@ -81,31 +80,21 @@ def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = No
                     split[id(storage.parameter)] = old
                 for owner, attribute in storage.owners:
                     adapters[id(owner._parameters[attribute])] = storage.adapters
-        weights = _weights(model, adapters, split, checkpoint)
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        names: dict[int, list[str]] = {}
+        for name, tensor in named:
+            names.setdefault(id(split.get(id(tensor), tensor)), []).append(name)
+        kept, weights = _kept_originals(model), {}
+        for name, tensor in named:
+            source = split.get(id(tensor), tensor)
+            storage = kept.get(name, source.untyped_storage()._cdata)
+            stored = checkpoint is not None and source.is_meta
+            load = checkpoint.loader(names[id(source)], source) if checkpoint and stored else source.detach
+            own = adapters.get(id(tensor), ())
+            weights[name] = Weight(name, source.dtype, source.shape, storage, load, stored, own)
         if checkpoint is not None:
             stack.enter_context(on_meta(model))
         yield weights
-
-
-def _weights(
-    model: nn.Module,
-    adapters: Mapping[int, tuple[Adapter, ...]],
-    split: Mapping[int, nn.Parameter],
-    checkpoint: Checkpoint | None,
-) -> Weights:
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    names: dict[int, list[str]] = {}
-    for name, tensor in named:
-        names.setdefault(id(split.get(id(tensor), tensor)), []).append(name)
-    kept, weights = _kept_originals(model), {}
-    for name, tensor in named:
-        source = split.get(id(tensor), tensor)
-        storage = kept.get(name, source.untyped_storage()._cdata)
-        stored = checkpoint is not None and source.is_meta
-        load = checkpoint.loader(names[id(source)], source) if checkpoint and stored else source.detach
-        own = adapters.get(id(tensor), ())
-        weights[name] = Weight(name, source.dtype, source.shape, storage, load, stored, own)
-    return weights
 
 
 def _kept_originals(model: nn.Module) -> dict[str, int]:
@@ -135,9 +124,6 @@ def adapter_digest(adapters: Mapping[str, Sequence[Adapter]]) -> str:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bits of a tensor's numbers."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-# ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Checkpoint:

@@ -879,7 +879,7 @@ MUTANTS = (
     ),
     Mutant(
         "out_proj_once", "files", "export/adapters/files.py",
-        "alpha = peft_format.alpha_of(config, layer.target) * layer.times", "alpha = peft_format.alpha_of(config, layer.target)",
+        "alpha_of(config, layer.target) * layer.times", "alpha_of(config, layer.target)",
         "PEFT adds the delta of an attention's out_proj twice, and the loaded model once.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
