@@ -18,7 +18,8 @@ import lora_fx
 from lora_fx import Adapter, Rule
 from lora_fx.errors import AdapterError, FileError, LoraFxError
 from lora_fx.export.adapters import files as adapter_files
-from lora_fx.export.adapters.files import CONFIG, TENSORS, load_adapter, save_adapter
+from lora_fx.export.adapters.files import load_adapter, save_adapter
+from lora_fx.export.adapters.folder import CONFIG, TENSORS
 from lora_fx.model.inventory import inventory
 
 peft = pytest.importorskip("peft")

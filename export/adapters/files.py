@@ -15,14 +15,13 @@ is refused by name. With ``peft=False`` the folder holds the factors as they are
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
 import os
 import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,36 +32,19 @@ from torch import nn
 from lora_fx.analysis.rules import Rule
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.schedules import AUTO
+from lora_fx.export.adapters import peft as peft_format
 from lora_fx.export.adapters.folder import (
-    CONFIG,
     HEADER,
     OWN,
     PEFT,
     TENSORS,
     VERSION,
-    find_folder,
-    pack,
-    read_config,
+    Folder,
+    read_folder,
     refuse,
-    to_json,
-    unpack,
     write_folder,
-)  # fmt: skip
-from lora_fx.export.adapters.peft import (
-    SPOKEN,
-    Factors,
-    Layer,
-    Modules,
-    alpha_of,
-    check_options,
-    check_rest,
-    check_shapes,
-    meaning,
-    rank_of,
-    release,
-    targeted_layers,
-    why_not_together,
-)  # fmt: skip
+)
+from lora_fx.export.adapters.peft import Factors, Layer, Modules
 from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.program import Program, Use, Weight
@@ -75,7 +57,8 @@ from lora_fx.passes.insert import Check, Insert, Rewrite
 from lora_fx.passes.pipeline import Pipeline
 from lora_fx.passes.planning import Plan, Row, Schedule, plan_rows, read_program
 
-OWN_FORMAT = "save_adapter(..., peft=False) writes a folder that lora_fx can load and PEFT refuses"
+_OWN_FORMAT = "save_adapter(..., peft=False) writes a folder that lora_fx can load and PEFT refuses"
+_ITS_BASE = "load the base model it was made for"
 
 
 # ── save ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -94,11 +77,8 @@ class _Held:
         delta = self.adapter.low_rank().detached()
         turned = Factors(delta.A.cpu(), delta.whole.cpu(), delta.layout.sides).turned(layer.sides)
         if turned is None:
-            refuse(
-                self.weights[0],
-                f"the model reads it as {delta.layout.sides!r} (o: out, i: in, b: batch), PEFT as {layer.sides!r}",
-                OWN_FORMAT,
-            )
+            reason = f"the model reads it as {delta.layout.sides!r} (o: out, i: in, b: batch), PEFT as {layer.sides!r}"
+            refuse(self.weights[0], reason, _OWN_FORMAT)
         return turned
 
     def entry(self) -> dict[str, Any]:
@@ -123,33 +103,31 @@ class _Target:
 
     @property
     def alpha(self) -> float:
+        """Whole numbers as integers, as PEFT types them."""
         first = next(h.adapter for group in self.layers.values() for h in group)
-        if self.rank == first.rank and (first.scaling == "rslora") == self.rslora:
-            return first.alpha
-        return first.scale * (math.sqrt(self.rank) if self.rslora else self.rank)
+        own = self.rank == first.rank and (first.scaling == "rslora") == self.rslora
+        alpha = first.alpha if own else first.scale * self._divisor
+        return int(alpha) if float(alpha).is_integer() else alpha
 
     @property
     def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self.alpha / self._divisor
+
+    @property
+    def _divisor(self) -> float:
+        return math.sqrt(self.rank) if self.rslora else self.rank
+
+
+_Files = tuple[dict[str, Any], dict[str, torch.Tensor], list[dict[str, Any]]]
+"""The config, the tensors, and for each adapter its entry in our header."""
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where in its layer's factors an adapter lies."""
+    """Where in its layer's factors an adapter lies: from `start` on along the rank, its B 2^shift times as large."""
 
     start: int
-    """Along the rank."""
     shift: int
-    """Its B is 2ⁿ times as large there."""
-
-
-@dataclass(frozen=True)
-class _Files:
-    """What is written."""
-
-    config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-    entries: list[dict[str, Any]]
 
 
 def save_adapter(
@@ -178,9 +156,9 @@ def save_adapter(
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
     held = _held(model, name)
-    files = _as_peft(model, held, name) if peft else _as_own(held)
-    header = {"version": VERSION, "name": name, "config": meaning(files.config), "adapters": files.entries}
-    write_folder(Path(path), to_json(files.config, indent=2), pack(files.tensors, header))
+    config, tensors, entries = _as_peft(model, held, name) if peft else _as_own(held)
+    header = {"version": VERSION, "name": name, "config": peft_format.meaning(config), "adapters": entries}
+    write_folder(Path(path), config, tensors, header)
 
 
 def _held(model: nn.Module, name: str) -> list[_Held]:
@@ -192,25 +170,21 @@ def _held(model: nn.Module, name: str) -> list[_Held]:
             found.setdefault(place.adapter, []).append(place)
     if not found:
         refuse(type(model).__name__, f"the adapter {name!r} is folded into its weights", "lora_fx.unfold(model) first")
-    held = [_Held(a, tuple(map(_plain_name, places)), places[0].part) for a, places in found.items()]
+    held = []
+    for adapter, places in found.items():
+        names = tuple(weight_name(plain_path(place.path), place.attribute) for place in places)
+        held.append(_Held(adapter, names, places[0].part))
     for h in held:
         for label, factor in (("A", h.adapter.A), ("B", h.adapter.B)):
-            _check_saveable(factor, f"{h.weights[0]}, {label} of adapter {name!r}")
+            where = f"{h.weights[0]}, {label} of adapter {name!r}"
+            if factor.is_meta:
+                refuse(where, "it is on meta and has no numbers", "materialise the model first")
+            if is_shard(factor):
+                how = "unshard() every FSDPModule, or enter FullyShardedDataParallel.summon_full_params(model)"
+                refuse(where, "it is sharded", f"in all processes {how}; then save in one of them")
+            if not bool(factor.isfinite().all()):
+                refuse(where, "it holds NaN or Inf", "save an earlier checkpoint of the adapter")
     return held
-
-
-def _plain_name(place: Place) -> str:
-    return weight_name(plain_path(place.path), place.attribute)
-
-
-def _check_saveable(factor: torch.Tensor, place: str) -> None:
-    if factor.is_meta:
-        refuse(place, "it is on meta and has no numbers", "materialise the model first")
-    if is_shard(factor):
-        how = "in all processes unshard() every FSDPModule, or enter FullyShardedDataParallel.summon_full_params(model)"
-        refuse(place, "it is sharded", f"{how}; then save in one of them")
-    if not bool(factor.isfinite().all()):
-        refuse(place, "it holds NaN or Inf", "save an earlier checkpoint of the adapter")
 
 
 def _as_own(held: list[_Held]) -> _Files:
@@ -222,7 +196,7 @@ def _as_own(held: list[_Held]) -> _Files:
         keys = f"{base}.A", f"{base}.B"
         tensors.update(zip(keys, (h.adapter.A.detach().cpu(), h.adapter.B.detach().cpu()), strict=True))
         entries.append({**h.entry(), "keys": keys})
-    return _Files({"peft_type": OWN, "lora_fx_version": VERSION}, tensors, entries)
+    return {"peft_type": OWN, "lora_fx_version": VERSION}, tensors, entries
 
 
 def _ranges(rows: tuple[int, ...] | None) -> list[list[int]] | None:
@@ -245,7 +219,7 @@ def _as_peft(model: nn.Module, held: list[_Held], name: str) -> _Files:
     names = [weight for h in held for weight in h.weights]
     for weight in names:
         if why := modules.why_not(weight, modules.is_raw(weight)):
-            refuse(weight, why, OWN_FORMAT)
+            refuse(weight, why, _OWN_FORMAT)
     raw = [weight for weight in names if modules.is_raw(weight)]
     rslora = all(h.adapter.scaling == "rslora" for h in held)
     layers: dict[str, dict[Layer, list[_Held]]] = {}
@@ -257,54 +231,43 @@ def _as_peft(model: nn.Module, held: list[_Held], name: str) -> _Files:
     tensors: dict[str, torch.Tensor] = {}
     slots: dict[tuple[_Held, Layer], _Slot] = {}
     for target in targets.values():
-        for layer, members in target.layers.items():
-            own = _slots(layer, members, target.scale)
-            tensors.update(layer.encode(_joined(layer, own, target.rank)))
+        for layer in target.layers:
+            factors, own = _joined(layer, target)
+            tensors.update(layer.encode(factors))
             slots.update(((h, layer), slot) for h, slot in own.items())
     entries = [{**h.entry(), **asdict(slots[h, modules.layer(h.weights[0], raw)])} for h in held]
-    return _Files(_config(modules, targets, rslora), tensors, entries)
+    return _config(modules, targets, rslora), tensors, entries
 
 
 def _attention_layers(modules: Modules, layer: Layer) -> dict[Layer, list[_Held]]:
     """PEFT always adapts both projections of a MultiheadAttention: one that has no adapter gets zeros."""
     if layer.kind != "attention":
         return {}
-    return {modules.layer(f"{layer.target}.{w}", ()): [] for w in ("in_proj_weight", "out_proj.weight")}
+    return {modules.layer(f"{layer.target}.{w}", ()): [] for w in peft_format.ATTENTION}
 
 
 def _refuse_outside_reads(model: nn.Module, name: str) -> None:
     """PEFT adapts calls of a module; a module around it that reads the weight itself goes past that."""
     for path, module in model.named_modules():
-        if not is_reader(module):
-            continue
-        found = re.search(rf"(?<!self)\.(\w+){child_name('', name)}\w*\.[AB]\b", show(module))
-        if found:
-            refuse(
-                path or type(model).__name__,
-                f"its forward reads the {found[1]} of a module inside it, and PEFT adapts only calls of that module",
-                OWN_FORMAT,
-            )
+        pattern = rf"(?<!self)\.(\w+){child_name('', name)}\w*\.[AB]\b"
+        if is_reader(module) and (found := re.search(pattern, show(module))):
+            reads = f"its forward reads the {found[1]} of a module inside it"
+            reason = f"{reads}, and PEFT adapts only calls of that module"
+            refuse(path or type(model).__name__, reason, _OWN_FORMAT)
 
 
-def _slots(layer: Layer, members: list[_Held], scale: float) -> dict[_Held, _Slot]:
-    """The adapters of a layer side by side along the rank, each with the target's scale."""
-    starts = itertools.accumulate((h.adapter.rank for h in members), initial=0)
-    return {
-        h: _Slot(start, _power_of_two(h, scale * layer.times, h.turned(layer).B))
-        for h, start in zip(members, starts, strict=False)
-    }
-
-
-def _joined(layer: Layer, slots: Mapping[_Held, _Slot], rank: int) -> Factors:
-    """The factors of a layer's adapters in their slots, zeros up to `rank`."""
-    dtype = next((h.adapter.dtype for h in slots), torch.float32)
-    A = torch.zeros(layer.layout.shape_of("A", rank), dtype=dtype)
-    B = torch.zeros(layer.layout.shape_of("B", rank), dtype=dtype)
-    for h, slot in slots.items():
-        factors, stop = h.turned(layer), slot.start + h.adapter.rank
-        A[..., slot.start : stop, :] = factors.A
-        B[..., slot.start : stop] = torch.ldexp(factors.B, torch.tensor(slot.shift))
-    return Factors(A, B, layer.sides)
+def _joined(layer: Layer, target: _Target) -> tuple[Factors, dict[_Held, _Slot]]:
+    """A layer's adapters side by side along the rank, with the target's scale, and zeros up to the target's rank."""
+    members, slots, start = target.layers[layer], {}, 0
+    dtype = next((h.adapter.dtype for h in members), torch.float32)
+    A, B = (torch.zeros(layer.layout.shape_of(factor, target.rank), dtype=dtype) for factor in "AB")
+    for h in members:
+        factors, stop = h.turned(layer), start + h.adapter.rank
+        slots[h] = _Slot(start, _power_of_two(h, target.scale * layer.times, factors.B))
+        A[..., start:stop, :] = factors.A
+        B[..., start:stop] = torch.ldexp(factors.B, torch.tensor(slots[h].shift))
+        start = stop
+    return Factors(A, B, layer.sides), slots
 
 
 def _power_of_two(h: _Held, scale: float, B: torch.Tensor) -> int:
@@ -319,7 +282,7 @@ def _power_of_two(h: _Held, scale: float, B: torch.Tensor) -> int:
             h.weights[0],
             f"alpha={h.adapter.alpha:g} at rank={h.adapter.rank} is a scale of {own:g}, and PEFT keeps one for all of "
             f"it: {scale:g}, times no power of two",
-            f"give the parts of one weight the same alpha / rank, or {OWN_FORMAT}",
+            f"give the parts of one weight the same alpha / rank, or {_OWN_FORMAT}",
         )
     return near
 
@@ -328,32 +291,33 @@ def _config(modules: Modules, targets: Mapping[str, _Target], rslora: bool) -> d
     layers = [layer for target in targets.values() for layer in target.layers]
     kinds = {layer.kind for layer in layers}
     parameters = [layer.target for layer in layers if layer.kind == "parameter"]
-    if why := why_not_together(layers, False):
-        refuse(next(layer.target for layer in layers if layer.kind == "conv1d"), why, OWN_FORMAT)
+    if why := peft_format.why_not_together(layers, False):
+        refuse(next(layer.target for layer in layers if layer.kind == "conv1d"), why, _OWN_FORMAT)
+    for parameter in parameters:
+        clashes = [n for n in modules.parameters if n.endswith(f".{parameter}") and n not in parameters]
+        if clashes:
+            reason = f"PEFT's target_parameters would take {clashes[0]} too: it ends in the same words"
+            refuse(parameter, reason, _OWN_FORMAT)
+    exactly = {"^" + re.escape(name): t for name, t in targets.items()}  # PEFT allows any prefix before a key
     ((rank, alpha), _), *_ = Counter((t.rank, t.alpha) for t in targets.values()).most_common(1)
     return {
         "peft_type": PEFT,
-        "peft_version": ".".join(map(str, SPOKEN)),
+        "peft_version": ".".join(map(str, peft_format.SPOKEN)),
         "task_type": None,
         "base_model_name_or_path": getattr(modules.model, "name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": _number(alpha),
+        "lora_alpha": alpha,
         "lora_dropout": _shared_dropout(targets),
         "use_rslora": rslora,
         "bias": "none",
         "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
         "target_modules": _target_modules(modules, [t for t in targets if t not in parameters]),
-        "target_parameters": _target_parameters(modules, parameters) or None,
-        "rank_pattern": {_exactly(name): t.rank for name, t in targets.items() if t.rank != rank},
-        "alpha_pattern": {_exactly(name): _number(t.alpha) for name, t in targets.items() if t.alpha != alpha},
+        "target_parameters": parameters or None,
+        "rank_pattern": {key: t.rank for key, t in exactly.items() if t.rank != rank},
+        "alpha_pattern": {key: t.alpha for key, t in exactly.items() if t.alpha != alpha},
         "init_lora_weights": True,
     }
-
-
-def _exactly(path: str) -> str:
-    """A pattern key for this path alone: PEFT allows any prefix before a key, and ``lin`` would match ``block.lin``."""
-    return "^" + re.escape(path)
 
 
 def _target_modules(modules: Modules, targets: list[str]) -> list[str] | str:
@@ -364,15 +328,6 @@ def _target_modules(modules: Modules, targets: list[str]) -> list[str] | str:
     return targets
 
 
-def _target_parameters(modules: Modules, parameters: list[str]) -> list[str]:
-    others = [name for name in modules.parameters if name not in parameters]
-    for parameter in parameters:
-        clash = next((name for name in others if name.endswith(f".{parameter}")), None)
-        if clash:
-            refuse(parameter, f"PEFT's target_parameters would take {clash} too: it ends in the same words", OWN_FORMAT)
-    return parameters
-
-
 def _shared_dropout(targets: Mapping[str, _Target]) -> float:
     """PEFT has one dropout for all layers, drops nothing on embeddings and attention, and refuses it on parameters."""
     pairs = [(layer, h) for t in targets.values() for layer, members in t.layers.items() for h in members]
@@ -381,22 +336,14 @@ def _shared_dropout(targets: Mapping[str, _Target]) -> float:
         refuse(
             seen[max(seen)].target,
             f"PEFT keeps one dropout for all layers, and these have {', '.join(f'{p:g}' for p in sorted(seen))}",
-            f"give all rules the same dropout, or {OWN_FORMAT}",
+            f"give all rules the same dropout, or {_OWN_FORMAT}",
         )
     dropout = next(iter(seen), 0.0)
     parameter = next((layer.target for layer, _ in pairs if layer.kind == "parameter"), None)
     if dropout and parameter:
-        refuse(
-            parameter,
-            f"dropout={dropout:g} on a raw parameter, which PEFT cannot drop",
-            f"set dropout=0, or {OWN_FORMAT}",
-        )
+        reason = f"dropout={dropout:g} on a raw parameter, which PEFT cannot drop"
+        refuse(parameter, reason, f"set dropout=0, or {_OWN_FORMAT}")
     return dropout
-
-
-def _number(value: float) -> int | float:
-    """Whole numbers as integers, as PEFT types them."""
-    return int(value) if float(value).is_integer() else value
 
 
 # ── load ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -411,7 +358,7 @@ class _Saved:
     alpha: float
     scaling: str
     place: str
-    """The file and the key, for errors."""
+    """For errors."""
     dropout: float = 0.0
     ranges: tuple[tuple[int, int], ...] | None = None
     role: str = ""
@@ -468,18 +415,18 @@ class Read(Pass):
     ensures = (given(Program), given(Plan))
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        folder = find_folder(Path(self.path))
-        config = read_config(folder / CONFIG)
-        tensors, header = unpack(folder)
+        folder = read_folder(Path(self.path))
         with unwired(model):
-            if header:
-                saved = _read_own(model, folder, config, tensors, header)
-            else:
-                saved = _read_peft(model, folder, config, tensors)
-            name = self.adapter or (header["name"] if header else "default")
+            saved = _read_own(model, folder, folder.header) if folder.header else _read_peft(model, folder)
+            name = self.adapter or (folder.header["name"] if folder.header else "default")
             _refuse_name(model, name)
-            plan = _plan(model, saved, self.example_inputs, name)
-        return Result(model, False, (plan.program, plan))
+            program = read_program(model, self.example_inputs)
+            weights = {n: w for w in program.weights for n in w.names}
+            for s in saved:
+                _check_target(s, weights)
+            rows = [_row(program, s, weights[s.weights[0]]) for s in _shared(saved, weights)]
+            plan = plan_rows(program, tuple(row.rule for row in rows), name, rows)
+        return Result(model, False, (program, plan))
 
 
 def _refuse_name(model: nn.Module, name: str) -> None:
@@ -489,30 +436,15 @@ def _refuse_name(model: nn.Module, name: str) -> None:
     if here.folded:
         refuse(type(model).__name__, "it is folded", "lora_fx.unfold(model) first, or load into a fresh model")
     if name in here.names:
-        refuse(
-            type(model).__name__,
-            f"it already has an adapter named {name!r}",
-            f"pass another name to load_adapter, or lora_fx.remove(model, {name!r}) first",
-        )
-
-
-def _plan(model: nn.Module, saved: list[_Saved], example_inputs: Any, name: str) -> Plan:
-    program = read_program(model, example_inputs)
-    weights = {n: w for w in program.weights for n in w.names}
-    for s in saved:
-        _check_target(s, weights)
-    rows = [_row(program, s, weights[s.weights[0]]) for s in _shared(saved, weights)]
-    return plan_rows(program, tuple(row.rule for row in rows), name, rows)
+        remedy = f"pass another name to load_adapter, or lora_fx.remove(model, {name!r}) first"
+        refuse(type(model).__name__, f"it already has an adapter named {name!r}", remedy)
 
 
 def _check_target(s: _Saved, weights: Mapping[str, Weight]) -> None:
     weight = weights[s.weights[0]]
     if any(weights[n] is not weight for n in s.weights):
-        refuse(
-            s.place,
-            f"it adapts one weight under the names {', '.join(s.weights)}, which this model does not tie",
-            "load the base model it was made for, with its weights tied",
-        )
+        reason = f"it adapts one weight under the names {', '.join(s.weights)}, which this model does not tie"
+        refuse(s.place, reason, f"{_ITS_BASE}, with its weights tied")
     if not weight.uses:  # unseen by the inputs: then the file says how it is read
         call = Call(FORMS["matmul"], None, None, s.factors.sides)
         path = s.weights[0].rpartition(".")[0]
@@ -524,17 +456,14 @@ def _shared(saved: list[_Saved], weights: Mapping[str, Weight]) -> list[_Saved]:
     kept: list[_Saved] = []
     for s in saved:
         for k, other in enumerate(kept):
-            if weights[other.weights[0]] is weights[s.weights[0]] and _same(other, s):
+            first, second = ((x.alpha, x.scaling, x.factors.rank, x.ranges) for x in (other, s))
+            one = weights[other.weights[0]] is weights[s.weights[0]] and first == second
+            if one and other.factors.equals(s.factors):
                 kept[k] = replace(other, weights=(*other.weights, *s.weights))
                 break
         else:
             kept.append(s)
     return kept
-
-
-def _same(a: _Saved, b: _Saved) -> bool:
-    first, second = ((s.alpha, s.scaling, s.factors.rank, s.ranges) for s in (a, b))
-    return first == second and a.factors.equals(b.factors)
 
 
 def _row(program: Program, s: _Saved, weight: Weight) -> Row:
@@ -547,8 +476,13 @@ def _row(program: Program, s: _Saved, weight: Weight) -> Row:
     others = [n.rpartition(".") for n in weight.names]
     outside = {path for path, _, attribute in others if (id(modules[path]), attribute) not in mine}
     uses = tuple(u for u in weight.uses if u.module not in outside)
+
+    def from_file(a: torch.Tensor, b: torch.Tensor) -> None:
+        a.copy_(factors.A)
+        b.copy_(factors.B)
+
     settings = {"rank": factors.rank, "alpha": s.alpha, "dropout": s.dropout, "scaling": s.scaling}
-    rule = Rule(where=weight.name, init=_copier(factors), schedule=s.schedule, **settings)  # type: ignore[arg-type]
+    rule = Rule(where=weight.name, init=from_file, schedule=s.schedule, **settings)  # type: ignore[arg-type]
     row = Row(weight, rule, s.role, s.part, rows, uses, owners, bool(outside), stored=True)
     if row.why_not(s.schedule):  # in a model of another dtype, say
         row.rule = replace(rule, schedule=AUTO)
@@ -562,7 +496,7 @@ def _rows_of(s: _Saved, layout: Layout) -> tuple[int, ...] | None:
     for start, stop in s.ranges:
         if not last <= start < stop <= out:
             reason = f"its rows {start}:{stop} are no rows of {out} features"
-            refuse(s.place, reason, "load the base model it was made for")
+            refuse(s.place, reason, _ITS_BASE)
         last = stop
     return tuple(row for start, stop in s.ranges for row in range(start, stop))
 
@@ -574,130 +508,97 @@ def _oriented(s: _Saved, layout: Layout, rows: tuple[int, ...] | None) -> Factor
         refuse(
             s.place,
             f"it reads the weight's axes as {sides!r} (o: out, i: in, b: batch), the model as {layout.sides!r}",
-            "load the base model it was made for, with example inputs that run as they did there",
+            f"{_ITS_BASE}, with example inputs that run as they did there",
         )
     shape_b = layout.shape_of("B", rank) if rows is None else (*layout.batch, len(rows), rank)
     for label, factor, want in (("A", factors.A, layout.shape_of("A", rank)), ("B", factors.B, shape_b)):
         if tuple(factor.shape) != want:
-            refuse(
-                s.place,
-                f"{label} has the shape {tuple(factor.shape)}, and {s.weights[0]} wants {want}",
-                "load the base model it was made for",
-            )
+            reason = f"{label} has the shape {tuple(factor.shape)}, and {s.weights[0]} wants {want}"
+            refuse(s.place, reason, _ITS_BASE)
     return factors
 
 
-def _copier(factors: Factors) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    def from_file(a: torch.Tensor, b: torch.Tensor) -> None:
-        a.copy_(factors.A)
-        b.copy_(factors.B)
-
-    return from_file
-
-
-# ── what save_adapter wrote ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _read_own(
-    model: nn.Module, folder: Path, config: dict, tensors: dict[str, torch.Tensor], header: dict
-) -> list[_Saved]:
+def _read_own(model: nn.Module, folder: Folder, header: dict[str, Any]) -> list[_Saved]:
     """The adapters, by the header of the tensor file."""
+    config = folder.config
     for key, value in header["config"].items():
         if config.get(key) != value:
-            refuse(
-                f"{folder / CONFIG}, {key}",
-                f"it says {config.get(key)!r}, and {TENSORS} was written with {value!r}",
-                "restore both files of one save; a change of settings is saved from the model",
-            )
+            reason = f"it says {config.get(key)!r}, and {TENSORS} was written with {value!r}"
+            remedy = "restore both files of one save; a change of settings is saved from the model"
+            refuse(folder.option(key), reason, remedy)
     own = config["peft_type"] == OWN
     if not own:
-        check_options(config, folder / CONFIG)
-    modules = Modules(model)
-    place = f"{folder / TENSORS}, {HEADER}"
+        peft_format.check_options(folder)
+    modules, place = Modules(model), folder.tensor(HEADER)
     names = [name for entry in header["adapters"] for name in entry["weights"]]
     for name in names:
-        path, _, attribute = name.rpartition(".")
-        parameter = modules.by_path[path]._parameters.get(attribute) if path in modules.by_path else None
+        parameter = modules.parameter(name)
         if parameter is None or parameter.ndim < 2:
             near = difflib.get_close_matches(name, modules.parameters, 3)
-            refuse(
-                place,
-                f"the model has no weight {name!r}",
-                f"load the base model it was made for; near: {', '.join(near) or 'none'}",
-            )
+            refuse(place, f"the model has no weight {name!r}", f"{_ITS_BASE}; near: {', '.join(near) or 'none'}")
     raw = [name for name in names if not own and modules.is_raw(name)]
     try:
-        return [_entry(modules, entry, tensors, raw, config, folder) for entry in header["adapters"]]
+        return [_entry(modules, entry, raw, folder) for entry in header["adapters"]]
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         refuse(place, f"its header does not describe its tensors: {error!r}", "save the adapter again", error)
 
 
-def _entry(
-    modules: Modules, entry: dict, tensors: dict[str, torch.Tensor], raw: list[str], config: dict, folder: Path
-) -> _Saved:
+def _entry(modules: Modules, entry: dict[str, Any], raw: list[str], folder: Folder) -> _Saved:
     name, rank = entry["weights"][0], int(entry["rank"])
     ranges = None if entry["rows"] is None else tuple((int(a), int(b)) for a, b in entry["rows"])
     sides = str(entry["sides"])
     if "keys" in entry:
         key, second = entry["keys"]
-        factors = Factors(tensors[key], tensors[second], sides)
+        factors = Factors(folder.tensors[key], folder.tensors[second], sides)
     else:
         layer = modules.layer(name, raw)
         key = layer.keys[0]
         start, stop = int(entry["start"]), int(entry["start"]) + rank
-        total = rank_of(config, layer.target)
-        check_shapes(layer, total, tensors, folder)
-        whole = layer.decode(tensors, total)
+        total = peft_format.rank_of(folder.config, layer.target)
+        peft_format.check_shapes(layer, total, folder)
+        whole = layer.decode(folder.tensors, total)
         B = torch.ldexp(whole.B[..., start:stop], torch.tensor(-int(entry["shift"])))
         turned = Factors(whole.A[..., start:stop, :], B, layer.sides).turned(sides)
         assert turned is not None, f"{sides!r} are no axes of {name}"
         B = turned.B if ranges is None else torch.cat([turned.B[..., a:b, :] for a, b in ranges], dim=-2)
         factors = replace(turned, B=B)
-    parameter = modules.by_path[name.rpartition(".")[0]]._parameters[name.rpartition(".")[2]]
+    parameter = modules.parameter(name)
     assert parameter is not None and set(sides) <= set("boi"), f"{sides!r} are no axes of {name}"
     assert Layout(sides, tuple(parameter.shape)), f"{sides!r} are no axes of {name}"
     assert factors.rank == rank, f"{name} has rank {factors.rank}, not {rank}"
     assert re.fullmatch(r"\w*", entry["part"]), f"{entry['part']!r} is no part"
     return _Saved(
-        tuple(entry["weights"]), factors, float(entry["alpha"]), entry["scaling"], f"{folder / TENSORS}, {key}",
+        tuple(entry["weights"]), factors, float(entry["alpha"]), entry["scaling"], folder.tensor(key),
         float(entry["dropout"]), ranges, str(entry["role"]), str(entry["part"]), str(entry.get("schedule", AUTO)),
     )  # fmt: skip
 
 
-# ── what PEFT wrote ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _read_peft(model: nn.Module, folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> list[_Saved]:
+def _read_peft(model: nn.Module, folder: Folder) -> list[_Saved]:
     """The adapters that PEFT's config puts into this model, with their tensors."""
+    config, rest, saved = folder.config, dict(folder.tensors), []
     if config["peft_type"] == OWN:
-        refuse(f"{folder / TENSORS}, {HEADER}", "the header is missing", "save the adapter again")
-    check_options(config, folder / CONFIG)
-    modules = Modules(model)
-    saved, rest = [], dict(tensors)
-    targeted = list(targeted_layers(modules, config, folder / CONFIG))
+        refuse(folder.tensor(HEADER), "the header is missing", "save the adapter again")
+    peft_format.check_options(folder)
+    targeted = list(peft_format.targeted_layers(Modules(model), folder))
     if not targeted:
-        refuse(
-            f"{folder / CONFIG}, target_modules",
-            f"{config.get('target_modules')!r} matches no module of this {type(model).__name__}",
-            "load the base model it was made for",
-        )
-    if why := why_not_together([layer for _, layer in targeted], bool(config.get("fan_in_fan_out"))):
-        refuse(f"{folder / CONFIG}, fan_in_fan_out", why, "train it with lora_fx.apply, which computes W + s·B·A there")
+        reason = f"{config.get('target_modules')!r} matches no module of this {type(model).__name__}"
+        refuse(folder.option("target_modules"), reason, _ITS_BASE)
+    if why := peft_format.why_not_together([layer for _, layer in targeted], bool(config.get("fan_in_fan_out"))):
+        refuse(folder.option("fan_in_fan_out"), why, peft_format.TRAIN)
     for name, layer in targeted:
-        rank = rank_of(config, layer.target)
-        check_shapes(layer, rank, tensors, folder)
+        rank = peft_format.rank_of(config, layer.target)
+        peft_format.check_shapes(layer, rank, folder)
         factors = layer.decode({key: rest.pop(key) for key in layer.keys}, rank)
-        if layer.times > 1 and release(config) > SPOKEN and bool(factors.B.any()):
+        if layer.times > 1 and peft_format.release(config) > peft_format.SPOKEN and bool(factors.B.any()):
             refuse(
-                f"{folder / CONFIG}, peft_version",
+                folder.option("peft_version"),
                 f"PEFT {config['peft_version']} wrote it; up to 0.21 PEFT adds the delta of {name} twice, and now?",
                 "merge it into its base with PEFT (merge_and_unload)",
             )
-        alpha = alpha_of(config, layer.target) * layer.times
+        alpha = peft_format.alpha_of(config, layer.target) * layer.times
         scaling = "rslora" if config.get("use_rslora") else "standard"
         # PEFT drops nothing on embeddings and attention
         dropout = 0.0 if layer.kind in ("embedding", "attention") else float(config.get("lora_dropout") or 0.0)
-        place = f"{folder / TENSORS}, {layer.keys[0]}"
-        saved.append(_Saved((name,), factors, alpha, scaling, place, dropout))
-    check_rest(model, rest, folder)
+        saved.append(_Saved((name,), factors, alpha, scaling, folder.tensor(layer.keys[0]), dropout))
+    peft_format.check_rest(model, rest, folder)
     return saved

@@ -17,6 +17,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,13 +29,40 @@ CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 PEFT, OWN = "LORA", "LORA_FX"  # peft_type: PEFT's own, and what only lora_fx can read
 HEADER, DIGEST, VERSION = "lora_fx", "lora_fx_sha256", 1
 
+_RESTORE = "restore the file from where the adapter was saved"
+
 
 def refuse(place: str, reason: str, remedy: str, cause: BaseException | None = None) -> NoReturn:
     raise FileError(reason, place=place, remedy=remedy) from cause
 
 
-def find_folder(path: Path) -> Path:
-    """The folder with the adapter: this one, or its only subfolder that holds one."""
+@dataclass(frozen=True)
+class Folder:
+    """What an adapter's folder holds."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    """All floating point and finite."""
+    header: dict[str, Any] | None
+    """Ours, where there is one."""
+
+    def option(self, key: str) -> str:
+        """The place of an option of the config, for errors."""
+        return f"{self.path / CONFIG}, {key}"
+
+    def tensor(self, key: str) -> str:
+        """The place of a tensor, or of our header, for errors."""
+        return f"{self.path / TENSORS}, {key}"
+
+
+def read_folder(path: Path) -> Folder:
+    folder = _find_folder(path)
+    return Folder(folder, _read_config(folder / CONFIG), *_unpack(folder))
+
+
+def _find_folder(path: Path) -> Path:
+    """This one, or its only subfolder that holds an adapter."""
     if not path.is_dir():
         refuse(str(path), "there is no such folder", "pass the folder that save_adapter or save_pretrained wrote")
     if (path / CONFIG).is_file():
@@ -87,50 +115,45 @@ _NEEDED = ("r", "lora_alpha")  # PEFT has no null there
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    remedy = "restore the file from where the adapter was saved"
+def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_bytes().decode("utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        refuse(str(file), f"it cannot be read: {error}", remedy, error)
+        refuse(str(file), f"it cannot be read: {error}", _RESTORE, error)
     if not isinstance(config, dict):
-        refuse(str(file), f"it holds a {type(config).__name__}, not a table", remedy)
+        refuse(str(file), f"it holds a {type(config).__name__}, not a table", _RESTORE)
     kind = config.get("peft_type")
     if kind not in (PEFT, OWN):
         refuse(f"{file}, peft_type", f"{kind!r} is no LoRA adapter", "load it with the library that wrote it")
     for key, (test, wanted) in _TYPES.items():
         default = key not in config or (config[key] is None and key not in _NEEDED)
         if not default and not test(config[key]):
-            refuse(f"{file}, {key}", f"{config[key]!r} is not {wanted}", remedy)
+            refuse(f"{file}, {key}", f"{config[key]!r} is not {wanted}", _RESTORE)
     for key in _PATTERNS:
-        for pattern in _patterns(key, config.get(key)):
+        value = config.get(key) or ()
+        if isinstance(value, list) and key != "layers_pattern":
+            continue  # plain names
+        for pattern in [value] if isinstance(value, str) else value:
             try:
                 re.compile(pattern)
             except re.error as error:
-                refuse(f"{file}, {key}", f"{pattern!r} is no pattern: {error}", remedy, error)
+                refuse(f"{file}, {key}", f"{pattern!r} is no pattern: {error}", _RESTORE, error)
     return config
 
 
-def _patterns(key: str, value: Any) -> list[str]:
-    """The regular expressions in an option's value; the lists of modules hold plain names."""
-    if isinstance(value, list) and key != "layers_pattern":
-        return []
-    return [value] if isinstance(value, str) else list(value or ())
-
-
-def to_json(value: Any, indent: int | None = None) -> bytes:
+def _to_json(value: Any, indent: int | None = None) -> bytes:
     return json.dumps(value, indent=indent, sort_keys=True, allow_nan=False).encode()
 
 
 # ── adapter_model.safetensors ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def pack(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
+def _pack(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
     """A safetensors file with our header in it, and a digest over the header and the numbers."""
     from safetensors.torch import save
 
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    text = to_json(header).decode()
+    text = _to_json(header).decode()
     plain = save(tensors)
     return save(tensors, {"format": "pt", HEADER: text, DIGEST: _digest(text, plain)})
 
@@ -140,58 +163,46 @@ def _digest(text: str, file: bytes) -> str:
     start = 8 + int.from_bytes(file[:8], "little")
     table = json.loads(file[8:start])
     table.pop("__metadata__", None)
-    return hashlib.sha256(b"\0".join((text.encode(), to_json(table), file[start:]))).hexdigest()
+    return hashlib.sha256(b"\0".join((text.encode(), _to_json(table), file[start:]))).hexdigest()
 
 
-def unpack(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """The tensors, all floating point and finite, and our header where there is one."""
+def _unpack(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     file = folder / TENSORS
     if not file.is_file() and (folder / PICKLE).is_file():
-        refuse(
-            str(folder / PICKLE),
-            "it is a pickle, which can run any code when it is opened",
-            f"save the adapter as {TENSORS} with PEFT, where you trust it",
-        )
+        remedy = f"save the adapter as {TENSORS} with PEFT, where you trust it"
+        refuse(str(folder / PICKLE), "it is a pickle, which can run any code when it is opened", remedy)
     if file.exists() and not file.is_file():
-        refuse(str(file), "it is no regular file", "restore the file from where the adapter was saved")
+        refuse(str(file), "it is no regular file", _RESTORE)
     try:
         data = file.read_bytes()
         tensors = load(data)
         meta = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
-        refuse(str(file), f"it cannot be read: {error}", "restore the file from where the adapter was saved", error)
+        refuse(str(file), f"it cannot be read: {error}", _RESTORE, error)
     for key, tensor in tensors.items():
-        _check_tensor(tensor, f"{file}, {key}")
-    return tensors, _read_header(meta, data, tensors, file)
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            dtypes = "factors are float16, bfloat16, float32 or float64: save them so"
+            refuse(f"{file}, {key}", f"its dtype is {tensor.dtype}", dtypes)
+        if not bool(tensor.float().isfinite().all()):
+            reason = "it holds NaN, Inf or numbers beyond float32"
+            refuse(f"{file}, {key}", reason, "load an earlier checkpoint of the adapter")
+    return tensors, _read_header(meta, data, f"{file}, {HEADER}") if HEADER in meta else None
 
 
-def _check_tensor(tensor: torch.Tensor, place: str) -> None:
-    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-        refuse(place, f"its dtype is {tensor.dtype}", "factors are float16, bfloat16, float32 or float64: save them so")
-    if not bool(tensor.float().isfinite().all()):
-        refuse(place, "it holds NaN, Inf or numbers beyond float32", "load an earlier checkpoint of the adapter")
-
-
-def _read_header(meta: dict, data: bytes, tensors: dict[str, torch.Tensor], file: Path) -> dict[str, Any] | None:
-    if HEADER not in meta:
-        return None
-    place, remedy = f"{file}, {HEADER}", "restore the file from where the adapter was saved"
+def _read_header(meta: dict, data: bytes, place: str) -> dict[str, Any]:
     if meta.get(DIGEST) != _digest(meta[HEADER], data):
-        refuse(place, "its numbers are not the ones that were saved: the file is damaged", remedy)
+        refuse(place, "its numbers are not the ones that were saved: the file is damaged", _RESTORE)
     try:
         header = json.loads(meta[HEADER])
         version, entries = header["version"], header["adapters"]
         names = [entry["weights"] for entry in entries]
-        known = (
-            isinstance(header["config"], dict)
-            and _is_text(header["name"])
-            and all(n and _are(_is_text)(n) for n in names)
-        )
+        known = isinstance(header["config"], dict) and _is_text(header["name"])
+        known = known and all(n and _are(_is_text)(n) for n in names)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        refuse(place, f"it cannot be read: {error!r}", remedy, error)
+        refuse(place, f"it cannot be read: {error!r}", _RESTORE, error)
     if version != VERSION or not known or not entries:
         reason = f"it is of version {version!r} with {len(entries)} adapters"
         refuse(place, reason, f"this lora_fx reads version {VERSION}: use the one that wrote it")
@@ -201,19 +212,22 @@ def _read_header(meta: dict, data: bytes, tensors: dict[str, torch.Tensor], file
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_folder(folder: Path, config: bytes, tensors: bytes) -> None:
+def write_folder(
+    folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], header: dict[str, Any]
+) -> None:
     """Both files, or neither, in one step: a new folder takes the place of the old one, and has its other files too.
 
     Where folders cannot be exchanged (systems other than Linux), or a file can have no second name (no hard links), the
     config goes first and comes last: a kill in between leaves no adapter to read, and the old one in a hidden folder.
     """
+    files = ((TENSORS, _pack(tensors, header)), (CONFIG, _to_json(config, indent=2)))
     if folder.exists() and not folder.is_dir():
         refuse(str(folder), "it is a file", "pass the path of a folder")
     folder = folder.resolve()
     fresh = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         fresh.mkdir(parents=True)
-        for name, data in ((TENSORS, tensors), (CONFIG, config)):
+        for name, data in files:
             _write_file(fresh / name, data)
         _sync_folder(fresh)
         _publish(fresh, folder)

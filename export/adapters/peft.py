@@ -10,19 +10,22 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_fx.export.adapters.folder import TENSORS, refuse
+from lora_fx.export.adapters.folder import Folder, refuse
 from lora_fx.graph.layout import Layout
 from lora_fx.model.inventory import inventory, plain_path, weight_name
 
-PREFIX = "base_model.model."
-_FUSED = "torch's fused TransformerEncoderLayer reads it in eval, past PEFT's modules"
+TRAIN = "train it with lora_fx.apply, which computes W + s·B·A there"
 SPOKEN = (0, 21)  # the newest PEFT whose meaning of the files is known here
+
+ATTENTION = ("in_proj_weight", "out_proj.weight")  # what PEFT adapts of a MultiheadAttention
+
+_PREFIX = "base_model.model."
+_FUSED = "torch's fused TransformerEncoderLayer reads it in eval, past PEFT's modules"
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,8 @@ class Layer:
 
     @property
     def keys(self) -> tuple[str, str]:
-        if self.kind == "embedding":
-            return f"{PREFIX}{self.path}.lora_embedding_A", f"{PREFIX}{self.path}.lora_embedding_B"
-        return f"{PREFIX}{self.path}.lora_A.weight", f"{PREFIX}{self.path}.lora_B.weight"
+        a, b = ("embedding_A", "embedding_B") if self.kind == "embedding" else ("A.weight", "B.weight")
+        return f"{_PREFIX}{self.path}.lora_{a}", f"{_PREFIX}{self.path}.lora_{b}"
 
     @property
     def layout(self) -> Layout:
@@ -103,21 +105,22 @@ class Layer:
         return Factors(A.reshape(rank, inner), B.reshape(outer, rank), self.sides)
 
 
+#: modules that PEFT has layers for → the weight that it adapts there, `Layer.kind`
+_KINDS = (
+    (nn.MultiheadAttention, "in_proj_weight", "attention"),
+    (nn.Embedding, "weight", "embedding"),
+    (nn.Conv1d | nn.Conv2d | nn.Conv3d, "weight", "conv"),
+    (nn.Linear, "weight", "linear"),
+)
+
+
 def known_kind(module: nn.Module, attribute: str) -> str:
     """PEFT's dispatch by module type; empty where it knows no such module."""
-    if isinstance(module, nn.MultiheadAttention):
-        return "attention" if attribute == "in_proj_weight" else ""
-    if attribute != "weight":
-        return ""
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "conv"
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf"):
-        return "conv1d"
-    return ""
+    for known, own, kind in _KINDS:
+        if isinstance(module, known):
+            return kind if attribute == own else ""
+    conv1d = any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
+    return "conv1d" if conv1d and attribute == "weight" else ""
 
 
 class Modules:
@@ -135,12 +138,15 @@ class Modules:
     @property
     def parameters(self) -> list[str]:
         """The names of all parameters, as PEFT walks over them."""
-        return [weight_name(plain_path(paths[0]), name) for m, paths in self.modules.items() for name in own_names(m)]
+        return [weight_name(plain_path(paths[0]), name) for m, paths in self.modules.items() for name in _own_names(m)]
+
+    def parameter(self, name: str) -> nn.Parameter | None:
+        path, _, attribute = name.rpartition(".")
+        return self.by_path[path]._parameters.get(attribute) if path in self.by_path else None
 
     def is_raw(self, name: str) -> bool:
         """Whether PEFT has to be given the parameter itself (`target_parameters`): it knows no such module."""
-        path, _, attribute = name.rpartition(".")
-        return not known_kind(self.by_path[path], attribute)
+        return not known_kind(self.parent(name), name.rpartition(".")[2])
 
     def why_not(self, name: str, raw: bool) -> str:
         """Why PEFT would not compute W + s·B·A for this weight; empty where it does."""
@@ -159,9 +165,8 @@ class Modules:
             return _why_not_raw(module, attribute)
         kind = known_kind(module, attribute)
         if kind == "conv" and (module.groups != 1 or set(module.dilation) != {1} or module.padding_mode != "zeros"):
-            return (
-                f"PEFT's branch of a convolution has one group, no dilation and zero padding, not {module.extra_repr()}"
-            )
+            plain = "one group, no dilation and zero padding"
+            return f"PEFT's branch of a convolution has {plain}, not {module.extra_repr()}"
         if kind == "embedding" and module.max_norm is not None:
             return f"PEFT renormalises A with the embedding's max_norm={module.max_norm}"
         if kind == "attention" and not module._qkv_same_embed_dim:
@@ -171,8 +176,7 @@ class Modules:
     def layer(self, name: str, raw: Sequence[str]) -> Layer:
         """PEFT's layer for a weight; `raw` are all the parameters that PEFT is given."""
         path, _, attribute = name.rpartition(".")
-        module = self.by_path[path]
-        weight = module._parameters[attribute]
+        module, weight = self.by_path[path], self.parameter(name)
         assert weight is not None
         shape = tuple(weight.shape)
         kind = "" if name in raw else known_kind(module, attribute)
@@ -182,15 +186,14 @@ class Modules:
         if kind:
             sides = {"conv1d": "io", "embedding": "io", "conv": "o" + "i" * (len(shape) - 1)}.get(kind, "oi")
             return Layer(path, path, shape, sides, kind)
-        nested = [p for p in own_names(module) if f"{path}.{p}" in raw]
+        nested = [p for p in _own_names(module) if f"{path}.{p}" in raw]
         around = len(nested) - 1 - nested.index(attribute)
         transposed = getattr(module, "is_transposed", False)
         sides = "oi" if len(shape) == 2 else ("bio" if transposed else "boi")
         return Layer(name, path + ".base_layer" * around, shape, sides, "parameter")
 
 
-def own_names(module: nn.Module) -> list[str]:
-    """Of its parameters, each once."""
+def _own_names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
@@ -207,13 +210,11 @@ def _why_not_raw(module: nn.Module, attribute: str) -> str:
 
 def why_not_together(layers: Sequence[Layer], transposed: bool) -> str:
     """PEFT has one `fan_in_fan_out`: each Linear or Conv1D sets it anew, and other layers take it as they find it."""
-    kinds = {layer.kind for layer in layers}
+    kinds, where = {layer.kind for layer in layers}, "where fan_in_fan_out is set, as by Conv1D layers"
     if "attention" in kinds and ("conv1d" in kinds or transposed):
-        return (
-            "PEFT transposes the delta of MultiheadAttention.out_proj where fan_in_fan_out is set, as by Conv1D layers"
-        )
+        return f"PEFT transposes the delta of MultiheadAttention.out_proj {where}"
     if "parameter" in kinds and ("conv1d" in kinds or transposed):
-        return "PEFT refuses raw parameters where fan_in_fan_out is set, as by Conv1D layers"
+        return f"PEFT refuses raw parameters {where}"
     return ""
 
 
@@ -248,56 +249,52 @@ _REASONS = {
 }
 
 
-def check_options(config: dict, place: Path) -> None:
+def check_options(folder: Folder) -> None:
     """Every option that changes what the adapter computes is honoured or refused by name."""
+    config = folder.config
     for key, value in config.items():
         if key in _READ or key in _FREE or value is None or value is False or value in ("", [], {}):
             continue
         why = _REASONS.get(key, "lora_fx does not know what this option does to the adapter")
-        refuse(f"{place}, {key}", f"{key}={value!r}: {why}", _MERGE)
+        refuse(folder.option(key), f"{key}={value!r}: {why}", _MERGE)
     if config.get("bias", "none") != "none":
-        refuse(f"{place}, bias", f"bias={config['bias']!r}: it also trains biases of the base model", _MERGE)
+        refuse(folder.option("bias"), f"bias={config['bias']!r}: it also trains biases of the base model", _MERGE)
     if config.get("init_lora_weights", True) not in _INITS:
         refuse(
-            f"{place}, init_lora_weights",
+            folder.option("init_lora_weights"),
             f"init_lora_weights={config['init_lora_weights']!r}: it changes the base weights when it starts",
             "convert it to plain LoRA with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
 
 
-def targeted_layers(modules: Modules, config: dict, place: Path) -> Iterator[tuple[str, Layer]]:
+def targeted_layers(modules: Modules, folder: Folder) -> Iterator[tuple[str, Layer]]:
     """(name, layer) of every weight that PEFT adapts in this model by its config."""
-    linears = _all_linear(modules.model) if str(config.get("target_modules")).lower() == "all-linear" else None
+    config, place = folder.config, folder.option("target_modules")
+    every = str(config.get("target_modules")).lower() == "all-linear"
+    given: Any = getattr(modules.model, "get_output_embeddings", None) if every else None
+    head = given() if given else None
     for module, (path, *_) in modules.modules.items():
-        if not path or not (path in linears if linears is not None else _is_target(config, path)):
+        linear = known_kind(module, "weight") in ("linear", "conv1d") and module is not head
+        if not path or not (linear if every else _is_target(config, path)):
             continue
-        inside = isinstance(modules.parent(path), nn.MultiheadAttention)
-        if inside or not (known_kind(module, "weight") or isinstance(module, nn.MultiheadAttention)):
-            refuse(
-                f"{place}, target_modules",
-                f"it takes {path}, a {type(module).__name__}"
-                + (" inside a MultiheadAttention, which never calls it" if inside else ""),
-                "target the attention module itself" if inside else "load the base model it was made for",
-            )
-        attention = isinstance(module, nn.MultiheadAttention)
-        for weight in ("in_proj_weight", "out_proj.weight") if attention else ("weight",):
-            yield _loadable(modules, f"{path}.{weight}", (), f"{place}, target_modules")
+        taken, attention = f"it takes {path}, a {type(module).__name__}", isinstance(module, nn.MultiheadAttention)
+        if isinstance(modules.parent(path), nn.MultiheadAttention):
+            taken += " inside a MultiheadAttention, which never calls it"
+            refuse(place, taken, "target the attention module itself")
+        if not (attention or known_kind(module, "weight")):
+            refuse(place, taken, "load the base model it was made for")
+        for weight in ATTENTION if attention else ("weight",):
+            yield _loadable(modules, f"{path}.{weight}", (), place)
     raw = [name for name in modules.parameters if _ends_in(name, config.get("target_parameters") or ())]
     for name in raw:
-        yield _loadable(modules, name, raw, f"{place}, target_parameters")
+        yield _loadable(modules, name, raw, folder.option("target_parameters"))
 
 
 def _loadable(modules: Modules, name: str, raw: Sequence[str], place: str) -> tuple[str, Layer]:
     why = modules.why_not(name, name in raw)
     if why and why != _FUSED:  # such a layer PEFT trains well, and is wrong only in eval
-        refuse(f"{place}: {name}", why, "train it with lora_fx.apply, which computes W + s·B·A there")
+        refuse(f"{place}: {name}", why, TRAIN)
     return name, modules.layer(name, raw)
-
-
-def _all_linear(model: nn.Module) -> set[str]:
-    given: Any = getattr(model, "get_output_embeddings", None)
-    head = given() if given else None
-    return {p for p, m in model.named_modules() if known_kind(m, "weight") in ("linear", "conv1d") and m is not head}
 
 
 def _is_target(config: dict, path: str) -> bool:
@@ -354,38 +351,32 @@ def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config.get(key) for key in sorted(_READ)}
 
 
-def check_shapes(layer: Layer, rank: int, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+def check_shapes(layer: Layer, rank: int, folder: Folder) -> None:
     for key, want in zip(layer.keys, layer.shapes(rank), strict=True):
-        place = f"{folder / TENSORS}, {key}"
-        if key not in tensors:
-            refuse(place, "the key is missing", "restore the file; its config says that this layer is adapted")
-        if tuple(tensors[key].shape) != want:
+        if key not in folder.tensors:
+            remedy = "restore the file; its config says that this layer is adapted"
+            refuse(folder.tensor(key), "the key is missing", remedy)
+        shape = tuple(folder.tensors[key].shape)
+        if shape != want:
             refuse(
-                place,
-                f"its shape is {tuple(tensors[key].shape)}; rank {rank} on {layer.target} {layer.shape} wants {want}",
+                folder.tensor(key),
+                f"its shape is {shape}; rank {rank} on {layer.target} {layer.shape} wants {want}",
                 "load the base model it was made for, with the adapter_config.json of the same save",
             )
 
 
-def check_rest(model: nn.Module, rest: Mapping[str, torch.Tensor], folder: Path) -> None:
+def check_rest(model: nn.Module, rest: Mapping[str, torch.Tensor], folder: Folder) -> None:
     """PEFT also writes base weights (of an adapted embedding): they must be the ones the model has."""
     state = model.state_dict(keep_vars=True)
     for key, value in rest.items():
-        place = f"{folder / TENSORS}, {key}"
-        if key.endswith(".lora_magnitude_vector"):
-            refuse(place, f"use_dora: {_REASONS['use_dora']}", _MERGE)
-        if key.endswith(".lora_B.bias"):
-            refuse(place, f"lora_bias: {_REASONS['lora_bias']}", _MERGE)
-        base = state.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
-        if base is None or not key.startswith(PREFIX):
-            refuse(
-                place,
-                "no layer that the config names has this key",
-                "load the base model and the config it was saved with",
-            )
+        place = folder.tensor(key)
+        for end, option in ((".lora_magnitude_vector", "use_dora"), (".lora_B.bias", "lora_bias")):
+            if key.endswith(end):
+                refuse(place, f"{option}: {_REASONS[option]}", _MERGE)
+        base = state.get(key.removeprefix(_PREFIX).replace(".base_layer.", "."))
+        if base is None or not key.startswith(_PREFIX):
+            reason = "no layer that the config names has this key"
+            refuse(place, reason, "load the base model and the config it was saved with")
         if base.shape != value.shape or not torch.equal(base.detach().cpu().to(value.dtype), value):
-            refuse(
-                place,
-                "the file carries a base weight, and the model's is another",
-                "load that base weight into the model first",
-            )
+            reason = "the file carries a base weight, and the model's is another"
+            refuse(place, reason, "load that base weight into the model first")

@@ -12,21 +12,18 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from lora_fx.errors import ExportError
 from lora_fx.export.onnx.graphs import as_torch, attribute, order
+from lora_fx.export.onnx.runtimes import refuse
 
 REMEDY = "fold the torch model before it is exported; report the graph to lora_fx if it is a plain LoRA"
 
 _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
-
-
-# ── what a graph computes ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Kind(Enum):
@@ -160,16 +157,6 @@ class Site:
         return tuple((op.constant, op.form, op.sides, op.groups) for op in ops), scales
 
 
-class _Step(NamedTuple):
-    """What a node gives on, and by what it multiplies that."""
-
-    value: Any
-    factor: float = 1.0
-
-
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Reader:
     """Reads an ONNX graph, and changes nothing in it.
 
@@ -194,6 +181,7 @@ class Reader:
         return self._constants[value]
 
     def _evaluate(self, value: Any) -> torch.Tensor | None:
+        import onnx
         import onnx_ir
         from onnx.reference import ReferenceEvaluator
 
@@ -219,7 +207,10 @@ class Reader:
             (only,) = inputs.values()
             return only.permute(order(node, only.ndim))
         try:
-            evaluator: Any = ReferenceEvaluator(_as_model(node, self.model))
+            proto = onnx_ir.to_proto(node)
+            opsets = [onnx.helper.make_opsetid(*opset) for opset in self.model.opset_imports.items()]
+            alone = onnx.helper.make_function("", "node", [*inputs], [*proto.output], [proto], opsets)
+            evaluator: Any = ReferenceEvaluator(alone)
             outputs = evaluator.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
         except Exception:
             return None
@@ -244,29 +235,27 @@ class Reader:
         tensor = tensor.flatten(1) if op.convolves else tensor
         return tensor if op.sides == "oi" else tensor.mT
 
-    # linear ops
-
     def op(self, value: Any) -> Op | None:
         """The linear op that gives this value, looked at through scalar factors, casts and reshapes."""
         node = value.producer()
-        step = None if node is None else self._step(node)
-        if node is None or step is None:
+        given, factor = (None, 1.0) if node is None else self._step(node)
+        if node is None or given is None:
             return node and self._linear(node)
-        found = self.op(step.value)
+        found = self.op(given)
         if found is None:
             return None
         reshaped = found.reshaped or op_type(node) == "Reshape"
-        return replace(found, scale=found.scale * step.factor, path=(value, *found.path), reshaped=reshaped)
+        return replace(found, scale=found.scale * factor, path=(value, *found.path), reshaped=reshaped)
 
-    def _step(self, node: Any) -> _Step | None:
-        """None where the node gives nothing on."""
+    def _step(self, node: Any) -> tuple[Any, float]:
+        """The value that a node gives on, or None, and by what it multiplies that."""
         if self._gives_on(node):
-            return _Step(node.inputs[0])
+            return node.inputs[0], 1.0
         for n, given in enumerate(node.inputs if op_type(node) == "Mul" else ()):
             if (by := self._scalar(node.inputs[1 - n])) is not None:
-                return _Step(given, by)
+                return given, by
         by = self._scalar(node.inputs[1]) if op_type(node) == "Div" else None
-        return _Step(node.inputs[0], 1 / by) if by else None
+        return (node.inputs[0], 1 / by) if by else (None, 1.0)
 
     def _gives_on(self, node: Any) -> bool:
         """It gives its first input on, number by number."""
@@ -298,8 +287,6 @@ class Reader:
                 break
             value = node.inputs[0]
         return value
-
-    # sites
 
     def sites(self) -> list[Site]:
         """Every use of a weight with branches, the last of the graph first.
@@ -376,21 +363,16 @@ class Reader:
     def _refuse_narrow(self, terms: Sequence[Term]) -> None:
         """Two linear ops that are added to something else than a linear op of their input, and look like LoRA."""
         for term in terms:
-            if term.branch is None or not self._is_narrow(term.branch):
+            if term.branch is None:
+                continue
+            down, up = (self.shape(op.constant) for op in (term.branch.down, term.branch.up))
+            axes = down[:2] if term.branch.down.convolves else down[-2:]
+            inner = axes[term.branch.down.sides.index("o")] // term.branch.down.groups
+            if inner * inner >= min(math.prod(down), math.prod(up)):  # not fewer features than it takes and gives
                 continue
             names = [op.constant.name for op in (term.branch.down, term.branch.up)]
-            raise ExportError(
-                f"{' and '.join(names)} are two narrow linear ops, added to no single linear op of the same input",
-                place=f"{self.place}, node {term.add.name or term.add.outputs[0].name}",
-                remedy=REMEDY,
-            )
-
-    def _is_narrow(self, branch: Branch) -> bool:
-        """It goes through fewer features than it takes and gives."""
-        down, up = (self.shape(op.constant) for op in (branch.down, branch.up))
-        axes = down[:2] if branch.down.convolves else down[-2:]
-        inner = axes[branch.down.sides.index("o")] // branch.down.groups
-        return inner * inner < min(math.prod(down), math.prod(up))
+            reason = f"{' and '.join(names)} are two narrow linear ops, added to no single linear op of the same input"
+            refuse(f"{self.place}, node {term.add.name or term.add.outputs[0].name}", reason, REMEDY)
 
     def _refuse_tapped(self, site: Site) -> None:
         """Nothing else may read the product before all branches are added: it would read the folded weight's."""
@@ -398,12 +380,10 @@ class Reader:
             readers = [node for node in value.consumers() if op_type(node) != "Shape"]
             if len(readers) > 1 or value.is_graph_output():
                 names = ", ".join(node.name or node.op_type for node in readers)
-                raise ExportError(
-                    f"the product with {site.base.constant.name} is read without its adapters too, by {names}"
-                    + (" and as an output of the graph" if value.is_graph_output() else ""),
-                    place=f"{self.place}, value {value.name}",
-                    remedy="export the model without what reads it there (a disabled adapter beside an enabled one)",
-                )
+                names += " and as an output of the graph" if value.is_graph_output() else ""
+                reason = f"the product with {site.base.constant.name} is read without its adapters too, by {names}"
+                remedy = "export the model without what reads it there (a disabled adapter beside an enabled one)"
+                refuse(f"{self.place}, value {value.name}", reason, remedy)
 
 
 def op_type(node: Any) -> str:
@@ -430,17 +410,3 @@ def _keeps(cast: Any) -> bool:
     floats, whole = {"FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"}, {"INT32", "INT64"}
     to, given = DataType(attribute(cast, "to")).name, cast.inputs[0].dtype
     return to in floats or (to in whole and given is not None and given.name in whole)
-
-
-def _as_model(node: Any, model: Any) -> Any:
-    """A model of this one node, for the reference evaluator."""
-    import onnx
-    import onnx_ir
-
-    proto = onnx_ir.to_proto(node)
-    empty = onnx.TypeProto()
-    inputs = [onnx.ValueInfoProto(name=name, type=empty) for name in dict.fromkeys(proto.input) if name]
-    outputs = [onnx.ValueInfoProto(name=name, type=empty) for name in proto.output]
-    graph = onnx.helper.make_graph([proto], "node", inputs, outputs)
-    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    return onnx.helper.make_model(graph, opset_imports=opsets)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError, ExportError
+from lora_fx.export.onnx.runtimes import refuse
 from lora_fx.graph.capture import Inputs
 
 
@@ -61,39 +62,45 @@ class Call:
                 sizes[label] = max(2, leaves[places[n]].shape[axis], sizes.get(label, 0))
         for (n, axis), label in self.labels.items():
             tensor, parts = leaves[places[n]], label.split(" + ")
-            old = tensor.shape[axis]
-            new = sum(sizes[part] for part in parts) if label and all(part in sizes for part in parts) else max(2, old)
-            if new == old:
-                continue
-            if not old:
-                leaves[places[n]] = tensor.new_zeros([*tensor.shape[:axis], new, *tensor.shape[axis + 1 :]])
-            else:
-                picked = torch.arange(new, device=tensor.device) * old // new
-                leaves[places[n]] = tensor.index_select(axis, picked)
+            named = label and all(part in sizes for part in parts)
+            size = sum(sizes[part] for part in parts) if named else max(2, tensor.shape[axis])
+            leaves[places[n]] = resized(tensor, axis, size)
         return Inputs(*pytree.tree_unflatten(leaves, spec))
 
     def with_argument(self, model: nn.Module, name: str, value: Any, shapes: Any) -> Call:
         """The call with one more keyword argument, behind all other tensors; the names stay those of the others."""
         bound = _bind(model, Inputs(self.inputs.args, {**self.inputs.kwargs, name: value}))
         behind = [*bound][[*bound].index(name) + 1 :]
-        if any(isinstance(leaf, torch.Tensor) for key in behind for leaf in pytree.tree_leaves(bound[key])):
-            raise ExportError(
-                f"{type(model).__name__}.forward takes tensors through **{behind[-1]}, where no other input can follow",
-                place="example_inputs",
-                remedy="pass only inputs that forward names",
-            )
-        first = {key: part for key, part in self.inputs.kwargs.items() if key in bound}
-        rest = {key: part for key, part in self.inputs.kwargs.items() if key not in bound}
+        if tensors_in([bound[key] for key in behind]):
+            taken = f"{type(model).__name__}.forward takes tensors through **{behind[-1]}"
+            remedy = "pass only inputs that forward names"
+            refuse("example_inputs", f"{taken}, where no other input can follow", remedy)
+        kwargs = {**self.inputs.kwargs, name: value}
+        kwargs = dict(sorted(kwargs.items(), key=lambda item: (item[0] not in bound, item[0] == name)))
         every = dict.fromkeys(bound) if self.shapes is None else self.shapes
-        return replace(
-            self, inputs=Inputs(self.inputs.args, {**first, name: value, **rest}), shapes={**every, name: shapes}
-        )
+        return replace(self, inputs=Inputs(self.inputs.args, kwargs), shapes={**every, name: shapes})
+
+
+def resized(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """With another size of an axis: entries repeated or left out evenly: masks and positions keep their order."""
+    old = tensor.shape[axis]
+    if size == old:
+        return tensor
+    if not old:
+        return tensor.new_zeros([*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]])
+    return tensor.index_select(axis, torch.arange(size, device=tensor.device) * old // size)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All of them, in order, in containers or in the inputs of a call."""
+    leaves = pytree.tree_leaves((value.args, value.kwargs) if isinstance(value, Inputs) else value)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _names(argument: str, value: Any) -> list[str]:
     if is_flat_cache(value):
         return [f"{argument}.{name}" for name in cache_names(value)]
-    return [""] * sum(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+    return [""] * len(tensors_in(value))
 
 
 def _bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -101,15 +108,12 @@ def _bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     try:
         return inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
     except TypeError as error:
+        given = f"{len(inputs.args)} positional inputs" + "".join(f", {name}=…" for name in inputs.kwargs)
         raise CaptureError(
-            f"{type(model).__name__}.forward does not take {_described(inputs)}: {error}",
+            f"{type(model).__name__}.forward does not take {given}: {error}",
             place="example_inputs",
             remedy="pass inputs that model(*inputs) or model(**inputs) accepts",
         ) from error
-
-
-def _described(inputs: Inputs) -> str:
-    return f"{len(inputs.args)} positional inputs" + "".join(f", {name}=…" for name in inputs.kwargs)
 
 
 def _keyed(model: nn.Module, bound: dict[str, Any], given: Any) -> dict[str, Any]:
@@ -118,16 +122,11 @@ def _keyed(model: nn.Module, bound: dict[str, Any], given: Any) -> dict[str, Any
         given = (given,)  # the axes of the one input
     if isinstance(given, tuple | list):
         if len(given) > len(bound):
-            raise ExportError(
-                f"dynamic_shapes has {len(given)} entries for {len(bound)} inputs",
-                place="dynamic_shapes",
-                remedy=f"give one entry for each of {', '.join(bound)}",
-            )
+            reason = f"dynamic_shapes has {len(given)} entries for {len(bound)} inputs"
+            refuse("dynamic_shapes", reason, f"give one entry for each of {', '.join(bound)}")
         return dict(zip(bound, given, strict=False))
     if not isinstance(given, Mapping):
-        raise ExportError(
-            f"dynamic_shapes is {given!r}", place="dynamic_shapes", remedy='pass a dict: {"input": {0: "batch"}}'
-        )
+        refuse("dynamic_shapes", f"dynamic_shapes is {given!r}", 'pass a dict: {"input": {0: "batch"}}')
     keyed = dict(given)
     for name, parameter in inspect.signature(model.forward).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD and name in bound and name not in keyed:
@@ -153,7 +152,7 @@ def _spread(spec: Any, value: Any, place: str, labels: list[dict[int, str]]) -> 
             raise _misfit(spec, place, f"{len(value)} entries")
         parts = [_spread(s, part, f"{place}[{n}]", labels) for n, (s, part) in enumerate(zip(spec, value, strict=True))]
         return tuple(parts) if isinstance(value, tuple) else parts
-    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    tensors = tensors_in(value)
     if spec is not None and not tensors:
         raise _misfit(spec, place, f"None: {value!r} is no tensor, and stays what it is")
     labels += [{} for _ in tensors]  # a container of another kind: torch.export knows how it wants its shapes
@@ -188,11 +187,10 @@ def axis_names(program: Any, call: Call) -> dict[Any, str]:
         for axis, size in enumerate(value.shape):
             name = call.labels.get((n, axis))
             if isinstance(size, int) and name is not None:
-                raise ExportError(
-                    f"axis {axis} must be {size}: the model works with no other size, so the axis cannot be dynamic",
-                    place=f"input {value.name!r}",
-                    remedy="leave that axis out of dynamic_shapes",
+                reason = (
+                    f"axis {axis} must be {size}: the model works with no other size, so the axis cannot be dynamic"
                 )
+                refuse(f"input {value.name!r}", reason, "leave that axis out of dynamic_shapes")
             if name:
                 names.setdefault(str(size.value), name)
     return names
@@ -200,7 +198,7 @@ def axis_names(program: Any, call: Call) -> dict[Any, str]:
 
 def graph_inputs(program: Any, inputs: Inputs) -> list[tuple[Any, torch.Tensor]]:
     """(input of the graph, the tensor that is fed to it); slots of a switchable graph come behind those."""
-    tensors = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = tensors_in(inputs)
     return list(zip(program.model.graph.inputs[: len(tensors)], tensors, strict=True))
 
 
@@ -228,7 +226,10 @@ def flat_caches(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = [kind(value) if n in places else value for n, value in enumerate(args)]
         named = {name: kind(value) if name in names else value for name, value in kwargs.items()}
-        return _flat_output(inner(*given, **named) if inner else type(self).forward(self, *given, **named))
+        output = inner(*given, **named) if inner else type(self).forward(self, *given, **named)
+        if isinstance(output, Mapping):
+            return {name: _flat(value) for name, value in output.items()}
+        return tuple(map(_flat, output)) if isinstance(output, tuple) else output
 
     # A method, not a closure over the model: a deep copy of the model calls itself.
     model.__dict__["forward"] = types.MethodType(forward, model)
@@ -251,24 +252,13 @@ def _flat(value: Any) -> Any:
     layers = [type(layer).__name__ for layer in value.layers]
     if type(value).__name__ != "DynamicCache" or set(layers) - {"DynamicLayer"}:
         kinds = ", ".join(dict.fromkeys(layers)) or "no layers"
-        raise ExportError(
-            f"a {type(value).__name__} ({kinds}) has no form of plain tensors that the model could be given again",
-            place="example_inputs",
-            remedy="pass a DynamicCache() that was made without a config and filled by a forward; or use_cache=False",
-        )
+        reason = f"a {type(value).__name__} ({kinds}) has no form of plain tensors that the model could be given again"
+        remedy = "pass a DynamicCache() that was made without a config and filled by a forward; or use_cache=False"
+        refuse("example_inputs", reason, remedy)
     if not all(layer.is_initialized for layer in value.layers):
-        raise ExportError(
-            "a layer of the cache is empty: its tensors have no shape yet",
-            place="example_inputs",
-            remedy="fill the cache with a forward of the model first; the file will take an empty past too",
-        )
+        remedy = "fill the cache with a forward of the model first; the file will take an empty past too"
+        refuse("example_inputs", "a layer of the cache is empty: its tensors have no shape yet", remedy)
     return [(layer.keys, layer.values) for layer in value.layers]
-
-
-def _flat_output(output: Any) -> Any:
-    if isinstance(output, Mapping):
-        return {name: _flat(value) for name, value in output.items()}
-    return tuple(map(_flat, output)) if isinstance(output, tuple) else output
 
 
 def is_flat_cache(value: Any) -> bool:

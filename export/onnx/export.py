@@ -26,25 +26,14 @@ from torch import nn
 from lora_fx.changes import borrowed
 from lora_fx.checks.certification import Certificate, certify_adapted
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.errors import ExportError
+from lora_fx.export.onnx import switchable
 from lora_fx.export.onnx.calls import Call, flat_caches
 from lora_fx.export.onnx.files import INLINE, check_file, folder_beside, move_files, save_model, writable
 from lora_fx.export.onnx.graphs import describe, graph_digest, name_interface, operators, translate
 from lora_fx.export.onnx.optimization import Contents, optimize
 from lora_fx.export.onnx.proof import Proof, fused_operators, prove
 from lora_fx.export.onnx.runs import Comparison, compare_runs, open_session, run_torch
-from lora_fx.export.onnx.runtimes import require
-from lora_fx.export.onnx.switchable import (
-    MANIFEST,
-    SWITCHABLE,
-    Slot,
-    adapted,
-    factors_as_inputs,
-    factors_of,
-    manifest,
-    open_slots,
-    slots_in,
-)
+from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.export.onnx.tasks import GRAPH
 from lora_fx.export.onnx.weights import Checkpoint, Weights, adapter_digest, structure
 from lora_fx.graph.capture import inputs_on_meta, normalize_inputs, refuse_unready, undisturbed
@@ -56,12 +45,9 @@ from lora_fx.passes.pipelines import FOLD, UNFOLD
 from lora_fx.passes.wiring import wire
 
 OPSETS = range(18, 25)
-FORMS = ("folded", "unfolded", SWITCHABLE)
+FORMS = ("folded", "unfolded", switchable.SWITCHABLE)
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-# ── what comes back ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -129,9 +115,6 @@ class ExportReport:
         return "\n".join(lines)
 
 
-# ── the verb ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def export_onnx(
     model: nn.Module,
     example_inputs: Any,
@@ -188,9 +171,7 @@ def export_onnx(
         LoraFxError: a thread is inside a forward of the model.
     """
     if not isinstance(model, nn.Module):
-        raise ExportError(
-            f"{type(model).__name__} is no torch.nn.Module", place="model", remedy="pass the module itself"
-        )
+        refuse("model", f"{type(model).__name__} is no torch.nn.Module", "pass the module itself")
     passes = exporting(
         example_inputs, path, dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names,
         opset=opset, optimize=optimize, adapters=adapters, prove=prove, check=check, weights=weights,
@@ -225,9 +206,6 @@ def exporting(
     )
 
 
-# ── facts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class Job:
     """What is to be exported."""
@@ -252,7 +230,7 @@ class Translated:
 
     program: Any
     weights: Weights
-    slots: list[Slot]
+    slots: list[switchable.Slot]
     how: Translate
     """A proof has the base model translated in the same way."""
 
@@ -263,7 +241,7 @@ class Optimised:
 
     graph: Any
     contents: Contents
-    slots: list[Slot]
+    slots: list[switchable.Slot]
     how: Optimise
 
 
@@ -287,9 +265,6 @@ class Compared:
     """Why it has not."""
 
 
-# ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class Prepare(Pass):
     """From here to the end of the pipeline the model rests, in eval mode, and takes and gives flat tensors.
@@ -309,17 +284,10 @@ class Prepare(Pass):
 
     def __post_init__(self) -> None:
         if self.adapters not in FORMS:
-            raise ExportError(
-                f"adapters={self.adapters!r} is unknown",
-                place="adapters",
-                remedy=f"choose {' or '.join(map(repr, FORMS))}",
-            )
+            refuse("adapters", f"adapters={self.adapters!r} is unknown", f"choose {' or '.join(map(repr, FORMS))}")
         if self.prove and self.adapters != "folded":
-            raise ExportError(
-                f"adapters={self.adapters!r}: with its branches a graph is not the base graph",
-                place="prove",
-                remedy='leave prove out, or export with adapters="folded"',
-            )
+            reason = f"adapters={self.adapters!r}: with its branches a graph is not the base graph"
+            refuse("prove", reason, 'leave prove out, or export with adapters="folded"')
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         target = writable(self.path)
@@ -333,8 +301,8 @@ class Prepare(Pass):
         inputs = facts.enter(flat_caches(model, normalize_inputs(model, self.example_inputs)))
         here = inventory(model)
         form, acting = self.adapters, here.by_weight(active=True)
-        if form == SWITCHABLE:
-            acting = {name: [place.adapter for place in places] for name, places in adapted(model).items()}
+        if form == switchable.SWITCHABLE:
+            acting = {name: [place.adapter for place in places] for name, places in switchable.adapted(model).items()}
         elif not acting:
             acting = here.by_weight(here.put_away, active=True)
             form = "folded" if acting else "base"
@@ -345,17 +313,11 @@ class Prepare(Pass):
     def _checkpoint(self, model: nn.Module) -> Checkpoint | None:
         meta = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
         if meta and self.weights is None:
-            raise ExportError(
-                "the tensor is on meta: it has no numbers",
-                place=meta[0],
-                remedy="materialise the model first, or pass weights= with the files of its checkpoint",
-            )
+            reason = "the tensor is on meta: it has no numbers"
+            refuse(meta[0], reason, "materialise the model first, or pass weights= with the files of its checkpoint")
         if self.weights is not None and not meta:
-            raise ExportError(
-                "no tensor of the model is on meta: it has its numbers already",
-                place="weights",
-                remedy='leave weights out, or build the model inside `with torch.device("meta")`',
-            )
+            reason = "no tensor of the model is on meta: it has its numbers already"
+            refuse("weights", reason, 'leave weights out, or build the model inside `with torch.device("meta")`')
         return None if self.weights is None else Checkpoint(self.weights)
 
 
@@ -396,11 +358,11 @@ class Translate(Pass):
     def __post_init__(self) -> None:
         opset = self.opset
         if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
-            raise ExportError(
+            refuse(
+                "opset",
                 f"opset {opset!r} is not supported: torch's translations start at opset {OPSETS[0]} (files below it "
                 f"were invalid), and nothing above {OPSETS[-1]} has been checked",
-                place="opset",
-                remedy=f"choose {OPSETS[0]} to {OPSETS[-1]}; 20 is the default",
+                f"choose {OPSETS[0]} to {OPSETS[-1]}; 20 is the default",
             )
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
@@ -409,9 +371,9 @@ class Translate(Pass):
     def of(self, model: nn.Module, job: Job) -> Translated:
         call, slots = job.call, []
         with ExitStack() as stack:
-            if job.form == SWITCHABLE:
-                slots = stack.enter_context(slots_in(model))
-                call = stack.enter_context(factors_as_inputs(model, slots, call))
+            if job.form == switchable.SWITCHABLE:
+                slots = stack.enter_context(switchable.slots_in(model))
+                call = stack.enter_context(switchable.factors_as_inputs(model, slots, call))
                 call = replace(call, inputs=inputs_on_meta(call.inputs)) if job.checkpoint else call
             weights = stack.enter_context(structure(model, job.form == "folded", job.checkpoint))
             return Translated(translate(model, call, self.opset), weights, slots, self)
@@ -441,7 +403,8 @@ class Optimise(Pass):
             notes["lora_fx.weights"] = json.dumps({n: [*map(_said, own)] for n, own in sorted(job.acting.items())})
             notes["lora_fx.adapter_sha256"] = adapter_digest(job.acting)
         if made.slots:
-            notes[MANIFEST] = json.dumps(manifest(model, made.slots, notes[GRAPH], translated.weights))
+            manifest = switchable.manifest(model, made.slots, notes[GRAPH], translated.weights)
+            notes[switchable.MANIFEST] = json.dumps(manifest)
         describe(made.graph, notes)
         return Result(model, False, (made,))
 
@@ -450,7 +413,7 @@ class Optimise(Pass):
         contents = optimize(program.model, translated.weights, self.optimize)
         name_interface(program, job.call, self.input_names, self.output_names)
         if slots:
-            slots = open_slots(program.model.graph, slots, len(job.call.names))
+            slots = switchable.open_slots(program.model.graph, slots, len(job.call.names))
         return Optimised(program.model, contents, slots, self)
 
 
@@ -491,7 +454,7 @@ class Run(Pass):
         session, missing = open_session(facts[Written].files[0])
         if session is None:
             return Result(model, False, (Compared((), missing),))
-        if job.form != SWITCHABLE:
+        if job.form != switchable.SWITCHABLE:
             return Result(model, False, (Compared(compare_runs(model, session, program, job.call, job.expected)),))
         found: list[Comparison] = []
         every = inventory(model).adapters
@@ -500,7 +463,7 @@ class Run(Pass):
                 for adapter in every:
                     adapter.active = adapter.name == name
                 wire(model)
-                fed, expected = factors_of(model, name) if name else {}, run_torch(model, job.call.inputs)
+                fed, expected = switchable.factors_of(model, name) if name else {}, run_torch(model, job.call.inputs)
                 own = compare_runs(model, session, program, job.call, expected, fed)
             found += [replace(comparison, adapter=name or "no adapter") for comparison in own]
         return Result(model, False, (Compared(tuple(found)),))
@@ -572,8 +535,6 @@ def _info(value: Any) -> TensorInfo:
     shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape or ())
     return TensorInfo(value.name, value.dtype.name.lower(), shape)
 
-
-# ── a clean console ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 #: What the exporter says where nothing is wrong: logger → how its messages start.
 _NOISE: dict[str, tuple[str, ...]] = {

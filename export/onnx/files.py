@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_fx.errors import ExportError, LoraFxError, essence
+from lora_fx.errors import LoraFxError
+from lora_fx.export.onnx.runtimes import refuse, refusing
 
 INLINE = 2**31 - 2**26
 """Bytes of weights that fit, with their graph, into a protobuf message of 2 GiB."""
@@ -28,14 +29,11 @@ def writable(path: str | os.PathLike[str]) -> Path:
         reason = f"lies in a folder that does not exist: {target.parent}"
     else:
         try:
-            with tempfile.TemporaryFile(dir=target.parent, prefix=f".{target.name}.data"):
-                pass
+            tempfile.TemporaryFile(dir=target.parent, prefix=f".{target.name}.data").close()
         except OSError as error:
             reason = f"cannot be written: {error.strerror}"
     if reason:
-        raise ExportError(
-            f"the path {reason}", place=str(path), remedy="pass the path of a file in a folder you may write"
-        )
+        refuse(str(path), f"the path {reason}", "pass the path of a file in a folder you may write")
     return target
 
 
@@ -46,18 +44,14 @@ def folder_beside(target: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             yield Path(folder)
     except OSError as error:
-        raise ExportError(
-            f"the file cannot be written: {error}", place=str(target), remedy="make room, or pass another path"
-        ) from error
+        refuse(str(target), f"the file cannot be written: {error}", "make room, or pass another path", error)
 
 
 def load_model(path: Path, remedy: str) -> Any:
     import onnx_ir
 
-    try:
+    with refusing("it cannot be read", str(path), remedy):
         return onnx_ir.load(path)
-    except Exception as error:
-        raise ExportError(f"it cannot be read: {essence(error)}", place=str(path), remedy=remedy) from error
 
 
 def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]:
@@ -66,11 +60,8 @@ def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external_data is False and size > INLINE:
-        raise ExportError(
-            f"{size:,} bytes of weights do not fit into one ONNX file, which ends at 2 GiB",
-            place="external_data",
-            remedy="leave external_data out",
-        )
+        reason = f"{size:,} bytes of weights do not fit into one ONNX file, which ends at 2 GiB"
+        refuse("external_data", reason, "leave external_data out")
     data = path.with_name(f"{path.name}.data")
     try:
         if not (external_data or size > INLINE):
@@ -79,29 +70,19 @@ def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]
         else:
             onnx_ir.save(model, path, external_data=data.name)
     except Exception as error:
-        raise _own_error(error) from error
+        inner: BaseException | None = error  # of what went wrong as a tensor was made or written: onnx_ir wraps it
+        while inner is not None and not isinstance(inner, LoraFxError | OSError):
+            inner = inner.__cause__
+        raise inner or error from error
     return [path, data] if data.exists() else [path]
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """What went wrong while a tensor was made or written: onnx_ir wraps it."""
-    inner: BaseException | None = error
-    while inner is not None and not isinstance(inner, LoraFxError | OSError):
-        inner = inner.__cause__
-    return inner or error
 
 
 def check_file(path: Path) -> None:
     import onnx
 
-    try:
+    remedy = "try another opset; report it to lora_fx with the model if no opset helps"
+    with refusing("onnx.checker refuses the file", path.name, remedy):
         onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:
-        raise ExportError(
-            f"onnx.checker refuses the file: {essence(error)}",
-            place=path.name,
-            remedy="try another opset; report it to lora_fx with the model if no opset helps",
-        ) from error
 
 
 def move_files(files: list[Path], target: Path) -> None:
@@ -125,26 +106,19 @@ def move_files(files: list[Path], target: Path) -> None:
 def _pass(graph: Path, data: Path, target: Path) -> None:
     """An old graph may have its weights under the data's name. Put one in its place that has a copy of the new ones
     under a name that was free: from then on nothing needs the old weights. (No hard link: onnx refuses those.)"""
-    aside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
-    passing = _reading_from(graph, aside.name)
+    import onnx
+    from onnx.external_data_helper import _get_all_tensors
+
+    aside, passing = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data"), graph.with_name("passing")
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in _get_all_tensors(model):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = aside.name
+    passing.write_bytes(model.SerializeToString())
     try:
         shutil.copyfile(data, aside)
         os.replace(passing, target)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-
-
-def _reading_from(graph: Path, data: str) -> Path:
-    """A copy of the graph that has its weights in the file of this name."""
-    import onnx
-    from onnx.external_data_helper import _get_all_tensors
-
-    model = onnx.load(graph, load_external_data=False)
-    for tensor in _get_all_tensors(model):
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = data
-    path = graph.with_name("passing")
-    path.write_bytes(model.SerializeToString())
-    return path

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ import torch
 
 from lora_fx.deltas.exact_sum import folded_weight
 from lora_fx.deltas.low_rank import LowRank
-from lora_fx.errors import ExportError, essence
 from lora_fx.export.onnx.branches import REMEDY, Branch, Kind, Op, Reader, Site, op_type
 from lora_fx.export.onnx.files import check_file, folder_beside, load_model, move_files, save_model, writable
 from lora_fx.export.onnx.graphs import operators, order
-from lora_fx.export.onnx.runtimes import require
+from lora_fx.export.onnx.runtimes import refuse, refusing, require
 from lora_fx.graph.layout import Layout
 
 _FACTOR = re.compile(r"lora_(embedding_)?[AB]\b|_lora_\w+\.[AB]\b")
@@ -68,16 +68,21 @@ def fold_onnx(
     """
     for package in ("onnx", "onnxscript"):
         require(package)
+    from onnx_ir.passes import common
+
     target = writable(out)
-    model = _load(Path(path))
+    model = load_model(Path(path), "pass the path of an ONNX file")
+    with refusing("its functions and shapes cannot be followed", str(path), REMEDY):
+        common.InlinePass()(model)
+        common.ShapeInferencePass()(model)
     before = operators(model).total()
     reader = Reader(model, str(path))
     sites = reader.sites()
     if not sites:
-        raise ExportError(
+        refuse(
+            str(path),
             "the graph has no LoRA branch: no Add of a linear op and of two narrow ones of the same input",
-            place=str(path),
-            remedy='export with adapters="unfolded", or the model of PEFT before it is merged; the slots of a '
+            'export with adapters="unfolded", or the model of PEFT before it is merged; the slots of a '
             "switchable graph have no numbers",
         )
     alike: dict[Hashable, list[Site]] = {}
@@ -87,7 +92,11 @@ def fold_onnx(
     for same in alike.values():
         weights[_fold(reader, same)] += len(same[0].branches)
     branches = sum(len(site.branches) for site in sites)
-    _clean(model, branches, str(path))
+    common.RemoveUnusedNodesPass()(model)
+    left = [name for name, value in model.graph.initializers.items() if _FACTOR.search(name) and value.uses()]
+    if left:
+        reason = f"{branches} branches were found, and more are there: {', '.join(left[:4])} are still in use"
+        refuse(str(path), reason, REMEDY)
     if "lora_fx.form" in model.metadata_props:
         model.metadata_props["lora_fx.form"] = "folded"
     with folder_beside(target) as folder:
@@ -95,37 +104,6 @@ def fold_onnx(
         check_file(files[0])
         move_files(files, target)
     return OnnxFold(target, branches, dict(weights), (before, operators(model).total()))
-
-
-def _load(path: Path) -> Any:
-    from onnx_ir.passes import common
-
-    model = load_model(path, "pass the path of an ONNX file")
-    try:
-        common.InlinePass()(model)
-        common.ShapeInferencePass()(model)
-    except Exception as error:
-        raise ExportError(
-            f"its functions and shapes cannot be followed: {essence(error)}", place=str(path), remedy=REMEDY
-        ) from error
-    return model
-
-
-def _clean(model: Any, branches: int, place: str) -> None:
-    """Take out what nothing reads any more: after that no initializer with a name of LoRA's factors may be in use."""
-    from onnx_ir.passes import common
-
-    common.RemoveUnusedNodesPass()(model)
-    left = [name for name, value in model.graph.initializers.items() if _FACTOR.search(name) and value.uses()]
-    if left:
-        raise ExportError(
-            f"{branches} branches were found, and more are there: {', '.join(left[:4])} are still in use",
-            place=place,
-            remedy=REMEDY,
-        )
-
-
-# ── one weight ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _fold(reader: Reader, sites: Sequence[Site]) -> str:
@@ -156,7 +134,10 @@ def _fold(reader: Reader, sites: Sequence[Site]) -> str:
             site.base.node.replace_input_with(site.base.form.place, origin)
     origin.const_value = TorchTensor(folded, name=origin.name)
     for term in (term for site in sites for term in site.terms if term.branch is not None):
-        _leave_out(term.add.outputs[0], term.rest)
+        (total,) = term.add.outputs
+        if total.is_graph_output():  # an output keeps its name
+            total.name, term.rest.name = term.rest.name, total.name
+        total.replace_all_uses_with(term.rest, replace_graph_outputs=True)
     return origin.name
 
 
@@ -164,20 +145,12 @@ def _new_initializer(graph: Any, like: Any, weight: torch.Tensor) -> Any:
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor
 
-    name, number = f"{like.name}.folded", 1
-    while name in graph.initializers:
-        name, number = f"{like.name}.folded_{number}", number + 1
+    names = (f"{like.name}.folded{f'_{number}' if number else ''}" for number in count())
+    name = next(name for name in names if name not in graph.initializers)
     kind = onnx_ir.TensorType(TorchTensor(weight).dtype)
     value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(weight.shape), type=kind)
     graph.initializers.add(value)
     return value
-
-
-def _leave_out(total: Any, rest: Any) -> None:
-    """Let all that reads the sum read what it was added to; an output of the graph keeps its name."""
-    if total.is_graph_output():
-        total.name, rest.name = rest.name, total.name
-    total.replace_all_uses_with(rest, replace_graph_outputs=True)
 
 
 def _low_rank(reader: Reader, base: Op, branch: Branch, weight: torch.Tensor) -> LowRank:
@@ -185,9 +158,7 @@ def _low_rank(reader: Reader, base: Op, branch: Branch, weight: torch.Tensor) ->
     A, B, groups = reader.matrix(branch.down), reader.matrix(branch.up), base.groups
     if base.form.kind is Kind.CONV:  # A has the kernel, (groups·r, in / groups·k…), and B is (out, r)
         A = _of_one_group(reader, branch.down, A, groups)
-    elif (
-        base.form.kind is Kind.DECONV
-    ):  # A is (groups·r, in / groups), and B has the kernel, (out / groups·k…, groups·r)
+    elif base.form.kind is Kind.DECONV:  # A: (groups·r, in / groups), B has the kernel: (out / groups·k…, groups·r)
         A = A.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1)
         B = _of_one_group(reader, branch.up, B.mT, groups).mT
     batch = () if base.convolves else tuple(weight.shape[:-2])
@@ -198,11 +169,8 @@ def _low_rank(reader: Reader, base: Op, branch: Branch, weight: torch.Tensor) ->
         A = A.expand(*batch, *A.shape[-2:]).reshape(layout.shape_of("A", rank))
         B = B.expand(*batch, *B.shape[-2:]).reshape(layout.shape_of("B", rank))
     except RuntimeError as error:
-        raise ExportError(
-            f"the factors {[*A.shape]} and {[*B.shape]} are no delta of {base.constant.name} {[*weight.shape]}",
-            place=f"{reader.place}, {branch.down.constant.name}",
-            remedy=REMEDY,
-        ) from error
+        reason = f"the factors {[*A.shape]} and {[*B.shape]} are no delta of {base.constant.name} {[*weight.shape]}"
+        refuse(f"{reader.place}, {branch.down.constant.name}", reason, REMEDY, error)
     return LowRank(layout, A, B, branch.scale / base.scale, rank)
 
 
@@ -210,9 +178,6 @@ def _of_one_group(reader: Reader, op: Op, factor: torch.Tensor, groups: int) -> 
     """A factor that all groups of a convolution share."""
     blocks = factor.unflatten(0, (groups, -1))
     if bool((blocks != blocks[:1]).any()):
-        raise ExportError(
-            f"{op.constant.name} is another factor for each group of the convolution",
-            place=reader.place,
-            remedy=REMEDY,
-        )
+        reason = f"{op.constant.name} is another factor for each group of the convolution"
+        refuse(reader.place, reason, REMEDY)
     return blocks[0]

@@ -9,14 +9,15 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
+from itertools import count
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import ExportError, essence
 from lora_fx.export.onnx.calls import Call, axis_names, cache_names, is_flat_cache
+from lora_fx.export.onnx.runtimes import refuse, refusing
 from lora_fx.graph.capture import no_fast_paths
 
 
@@ -24,34 +25,28 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
     """torch.onnx's program, not optimized yet."""
     inputs = call.traced()
     shown = io.StringIO()  # where it fails, torch prints the graph so far; the exception says more
-    try:
-        with torch.no_grad(), no_fast_paths(), redirect_stderr(shown):
-            program = torch.onnx.export(
-                model.eval(),
-                inputs.args,
-                kwargs=inputs.kwargs,
-                dynamic_shapes=call.shapes,
-                opset_version=opset,
-                custom_translation_table=_translations(),
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-            )
-    except Exception as error:
-        raise ExportError(
-            f"torch.onnx.export refuses the model: {essence(error)}",
-            place=type(model).__name__,
-            remedy=_remedy(model),
-        ) from error
+    remedy = "the exception this one was raised from says more; torch.export.export(model, ...) shows it alone"
+    if hasattr(model, "set_experts_implementation"):
+        remedy = 'if the model is a mixture of experts, call model.set_experts_implementation("batched_mm") before'
+    ours = refusing("torch.onnx.export refuses the model", type(model).__name__, remedy)
+    with ours, torch.no_grad(), no_fast_paths(), redirect_stderr(shown):
+        program = torch.onnx.export(
+            model.eval(),
+            inputs.args,
+            kwargs=inputs.kwargs,
+            dynamic_shapes=call.shapes,
+            opset_version=opset,
+            custom_translation_table=_translations(),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
     sys.stderr.write(shown.getvalue())
     assert program is not None
     version = program.model.opset_imports.get("", opset)
     if version != opset:
-        raise ExportError(
-            f"torch.onnx wrote opset {version} where {opset} was asked for",
-            place=type(model).__name__,
-            remedy=f"export with opset={version}",
-        )
+        reason = f"torch.onnx wrote opset {version} where {opset} was asked for"
+        refuse(type(model).__name__, reason, f"export with opset={version}")
     if call.labels:
         program.rename_axes(axis_names(program, call))
     return program
@@ -80,36 +75,26 @@ def name_interface(
         (graph.outputs, output_names, _output_names(program), "output_names"),
     ):
         if given is not None and (len(given) != len(values) or len({*given}) != len(given)):
-            raise ExportError(
-                f"{place} is {[*given]}: {len({*given})} names for {len(values)} tensors",
-                place=place,
-                remedy=f"give one name for each of {', '.join(value.name for value in values)}",
-            )
+            reason = f"{place} is {[*given]}: {len({*given})} names for {len(values)} tensors"
+            refuse(place, reason, f"give one name for each of {', '.join(value.name for value in values)}")
         for value, name in zip(values, given or own, strict=True):
-            if name and name != value.name:
-                _take_name(graph, value, name)
-
-
-def _take_name(graph: Any, value: Any, name: str) -> None:
-    """Whoever else has the name gets another one."""
-    everything = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
-    taken = {other.name: other for other in everything}
-    if name in taken:
-        other, number = taken[name], 1
-        while f"{name}_{number}" in taken:
-            number += 1
-        other.name = f"{name}_{number}"
-    value.name = name
+            if not name or name == value.name:
+                continue
+            everything = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+            taken = {other.name: other for other in everything}
+            if name in taken:  # whoever else has it gets another one
+                taken[name].name = next(n for k in count(1) if (n := f"{name}_{k}") not in taken)
+            value.name = name
 
 
 def _output_names(program: Any) -> list[str]:
     """A name for each output; empty where the model says none."""
     spec = program.exported_program.call_spec.out_spec
-    count = len(program.model.graph.outputs)
-    if spec.num_leaves != count:
-        return [""] * count
-    structure = pytree.tree_unflatten(list(range(count)), spec)
-    keyed = structure.items() if isinstance(structure, Mapping) else enumerate(structure if count > 1 else [structure])
+    total = len(program.model.graph.outputs)
+    if spec.num_leaves != total:
+        return [""] * total
+    structure = pytree.tree_unflatten(list(range(total)), spec)
+    keyed = structure.items() if isinstance(structure, Mapping) else enumerate(structure if total > 1 else [structure])
     names: list[str] = []
     for key, part in keyed:
         if is_flat_cache(part):
@@ -121,51 +106,26 @@ def _output_names(program: Any) -> list[str]:
     return names
 
 
-def _remedy(model: nn.Module) -> str:
-    if hasattr(model, "set_experts_implementation"):
-        return 'if the model is a mixture of experts, call model.set_experts_implementation("batched_mm") before'
-    return "the exception this one was raised from says more; torch.export.export(model, ...) shows it alone"
-
-
-# ── what the file says about itself ──────────────────────────────────────────────────────────────────────────────────
-
-
 def describe(model: Any, notes: Mapping[str, str]) -> None:
     """Say who made it and what it is; take out the traces and source paths of the machine it was made on."""
     import onnx_ir
 
-    graphs = [model.graph, *model.functions.values()]
-    for graph in graphs:
-        for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
-            _strip(node)
-            for value in node.outputs:
-                _strip(value)
-    for graph in model.graphs():
-        _strip(graph)
-        for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
-            _strip(value)
+    outer, graphs = (model.graph, *model.functions.values()), [*model.graphs()]
+    nodes = [node for graph in outer for node in onnx_ir.traversal.RecursiveGraphIterator(graph)]
+    values = [value for node in nodes for value in node.outputs]
+    values += [v for graph in graphs for v in (*graph.inputs, *graph.outputs, *graph.initializers.values())]
+    for thing in (*graphs, *nodes, *values):
+        namespace = thing.metadata_props.get("namespace")  # viewers group by the module path of a node
+        thing.metadata_props.clear()
+        thing.metadata_props.update({"namespace": namespace} if namespace else {})
+        thing.doc_string = None
     for function in model.functions.values():
         function.metadata_props.clear()
     # ONNX Runtime's tools look for torch's name to know what they have before them.
     model.producer_name, model.producer_version, model.doc_string = "pytorch", str(torch.__version__), None
     model.metadata_props.clear()
-    model.metadata_props.update({"lora_fx.version": _version(), **notes})
-
-
-def _strip(thing: Any) -> None:
-    """The module path of a node stays: viewers group by it."""
-    namespace = thing.metadata_props.get("namespace")
-    thing.metadata_props.clear()
-    if namespace:
-        thing.metadata_props["namespace"] = namespace
-    thing.doc_string = None
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("lora-fx")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    ours = next(iter(importlib.metadata.distributions(name="lora-fx")), None)
+    model.metadata_props.update({"lora_fx.version": ours.version if ours else "unknown", **notes})
 
 
 def operators(model: Any) -> Counter[str]:
@@ -203,15 +163,14 @@ def order(node: Any, axes: int) -> tuple[int, ...]:
     return tuple(reversed(range(axes))) if given is None else given
 
 
-# ── the graph as text ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def graph_lines(model: Any, renamed: Mapping[str, str] | None = None) -> list[str]:
     """All of a file but the numbers in its initializers, one line for each thing: equal texts are equal graphs.
 
     Args:
         renamed: initializers that stand for others.
     """
+    import onnx_ir
+
     names = dict(renamed or {})
 
     def lines(graph: Any) -> Iterator[str]:
@@ -222,8 +181,13 @@ def graph_lines(model: Any, renamed: Mapping[str, str] | None = None) -> list[st
             inputs = ", ".join("–" if value is None else names.get(value.name, value.name) for value in node.inputs)
             outputs = ", ".join(_typed(value, names) for value in node.outputs)
             yield f"{outputs} = {node.domain}.{node.op_type}.{node.overload}({inputs}) as {node.name}"
-            for attribute in sorted(node.attributes.values(), key=lambda a: a.name):
-                yield from _attribute_lines(attribute, lines)
+            for held in sorted(node.attributes.values(), key=lambda a: a.name):
+                inner = held.value if held.type == onnx_ir.AttributeType.GRAPHS else [held.value]
+                if held.type in (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS):
+                    yield from (f"  {held.name}: {line}" for graph in inner for line in lines(graph))
+                else:
+                    text = onnx_ir.to_proto(held).SerializeToString(deterministic=True)
+                    yield f"  {held.name}: {hashlib.sha256(text).hexdigest()}"
 
     opsets = [f"opset {domain or 'ai.onnx'} {version}" for domain, version in sorted(model.opset_imports.items())]
     return [*opsets, *lines(model.graph), *(line for f in model.functions.values() for line in lines(f))]
@@ -232,18 +196,6 @@ def graph_lines(model: Any, renamed: Mapping[str, str] | None = None) -> list[st
 def _typed(value: Any, names: Mapping[str, str]) -> str:
     shape = "?" if value.shape is None else ", ".join(str(getattr(size, "value", size)) for size in value.shape)
     return f"{names.get(value.name, value.name)}: {value.dtype}[{shape}]"
-
-
-def _attribute_lines(attribute: Any, lines: Callable[[Any], Iterator[str]]) -> Iterator[str]:
-    import onnx_ir
-
-    kind = attribute.type
-    if kind in (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS):
-        graphs = [attribute.value] if kind == onnx_ir.AttributeType.GRAPH else attribute.value
-        yield from (f"  {attribute.name}: {line}" for graph in graphs for line in lines(graph))
-        return
-    text = onnx_ir.to_proto(attribute).SerializeToString(deterministic=True)
-    yield f"  {attribute.name}: {hashlib.sha256(text).hexdigest()}"
 
 
 def graph_digest(model: Any) -> str:

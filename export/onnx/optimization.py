@@ -38,6 +38,8 @@ def optimize(model: Any, weights: Weights, wanted: bool = True) -> Contents:
     the values in."""
     import numpy
     from onnx_ir.passes import common
+    from onnxscript.rewriter import RewritePass
+    from onnxscript.rewriter.rules import common as rules
 
     values = _blind(model, weights)
     read = frozenset(model.graph.initializers) & weights.keys()
@@ -53,9 +55,10 @@ def optimize(model: Any, weights: Weights, wanted: bool = True) -> Contents:
             axes |= _transpose_weights(model, values, shared)
             large = {name for name, value in values.items() if value.size > _FOLDABLE}
             with _hidden(model, values, large):
-                _evaluate_weights(model)
+                _constant_folding(_FOLDABLE)(model)
             with _hidden(model, values, shared):
-                _fuse_batch_norms(model)
+                convolutions = [rules.fuse_batchnorm_into_conv_rule, rules.fuse_batchnorm_into_conv_transpose_rule]
+                RewritePass([*convolutions, rules.fuse_batchnorm_into_gemm_rule])(model)
     common.RemoveUnusedNodesPass()(model)
     missing = [name for name, value in model.graph.initializers.items() if value.const_value is None]
     assert not missing, f"initializers without a value: {missing}"
@@ -99,7 +102,6 @@ def _optimize_blind(model: Any) -> None:
     from onnx_ir import passes
     from onnx_ir.passes import common
     from onnxscript import rewriter
-    from onnxscript.optimizer import _constant_folding as constants
     from onnxscript.rewriter.rules.common import _broadcast_to_matmul
 
     wrong = {id(rule) for rule in _broadcast_to_matmul.rules}
@@ -108,11 +110,7 @@ def _optimize_blind(model: Any) -> None:
         common.InlinePass(),
         passes.PassManager(
             [
-                constants.FoldConstantsPass(
-                    shape_inference=True,
-                    input_size_limit=constants.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
-                    output_size_limit=constants.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
-                ),
+                _constant_folding(),
                 rewriter.RewritePass(rules),
                 common.RemoveUnusedNodesPass(),
                 common.RemoveUnusedFunctionsPass(),
@@ -131,6 +129,17 @@ def _optimize_blind(model: Any) -> None:
     )(model)
 
 
+def _constant_folding(largest: int | None = None) -> Any:
+    """Evaluate what depends on constants of at most so many elements; None for torch's own limit."""
+    from onnxscript.optimizer import _constant_folding as constants
+
+    return constants.FoldConstantsPass(
+        shape_inference=True,
+        input_size_limit=largest or constants.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
+        output_size_limit=constants.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
+    )
+
+
 @contextmanager
 def _hidden(model: Any, values: dict[str, Any], names: set[str]) -> Iterator[None]:
     """Inside, all weights have their values but these."""
@@ -143,29 +152,6 @@ def _hidden(model: Any, values: dict[str, Any], names: set[str]) -> Iterator[Non
         weights[name].const_value = values[name]
 
 
-def _evaluate_weights(model: Any) -> None:
-    from onnxscript.optimizer import _constant_folding as constants
-
-    constants.FoldConstantsPass(
-        shape_inference=True,
-        input_size_limit=_FOLDABLE,
-        output_size_limit=constants.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
-    )(model)
-
-
-def _fuse_batch_norms(model: Any) -> None:
-    from onnxscript.rewriter import RewritePass
-    from onnxscript.rewriter.rules import common
-
-    RewritePass(
-        [
-            common.fuse_batchnorm_into_conv_rule,
-            common.fuse_batchnorm_into_conv_transpose_rule,
-            common.fuse_batchnorm_into_gemm_rule,
-        ]
-    )(model)
-
-
 def _shared(model: Any, own: Weights) -> set[str]:
     """Weights that do several things in the base model. What the optimizer does to a weight with a single use, it must
     not do to the copy that a fold has split off."""
@@ -174,15 +160,12 @@ def _shared(model: Any, own: Weights) -> set[str]:
     for name in weights:
         if name in own:
             groups.setdefault(own[name].storage, []).append(name)
-    jobs = {key: {_job(node) for name in names for node in weights[name].consumers()} for key, names in groups.items()}
+
+    def job(node: Any) -> Any:  # two transpositions of one weight are one
+        return order(node, len(node.inputs[0].shape)) if node.op_type == "Transpose" else node
+
+    jobs = {key: {job(node) for name in names for node in weights[name].consumers()} for key, names in groups.items()}
     return {name for key, names in groups.items() if len(jobs[key]) > 1 for name in names}
-
-
-def _job(node: Any) -> Any:
-    """What a node does with a weight: two transpositions of one weight are one."""
-    if node.op_type == "Transpose":
-        return "Transpose", *order(node, len(node.inputs[0].shape))
-    return node
 
 
 def _transpose_weights(model: Any, values: dict[str, Any], shared: set[str]) -> dict[str, Any]:

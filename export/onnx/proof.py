@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_fx.checks.oracles import misrounded
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx.graphs import as_torch, graph_lines, operators
 from lora_fx.export.onnx.optimization import Contents
-from lora_fx.export.onnx.weights import Weight, Weights
+from lora_fx.export.onnx.runtimes import CPU, quiet_options
+from lora_fx.export.onnx.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,24 @@ def prove(path: Path, weights: Weights, contents: Contents, base: Any, base_weig
     import onnx_ir
 
     file = onnx_ir.load(path)
-    split = _split(file, weights, base, base_weights)
+    known = {base_weights[name].storage: name for name in base.graph.initializers if name in base_weights}
+    extra = [name for name in file.graph.initializers if name not in base.graph.initializers and name in weights]
+    split = {name: known[weights[name].storage] for name in extra if weights[name].storage in known}
     lines = graph_lines(file, split)
-    _compare_graphs(lines, graph_lines(base), path.name)
+    for mine, theirs in zip_longest(lines, graph_lines(base), fillvalue="nothing"):
+        if mine != theirs:
+            reason = f"the graph is not the base's: it has\n  {mine}\nwhere the base has\n  {theirs}"
+            raise _unproven(reason, path.name)
     folded: dict[str, int] = {}
     untouched, evaluated = 0, []
     for name, value in file.graph.initializers.items():
         actual = value.const_value
         held, axes = contents.held.get(name, ("", ()))
         if held and weights[held].adapters:
-            folded[name] = _check_folded(weights[held], as_torch(actual), axes, name)
+            weight, numbers = weights[held], as_torch(actual).permute([axes.index(axis) for axis in range(len(axes))])
+            wrong, folded[name] = misrounded(weight.load().cpu(), numbers, weight.adapters).numel(), numbers.numel()
+            if wrong:
+                raise _unproven(f"{wrong} of {folded[name]} elements are not W + s·B·A rounded once", name)
         elif _bytes(actual) == _bytes(base.graph.initializers[split.get(name, name)].const_value):
             untouched += 1
         elif held:
@@ -96,28 +103,6 @@ def prove(path: Path, weights: Weights, contents: Contents, base: Any, base_weig
     unread = tuple(names for names in _folded_names(weights) if not contents.read & {*names.split(" = ")})
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return Proof(operators(file).total(), digest, folded, untouched, tuple(evaluated), split, unread)
-
-
-def _check_folded(weight: Weight, actual: torch.Tensor, axes: Sequence[int], name: str) -> int:
-    """How many elements it has, all of them right."""
-    folded = actual.permute([axes.index(axis) for axis in range(len(axes))])
-    wrong = misrounded(weight.load().cpu(), folded, weight.adapters).numel()
-    if wrong:
-        raise _unproven(f"{wrong} of {folded.numel()} elements are not W + s·B·A rounded once", name)
-    return folded.numel()
-
-
-def _split(file: Any, weights: Weights, base: Any, base_weights: Weights) -> dict[str, str]:
-    """Initializers that the base graph does not have → the one there of the same storage."""
-    known = {base_weights[name].storage: name for name in base.graph.initializers if name in base_weights}
-    extra = [name for name in file.graph.initializers if name not in base.graph.initializers and name in weights]
-    return {name: known[weights[name].storage] for name in extra if weights[name].storage in known}
-
-
-def _compare_graphs(lines: list[str], wanted: list[str], file: str) -> None:
-    for mine, theirs in zip_longest(lines, wanted, fillvalue="nothing"):
-        if mine != theirs:
-            raise _unproven(f"the graph is not the base's: it has\n  {mine}\nwhere the base has\n  {theirs}", file)
 
 
 def _folded_names(weights: Weights) -> list[str]:
@@ -146,11 +131,10 @@ def fused_operators(path: Path, folder: Path) -> dict[str, int]:
     import onnxruntime
 
     target = folder / f"{path.stem}.fused"
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = quiet_options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(target)
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(str(path), options, providers=[CPU])
     file = onnx.load(target, load_external_data=False)
     found = Counter(node.op_type for node in file.graph.node if node.domain not in ("", "ai.onnx"))
     return dict(sorted(found.items()))

@@ -14,11 +14,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.checks.verification import Report, cast_inputs, compare, move_weights, relative_error, rounding_step
-from lora_fx.errors import CaptureError, ExportError, essence
-from lora_fx.export.onnx.calls import Call, graph_inputs
+from lora_fx.errors import CaptureError, essence
+from lora_fx.export.onnx.calls import Call, graph_inputs, resized, tensors_in
+from lora_fx.export.onnx.runtimes import CPU, quiet_options, refuse, refusing
 from lora_fx.graph.capture import Inputs, does_not_run, no_fast_paths, undisturbed
-
-PROVIDER = "CPUExecutionProvider"
 
 _OTHER_SHAPES = 2
 
@@ -55,25 +54,18 @@ def _excess(report: Report) -> float:
     return report.error / report.bound if report.bound else (math.inf if report.error else 0.0)
 
 
-# ── ONNX Runtime against torch ───────────────────────────────────────────────────────────────────────────────────────
-
-
 def open_session(path: Path) -> tuple[Any, str]:
     """A session on the CPU provider; or None, and what that provider lacks."""
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as Missing
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = quiet_options()
     options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER]), ""
-    except Missing as error:
-        return None, f"{PROVIDER} has no kernel for it: {essence(error)}"
-    except Exception as error:
-        raise ExportError(
-            f"ONNX Runtime does not load the file: {essence(error)}", place=path.name, remedy="try another opset"
-        ) from error
+    with refusing("ONNX Runtime does not load the file", path.name, "try another opset"):
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=[CPU]), ""
+        except Missing as error:
+            return None, f"{CPU} has no kernel for it: {essence(error)}"
 
 
 def compare_runs(
@@ -99,44 +91,30 @@ def compare_runs(
     for (inputs, outputs), got, exact, shifted in zip(runs, actual, wide, moved, strict=True):
         shapes = tuple(tuple(tensor.shape) for _, tensor in graph_inputs(program, inputs))
         reports = tuple(_judge(*four) for four in zip(outputs, got, exact, shifted, strict=True))
-        comparison = Comparison(shapes, reports)
-        _refuse_difference(comparison, program)
-        comparisons.append(comparison)
+        comparisons.append(comparison := Comparison(shapes, reports))
+        if not comparison.equivalent:
+            number = comparison.reports.index(comparison.worst)
+            reason = f"ONNX Runtime is not the model, on inputs of shapes {comparison}"
+            remedy = "nothing was written; try another opset, and report it to lora_fx if no opset helps"
+            refuse(f"output {program.model.graph.outputs[number].name!r}", reason, remedy)
     return tuple(comparisons)
-
-
-def _refuse_difference(comparison: Comparison, program: Any) -> None:
-    if comparison.equivalent:
-        return
-    number = comparison.reports.index(comparison.worst)
-    raise ExportError(
-        f"ONNX Runtime is not the model, on inputs of shapes {comparison}",
-        place=f"output {program.model.graph.outputs[number].name!r}",
-        remedy="nothing was written; try another opset, and report it to lora_fx if no opset helps",
-    )
 
 
 def _judge(expected: torch.Tensor, got: torch.Tensor, exact: torch.Tensor, moved: torch.Tensor) -> Report:
     """One output: of torch in its own dtype, ONNX Runtime, torch in float64, and float64 with weights rounded once."""
     if expected.shape != got.shape or expected.dtype != got.dtype:
-        raise ExportError(
-            f"ONNX Runtime returns {got.dtype} {tuple(got.shape)} where torch returns {expected.dtype} "
-            f"{tuple(expected.shape)}",
-            place="output",
-            remedy="nothing was written; an axis that changes may be missing in dynamic_shapes",
-        )
+        theirs, ours = (f"{t.dtype} {tuple(t.shape)}" for t in (got, expected))
+        reason = f"ONNX Runtime returns {theirs} where torch returns {ours}"
+        refuse("output", reason, "nothing was written; an axis that changes may be missing in dynamic_shapes")
     if expected.is_floating_point():
         noise = max(relative_error(moved, exact, exact), relative_error(expected, exact, exact))
         return compare(expected, got, exact, noise, expected.dtype)
+    dtype = str(expected.dtype).removeprefix("torch.")
+    if not expected.numel():
+        return Report(0.0, 0.0, 0.0, 0.0, dtype, 1)
     undecided = (expected != exact) | (exact != moved)
-    wrong = (expected != got) & ~undecided
-    share = _share(undecided)
-    largest = float((expected.double() - got.double()).abs().max()) if expected.numel() else 0.0
-    return Report(_share(wrong), largest, share, 0.0, str(expected.dtype).removeprefix("torch."), 1)
-
-
-def _share(mask: torch.Tensor) -> float:
-    return float(mask.double().mean()) if mask.numel() else 0.0
+    wrong, noise = (float(mask.double().mean()) for mask in ((expected != got) & ~undecided, undecided))
+    return Report(wrong, float((expected.double() - got.double()).abs().max()), noise, 0.0, dtype, 1)
 
 
 def _step(model: nn.Module, inputs: Inputs) -> float:
@@ -156,7 +134,7 @@ def run_torch(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
             output = inputs.call(model)
         except Exception as error:
             raise does_not_run(model, error) from error
-        return [_real(t.detach()).cpu().clone() for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+        return [_real(tensor.detach()).cpu().clone() for tensor in tensors_in(output)]
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
@@ -166,19 +144,10 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
 def run_session(session: Any, program: Any, inputs: Inputs, factors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     feeds = {value.name: _real(t.detach()).cpu().numpy() for value, t in graph_inputs(program, inputs)}
     feeds |= {name: factor.numpy() for name, factor in factors.items()}
-    try:
-        outputs = session.run(None, feeds)
-    except Exception as error:
-        shapes = {name: array.shape for name, array in feeds.items()}
-        raise ExportError(
-            f"ONNX Runtime does not run the file on inputs of shapes {shapes}: {essence(error)}",
-            place="the file",
-            remedy="nothing was written; make fewer axes dynamic, or try another opset",
-        ) from error
-    return [torch.from_numpy(array) for array in outputs]
-
-
-# ── another shape ────────────────────────────────────────────────────────────────────────────────────────────────────
+    shapes = {name: array.shape for name, array in feeds.items()}
+    reason = f"ONNX Runtime does not run the file on inputs of shapes {shapes}"
+    with refusing(reason, "the file", "nothing was written; make fewer axes dynamic, or try another opset"):
+        return [torch.from_numpy(array) for array in session.run(None, feeds)]
 
 
 def _other_shapes(model: nn.Module, program: Any, call: Call) -> list[tuple[Inputs, list[torch.Tensor]]]:
@@ -187,12 +156,11 @@ def _other_shapes(model: nn.Module, program: Any, call: Call) -> list[tuple[Inpu
     sizes = _symbol_sizes(shapes, call.inputs)
     if not sizes:
         return []
-    ranges = {
-        symbol: (bounds.lower, bounds.upper) for symbol, bounds in program.exported_program.range_constraints.items()
-    }
+    ranges = program.exported_program.range_constraints
     failure: Exception | None = None
     seen: dict[tuple[int, ...], tuple[Inputs, list[torch.Tensor]]] = {}
-    labels = _symbol_labels(shapes, call)
+    named = {(n, axis): size for n, shape in enumerate(shapes) for axis, size in enumerate(shape)}
+    labels = {named[at]: label for at, label in call.labels.items() if label and getattr(named[at], "is_symbol", False)}
     for drawn in _draws(sizes, ranges, any(p.is_cuda for p in model.parameters())):
         _agree(drawn, labels)
         inputs = _resized(call.inputs, shapes, drawn)
@@ -203,11 +171,8 @@ def _other_shapes(model: nn.Module, program: Any, call: Call) -> list[tuple[Inpu
         if len(seen) == _OTHER_SHAPES:
             break
     if not seen:
-        raise ExportError(
-            f"axes are dynamic, but the model ran on no other size than {sorted(sizes.values())}: {failure}",
-            place="dynamic_shapes",
-            remedy="make those axes static, or give their range: Dim(name, min=…, max=…)",
-        )
+        reason = f"axes are dynamic, but the model ran on no other size than {sorted(sizes.values())}: {failure}"
+        refuse("dynamic_shapes", reason, "make those axes static, or give their range: Dim(name, min=…, max=…)")
     return [*seen.values()]
 
 
@@ -215,12 +180,9 @@ def _symbolic_shapes(program: Any) -> list[tuple[Any, ...]]:
     """For each input tensor its sizes: numbers, or sympy expressions."""
     exported = program.exported_program
     values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
-    tensors = [
-        values[name] for name in exported.graph_signature.user_inputs if isinstance(name, str) and name in values
-    ]
     return [
         tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in tensor.shape)
-        for tensor in tensors
+        for tensor in map(values.get, exported.graph_signature.user_inputs)
         if isinstance(tensor, torch.Tensor)
     ]
 
@@ -230,22 +192,13 @@ def _symbol_sizes(shapes: list[tuple[Any, ...]], inputs: Inputs) -> dict[Any, in
     import sympy
 
     sizes: dict[Any, int] = {}
-    tensors = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
-    for shape, tensor in zip(shapes, tensors, strict=True):
+    for shape, tensor in zip(shapes, tensors_in(inputs), strict=True):
         for expression, size in zip(shape, tensor.shape, strict=True):
             free = list(getattr(expression, "free_symbols", ()))
-            if len(free) == 1:
-                symbol = free[0]
-                solutions = [s for s in sympy.solve(expression - size, symbol) if s.is_integer]
-                if solutions:
-                    sizes.setdefault(symbol, int(solutions[0]))
+            solutions = sympy.solve(expression - size, free[0]) if len(free) == 1 else ()
+            for solution in (s for s in solutions if s.is_integer):
+                sizes.setdefault(free[0], int(solution))
     return sizes
-
-
-def _symbol_labels(shapes: list[tuple[Any, ...]], call: Call) -> dict[Any, str]:
-    """symbol → the name that the user gave the axis."""
-    named = {(n, axis): e for n, shape in enumerate(shapes) for axis, e in enumerate(shape)}
-    return {named[at]: label for at, label in call.labels.items() if label and getattr(named[at], "is_symbol", False)}
 
 
 def _agree(drawn: dict[Any, int], labels: Mapping[Any, str]) -> None:
@@ -257,30 +210,26 @@ def _agree(drawn: dict[Any, int], labels: Mapping[Any, str]) -> None:
             drawn[symbol] = sum(sizes[part] for part in parts)
 
 
-def _draws(sizes: dict[Any, int], ranges: Mapping[Any, tuple[Any, Any]], careful: bool) -> Iterator[dict[Any, int]]:
+def _draws(sizes: dict[Any, int], ranges: Mapping[Any, Any], careful: bool) -> Iterator[dict[Any, int]]:
     """Sizes to try, each axis by its own step. Growing can leave a table of positions, which a GPU never forgives."""
     grow = [lambda size, n: size + 1 + n, lambda size, n: size * 2, lambda size, n: size + 8 * (n + 1)]
     shrink = [lambda size, n: size - 1 - n, lambda size, n: size // 2, lambda size, n: size - 1]
     for step in shrink + grow if careful else grow + shrink:
         drawn = {}
         for n, (symbol, size) in enumerate(sizes.items()):
-            lower, upper = ranges.get(symbol, (1, math.inf))
-            drawn[symbol] = int(max(1, lower, min(step(size, n), upper)))
+            new, bounds = step(size, n), ranges.get(symbol)
+            drawn[symbol] = int(max(1, bounds.lower, min(new, bounds.upper)) if bounds else max(1, new))
         if any(drawn[symbol] != size for symbol, size in sizes.items()):
             yield drawn
 
 
 def _resized(inputs: Inputs, shapes: Sequence[tuple[Any, ...]], sizes: dict[Any, int]) -> Inputs:
-    """The inputs in other sizes: entries repeated or left out evenly, so that masks and positions keep their order."""
     given = iter(shapes)
 
     def resize(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        for axis, expression in enumerate(next(given)):
+        for axis, expression in enumerate(next(given) if isinstance(leaf, torch.Tensor) else ()):
             if getattr(expression, "free_symbols", ()):
-                new, old = int(expression.subs(sizes)), leaf.shape[axis]
-                leaf = leaf.index_select(axis, torch.arange(new, device=leaf.device) * old // new)
+                leaf = resized(leaf, axis, int(expression.subs(sizes)))
         return leaf
 
     args, kwargs = pytree.tree_map(resize, (inputs.args, inputs.kwargs))

@@ -1,11 +1,12 @@
-"""The packages of the extras `onnx` and `onnx-gpu`, and which devices their runtime computes on."""
+"""The packages of the extras `onnx` and `onnx-gpu`, what they refuse, and which devices their runtime computes on."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 from lora_fx.errors import ExportError, essence
 
@@ -24,27 +25,38 @@ def require(package: str) -> Any:
             installed last has overwritten the other.
     """
     if package == "onnxruntime" and all(map(_is_installed, ("onnxruntime", "onnxruntime-gpu"))):
-        raise ExportError(
-            "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files",
-            place="onnxruntime",
-            remedy="uninstall both with pip, then pip install 'lora-fx[onnx]' or 'lora-fx[onnx-gpu]'",
-        )
+        reason = "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files"
+        remedy = "uninstall both with pip, then pip install 'lora-fx[onnx]' or 'lora-fx[onnx-gpu]'"
+        refuse("onnxruntime", reason, remedy)
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ExportError(
-            f"the package {package} cannot be imported: {error}",
-            place="export_onnx",
-            remedy="pip install 'lora-fx[onnx]' (or 'lora-fx[onnx-gpu]')",
-        ) from error
+        reason = f"the package {package} cannot be imported: {error}"
+        refuse("export_onnx", reason, "pip install 'lora-fx[onnx]' (or 'lora-fx[onnx-gpu]')", error)
 
 
 def _is_installed(distribution: str) -> bool:
+    return next(iter(metadata.distributions(name=distribution)), None) is not None
+
+
+def refuse(place: str, reason: str, remedy: str, cause: BaseException | None = None) -> NoReturn:
+    raise ExportError(reason, place=place, remedy=remedy) from cause
+
+
+@contextmanager
+def refusing(reason: str, place: str, remedy: str) -> Iterator[None]:
+    """Inside, what a package raises becomes an `ExportError`: the reason, and what the package says."""
     try:
-        metadata.distribution(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+        yield
+    except Exception as error:
+        refuse(place, f"{reason}: {essence(error)}" if reason else essence(error), remedy, error)
+
+
+def quiet_options() -> Any:
+    """`onnxruntime.SessionOptions` without the warnings, of which one comes for every slot: it can be overridden."""
+    options = require("onnxruntime").SessionOptions()
+    options.log_severity_level = 3
+    return options
 
 
 def open_session(path: str, providers: Sequence[Provider] | None, options: Any = None) -> Any:
@@ -58,52 +70,34 @@ def open_session(path: str, providers: Sequence[Provider] | None, options: Any =
         ExportError: a provider that was asked for is unknown, not in this build, or did not load; or the file does not.
     """
     onnxruntime = require("onnxruntime")
-    asked = [_named(provider) for provider in (_default(onnxruntime) if providers is None else providers)]
+    available = onnxruntime.get_available_providers()
+    wanted = [name for name in (*GPU, CPU) if name in available] if providers is None else providers
+    asked = [(p, {}) if isinstance(p, str) else (p[0], dict(p[1])) for p in wanted]
     _refuse_unknown(onnxruntime, [name for name, _ in asked])
     if any(name in GPU for name, _ in asked) and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
-    try:
+    remedy = "pass the path of a file that export_onnx wrote, with its .data file beside it"
+    with refusing("ONNX Runtime does not load it", path, remedy):
         session = onnxruntime.InferenceSession(path, options, providers=asked)
-    except Exception as error:
-        raise ExportError(
-            f"ONNX Runtime does not load it: {essence(error)}",
-            place=path,
-            remedy="pass the path of a file that export_onnx wrote, with its .data file beside it",
-        ) from error
     loaded = session.get_providers()
     missing = [name for name, _ in asked if name not in loaded]
     if missing and (providers is not None or not any(name in GPU for name in loaded)):
-        raise ExportError(
+        refuse(
+            "providers",
             f"{', '.join(missing)} did not load: the session would run on {', '.join(loaded)}",
-            place="providers",
-            remedy=f"install what it needs (pip install 'lora-fx[onnx-gpu]', a driver), or ask for {CPU!r} by name",
+            f"install what it needs (pip install 'lora-fx[onnx-gpu]', a driver), or ask for {CPU!r} by name",
         )
     return session
-
-
-def _named(provider: Provider) -> tuple[str, dict[str, Any]]:
-    return (provider, {}) if isinstance(provider, str) else (provider[0], dict(provider[1]))
-
-
-def _default(onnxruntime: Any) -> list[str]:
-    return [name for name in (*GPU, CPU) if name in onnxruntime.get_available_providers()]
 
 
 def _refuse_unknown(onnxruntime: Any, names: Sequence[str]) -> None:
     """ONNX Runtime says this in a warning, and takes the CPU."""
     available = onnxruntime.get_available_providers()
-    for name in names:
-        if name not in available:
-            known = name in onnxruntime.get_all_providers()
-            raise ExportError(
-                f"{name!r} is {'not in this build of ONNX Runtime' if known else 'no execution provider'}",
-                place="providers",
-                remedy=f"this build has {', '.join(available)}"
-                + (
-                    "; pip install 'lora-fx[onnx-gpu]' in the place of 'lora-fx[onnx]' has those for GPUs"
-                    if known
-                    else ""
-                ),
-            )
-    if not names:
-        raise ExportError("there is none", place="providers", remedy=f"this build has {', '.join(available)}")
+    unknown, remedy = [name for name in names if name not in available], f"this build has {', '.join(available)}"
+    if unknown and unknown[0] in onnxruntime.get_all_providers():
+        reason = f"{unknown[0]!r} is not in this build of ONNX Runtime"
+        remedy += "; pip install 'lora-fx[onnx-gpu]' in the place of 'lora-fx[onnx]' has those for GPUs"
+    else:
+        reason = f"{unknown[0]!r} is no execution provider" if unknown else "there is none"
+    if unknown or not names:
+        refuse("providers", reason, remedy)

@@ -8,17 +8,16 @@ but inputs: A and B of every slot are given in each call, in every kind of run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
-from lora_fx.errors import ExportError, essence
-from lora_fx.export.onnx.runtimes import GPU, Provider, open_session, require
+from lora_fx.errors import ExportError
+from lora_fx.export.onnx.runtimes import GPU, Provider, open_session, quiet_options, refuse, refusing, require
 from lora_fx.export.onnx.switchable import MANIFEST, read_manifest
 from lora_fx.export.onnx.tasks import GRAPH, read_task, read_weights
 
@@ -56,7 +55,7 @@ class Session:
         self.path = Path(path)
         self._asked = providers
         self._weights = read_weights(self.path) if shared else {}
-        self._open(options or _options())
+        self._open(options or quiet_options())
         for name, file in (adapters or {}).items():
             self.load_adapter(file, name)
 
@@ -78,6 +77,7 @@ class Session:
         self._empty = {name: self._value(_empty(slot)) for name, slot in self._slots.items()}
         self._adapters: dict[str, dict[str, Any]] = {}
         self._running: dict[int, Any] = {}
+        self._takes = ", ".join(f"{v.name}: {v.type} {v.shape}" for v in self.session.get_inputs())
 
     def _check_slots(self) -> None:
         """The graph has what its manifest says: it may have been written over by another tool."""
@@ -85,12 +85,10 @@ class Session:
         for name, slot in self._slots.items():
             value = found.get(name)
             sizes = [0 if isinstance(size, str) else size for size in value.shape] if value else None
-            if value is None or sizes != slot["shape"] or value.type != _onnx_type(slot["dtype"]):
-                raise ExportError(
-                    f"the graph has no input {name!r} of {slot['dtype']} {slot['shape']}, which its manifest names",
-                    place=str(self.path),
-                    remedy="export the model again: another tool has changed the file",
-                )
+            kind = {"float32": "float", "float64": "double"}.get(slot["dtype"], slot["dtype"])
+            if value is None or sizes != slot["shape"] or value.type != f"tensor({kind})":
+                reason = f"the graph has no input {name!r} of {slot['dtype']} {slot['shape']}, which its manifest names"
+                refuse(str(self.path), reason, "export the model again: another tool has changed the file")
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -105,8 +103,6 @@ class Session:
             for name, factors in self._adapters.items()
         }
 
-    # ── tasks ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def task(self, weights: str | os.PathLike[str], options: Any = None) -> Session:
         """Another session of this graph, with a task's folded weights in the place of the base's: no node more, and no
         second copy of the weights that the task leaves alone.
@@ -118,19 +114,14 @@ class Session:
             ExportError: this session is not shared, or the weights are for another graph.
         """
         if not self._weights:
-            raise ExportError(
-                "the session keeps no weights that another one could share",
-                place=str(self.path),
-                remedy="open it with Session(path, shared=True)",
-            )
+            reason = "the session keeps no weights that another one could share"
+            refuse(str(self.path), reason, "open it with Session(path, shared=True)")
         metadata = self.session.get_modelmeta().custom_metadata_map
         own = read_task(Path(weights), metadata.get(GRAPH, ""), self._weights)
         other = object.__new__(Session)
         other.path, other._asked, other._weights = self.path, self._asked, {**self._weights, **own}
-        other._open(options or _options())
+        other._open(options or quiet_options())
         return other
-
-    # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def load_adapter(self, path: str | os.PathLike[str], name: str | None = None) -> str:
         """Read an ``.onnx_adapter`` file, and check it against the graph's manifest.
@@ -142,14 +133,17 @@ class Session:
             ExportError: the file is damaged, or for another base model, graph, shape or dtype.
         """
         place, name = str(path), Path(path).stem if name is None else name
-        factors, version = self._read(place)
+        adapters = require("onnxruntime").AdapterFormat
+        reason, remedy = "it is no adapter file that ONNX Runtime can read", "pass a file that save_onnx_adapter wrote"
+        with refusing(reason, place, remedy):
+            file = adapters.read_adapter(place)
+            # A copy: the values lie in the file's own memory.
+            factors = {key: value.numpy().copy() for key, value in file.get_parameters().items()}
+        version = file.get_model_version()
         base = (self._manifest or read_manifest({}, str(self.path)))["base"]
         if version != base:
-            raise ExportError(
-                f"it is for base model {version}, the graph is of base model {base}",
-                place=place,
-                remedy="save it with save_onnx_adapter from the model that was exported, its base weights unchanged",
-            )
+            remedy = "save it with save_onnx_adapter from the model that was exported, its base weights unchanged"
+            refuse(place, f"it is for base model {version}, the graph is of base model {base}", remedy)
         self._check_factors(factors, place)
         self._adapters[name] = {key: self._value(array) for key, array in factors.items()}
         return name
@@ -159,41 +153,25 @@ class Session:
         self._factors(name)
         del self._adapters[name]
 
-    def _read(self, place: str) -> tuple[dict[str, numpy.ndarray], int]:
-        onnxruntime = require("onnxruntime")
-        try:
-            file = onnxruntime.AdapterFormat.read_adapter(place)
-            # A copy: the values lie in the file's own memory.
-            return {key: v.numpy().copy() for key, v in file.get_parameters().items()}, file.get_model_version()
-        except Exception as error:
-            raise ExportError(
-                f"it is no adapter file that ONNX Runtime can read: {essence(error)}",
-                place=place,
-                remedy="pass a file that save_onnx_adapter wrote",
-            ) from error
-
     def _check_factors(self, factors: Mapping[str, numpy.ndarray], place: str) -> None:
         remedy = "save it with save_onnx_adapter from the model that was exported"
         ranks: dict[str, list[int]] = {}
         for key, array in sorted(factors.items()):
             slot = self._slots.get(key)
             if slot is None:
-                raise ExportError(f"the graph has no slot {key!r}", place=place, remedy=remedy)
+                refuse(place, f"the graph has no slot {key!r}", remedy)
             axis = slot["shape"].index(0)
             shape = [0 if n == axis else size for n, size in enumerate(array.shape)]
             if shape != slot["shape"] or str(array.dtype) != slot["dtype"]:
-                raise ExportError(
-                    f"{key} is {array.dtype} {[*array.shape]}, the slot takes {slot['dtype']} {slot['shape']} of any "
-                    f"size in the place of 0",
-                    place=place,
-                    remedy=remedy,
-                )
+                takes = f"{slot['dtype']} {slot['shape']} of any size in the place of 0"
+                reason = f"{key} is {array.dtype} {[*array.shape]}, the slot takes {takes}"
+                refuse(place, reason, remedy)
             if not numpy.isfinite(array).all():
-                raise ExportError(f"{key} holds NaN or Inf", place=place, remedy="save an earlier checkpoint")
+                refuse(place, f"{key} holds NaN or Inf", "save an earlier checkpoint")
             ranks.setdefault(slot["weight"], []).append(array.shape[axis])
         for weight, found in ranks.items():
             if len(found) != 2 or found[0] != found[1]:
-                raise ExportError(f"A and B of {weight} are of ranks {found}", place=place, remedy=remedy)
+                refuse(place, f"A and B of {weight} are of ranks {found}", remedy)
 
     def _factors(self, adapters: Adapters) -> dict[str, Any]:
         """A and B of every slot."""
@@ -201,21 +179,14 @@ class Session:
         found: dict[str, Any] = {}
         for name in names:
             if name not in self._adapters:
-                have = ", ".join(self._adapters) or "none"
-                raise ExportError(
-                    f"there is no adapter {name!r}", place=str(self.path), remedy=f"load it first; loaded: {have}"
-                )
+                remedy = f"load it first; loaded: {', '.join(self._adapters) or 'none'}"
+                refuse(str(self.path), f"there is no adapter {name!r}", remedy)
             twice = found.keys() & self._adapters[name].keys()
             if twice:
-                raise ExportError(
-                    f"{', '.join(map(repr, names))} both adapt {self._slots[min(twice)]['weight']}",
-                    place="adapter",
-                    remedy="run one of them, or save their sum as one adapter",
-                )
+                reason = f"{', '.join(map(repr, names))} both adapt {self._slots[min(twice)]['weight']}"
+                refuse("adapter", reason, "run one of them, or save their sum as one adapter")
             found |= self._adapters[name]
         return {**self._empty, **found}
-
-    # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self, inputs: Any, adapter: Adapters = None, outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Run the model with these adapters.
@@ -233,7 +204,7 @@ class Session:
         if any(isinstance(value, torch.Tensor) for value in fed.values()):
             return self._run_tensors(fed, factors, names)
         values = {name: self._value(array, host=True) for name, array in fed.items()} | factors
-        with self._told():
+        with refusing("", str(self.path), f"the model takes {self._takes}"):
             found = self.session.run_with_ort_values(names, values)
         return {name: value.numpy() for name, value in zip(names, found, strict=True)}
 
@@ -278,60 +249,44 @@ class Session:
             binding.bind_output(name, device.type, device.index or 0)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # what the inputs are computed by
-        with self._told():
+        with refusing("", str(self.path), f"the model takes {self._takes}"):
             binding.synchronize_inputs()
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
         return {name: torch.from_dlpack(v) for name, v in zip(names, binding.get_outputs(), strict=True)}
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What the runtime refuses to run, in our words."""
-        try:
-            yield
-        except Exception as error:
-            wanted = ", ".join(f"{v.name}: {v.type} {v.shape}" for v in self.session.get_inputs())
-            raise ExportError(essence(error), place=str(self.path), remedy=f"the model takes {wanted}") from error
-
     def _fed(self, inputs: Any) -> dict[str, Any]:
+        takes = f"the model takes {', '.join(self.inputs)}"
         if not isinstance(inputs, Mapping):
             inputs = inputs if isinstance(inputs, tuple | list) else [inputs]
             if len(inputs) > len(self.inputs):
-                raise self._unfit(f"{len(inputs)} inputs were given", "inputs")
+                refuse("inputs", f"{len(inputs)} inputs were given", takes)
             inputs = dict(zip(self.inputs, inputs, strict=False))
         for name in inputs:
             if name in self._slots:
-                raise ExportError(
-                    f"{name!r} is a slot for an adapter", place="inputs", remedy="load_adapter, and run with its name"
-                )
+                remedy = "load_adapter, and run with its name"
+                refuse("inputs", f"{name!r} is a slot for an adapter", remedy)
             if name not in self.inputs:
-                raise self._unfit(f"{name!r} is no input", "inputs")
+                refuse("inputs", f"{name!r} is no input", takes)
         missing = [name for name in self.inputs if name not in inputs]
         if missing:
-            raise self._unfit(f"{', '.join(missing)} is missing", "inputs")
+            refuse("inputs", f"{', '.join(missing)} is missing", takes)
         return dict(inputs)
 
     def _wanted(self, outputs: Sequence[str] | None) -> list[str]:
         names = [*(self.outputs if outputs is None else outputs)]
         for name in names:
             if name not in self.outputs:
-                raise ExportError(
-                    f"{name!r} is no output", place="outputs", remedy=f"the model returns {', '.join(self.outputs)}"
-                )
+                remedy = f"the model returns {', '.join(self.outputs)}"
+                refuse("outputs", f"{name!r} is no output", remedy)
         return names
-
-    def _unfit(self, reason: str, place: str) -> ExportError:
-        return ExportError(reason, place=place, remedy=f"the model takes {', '.join(self.inputs)}")
 
     def _value(self, array: Any, host: bool = False) -> Any:
         """An array as the runtime's own value, on the device that computes with it."""
-        onnxruntime = require("onnxruntime")
-        on_gpu = not host and self.session.get_providers()[0] in GPU
-        device = ("cuda", int(self._gpu_options().get("device_id", 0))) if on_gpu else ("cpu", 0)
-        return onnxruntime.OrtValue.ortvalue_from_numpy(numpy.ascontiguousarray(array), *device)
-
-    def _gpu_options(self) -> Mapping[str, Any]:
-        return self.session.get_provider_options()[self.session.get_providers()[0]]
+        device = "cpu", 0
+        if not host and (first := self.providers[0]) in GPU:
+            device = "cuda", int(self.session.get_provider_options()[first].get("device_id", 0))
+        return require("onnxruntime").OrtValue.ortvalue_from_numpy(numpy.ascontiguousarray(array), *device)
 
 
 def _empty(slot: Mapping[str, Any]) -> numpy.ndarray:
@@ -341,15 +296,5 @@ def _empty(slot: Mapping[str, Any]) -> numpy.ndarray:
     return numpy.zeros(shape, slot["dtype"])
 
 
-def _options() -> Any:
-    options = require("onnxruntime").SessionOptions()
-    options.log_severity_level = 3  # a warning for every slot, that it can be overridden
-    return options
-
-
 def _array(value: Any) -> numpy.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else numpy.asarray(value)
-
-
-def _onnx_type(dtype: str) -> str:
-    return f"tensor({ {'float32': 'float', 'float64': 'double'}.get(dtype, dtype) })"

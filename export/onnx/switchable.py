@@ -27,10 +27,9 @@ from torch import nn
 
 from lora_fx.changes import borrowed, changing
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.errors import ExportError
 from lora_fx.export.onnx.calls import Call
 from lora_fx.export.onnx.files import folder_beside, move_files, writable
-from lora_fx.export.onnx.runtimes import require
+from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.export.onnx.weights import Weights, tensor_bytes
 from lora_fx.model.inventory import Place, base_parameters, inventory
 from lora_fx.model.marks import attach, child_name, detach
@@ -85,11 +84,8 @@ def adapted(model: nn.Module) -> dict[str, list[Place]]:
     for place in inventory(model).places:
         found.setdefault(place.weight, []).append(place)
     if not found:
-        raise ExportError(
-            "the model has no adapter beside a weight",
-            place=type(model).__name__,
-            remedy="apply or load the adapters first; unfold a folded model",
-        )
+        reason = "the model has no adapter beside a weight"
+        refuse(type(model).__name__, reason, "apply or load the adapters first; unfold a folded model")
     return found
 
 
@@ -133,18 +129,14 @@ def factors_as_inputs(model: nn.Module, slots: list[Slot], call: Call) -> Iterat
     last = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     own = inspect.Parameter(FACTORS, inspect.Parameter.KEYWORD_ONLY)
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([_free(me, named), *named, own, *last])  # type: ignore[attr-defined]
+    only = any(p.kind is p.POSITIONAL_ONLY for p in named)
+    me = inspect.Parameter("self", own.POSITIONAL_ONLY if only else own.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([me, *named, own, *last])  # type: ignore[attr-defined]
     with borrowed(model):
         model.__dict__["forward"] = types.MethodType(forward, model)
         factors = [(slot.adapter.A.detach(), slot.adapter.B.detach()) for slot in slots]
         ranks = [tuple({axis: _RANK} for axis in slot.axes) for slot in slots]
         yield call.with_argument(model, FACTORS, factors, ranks)
-
-
-def _free(me: inspect.Parameter, others: list[inspect.Parameter]) -> inspect.Parameter:
-    only = any(p.kind is p.POSITIONAL_ONLY for p in others)
-    return me.replace(kind=inspect.Parameter.POSITIONAL_ONLY) if only else me
 
 
 def open_slots(graph: Any, slots: list[Slot], inputs: int) -> list[Slot]:
@@ -156,8 +148,8 @@ def open_slots(graph: Any, slots: list[Slot], inputs: int) -> list[Slot]:
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor
 
-    values = [value for value in graph.inputs if _is_factor(value)]
-    own = [value for value in graph.inputs if not _is_factor(value)]
+    values = [value for value in graph.inputs if value.name.startswith(FACTORS)]
+    own = [value for value in graph.inputs if not value.name.startswith(FACTORS)]
     assert len(own) == inputs and len(values) == 2 * len(slots), "the exporter has dropped an input"
     graph.inputs[:] = [*own, *values]
     opened = []
@@ -181,13 +173,6 @@ def _may_be_empty(factor: Any) -> bool:
     return all(node.op_type in _MOVE | _MULTIPLY for node in nodes) and all(map(_may_be_empty, moved))
 
 
-def _is_factor(value: Any) -> bool:
-    return value.name.startswith(FACTORS)
-
-
-# ── what goes into the slots ─────────────────────────────────────────────────────────────────────────────────────────
-
-
 def factors_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """Input of the graph → A or B of the adapter of this name.
 
@@ -203,11 +188,8 @@ def factors_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
             found[f"{weight}.lora_B"] = torch.cat([delta.whole * delta.scale for delta in own], -1).cpu()
     for key, factor in found.items():
         if not bool(factor.isfinite().all()):
-            raise ExportError(
-                f"adapter {name!r} holds NaN or Inf, or does with its scale in it",
-                place=key,
-                remedy="load an earlier checkpoint of the adapter",
-            )
+            reason = f"adapter {name!r} holds NaN or Inf, or does with its scale in it"
+            refuse(key, reason, "load an earlier checkpoint of the adapter")
     return found
 
 
@@ -220,11 +202,8 @@ def base_version(model: nn.Module, load: Callable[[str], torch.Tensor] | None = 
     digest = hashlib.sha256()
     for name, parameter in sorted(base_parameters(model).items()):
         if parameter.is_meta and load is None:
-            raise ExportError(
-                "the weight is on meta: which base model this is cannot be told",
-                place=name,
-                remedy="save the adapter from a model that has its weights",
-            )
+            reason = "the weight is on meta: which base model this is cannot be told"
+            refuse(name, reason, "save the adapter from a model that has its weights")
         numbers = load(name) if parameter.is_meta and load else parameter
         digest.update(json.dumps([name, str(parameter.dtype), [*parameter.shape]]).encode())
         digest.update(tensor_bytes(numbers.to(parameter.dtype)))
@@ -244,11 +223,7 @@ def manifest(model: nn.Module, slots: list[Slot], graph: str, weights: Weights) 
 
 
 def save_onnx_adapter(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    old: str | os.PathLike[str] | None = None,
-    *,
-    name: str = "default",
+    model: nn.Module, path: str | os.PathLike[str], old: str | os.PathLike[str] | None = None, *, name: str = "default"
 ) -> Path:
     """Write one adapter of a model as an ``.onnx_adapter`` file, for the switchable graphs of the same base model.
 
@@ -272,11 +247,8 @@ def save_onnx_adapter(
         factors, version = factors_of(model, name), base_version(model)
     for key, factor in factors.items():
         if factor.dtype == torch.bfloat16:
-            raise ExportError(
-                "the factor is bfloat16, which the file format cannot be given from Python",
-                place=key,
-                remedy="adapters of lora_fx are float32 beside bfloat16 weights: cast this one back",
-            )
+            reason = "the factor is bfloat16, which the file format cannot be given from Python"
+            refuse(key, reason, "adapters of lora_fx are float32 beside bfloat16 weights: cast this one back")
     file = onnxruntime.AdapterFormat()
     file.set_adapter_version(1)
     file.set_model_version(version)
@@ -301,9 +273,6 @@ def read_manifest(metadata: Mapping[str, str], place: str) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError):
         known = False
     if not known:
-        raise ExportError(
-            "the graph has no slots for adapters that this version of lora_fx knows",
-            place=place,
-            remedy='export it with adapters="switchable"',
-        )
+        reason = "the graph has no slots for adapters that this version of lora_fx knows"
+        refuse(place, reason, 'export it with adapters="switchable"')
     return found

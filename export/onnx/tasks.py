@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy
 
-from lora_fx.errors import ExportError
 from lora_fx.export.onnx.files import folder_beside, load_model, move_files, writable
-from lora_fx.export.onnx.runtimes import require
+from lora_fx.export.onnx.runtimes import refuse, require
+from lora_fx.export.onnx.weights import opened
 
 GRAPH = "lora_fx.graph"
 """The key of the graph's digest, in the metadata of both kinds of file."""
@@ -46,11 +46,8 @@ def save_onnx_weights(
     graphs = [load_model(Path(file), _REMEDY) for file in (base, folded)]
     digests = [graph.metadata_props.get(GRAPH, "") for graph in graphs]
     if not digests[0] or digests[0] != digests[1]:
-        raise ExportError(
-            f"the graphs are not the same: {digests[0][:8] or 'unknown'} and {digests[1][:8] or 'unknown'}",
-            place=str(folded),
-            remedy="export the base model and the folded one with the same arguments of export_onnx",
-        )
+        reason = f"the graphs are not the same: {digests[0][:8] or 'unknown'} and {digests[1][:8] or 'unknown'}"
+        refuse(str(folded), reason, "export the base model and the folded one with the same arguments of export_onnx")
     before, after = (_initializers(graph) for graph in graphs)
     found = {}
     for name, tensor in after.items():
@@ -59,11 +56,8 @@ def save_onnx_weights(
             found[name] = numpy.ascontiguousarray(array)
     small = [name for name, array in found.items() if array.nbytes < _LEAST]
     if not found or small:
-        raise ExportError(
-            f"{small[0]} is too small to be put into a session" if small else "the two files have the same weights",
-            place=str(folded),
-            remedy="open the folded file in a session of its own",
-        )
+        reason = f"{small[0]} is too small to be put into a session" if small else "the two files have the same weights"
+        refuse(str(folded), reason, "open the folded file in a session of its own")
     with folder_beside(target) as folder:
         save_file(found, folder / target.name, {"format": "np", GRAPH: digests[0]})
         move_files([folder / target.name], target)
@@ -85,20 +79,13 @@ def read_task(path: Path, graph: str, base: Mapping[str, numpy.ndarray]) -> dict
     Raises:
         ExportError: the file cannot be read, or is for another graph.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            of = (file.metadata() or {}).get(GRAPH, "")
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ExportError(
-            f"it cannot be read: {error}", place=str(path), remedy="pass a file that save_onnx_weights wrote"
-        ) from error
+    with opened(path, "np", "pass a file that save_onnx_weights wrote") as file:
+        of = (file.metadata() or {}).get(GRAPH, "")
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     wrong = [n for n, a in found.items() if n not in base or (a.shape, a.dtype) != (base[n].shape, base[n].dtype)]
     if not of or of != graph or wrong or not found:
         reason = f"the graph has no weight {wrong[0]!r} of that shape" if wrong else "it is for another graph"
-        raise ExportError(reason, place=str(path), remedy="make it with save_onnx_weights from this graph's own file")
+        refuse(str(path), reason, "make it with save_onnx_weights from this graph's own file")
     return found
 
 
@@ -110,9 +97,6 @@ def _initializers(graph: Any) -> dict[str, Any]:
 def _array(tensor: Any, name: str) -> numpy.ndarray:
     array = tensor.numpy()
     if array.dtype.kind not in "fiub" or array.dtype.name == "bfloat16":
-        raise ExportError(
-            f"its type is {array.dtype.name}, which ONNX Runtime cannot be given from Python",
-            place=name,
-            remedy="export in float32 or float16",
-        )
+        reason = f"its type is {array.dtype.name}, which ONNX Runtime cannot be given from Python"
+        refuse(name, reason, "export in float32 or float16")
     return array

@@ -22,7 +22,7 @@ from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.exact_sum import check_foldable, folded_weight
-from lora_fx.errors import ExportError
+from lora_fx.export.onnx.runtimes import refuse
 from lora_fx.graph.capture import on_meta
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory, weight_name
@@ -70,8 +70,7 @@ def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = No
             for storage in storages:
                 if checkpoint is None:
                     deltas = [adapter.low_rank() for adapter in storage.adapters]
-                    names = [adapter.name for adapter in storage.adapters]
-                    check_foldable(storage.parameter, deltas, storage.names[0], names)
+                    check_foldable(storage.parameter, deltas, storage.names[0], [a.name for a in storage.adapters])
             stack.enter_context(unwired(model))
             for storage in storages:
                 old = storage.parameter
@@ -81,35 +80,21 @@ def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = No
                     split[id(storage.parameter)] = old
                 for owner, attribute in storage.owners:
                     adapters[id(owner._parameters[attribute])] = storage.adapters
-        weights = _weights(model, adapters, split, checkpoint)
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        names: dict[int, list[str]] = {}
+        for name, tensor in named:
+            names.setdefault(id(split.get(id(tensor), tensor)), []).append(name)
+        kept, weights = _kept_originals(model), {}
+        for name, tensor in named:
+            source = split.get(id(tensor), tensor)
+            storage = kept.get(name, source.untyped_storage()._cdata)
+            stored = checkpoint is not None and source.is_meta
+            load = checkpoint.loader(names[id(source)], source) if checkpoint and stored else source.detach
+            own = adapters.get(id(tensor), ())
+            weights[name] = Weight(name, source.dtype, source.shape, storage, load, stored, own)
         if checkpoint is not None:
             stack.enter_context(on_meta(model))
         yield weights
-
-
-def _weights(
-    model: nn.Module,
-    adapters: Mapping[int, tuple[Adapter, ...]],
-    split: Mapping[int, nn.Parameter],
-    checkpoint: Checkpoint | None,
-) -> Weights:
-    names: dict[int, list[str]] = {}
-    for name, tensor in _named_tensors(model):
-        names.setdefault(id(split.get(id(tensor), tensor)), []).append(name)
-    kept, weights = _kept_originals(model), {}
-    for name, tensor in _named_tensors(model):
-        source = split.get(id(tensor), tensor)
-        storage = kept.get(name, source.untyped_storage()._cdata)
-        stored = checkpoint.loader(names[id(source)], source) if checkpoint and source.is_meta else None
-        own = adapters.get(id(tensor), ())
-        load = stored or source.detach
-        weights[name] = Weight(name, source.dtype, source.shape, storage, load, stored is not None, own)
-    return weights
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _kept_originals(model: nn.Module) -> dict[str, int]:
@@ -140,9 +125,6 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-# ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Checkpoint:
     """Tensors by name in safetensors files, read when they are asked for.
 
@@ -154,7 +136,7 @@ class Checkpoint:
         self.place = Path(place)
         self._found: dict[str, tuple[Path, tuple[int, ...]]] = {}
         for file in self._files():
-            with _opened(file) as tensors:
+            with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118
                     self._found[name] = file, tuple(tensors.get_slice(name).get_shape())
 
@@ -178,42 +160,32 @@ class Checkpoint:
         return [place.with_name(n) for n in sorted(names)] if inside else self._refuse("it is no index of files beside")
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise ExportError(
-            reason, place=str(self.place), remedy="pass a .safetensors file, an index of some, or the folder with them"
-        )
+        refuse(str(self.place), reason, "pass a .safetensors file, an index of some, or the folder with them")
 
     def loader(self, names: Sequence[str], tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """What reads the numbers of a tensor of the model, which may have several names, one of them in the files."""
         name = next((n for n in names if n in self._found), None)
         if name is None:
-            raise ExportError(
-                f"{' = '.join(names)} is on meta, and in none of its files",
-                place=str(self.place),
-                remedy="pass this model's own checkpoint; give buffers that no checkpoint holds their numbers",
-            )
+            remedy = "pass this model's own checkpoint; give buffers that no checkpoint holds their numbers"
+            refuse(str(self.place), f"{' = '.join(names)} is on meta, and in none of its files", remedy)
         file, shape = self._found[name]
         if shape != tuple(tensor.shape):
-            raise ExportError(
-                f"it has shape {shape} where the model has {tuple(tensor.shape)}",
-                place=f"{file}, {name}",
-                remedy="pass the checkpoint of this model",
-            )
+            reason = f"it has shape {shape} where the model has {tuple(tensor.shape)}"
+            refuse(f"{file}, {name}", reason, "pass the checkpoint of this model")
         return partial(_read, file, name)
 
 
 def _read(file: Path, name: str) -> torch.Tensor:
-    with _opened(file) as tensors:
+    with opened(file) as tensors:
         return tensors.get_tensor(name)
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path, framework: str = "pt", remedy: str = "restore the file, or pass another path") -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework=framework) as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
-        raise ExportError(
-            f"it cannot be read: {error}", place=str(file), remedy="restore the file, or pass another path"
-        ) from error
+        refuse(str(file), f"it cannot be read: {error}", remedy, error)

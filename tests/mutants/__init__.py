@@ -809,7 +809,7 @@ MUTANTS = (
     ),
     Mutant(
         "any_file_passes", "export", "export/onnx/runs.py",
-        "    if comparison.equivalent:\n        return", "    if comparison is not None:\n        return",
+        "        if not comparison.equivalent:\n", "        if comparison is None:\n",
         "Whatever ONNX Runtime computes, the file is written.",
         tests=("tests/test_onnx.py::test_a_wrong_weight_in_the_file_is_caught",
                "tests/test_onnx.py::test_a_wrong_integer_is_caught"),
@@ -927,7 +927,7 @@ MUTANTS = (
     ),
     Mutant(
         "out_proj_once", "files", "export/adapters/files.py",
-        "alpha = alpha_of(config, layer.target) * layer.times", "alpha = alpha_of(config, layer.target)",
+        "alpha_of(config, layer.target) * layer.times", "alpha_of(config, layer.target)",
         "PEFT adds the delta of an attention's out_proj twice, and the loaded model once.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
@@ -993,7 +993,7 @@ MUTANTS = (
     ),
     Mutant(
         "equal_shift_forgotten", "files", "export/adapters/files.py",
-        "torch.ldexp(factors.B, torch.tensor(slot.shift))", "factors.B",
+        "torch.ldexp(factors.B, torch.tensor(slots[h].shift))", "factors.B",
         "Parts of a fused weight with scales of their own are saved with one.",
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
     ),
