@@ -241,7 +241,7 @@ def test_rules_are_valid_and_of_every_kind():
         RandomModel(Embedding(), Gated(), Computed(), head="tied"),
     ]
 
-    @settings(max_examples=25, derandomize=True, database=None, phases=[Phase.generate])
+    @settings(max_examples=60, derandomize=True, database=None, phases=[Phase.generate])
     @given(st.data())
     def check(data):
         model = data.draw(st.sampled_from(bases))
