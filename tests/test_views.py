@@ -96,3 +96,8 @@ def test_a_gather_is_no_view():
 
 def test_every_op_of_the_table_is_one_of_torch():
     assert all(hasattr(torch.Tensor, op) or op in ("slice", "getitem", "_unsafe_view", "numpy_T") for op in MOVES)
+
+
+def test_an_argument_under_a_name_that_is_not_known_is_no_argument_left_out():
+    assert move("swapaxes", View.of((3, 4, 5)), (), {"axis0": 0, "axis1": 2}) is None  # dense, and not the first two
+    assert move("transpose", View.of((3, 4, 5)), (), {"dim0": 0, "dim1": 2}) == View.of((3, 4, 5)).transpose(0, 2)
