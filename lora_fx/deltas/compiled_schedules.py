@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_fx.deltas import kernels
-from lora_fx.deltas.kernels import Term
+from lora_fx.deltas.kernels import Term, unflat
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
@@ -87,8 +87,9 @@ def _fused_matmul_backward(
 ) -> list[torch.Tensor]:
     """The gradients of every A, of every B, of each x with dropout, and of x, if that is needed."""
     terms = _terms(A, B, scales, firsts, dropped)
-    needs = [Term(True, True, 1, 0, bool(dropped))] * len(terms)
-    grad_x, grads = kernels.gradients(op, False, terms, x, weight, kept, grad, x.shape, needs_x, needs)
+    needs = [True, True, bool(dropped)] * len(terms)
+    grad_x, flat = kernels.gradients(op, False, terms, x, weight, kept, grad, x.shape, needs_x, needs)
+    grads = unflat(zip(scales, firsts, strict=True), flat)
     factors = [*(g.A.contiguous() for g in grads), *(g.B.contiguous() for g in grads)]
     return [*factors, *(g.dropped for g in grads if dropped), *([] if grad_x is None else [grad_x])]
 

@@ -45,8 +45,8 @@ def flat(terms: Iterable[Term]) -> list[Any]:
     return [t for term in terms for t in (term.A, term.B, term.dropped)]
 
 
-def unflat(spec: Sequence[tuple[float, int]], tensors: Iterable[Any]) -> list[Term]:
-    """The way back, from (scale, first) of each; or a term of what there is one of for each tensor."""
+def unflat(spec: Iterable[tuple[float, int]], tensors: Iterable[Any]) -> list[Term]:
+    """The way back, from (scale, first) of each, for the tensors or what there is one of for each."""
     rest = iter(tensors)
     each = zip(spec, rest, rest, rest, strict=True)
     return [Term(A, B, scale, first, dropped) for (scale, first), A, B, dropped in each]
@@ -127,30 +127,33 @@ def gradients(
     grad: torch.Tensor,
     shape: Sequence[int],
     needs_x: bool,
-    needs: Sequence[Term],
-) -> tuple[torch.Tensor | None, list[Term]]:
-    """The gradient of x, of this shape, and terms of gradients, where `needs_x` and `needs` say that they are needed.
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """The gradient of x, of this shape, and those of the terms' tensors, flat, where they are needed.
 
     Args:
         x: None will do where every term has one with dropout.
         kept: what `forward` appended.
+        needs: whether the gradient of each of the terms' tensors is needed, flat.
     """
     g = _rows(grad, weight)
-    grads: list[Term] = []
+    grads: list[torch.Tensor | None] = []
+    needed = iter(needs)
     factors: list[tuple[torch.Tensor, torch.Tensor, float]] = []  # whose products belong to the gradient of x
-    for k, ((A, B, scale, first, dropped), needed) in enumerate(zip(terms, needs, strict=True)):
+    for k, (A, B, scale, first, dropped) in enumerate(terms):
+        needs_a, needs_b, needs_own = next(needed), next(needed), next(needed)
         own, mine = _rows(x if dropped is None else dropped, weight), _part(g, first, B)
         z = _linear(mine, B.mT.contiguous())
         grad_a = grad_b = grad_own = None
-        if needed.A:
+        if needs_a:
             grad_a = _tall(z, own, scale)
-        if needed.B:
+        if needs_b:
             grad_b = _tall(_linear(own, A) if dense else kept[k], mine, scale).mT
-        if needed.dropped:
+        if needs_own:
             grad_own = _product(z, A, scale).view(dropped.shape)
         elif dropped is None and not dense:
             factors.append((z, A, scale))
-        grads.append(Term(grad_a, grad_b, scale, first, grad_own))
+        grads += grad_a, grad_b, grad_own
     if not needs_x:
         return None, grads
     total = weight_sum(op, weight, terms) if dense else weight

@@ -115,10 +115,16 @@ class _Scheduled(torch.autograd.Function):
         terms = unflat(spec, tensors)
         y = kernels.forward(op, dense, x, weight, bias, terms, kept)
         ctx.op, ctx.dense, ctx.spec, ctx.shape = op, dense, spec, x.shape
-        # Where every term has an x with dropout, nothing else of x is multiplied with a gradient.
-        own = x if any(term.dropped is None for term in terms) else None
-        inputs, ctx.recipes = rematerialization.pack((own, *(term.dropped for term in terms)), x)
-        ctx.save_for_backward(weight, *(t for term in terms for t in (term.A, term.B)), *inputs, *kept)
+        factors: list[torch.Tensor] = []
+        # x is kept unless only what dropout made of it is multiplied with a gradient.
+        inputs: list[torch.Tensor | None] = [None]
+        for A, B, _, _, dropped in terms:
+            factors += A, B
+            inputs.append(dropped)
+            if dropped is None:
+                inputs[0] = x
+        packed, ctx.recipes = rematerialization.pack(inputs, x)
+        ctx.save_for_backward(weight, *factors, *packed, *kept)
         return y
 
     @staticmethod
@@ -126,9 +132,9 @@ class _Scheduled(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable_gradients(ctx, grad)
         x, weight, terms, kept = _saved(ctx)
-        needs_x, needs = ctx.needs_input_grad[3], unflat(ctx.spec, ctx.needs_input_grad[6:])
-        grad_x, grads = kernels.gradients(ctx.op, ctx.dense, terms, x, weight, kept, grad, ctx.shape, needs_x, needs)
-        return None, None, None, grad_x, None, None, *flat(grads)
+        op, dense, shape, needs = ctx.op, ctx.dense, ctx.shape, ctx.needs_input_grad
+        grad_x, grads = kernels.gradients(op, dense, terms, x, weight, kept, grad, shape, needs[3], needs[6:])
+        return None, None, None, grad_x, None, None, *grads
 
 
 def _saved(ctx: Any) -> tuple[Any, Any, list[Term], list[Any]]:
