@@ -145,27 +145,27 @@ class Pass(ABC):
     def call(self, model: nn.Module, facts: Facts) -> Result:
         """Do it. Whoever writes into numbers appends to ``facts.undo`` first."""
 
-    def __call__(self, model: nn.Module, facts: Facts | None = None) -> Result:
-        """The pass with its conditions checked: wholly, or not at all.
-
-        Args:
-            facts: of the passes before; None for a run of this pass alone.
+    def __call__(self, model: nn.Module) -> Result:
+        """The pass alone, with its conditions checked: wholly, or not at all.
 
         Raises:
             PipelineError: a condition does not hold, before or after.
             LoraFxError: the pass refuses. The model is bitwise what it was, each time.
         """
         with ExitStack() as outside, changing(model, self.name) as undo, ExitStack() as inside:
-            facts = facts or Facts(undo, inside, outside)
-            for condition in self.requires:
-                condition.check(model, facts, self.name)
-            result = self.call(model, facts)
-            facts.add(result.facts)
-            for condition in self.ensures:
-                if why := condition.why_not(result.model, facts):
-                    raise PipelineError(
-                        f"it ensures {condition.name}, and does not: {why}",
-                        place=f"pass {self.name!r}",
-                        remedy="mend the pass, or take it out of the pipeline",
-                    )
-            return result
+            return self.checked(model, Facts(undo, inside, outside))
+
+    def checked(self, model: nn.Module, facts: Facts) -> Result:
+        """`call` between its conditions, inside a change of the model that is open already."""
+        for condition in self.requires:
+            condition.check(model, facts, self.name)
+        result = self.call(model, facts)
+        facts.add(result.facts)
+        for condition in self.ensures:
+            if why := condition.why_not(result.model, facts):
+                raise PipelineError(
+                    f"it ensures {condition.name}, and does not: {why}",
+                    place=f"pass {self.name!r}",
+                    remedy="mend the pass, or take it out of the pipeline",
+                )
+        return result

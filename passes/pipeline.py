@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -163,7 +163,7 @@ class Pipeline:
             before = _texts(model) if dump is not None else {}
             for number, one in enumerate(self.passes, 1):
                 start = time.perf_counter()
-                result = one(model, facts)
+                result = one.checked(model, facts)
                 seconds = time.perf_counter() - start
                 changed: tuple[str, ...] = ()
                 if dump is not None:
@@ -211,17 +211,17 @@ class _Shape:
 
 def _texts(model: nn.Module) -> dict[str, str]:
     """The path of each module → its parameters and the forward it runs."""
-    return {paths[0]: _text(module) for module, paths in inventory(model).modules.items()}
+    here = inventory(model)
+    return {paths[0]: _text(module, here.of(module)) for module, paths in here.modules.items()}
 
 
-def _text(module: nn.Module) -> str:
+def _text(module: nn.Module, adapters: Mapping[str, Adapter]) -> str:
     lines = [type(module).__name__]
     tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
     lines += [f"  {name}: {_numbers(t)}" for held in tables for name, t in held.items() if t is not None]
-    for name, child in (*module._modules.items(), *module.__dict__.items()):
-        if isinstance(child, Adapter):
-            lines.append(f"  {name}: {child.extra_repr()}, {'active' if child.active else 'inactive'}")
-            lines += [f"    {factor}: {_numbers(t)}" for factor, t in child.named_parameters()]
+    for name, adapter in adapters.items():
+        lines.append(f"  {name}: {adapter.extra_repr()}, {'active' if adapter.active else 'inactive'}")
+        lines += [f"    {factor}: {_numbers(t)}" for factor, t in adapter.named_parameters()]
     return "\n".join([*lines, "", show(module), ""])
 
 

@@ -44,7 +44,7 @@ class Decider:
         program = self.program
         if program.capture is None:
             return "no example inputs: whoever reads it is served"
-        if all(use.node is None for use in weight.uses):
+        if not any(use.seen for use in weight.uses):
             return "unseen by the example inputs: whoever reads it is served"
         for path in owners:
             if any(isinstance(program.model.get_submodule(above), _FUSED) for above in _ancestors(path)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from lora_fx.deltas.adapter import Adapter
 from lora_fx.model.classes import READER, Reader, give_class, give_forward, reads_of, unwire
 from lora_fx.model.inventory import Inventory, inventory
 from lora_fx.model.marks import is_reader, unmark
@@ -92,7 +91,7 @@ def keep_keys(model: nn.Module) -> None:
     for module in model.modules():
         if not hasattr(module, "save_pretrained"):
             continue
-        adapted = any(isinstance(child, Adapter) for child in module.modules())
+        adapted = bool(inventory(module).places)
         if adapted and _CONVERSIONS not in module.__dict__:
             module.__dict__[_CONVERSIONS] = module.__dict__.get("_weight_conversions")
             module.__dict__["_weight_conversions"] = []

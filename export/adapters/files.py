@@ -48,7 +48,6 @@ from lora_fx.export.adapters.peft import Factors, Layer, Modules
 from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.program import Program, Use, Weight
-from lora_fx.graph.views import View
 from lora_fx.model.classes import show, unwired
 from lora_fx.model.inventory import Place, inventory, is_shard, plain_path, weight_name
 from lora_fx.model.marks import child_name, is_reader
@@ -448,7 +447,7 @@ def _check_target(s: _Saved, weights: Mapping[str, Weight]) -> None:
     if not weight.uses:  # unseen by the inputs: then the file says how it is read
         call = Call(FORMS["matmul"], None, None, s.factors.sides)
         path = s.weights[0].rpartition(".")[0]
-        weight.uses.append(Use(weight, None, View.of(weight.shape), path, call))  # type: ignore[arg-type]
+        weight.uses.append(Use.unseen(weight, path, call))
 
 
 def _shared(saved: list[_Saved], weights: Mapping[str, Weight]) -> list[_Saved]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import nn
 
 from lora_fx.analysis import roles
 from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.program import Program, Use, Weight
-from lora_fx.graph.views import View
 
 UNKNOWN = ""  # the role of a site that was never seen in a graph
 
@@ -99,7 +98,7 @@ def _unseen_site(model: nn.Module, weight: Weight) -> list[Site]:
         call = _known_call(model.get_submodule(path), len(weight.shape))
         if call is None:
             continue
-        use = Use(weight, fx.Graph().placeholder("unseen"), View.of(weight.shape), path, call)
+        use = Use.unseen(weight, path, call)
         weight.uses.append(use)
         return [Site(weight, call.form.role or UNKNOWN, None, (use,))]
     return []

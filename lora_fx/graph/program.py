@@ -34,6 +34,16 @@ class Use:
     """How it multiplies; None where only the dense W + s·B·A serves, or where it does not multiply."""
     multiplies: bool = True
 
+    @staticmethod
+    def unseen(weight: Weight, module: str, call: Call) -> Use:
+        """One that no example input has shown: what a module's type or a file says of the weight."""
+        return Use(weight, fx.Graph().placeholder("unseen"), View.of(weight.shape), module, call)
+
+    @property
+    def seen(self) -> bool:
+        """A node of the captured graph is this use."""
+        return self.node.op != "placeholder"
+
     @property
     def form(self) -> str:
         return self.call.form.name if self.call else op_name(self.node.target)

@@ -384,12 +384,12 @@ MUTANTS = (
     # ── passes and pipelines ─────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "requires_unchecked", "passes", "passes/base.py",
-        "            for condition in self.requires:", "            for condition in ():",
+        "for condition in self.requires:", "for condition in ():",
         "A pass runs where what it requires does not hold.",
     ),
     Mutant(
         "ensures_unchecked", "passes", "passes/base.py",
-        "            for condition in self.ensures:", "            for condition in ():",
+        "for condition in self.ensures:", "for condition in ():",
         "A pass that does not do what it promises goes unnoticed.",
     ),
     Mutant(
