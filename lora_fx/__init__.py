@@ -19,6 +19,8 @@ from lora_fx.application import (
 from lora_fx.checks.certification import Certificate
 from lora_fx.checks.verification import Report, verify
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.kind_registration import register_kind
+from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.registration import register_form
 from lora_fx.errors import LoraFxError
 from lora_fx.export.adapters.files import load_adapter, save_adapter
@@ -42,6 +44,7 @@ __all__ = [
     "Certificate",
     "ExportReport",
     "Form",
+    "Kind",
     "LoraFxError",
     "Pipeline",
     "Plan",
@@ -61,6 +64,7 @@ __all__ = [
     "pipeline",
     "plan",
     "register_form",
+    "register_kind",
     "remove",
     "save_adapter",
     "save_onnx_adapter",

@@ -36,6 +36,10 @@ class FormError(LoraFxError):
     """A form that is to be registered is malformed, or wrong on its own examples."""
 
 
+class KindError(LoraFxError):
+    """A kind is unknown, or one that is to be registered is malformed or wrong on its own trial."""
+
+
 class PlanError(LoraFxError):
     """A site that a rule asks for cannot be adapted."""
 

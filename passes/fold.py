@@ -23,11 +23,12 @@ import torch
 from torch import nn
 
 from lora_fx.changes import Undo, uninterrupted
-from lora_fx.deltas.exact_sum import Way, check_foldable, fold_for_good, fold_weight, kept, scratches, unfold_weight
+from lora_fx.deltas.exact_sum import ExactSum, Way, check_foldable, kept, scratches
+from lora_fx.deltas.rounded_sum import KeptWeight, RoundedSum, rounded_sum
 from lora_fx.errors import FoldError
 from lora_fx.model import marks
 from lora_fx.model.classes import is_wired, unwire
-from lora_fx.model.inventory import Inventory, inventory, weight_name
+from lora_fx.model.inventory import Inventory, Storage, inventory, weight_name
 from lora_fx.model.marks import FoldRecord, PutAway
 from lora_fx.passes.base import UNFOLDED, Condition, Facts, Pass, Result
 from lora_fx.passes.wiring import keep_keys
@@ -107,14 +108,10 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
     """Write the sums into the weights, and put the adapters away."""
     here = inventory(model)
     storages = here.storages()
-    deltas = [tuple(kept(adapter.low_rank()) for adapter in storage.adapters) for storage in storages]
-    sums = [
-        check_foldable(storage.parameter, own, storage.names[0], [adapter.name for adapter in storage.adapters])
-        for storage, own in zip(storages, deltas, strict=True)
-    ]
+    sums = [foldable(storage) for storage in storages]
     for_good = final and sum(whole.weight.numel() for whole in sums) > _UNDOABLE
     unwire(model)
-    ways: defaultdict[nn.Module, dict[str, Way]] = defaultdict(dict)
+    ways: defaultdict[nn.Module, dict[str, Way | KeptWeight]] = defaultdict(dict)
     originals: defaultdict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
     with torch.no_grad():
         for k, storage in enumerate(storages):
@@ -127,17 +124,33 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
         if for_good:
             facts.outlast(uninterrupted())
         with _for_good(model) if for_good else nullcontext():
-            for storage, own, whole in zip(storages, deltas, sums, strict=True):
+            for storage, whole in zip(storages, sums, strict=True):
                 room = scratch[whole.weight.dtype, whole.weight.device]
                 if storage.split or for_good:
-                    fold_for_good(whole, room)
+                    whole.fold_for_good(room)
                 else:
                     owner, attribute = storage.owners[0]
-                    ways[owner][attribute] = fold_weight(whole, own, room, facts.undo)
+                    ways[owner][attribute] = whole.fold(room, facts.undo)
             for module in here.modules:
                 children = {c: PutAway(a, c in module._modules) for c, a in here.of(module).items()}
                 _put_away(module, FoldRecord(children, ways[module], originals[module]), final)
             keep_keys(model)
+
+
+def foldable(storage: Storage) -> ExactSum | RoundedSum:
+    """The sum that is to be folded, refused before anything is written.
+
+    Raises:
+        FoldError: the weight is on meta, a number is not finite, or a sum does not fit into the dtype.
+    """
+    weight, adapters, name = storage.parameter, storage.adapters, storage.names[0]
+    if all(adapter.kind.low_rank for adapter in adapters):
+        deltas = [kept(adapter.low_rank()) for adapter in adapters]
+        return check_foldable(weight, deltas, name, [adapter.name for adapter in adapters])
+    if weight.is_meta:
+        raise FoldError("the weight is on meta: it has no numbers", place=name, remedy="materialise the model first")
+    rounded_sum(weight, adapters, weight.dtype, name)  # refuses
+    return RoundedSum(weight.detach(), adapters, name)
 
 
 @contextmanager
@@ -167,7 +180,7 @@ def _take_back(model: nn.Module, undo: list[Undo]) -> None:
     here = inventory(model)
     written = [_way(here, m, attribute) for m, record in here.records.items() for attribute in record.ways]
     for weight, way in written:
-        unfold_weight(weight, way, undo)
+        way.take_back(weight, undo)
     for module, record in here.records.items():
         module._parameters.update(record.originals)
         marks.drop_fold_record(module)
@@ -176,7 +189,7 @@ def _take_back(model: nn.Module, undo: list[Undo]) -> None:
         marks.attach(place.owner, place.child, place.adapter.to(place.parameter.device), registered)
 
 
-def _way(here: Inventory, module: nn.Module, attribute: str) -> tuple[torch.Tensor, Way]:
+def _way(here: Inventory, module: nn.Module, attribute: str) -> tuple[torch.Tensor, Way | KeptWeight]:
     """A weight that is still what the fold has made it, and its way back."""
     weight, way = module._parameters[attribute], here.records[module].ways[attribute]
     if weight is None or not way.starts_at(weight):

@@ -121,22 +121,24 @@ def _insert(model: nn.Module, row: Row, name: str) -> Adapter:
 
 def make_adapter(row: Row, name: str) -> Adapter:
     """A fresh adapter for a row of the plan, on the weight's own device."""
-    rule, parameter = row.rule, row.weight.parameter
+    parameter, stored = row.weight.parameter, row.stored
     adapter = Adapter(
         row.layout,
-        rank=row.rank,
-        alpha=rule.scale_numerator,
-        dropout=rule.dropout,
-        scaling=rule.scaling,
+        kind=row.kind,
         rows=row.rows,
         name=name,
         role=row.role,
-        schedule=rule.schedule,
         dtype=parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32,
-        device="cpu" if row.stored and parameter.is_meta else parameter.device,
+        device="cpu" if stored and parameter.is_meta else parameter.device,
+        **row.rule.settings_of(row.kind),
     )
     adapter.realised = row.realised
-    adapter.reset(rule.init)
+    if stored is None:
+        adapter.start(parameter, row.rule.init)
+        return adapter
+    with torch.no_grad():
+        for tensor, numbers in stored.items():
+            adapter.get_parameter(tensor).copy_(numbers)
     return adapter
 
 

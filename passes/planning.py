@@ -6,17 +6,21 @@ plan  =  Capture → Analyse → Select → Schedule
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from lora_fx.analysis.biases import Biases
 from lora_fx.analysis.patterns import find_pattern
 from lora_fx.analysis.rules import Rule, read_rules, select
 from lora_fx.analysis.sites import Site, find_sites
 from lora_fx.deltas import schedules
-from lora_fx.deltas.adapted_weight import schedulable
+from lora_fx.deltas.adapted_weight import has_product, schedulable
+from lora_fx.deltas.adapter import complete
+from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import PlanError
 from lora_fx.graph import layout
@@ -49,8 +53,8 @@ class Row:
     realised: Realisation = Realisation.DISPATCH
     why: str = ""
     """Why it dispatches instead of being rewritten as a graph."""
-    stored: bool = False
-    """Its factors have numbers already, from a file: beside a weight on meta they lie on the CPU."""
+    stored: Mapping[str, torch.Tensor] | None = None
+    """θ, where it has numbers already, from a file: beside a weight on meta it lies on the CPU."""
     schedule: str = ""
     """How its branches are computed, in words: `lora_fx.deltas.schedules`."""
 
@@ -60,18 +64,25 @@ class Row:
         return ".".join(filter(None, self.owners[0]))
 
     @property
-    def layout(self) -> Layout:
-        return self.weight.layout
+    def kind(self) -> Kind:
+        return kind_named(self.rule.kind or "lora")
 
     @property
-    def rank(self) -> int:
-        assert self.rule.rank is not None
+    def layout(self) -> Layout:
+        """Every axis of a bias is one of features."""
+        shape = self.weight.shape
+        return Layout("o" * len(shape), shape) if self.kind.adapts == "bias" else self.weight.layout
+
+    @property
+    def rank(self) -> int | None:
         return self.rule.rank
 
     @property
     def parameters(self) -> int:
         """Trainable parameters of this adapter."""
-        return math.prod(self.layout.batch) * self.rank * (self.out + self.layout.size("i"))
+        settings = Theta(**complete(self.kind, self.rule.settings_of(self.kind)))
+        space = Space(self.layout.batch, self.out, self.layout.size("i"), settings)
+        return sum(math.prod(shape) for shape in self.kind.shapes(space).values())
 
     @property
     def out(self) -> int:
@@ -81,6 +92,8 @@ class Row:
     @property
     def why_branch(self) -> str:
         """Why its matmuls can only have the parallel branch; empty where they can be scheduled."""
+        if not self.kind.low_rank:
+            return f"{self.kind.name} is computed in one way only"
         forms = dict.fromkeys(u.form for u in self.uses if u.call is None or not schedulable(u.call)[0])
         return f"{', '.join(forms)} has no other form than the parallel branch" if forms else ""
 
@@ -128,13 +141,16 @@ class Plan:
         return self.parameters / max(self.model_parameters, 1)
 
     def __str__(self) -> str:
-        header = ("weight", "role", "form", "shape", "rank", "trainable", "realised", "schedule", "shared storage")
+        header = (
+            "weight", "role", "form", "shape", "kind", "rank", "trainable", "realised", "schedule", "folds",
+            "shared storage",
+        )  # fmt: skip
         reasons = list(dict.fromkeys(row.why for row in self.rows if row.why))
         body = [self._cells(row, reasons) for row in self.rows]
         total = f"{len(self.rows)} adapters, {self.parameters:,} trainable parameters: "
         total += f"{self.share:.3%} of {self.model_parameters:,}"
         footnotes = [f"({n}) {why}" for n, why in enumerate(reasons, 1)]
-        return "\n".join([table(header, body, right=(4, 5)), *footnotes, total, *self.notes])
+        return "\n".join([table(header, body, right=(5, 6)), *footnotes, total, *self.notes])
 
     def _cells(self, row: Row, reasons: list[str]) -> tuple[str, ...]:
         part = f"[{len(row.rows)} rows]" if row.rows is not None else ""
@@ -144,8 +160,9 @@ class Plan:
         realised = f"{row.realised} ({reasons.index(row.why) + 1})" if row.why else row.realised
         forms = ", ".join(dict.fromkeys(use.form for use in row.uses))
         return (
-            row.name + part, row.role or "?", forms, "×".join(map(str, row.weight.shape)), str(row.rank),
-            f"{row.parameters:,}", realised, row.schedule, shared,
+            row.name + part, row.role or "?", forms, "×".join(map(str, row.weight.shape)), row.kind.name,
+            str(row.rank or "–"), f"{row.parameters:,}", realised, row.schedule,
+            "exactly" if row.kind.low_rank else "rounded once", shared,
         )  # fmt: skip
 
 
@@ -253,6 +270,9 @@ class Schedule(Pass):
 
 
 def _schedule(row: Row) -> str:
+    if not row.kind.low_rank:
+        beside = all(_has_product(use, row.kind) for use in row.uses)
+        return "its own branch" if beside else f"{row.kind.adapts} + δ"
     if row.why_branch:
         return schedules.BRANCH
     if row.rule.schedule != schedules.AUTO:
@@ -292,7 +312,7 @@ def _realise(rows: Sequence[Row], program: Program) -> None:
     decider = Decider(program)
     reasons: dict[Weight, str] = {}
     for row in rows:
-        row.why = decider.why_dispatch(row.weight, (path for path, _ in row.owners))
+        row.why = decider.why_dispatch(row.weight, (path for path, _ in row.owners), row.kind)
         reasons[row.weight] = reasons.get(row.weight) or row.why
     for row in rows:
         row.why = row.why or reasons[row.weight]
@@ -316,11 +336,12 @@ def _rows(program: Program, sites: Sequence[Site], chosen: dict[Site, Rule]) -> 
     groups: dict[tuple[Weight, Rule, Any], list[Site]] = {}
     for site in sites:
         rule = chosen.get(site)
-        if rule is None or rule.rank is None:
+        if rule is None or rule.excludes:
             continue
         own = (site.rows, site.role) if rule.role is not None and site.rows is not None else None
         groups.setdefault((site.weight, rule, own), []).append(site)
     rows = []
+    biases = Biases(program)
     for (_, rule, _), group in groups.items():
         weight = group[0].weight
         uses = tuple(dict.fromkeys(use for site in group for use in site.uses))
@@ -332,8 +353,37 @@ def _rows(program: Program, sites: Sequence[Site], chosen: dict[Site, Rule]) -> 
         role = ", ".join(dict.fromkeys(site.role for site in group))
         part = "_".join(dict.fromkeys(s.role.rpartition(".")[2] for s in group)) if covered is not None else ""
         owners, split = _owners(weight, covered, uses, rule)
-        rows.append(Row(weight, rule, role, part, covered, uses, owners, split))
+        row = Row(weight, rule, role, part, covered, uses, owners, split)
+        rows.append(_on_bias(row, biases) if row.kind.adapts == "bias" else row)
     return rows
+
+
+def _on_bias(row: Row, biases: Biases) -> Row:
+    """The row for the bias of what it was planned for."""
+    first, *rest = dict.fromkeys(biases.of(use) for use in row.uses)
+    if first is None or rest:
+        raise PlanError(
+            f"the kind {row.kind.name!r} adapts a bias, and the weight has {'several' if rest else 'none'}",
+            place=row.weight.name,
+            remedy="leave it out with a rule before, without a rank, or adapt the weight: kind='full'",
+        )
+    bias = first
+    if row.rows is not None and bias.parameter.numel() != row.weight.layout.size("o"):
+        raise PlanError(
+            f"its bias has {bias.parameter.numel()} elements for {row.weight.layout.size('o')} features: no part of it "
+            f"is {row.role}",
+            place=bias.name,
+            remedy="adapt all of it: select by `where`",
+        )
+    if others := [use for use in bias.uses if use not in row.uses]:
+        raise PlanError(
+            f"{row.rule.label} adapts {len(row.uses)} of the uses of this bias, and {others[0].form} in "
+            f"{others[0].module or 'the model'} reads it too",
+            place=bias.name,
+            remedy="give the use a bias of its own",
+        )
+    owners = tuple((path, attribute) for path, _, attribute in (name.rpartition(".") for name in bias.names))
+    return replace(row, weight=bias, owners=owners, split=False)
 
 
 def _owners(weight: Weight, rows: Any, uses: tuple[Use, ...], rule: Rule) -> tuple[tuple[tuple[str, str], ...], bool]:
@@ -355,6 +405,11 @@ def _owners(weight: Weight, rows: Any, uses: tuple[Use, ...], rule: Rule) -> tup
     return inside, True
 
 
+def _has_product(use: Use, kind: Kind) -> bool:
+    placed = None if use.call is None else layout.place(use.weight.layout, use.view, use.call.sides)
+    return use.call is not None and placed is not None and has_product(kind, use.call, placed)
+
+
 def _reads_rows(use: Use, rows: tuple[int, ...] | None) -> bool:
     if rows is None or use.call is None:
         return True
@@ -363,6 +418,8 @@ def _reads_rows(use: Use, rows: tuple[int, ...] | None) -> bool:
 
 
 def _check_rank(row: Row) -> None:
+    if row.rank is None:
+        return
     most = min(row.layout.size("i"), row.out)
     if row.rank > most:
         raise PlanError(
@@ -381,10 +438,10 @@ def _check(row: Row, model: nn.Module, name: str, here: Inventory) -> None:
             remedy=f"exclude it with a rule before {rule.label}: Rule(where={weight.name!r}); a computed weight can "
             "be made a plain one first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)",
         )
-    if rule.dropout and any(is_dense(u) for u in row.uses):
+    whole = [u.form for u in row.uses if is_dense(u) or not (row.kind.low_rank or _has_product(u, row.kind))]
+    if rule.dropout and whole:
         raise PlanError(
-            f"dropout={rule.dropout} on a weight that {', '.join(u.form for u in row.uses if is_dense(u))} reads "
-            "whole: there is no branch input to drop",
+            f"dropout={rule.dropout} on a weight that {', '.join(whole)} reads whole: there is no branch input to drop",
             place=weight.name,
             remedy="set dropout=0 in the rule for this weight",
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.graph import layout
 from lora_fx.graph.program import Program, Use, Weight
@@ -35,13 +36,15 @@ class Decider:
         self.program = program
         self._traces: dict[str, _Trace] = {}
 
-    def why_dispatch(self, weight: Weight, owners: Iterable[str]) -> str:
+    def why_dispatch(self, weight: Weight, owners: Iterable[str], kind: Kind) -> str:
         """Empty where every use sits in a forward that can be traced soundly.
 
         Args:
             owners: the paths of the modules that read the weight with its branch.
         """
         program = self.program
+        if not kind.low_rank:
+            return f"{kind.name} is no product of factors: whoever reads the {kind.adapts} is served"
         if program.capture is None:
             return "no example inputs: whoever reads it is served"
         if not any(use.seen for use in weight.uses):

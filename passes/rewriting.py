@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.deltas import schedules
 from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch, dispatch
-from lora_fx.deltas.low_rank import LowRank
+from lora_fx.deltas.adapter import Adapter, Dense
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.graph import views
 from lora_fx.graph.forms import op_name
@@ -92,19 +92,23 @@ class Tracer(fx.Tracer):
         dispatches = any(getattr(owner, child).realised == Realisation.DISPATCH for child in children)
         if dispatches and not isinstance(owner, fx.GraphModule):
             return base  # the attribute itself will read as an adapted weight when the rewritten forward runs
-        branches, cast = [], False
-        for child in children:
-            adapter = getattr(owner, child)
-            A, B = self.attribute(f"{prefix}{child}.A"), self.attribute(f"{prefix}{child}.B")
-            path = f"{prefix}{child}.dropout"
-            drop = (
-                (lambda x, path=path: self.create_proxy("call_module", path, (x,), {})) if adapter.dropout.p else None
-            )
-            index = self.attribute(f"{prefix}{child}.index") if hasattr(adapter, "index") else None
-            delta = LowRank(adapter.layout, A, B, adapter.scale, adapter.rank, adapter.rows, index)
-            branches.append(Branch(adapter, delta, drop))
-            cast = cast or adapter.dtype != parameter.dtype
-        return AdaptedWeight(base, View.of(parameter.shape), branches, base, (), cast)
+        adapters = {f"{prefix}{child}": getattr(owner, child) for child in children}
+        branches = [self._branch(path, adapter) for path, adapter in adapters.items()]
+        cast = any(adapter.dtype != parameter.dtype for adapter in adapters.values())
+        adapted = AdaptedWeight(base, View.of(parameter.shape), branches, base, (), cast)
+        return adapted if parameter.ndim > 1 else adapted.dense()
+
+    def _branch(self, path: str, adapter: Adapter) -> Branch:
+        """Of proxies; a kind without factors is called with the weight."""
+        if not adapter.kind.low_rank:
+            return Branch(adapter, Dense(adapter.layout, self._module(path)), None)
+        drop = self._module(f"{path}.dropout") if adapter.dropout.p else None
+        tensors = {name: self.attribute(f"{path}.{name}") for name in adapter._parameters}
+        index = self.attribute(f"{path}.index") if hasattr(adapter, "index") else None
+        return Branch(adapter, adapter.low_rank(tensors, index), drop)
+
+    def _module(self, path: str) -> Callable[[Any], fx.Proxy]:
+        return lambda x: self.create_proxy("call_module", path, (x,), {})
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, AdaptedWeight))

@@ -36,7 +36,7 @@ def dense_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     for place in inventory(model).places:
         if place.adapter.active:
             start = sums.get(place.weight, place.parameter.detach().double())
-            sums[place.weight] = start + delta(place.adapter)
+            sums[place.weight] = start + delta(place.parameter, place.adapter)
     return sums
 
 

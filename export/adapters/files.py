@@ -475,14 +475,10 @@ def _row(program: Program, s: _Saved, weight: Weight) -> Row:
     others = [n.rpartition(".") for n in weight.names]
     outside = {path for path, _, attribute in others if (id(modules[path]), attribute) not in mine}
     uses = tuple(u for u in weight.uses if u.module not in outside)
-
-    def from_file(a: torch.Tensor, b: torch.Tensor) -> None:
-        a.copy_(factors.A)
-        b.copy_(factors.B)
-
     settings = {"rank": factors.rank, "alpha": s.alpha, "dropout": s.dropout, "scaling": s.scaling}
-    rule = Rule(where=weight.name, init=from_file, schedule=s.schedule, **settings)  # type: ignore[arg-type]
-    row = Row(weight, rule, s.role, s.part, rows, uses, owners, bool(outside), stored=True)
+    rule = Rule(where=weight.name, schedule=s.schedule, **settings)  # type: ignore[arg-type]
+    stored = {"A": factors.A, "B": factors.B}
+    row = Row(weight, rule, s.role, s.part, rows, uses, owners, bool(outside), stored=stored)
     if row.why_not(s.schedule):  # in a model of another dtype, say
         row.rule = replace(rule, schedule=AUTO)
     return row

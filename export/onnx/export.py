@@ -527,7 +527,11 @@ class Publish(Pass):
 
 
 def _said(adapter: Adapter) -> dict[str, Any]:
-    said = {"adapter": adapter.name, "rank": adapter.rank, "alpha": adapter.alpha, "scale": adapter.scale}
+    said: dict[str, Any] = {"adapter": adapter.name}
+    if adapter.kind.low_rank:
+        said |= {"rank": adapter.rank, "alpha": adapter.alpha, "scale": adapter.scale}
+    else:
+        said |= {"kind": adapter.kind.name, **adapter.settings}
     return said | ({"role": adapter.role} if adapter.role else {})
 
 

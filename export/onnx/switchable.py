@@ -82,6 +82,10 @@ def adapted(model: nn.Module) -> dict[str, list[Place]]:
     """Name of each adapted weight → its adapters there, active or not."""
     found: dict[str, list[Place]] = {}
     for place in inventory(model).places:
+        if not place.adapter.kind.low_rank:
+            adapter = place.adapter
+            reason = f"the adapter {adapter.name!r} is of the kind {adapter.kind.name!r}, which has no factors to feed"
+            refuse(place.weight, reason, 'export with adapters="folded", or remove it')
         found.setdefault(place.weight, []).append(place)
     if not found:
         reason = "the model has no adapter beside a weight"

@@ -21,11 +21,13 @@ import torch
 from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.exact_sum import check_foldable, folded_weight
+from lora_fx.deltas.exact_sum import folded_weight
+from lora_fx.deltas.rounded_sum import rounded_sum
 from lora_fx.export.onnx.runtimes import refuse
 from lora_fx.graph.capture import on_meta
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory, weight_name
+from lora_fx.passes.fold import foldable
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,13 @@ class Weight:
     """Those that are folded into it."""
 
     def numbers(self) -> torch.Tensor:
-        """round(W + Σ s·B·A), or W."""
-        loaded, deltas = self.load(), [adapter.low_rank() for adapter in self.adapters]
-        return folded_weight(loaded, deltas, self.dtype, self.name) if deltas else loaded.to(self.dtype)
+        """round(W + Σ δ), or W."""
+        loaded = self.load()
+        if not self.adapters:
+            return loaded.to(self.dtype)
+        if not all(adapter.kind.low_rank for adapter in self.adapters):
+            return rounded_sum(loaded, self.adapters, self.dtype, self.name)
+        return folded_weight(loaded, [adapter.low_rank() for adapter in self.adapters], self.dtype, self.name)
 
 
 Weights = dict[str, Weight]
@@ -69,8 +75,7 @@ def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = No
             storages = inventory(model).storages()
             for storage in storages:
                 if checkpoint is None:
-                    deltas = [adapter.low_rank() for adapter in storage.adapters]
-                    check_foldable(storage.parameter, deltas, storage.names[0], [a.name for a in storage.adapters])
+                    foldable(storage)
             stack.enter_context(unwired(model))
             for storage in storages:
                 old = storage.parameter
@@ -113,8 +118,9 @@ def adapter_digest(adapters: Mapping[str, Sequence[Adapter]]) -> str:
     digest = hashlib.sha256()
     for name in sorted(adapters):
         for adapter in adapters[name]:
-            digest.update(json.dumps([name, adapter.name, adapter.scale, adapter.rows]).encode())
-            for factor in (adapter.A, adapter.B):
+            said = adapter.scale if adapter.kind.low_rank else [adapter.kind.name, adapter.settings]
+            digest.update(json.dumps([name, adapter.name, said, adapter.rows]).encode())
+            for factor in adapter.parameters():
                 digest.update(str((factor.dtype, tuple(factor.shape))).encode())
                 digest.update(tensor_bytes(factor))
     return digest.hexdigest()

@@ -1,7 +1,8 @@
 """Rules: which sites, and what they get. The first rule that matches a site decides; one without a rank excludes.
 
 Rule(role="attention.query | attention.value", rank=8, alpha=16)
-Rule(where="*.mlp.*", layers="4-11", rank=4)
+Rule(where="*.mlp.*", layers="4-11", rank=4, kind="dora")
+Rule(where="*", kind="bias")
 Rule(pattern=lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down), rank=4)
 Rule(where="lm_head")                                                    # leave it alone
 """
@@ -13,17 +14,19 @@ import math
 import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, fields
+from dataclasses import InitVar, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from lora_fx.analysis.sites import UNKNOWN, Site
+from lora_fx.deltas.kinds import KINDS, REQUIRED, Kind
 from lora_fx.deltas.schedules import AUTO, SCHEDULES
 from lora_fx.errors import RuleError
 
 INITS = ("kaiming", "gaussian", "zero")
 SCALINGS = ("standard", "rslora")
+SETTINGS = ("rank", "alpha", "dropout", "init", "scaling", "schedule")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +41,9 @@ class Rule:
         pattern: a plain function of ordinary torch calls; its weights are the arguments that it multiplies with.
         adapt: which of the pattern's weights, several with ``|``; all by default.
         when: a predicate on the `Site`.
-        rank: of the low-rank branch; None excludes the sites.
+        kind: what an adapter is (see `lora_fx.deltas.kinds`): ``lora`` where there is a rank, ``dora``, ``bias``,
+            ``full``, or one that `register_kind` knows. Each takes the settings below that it has.
+        rank: of the low-rank branch; without one, and without a kind, the rule excludes the sites.
         alpha: the scale is alpha / rank; alpha = rank by default.
         dropout: probability on the branch input, in training.
         init: ``kaiming`` (A as in `nn.Linear`, B = 0), ``gaussian`` (A normal with std 1/rank, B = 0), ``zero``
@@ -46,6 +51,7 @@ class Rule:
         scaling: ``standard``, or ``rslora``: alpha / sqrt(rank).
         schedule: in which order the branches are computed: ``auto``, ``branch``, ``fused`` or ``dense`` (see
             `lora_fx.deltas.schedules`); all are the same function.
+        settings: what else its kind can be given, by name.
         expect: how many sites the rule must decide.
         op: the old word for `form`; it goes with the next version.
     """
@@ -57,12 +63,14 @@ class Rule:
     pattern: Callable[..., Any] | None = None
     adapt: str | None = None
     when: Callable[[Site], bool] | None = None
+    kind: str | None = None
     rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
     init: str | Callable[..., None] = "kaiming"
     scaling: str = "standard"
     schedule: str = AUTO
+    settings: Mapping[str, Any] = field(default_factory=dict)
     expect: int | None = None
     op: InitVar[str | None] = None
 
@@ -73,7 +81,8 @@ class Rule:
             warnings.warn("Rule(op=…) is the old word for Rule(form=…)", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "form", op)
         self._check_keys()
-        if self.rank is not None:
+        if not self.excludes:
+            self._check_kind()
             self._check_settings()
 
     def _check_keys(self) -> None:
@@ -89,10 +98,23 @@ class Rule:
         if self.layers is not None:
             self.layer_numbers  # noqa: B018  (parses, and raises)
 
+    def _check_kind(self) -> None:
+        name = self.kind or "lora"
+        if name not in KINDS:
+            raise self._error(f"there is no kind {name!r}", f"choose one of {', '.join(KINDS)}, or register_kind first")
+        known, given = KINDS[name].settings, {**self.given, **self.settings}
+        for key, value in given.items():
+            if key not in known:
+                has = f"it has {', '.join(known)}" if known else "it has none"
+                raise self._error(f"{key}={value!r} is no setting of the kind {name!r}", has)
+        if missing := [key for key, value in known.items() if value is REQUIRED and key not in given]:
+            raise self._error(f"the kind {name!r} needs {', '.join(missing)}", f"give {missing[0]}=…")
+
     def _check_settings(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank <= 0:
+        wrong = not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank <= 0
+        if self.rank is not None and wrong:
             raise self._error(f"rank={self.rank!r} is no positive integer", "give rank=8, or leave it out to exclude")
-        if not math.isfinite(self.scale_numerator):
+        if self.alpha is not None and not math.isfinite(self.alpha):
             raise self._error(f"alpha={self.alpha!r} is not finite", "give a finite alpha")
         if not 0 <= self.dropout < 1:
             raise self._error(f"dropout={self.dropout!r} is no probability below 1", "give 0 <= dropout < 1")
@@ -106,9 +128,19 @@ class Rule:
         return RuleError(reason, place=self.label, remedy=remedy)
 
     @property
-    def scale_numerator(self) -> float:
-        assert self.rank is not None
-        return float(self.rank if self.alpha is None else self.alpha)
+    def excludes(self) -> bool:
+        """The sites that it decides stay as they are."""
+        return self.kind is None and self.rank is None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that are not the default."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name in SETTINGS}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    def settings_of(self, kind: Kind) -> dict[str, Any]:
+        """All that an adapter of this kind is made with."""
+        return {key: value for key, value in {**self.given, **self.settings}.items() if key in kind.settings}
 
     @property
     def label(self) -> str:
@@ -116,7 +148,7 @@ class Rule:
         shown = []
         for f in fields(self):
             value = getattr(self, f.name)
-            if value != f.default:
+            if value != f.default and value != {}:
                 shown.append(f"{f.name}={getattr(value, '__name__', None) or repr(value)}")
         return f"Rule({', '.join(shown)})"
 

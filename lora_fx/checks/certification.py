@@ -40,6 +40,7 @@ from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import CaptureError, EquivalenceError, PlanError
 from lora_fx.graph.capture import MODULE, Capture, Inputs, capture_graph, normalize_inputs, output_tensors, undisturbed
 from lora_fx.graph.forms import FORMS, op_name
+from lora_fx.graph.nodes import shape_of
 from lora_fx.graph.program import capture, storage_key
 from lora_fx.graph.views import COPIES, MOVES
 from lora_fx.model.classes import unwired
@@ -242,9 +243,11 @@ class Flow:
         self.carriers: dict[fx.Node, tuple[fx.Node, ...]] = {}
         """node → the placeholders of the weights that it is a view or a function of."""
         self.sums: dict[fx.Node, frozenset[int]] = {}
-        """W + s·B·A → the ids of the adapters."""
+        """W + Σ δ → the ids of the adapters."""
         self.factors: dict[fx.Node, frozenset[int]] = {}
-        """node made of factors alone → the ids of their adapters."""
+        """node made of θ alone → the ids of their adapters."""
+        self.mixed: dict[fx.Node, frozenset[int]] = {}
+        """node made of weights and θ alone, as δ(W, θ) is → the ids of the adapters."""
         self._pure: set[fx.Node] = set(captured.tensors)
         self._find_roots(storages)
         consumers = [n for n in captured.graph.nodes if n.op == "call_function" and self._consumes(n)]
@@ -268,7 +271,7 @@ class Flow:
         for storage in storages:
             weights.setdefault(storage_key(storage.parameter), []).append(storage)
             for adapter in storage.adapters:
-                factors.update((storage_key(t), id(adapter)) for t in (adapter.A, adapter.B))
+                factors.update((storage_key(t), id(adapter)) for t in adapter.parameters())
         for node, tensor in self.captured.tensors.items():
             key = storage_key(tensor)
             if key in weights:
@@ -283,13 +286,15 @@ class Flow:
         if pure:
             self._pure.add(node)
         carried = [n for n in inputs if n in self.carriers]
-        made_of = [self.factors[n] for n in inputs if n in self.factors]
+        made_of = [own for n in inputs if (own := self.factors.get(n) or self.mixed.get(n))]
         if not carried:
             if made_of and (pure or _moves(node, self.factors)):
                 self.factors[node] = frozenset().union(*made_of)
             return False
-        if pure and made_of and _is_add(node):
-            self.sums[node] = frozenset().union(*made_of)
+        if pure and made_of:
+            self.mixed[node] = frozenset().union(*made_of)
+            if _is_add(node) and any(shape_of(node) == shape_of(root) for root in self._roots(node)):
+                self.sums[node] = self.mixed[node]
         elif not (pure or _moves(node, self.carriers)):
             return True
         self.carriers[node] = self._roots(node)
@@ -416,7 +421,7 @@ class _Replay(fx.Interpreter):
         adapted = {root: storage for root, storage in reading.acting.items() if storage is not None}
         for root, storage in adapted.items():
             weight = plain[root].detach()
-            total = weight.to(torch.float64) + delta(*storage.adapters).to(weight.device)
+            total = weight.to(torch.float64) + delta(weight, *storage.adapters).to(weight.device)
             step = dither(weight, torch.finfo(weight.dtype).eps / 2, torch.Generator().manual_seed(0))
             whole[root], moved[root] = total.to(weight.dtype), (total * step).to(weight.dtype)
         without = {root: self._call(node, whole | {root: plain[root]}) for root in adapted}
@@ -437,7 +442,8 @@ class _Replay(fx.Interpreter):
         if node not in self.flow.carriers:
             return self.env[node]
         if node in self.flow.sums:
-            return self._operand(next(n for n in node.all_input_nodes if n in self.flow.carriers), weights)
+            carried = [n for n in node.all_input_nodes if n in self.flow.carriers]
+            return self._operand(next((n for n in carried if n not in self.flow.mixed), carried[0]), weights)
         return self._value(node, weights)
 
     def _judge(
@@ -484,7 +490,7 @@ def _floats(value: Any) -> list[torch.Tensor]:
 def _without_gradient(model: nn.Module, inputs: Inputs, storages: Sequence[Storage]) -> list[str]:
     """The adapters, as ``weight (name)``, that no gradient of the model's outputs reaches, in train mode."""
     labels = {a: f"{_name(storage)} ({a.name})" for storage in storages for a in storage.adapters}
-    factors = [(a, t) for a in labels for t in (a.A, a.B) if t.requires_grad]
+    factors = [(a, t) for a in labels for t in a.parameters() if t.requires_grad]
     with undisturbed(model), in_mode(model, True), torch.enable_grad():
         torch.manual_seed(0)
         outputs = [t for t in output_tensors(inputs.call(model)) if t.requires_grad]

@@ -14,24 +14,42 @@ from fractions import Fraction
 import torch
 
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.kinds import Theta
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNIT = 2.0**-53
 
 
-def delta(*adapters: Adapter) -> torch.Tensor:
-    """Σ δ of adapters of one weight, in float64 and the weight's own axes, from their plain fields alone."""
-    first, *others = (_Product.of(adapter).delta() for adapter in adapters)
+def delta(weight: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
+    """Σ δ of adapters of this weight, in float64 and the weight's own axes: of low-rank ones from their plain fields
+    alone, of others by what their kind says δ is."""
+    plain = weight.detach().to(torch.float64)
+    first, *others = (_delta(plain, adapter) for adapter in adapters)
     return sum(others, start=first)
+
+
+def _delta(plain: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    if adapter.kind.low_rank:
+        return _Product.of(adapter).delta()
+    with torch.no_grad():
+        return adapter.delta(plain, _wide(adapter))
+
+
+def _wide(adapter: Adapter) -> Theta:
+    """θ in float64."""
+    return adapter.theta_of({name: p.detach().to(torch.float64) for name, p in adapter.named_parameters()})
 
 
 def misrounded(weight: torch.Tensor, folded: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
     """Flat indices of the elements of `folded` that are not W + Σ δ, rounded once to W's dtype.
 
-    float64 has no wider type beside it: there a sum of n terms may be off by n roundings of what is added up.
+    float64 has no wider type beside it: there a sum of n terms may be off by n roundings of what is added up. A δ that
+    is no product of factors is known in float64 only: an element is right where it is within `SHARE` of that.
     """
-    products = [_Product.of(adapter) for adapter in adapters]
     plain = weight.detach().to(torch.float64)
+    if not all(adapter.kind.low_rank for adapter in adapters):
+        return _off(folded, plain, delta(weight, *adapters))
+    products = [_Product.of(adapter) for adapter in adapters]
     total = sum((product.delta() for product in products), start=plain)
     size = sum((product.size() for product in products), start=plain.abs())
     error = sum(2 * adapter.rank + 2 for adapter in adapters) * _UNIT * size
@@ -43,6 +61,19 @@ def misrounded(weight: torch.Tensor, folded: torch.Tensor, adapters: Sequence[Ad
     doubtful = (~sure).reshape(-1).nonzero().squeeze(1)
     wrong = [k for k in doubtful.tolist() if not _is_nearest(k, plain, folded, products)]
     return torch.tensor(wrong, dtype=torch.long)
+
+
+#: of the largest element and the largest δ: what float64 may lose where a δ is computed in another order
+SHARE = 2.0**-40
+
+
+def _off(folded: torch.Tensor, plain: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Flat indices of what is further than half a step from the float64 sum, and from what float64 may lose of it."""
+    total, value = plain + own, folded.detach().to(torch.float64)
+    lost = SHARE * float(plain.abs().max() + own.abs().max()) if plain.numel() else 0.0
+    low, high = (_step(folded, by).to(torch.float64) for by in (-1, 1))
+    right = ((low + value) / 2 - lost <= total) & (total <= (value + high) / 2 + lost)
+    return (~right).reshape(-1).nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -64,7 +95,8 @@ class _Product:
             split = factor.reshape(*size["b"], *size[own], *[1] * len(size[other]), rank)
             return split.permute(*(order.index(k) for k in range(len(order))), len(order))
 
-        A, B = (factor.detach().to(torch.float64) for factor in (adapter.A, adapter.B))
+        assert adapter.kind.factors is not None
+        A, B = (factor.detach() for factor in adapter.kind.factors(_wide(adapter)))
         if adapter.rows is not None:
             whole = B.new_zeros(*B.shape[:-2], math.prod(size["o"]), rank)
             whole[..., list(adapter.rows), :] = B

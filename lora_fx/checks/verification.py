@@ -249,11 +249,16 @@ _KEPT = 2**22
 
 @torch.no_grad()
 def _fill(adapter: Adapter, weight: torch.Tensor | None, generator: torch.Generator) -> None:
-    """A and B with variance 1 / in and 1 / rank, B times half the weight's root mean square: that is the delta's."""
+    """θ with a delta half as large as its weight: of `lora` A and B have variance 1 / in and 1 / rank, B times half the
+    weight's root mean square."""
+    if adapter.kind.name != "lora":
+        if weight is not None:
+            scatter(adapter, weight, generator, 0.5)
+        return
     for factor, fan in ((adapter.A, adapter.A.shape[-1]), (adapter.B, adapter.rank)):
         factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float32) / math.sqrt(fan))
     inputs = adapter.A.shape[-1]
-    size = 0.0 if weight is None else float(weight.detach().norm(dtype=torch.float64)) / math.sqrt(weight.numel())
+    size = 0.0 if weight is None else _size(weight)
     adapter.B.mul_(0.5 * (size * math.sqrt(inputs) if size else 1.0) / (adapter.scale or 1.0))
     rows = adapter.B.shape[-2]
     kept = max(1, _KEPT // (4 * adapter.A[..., 0, :].numel()))
@@ -262,6 +267,29 @@ def _fill(adapter: Adapter, weight: torch.Tensor | None, generator: torch.Genera
         mask = torch.ones(rows, dtype=torch.bool, device=adapter.B.device)
         mask[chosen] = False
         adapter.B.masked_fill_(mask.unsqueeze(-1), 0.0)
+
+
+@torch.no_grad()
+def scatter(adapter: Adapter, weight: torch.Tensor, generator: torch.Generator, share: float) -> None:
+    """Move θ, of any kind, at random, as far as makes the delta about `share` as large as the weight (within twice)."""
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    noise = {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64) * (_size(p) or p.shape[-1] ** -0.5)
+        for name, p in before.items()
+    }
+    wanted, step = share * (_size(weight) or 1.0), 1.0
+    for _ in range(64):
+        for name, parameter in adapter.named_parameters():
+            parameter.copy_(before[name] + step * noise[name].to(parameter.device))
+        found = _size(delta(weight, adapter))
+        if wanted / 2 <= found <= wanted * 2:
+            break
+        step *= 2.0 if found < wanted else 0.5
+
+
+def _size(tensor: torch.Tensor) -> float:
+    """Root mean square."""
+    return float(tensor.detach().norm(dtype=torch.float64)) / math.sqrt(max(tensor.numel(), 1))
 
 
 @contextmanager
@@ -273,7 +301,8 @@ def with_dense_weights(
     with undone(undo):
         for storage in inventory(model).storages():
             parameter = storage.parameter
-            weight, own = parameter.detach(), delta(*storage.adapters).to(parameter.device)
+            weight = parameter.detach()
+            own = delta(weight, *storage.adapters).to(parameter.device)
             changed = own != 0
             if storage.split:
                 undo.append(partial(storage.replace, parameter))

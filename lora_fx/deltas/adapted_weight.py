@@ -11,6 +11,7 @@ import math
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.deltas import schedules
-from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.adapter import Adapter, Dense
 from lora_fx.deltas.kernels import Term
+from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.errors import LoraFxError
+from lora_fx.graph.capture import recording
 from lora_fx.graph.forms import FORMS, Call, find, op_name
 from lora_fx.graph.layout import Placement, place
 from lora_fx.graph.views import CASTS, View, move
@@ -32,7 +35,7 @@ class Branch:
     """One adapter as a use of its weight sees it."""
 
     adapter: Adapter
-    delta: LowRank
+    delta: LowRank | Dense
     """Of tensors, or of proxies; of some experts alone, where those were picked."""
     dropout: Callable[[Any], Any] | None
     """None where nothing is dropped."""
@@ -71,7 +74,7 @@ class AdaptedWeight:
                     place=f"adapter {branch.adapter.name!r}",
                     remedy="set dropout=0 in the rule that matches this weight, or exclude the weight",
                 )
-            own = branch.delta.delta()
+            own = branch.delta.of(self.root)
             delta = own if delta is None else delta + own
         if self.cast:
             delta = delta.to(self.root.dtype)
@@ -87,16 +90,50 @@ class AdaptedWeight:
             branches = tuple(replace(branch, delta=branch.delta.detached()) for branch in branches)
         return AdaptedWeight(base, view, branches, self.root, (*self.chain, step), self.cast or cast)
 
-    def placements(self, call: Call) -> list[Placement] | None:
-        """Where this use reads each adapter's factors; None where it can only be dense."""
+    def parted(self, call: Call) -> tuple[list[tuple[Branch, Placement]], list[Branch]]:
+        """What this use computes beside the matmul, with where it reads the factors; and what only W + δ serves."""
         placed = place.__wrapped__ if torch.compiler.is_compiling() else place  # Dynamo warns of caches
-        found = [placed(branch.delta.layout, self.window, call.sides) for branch in self.branches]
-        fitting = [placement for placement in found if placement is not None]
-        return fitting if len(fitting) == len(found) else None
+        beside: list[tuple[Branch, Placement]] = []
+        inside: list[Branch] = []
+        for branch in self.branches:
+            placement = placed(branch.delta.layout, self.window, call.sides)
+            if placement is not None and self._stands(branch, call, placement):
+                beside.append((branch, placement))
+            else:
+                inside.append(branch)
+        return beside, inside
 
-    def branch(self, call: Call, branch: Branch, placement: Placement) -> Any:
+    def _stands(self, branch: Branch, call: Call, placement: Placement) -> bool:
+        """Whether its branch can stand beside this use. Where more than a call is at stake, when a program is captured
+        or exported, only low-rank ones do."""
+        if isinstance(branch.delta, LowRank):
+            return True
+        apart = branch.delta.theta is None or recording.on or torch.compiler.is_exporting()
+        return not apart and has_product(branch.adapter.kind, call, placement)
+
+    def only(self, branches: Sequence[Branch]) -> AdaptedWeight:
+        """With these of its branches."""
+        return AdaptedWeight(self.base, self.window, branches, self.root, self.chain, self.cast)
+
+    def branch(self, call: Call, branch: Branch, placement: Placement, out: Any) -> Any:
+        """x·δᵀ: scale · (x·Aᵀ)·Bᵀ where the delta has factors.
+
+        Args:
+            out: what the op gives with W alone; None where it was computed with more.
+        """
+        delta, drop, adapter = branch.delta, branch.dropout, branch.adapter
+        if isinstance(delta, LowRank):
+            return self.low_rank(call, delta, placement, drop)
+        assert adapter.kind.branch is not None and delta.theta is not None
+        if drop is not None and not call.form.looks_up:
+            call, out = replace(call, x=drop(call.x)), None
+        product = Product(self, call, placement, adapter, out)
+        own = adapter.kind.branch(product, adapter.matrix(self.root), delta.theta)
+        return own * drop(torch.ones_like(own[..., :1])) if drop is not None and call.form.looks_up else own
+
+    def low_rank(self, call: Call, delta: LowRank, placement: Placement, drop: Callable[[Any], Any] | None) -> Any:
         """scale · (x·Aᵀ)·Bᵀ."""
-        delta, x, drop = branch.delta, call.x, branch.dropout
+        x = call.x
         call = replace(call, options={**call.options, "rank": delta.rank})
         A, B = self._factors(delta, placement)
         if drop is not None and not call.form.looks_up:
@@ -122,7 +159,7 @@ class AdaptedWeight:
         found = {branch.adapter.schedule for branch in self.branches}
         return found.pop() if len(found) == 1 else schedules.AUTO
 
-    def scheduled(self, call: Call, placements: Sequence[Placement]) -> Any:
+    def scheduled(self, call: Call, placed: Sequence[tuple[Branch, Placement]]) -> Any:
         """The whole matmul with its branches, where it is one that can be scheduled; None elsewhere."""
         op, bias = schedulable(call)
         traced = isinstance(self.base, fx.Proxy)
@@ -130,8 +167,10 @@ class AdaptedWeight:
         if not op or self.schedule in plain:
             return None
         terms = []
-        for branch, placement in zip(self.branches, placements, strict=True):
+        for branch, placement in placed:
             delta, drop = branch.delta, branch.dropout
+            if not isinstance(delta, LowRank):
+                return None
             own = placement.is_whole and delta.is_range
             A, B = self._cast(delta.A, delta.B) if own else self._factors(delta, placement)
             first = delta.rows[0] if own and delta.rows else 0
@@ -253,13 +292,15 @@ def _gathered(func: Any, name: str, weight: AdaptedWeight, args: Sequence[Any]) 
     """`W[indices]` of expert weights picks the experts' own A and B."""
     layouts = [branch.delta.layout for branch in weight.branches]
     experts = all(x.sides[0] == "b" and x.sides.count("b") == 1 for x in layouts)
+    experts = experts and all(isinstance(branch.delta, LowRank) for branch in weight.branches)
     if name not in ("getitem", "index") or weight.chain or not experts:
         return None
     picked = args[0][0] if isinstance(args[0], list | tuple) and len(args[0]) == 1 else args[0]
     if not isinstance(picked, torch.Tensor) or picked.dtype not in (torch.int64, torch.int32) or picked.ndim > 1:
         return None
     base = _call(func, (weight.base, *args), {})
-    branches = [Branch(b.adapter, b.delta.picked(picked), b.dropout) for b in weight.branches]
+    deltas = [branch.delta.picked(picked) for branch in weight.branches if isinstance(branch.delta, LowRank)]
+    branches = [replace(b, delta=own) for b, own in zip(weight.branches, deltas, strict=True)]
     return AdaptedWeight(base, View.of(tuple(base.shape)), branches, base, (), weight.cast)
 
 
@@ -272,16 +313,64 @@ def _multiplied(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     call = find(func, args, kwargs, lambda operand: weight.window.ndim if operand is weight else None)
     if call is None:
         return None
-    placements = weight.placements(call)
-    if placements is None:
+    beside, inside = weight.parted(call)
+    if not beside:
         return None
-    scheduled = weight.scheduled(call, placements)
+    scheduled = None if inside else weight.scheduled(call, beside)
     if scheduled is not None:
         return scheduled
-    out = _call_with(func, args, kwargs, lambda own: own.base)
-    for branch, placement in zip(weight.branches, placements, strict=True):
-        out = out + weight.branch(call, branch, placement)
+    plain = weight.only(inside).dense() if inside else weight.base
+    out = alone = _call_with(func, args, kwargs, lambda own: plain)
+    for branch, placement in beside:
+        out = out + weight.branch(call, branch, placement, None if inside else alone)
     return out
+
+
+def has_product(kind: Kind, call: Call, placement: Placement) -> bool:
+    """Whether a kind's own branch can stand beside this use: it is one product with one axis of features."""
+    known = call.form.name in ("linear", "matmul", "addmm", "conv", "embedding", "einsum")
+    plain = call.sides.count("o") == 1 and "b" not in call.sides and len(call.out_dims) == 1
+    usual = all(isinstance(v, int) and v == 1 for v in map(call.options.get, ("alpha", "groups")) if v is not None)
+    return kind.branch is not None and known and plain and usual and not placement.swapped
+
+
+@dataclass(frozen=True)
+class Product:
+    """One use of a weight, as the branch of a kind sees it."""
+
+    weight: AdaptedWeight
+    call: Call
+    placement: Placement
+    adapter: Adapter
+    out: Any
+    """What the op gives with W alone; None where that is not at hand."""
+
+    @cached_property
+    def base(self) -> Any:
+        """x·Wᵀ, without a bias."""
+        call = self.call
+        if self.out is None:
+            order = [call.sides.index("o"), *(k for k, side in enumerate(call.sides) if side == "i")]
+            return call.form.down(call, call.x, self.weight.base.permute(order))
+        bias = call.options.get("bias")
+        if bias is None:
+            return self.out
+        beta = call.options.get("beta", 1)
+        return self.out - (self._shaped(bias) if call.form.name == "conv" else bias if beta == 1 else beta * bias)
+
+    def low_rank(self, A: Any, B: Any) -> Any:
+        """s·(x·Aᵀ)·Bᵀ for factors in canonical axes."""
+        scale, rows, index = self.adapter.scale, self.adapter.rows, self.adapter._buffers.get("index")
+        delta = LowRank(self.adapter.layout, A, B, scale, A.shape[-2], rows, index)
+        return self.weight.low_rank(self.call, delta, self.placement, None)
+
+    def features(self, values: Any) -> Any:
+        """Values for each feature, (batch…, out, 1), laid along the op's output; zero for features that are no part."""
+        own = self.placement.up(None, self.adapter.embedded(values)).squeeze(-1)
+        return self._shaped(own).to(self.weight.base.dtype)
+
+    def _shaped(self, values: Any) -> Any:
+        return values.reshape(-1, *[1] * (-self.call.out_dims[0] - 1))
 
 
 def schedulable(call: Call) -> tuple[str, Any]:

@@ -98,45 +98,19 @@ class Way:
         """The folded weight is bitwise what the fold has made it."""
         return _checksum(weight) == self.folded
 
+    def take_back(self, weight: torch.Tensor, undo: list[Undo]) -> None:
+        """Write the weight that was; `undo` gets what folds each block again, for an unfold that is cut short."""
+        whole, scratch = ExactSum(weight, tuple(map(_wide, self.deltas)), self.magnitude), _scratch(weight)
+        for part, remainder in zip(whole.blocks(), self.remainders, strict=True):
+            old = remainder.restore(part.guess(scratch))
+            _write(part.weight, old, undo, partial(_fold_block, part), scratch)
+        assert _checksum(weight) == self.original, "unfolding is exact"
+
 
 def kept(delta: LowRank) -> LowRank:
     """The delta as it is now, whatever becomes of its factors: of all output features."""
     delta = delta.detached()
     return replace(delta, A=delta.A.clone(), B=delta.whole.clone(), rows=None, index=None)
-
-
-def fold_weight(whole: ExactSum, deltas: tuple[LowRank, ...], scratch: Scratch, undo: list[Undo]) -> Way:
-    """Write the folded weight.
-
-    Args:
-        deltas: `kept` ones, which the sum is made of.
-        undo: gets what undoes each block, for a fold that is cut short.
-    """
-    before, remainders = _checksum(whole.weight), []
-    for part in whole.blocks():
-        block = part.weight
-        delta = part.delta(scratch)
-        total = scratch.wide(scratch.TOTAL, block.shape).copy_(block).add_(delta)
-        new = part.rounded(total, scratch)
-        difference = total.copy_(new).sub_(delta)
-        remainders.append(remember(block, difference, 2 * part.magnitude, 4 * part.steps, scratch))
-        _write(block, new, undo, partial(_unfold_block, part, remainders[-1]), scratch)
-    return Way(deltas, whole.magnitude, tuple(remainders), _checksum(whole.weight), before)
-
-
-def fold_for_good(whole: ExactSum, scratch: Scratch) -> None:
-    """Write the folded weight, and keep nothing."""
-    for part in whole.blocks():
-        _fold_block(part, scratch)
-
-
-def unfold_weight(weight: torch.Tensor, way: Way, undo: list[Undo]) -> None:
-    """Write the weight that was; `undo` gets what folds each block again, for an unfold that is cut short."""
-    whole, scratch = ExactSum(weight, tuple(map(_wide, way.deltas)), way.magnitude), _scratch(weight)
-    for part, remainder in zip(whole.blocks(), way.remainders, strict=True):
-        old = remainder.restore(part.guess(scratch))
-        _write(part.weight, old, undo, partial(_fold_block, part), scratch)
-    assert _checksum(weight) == way.original, "unfolding is exact"
 
 
 def scratches(weights: Sequence[torch.Tensor]) -> dict[tuple[torch.dtype, torch.device], Scratch]:
@@ -200,11 +174,35 @@ class ExactSum:
     """With float64 factors, of all output features."""
     magnitude: float
     """No element is larger, and no part of its sum."""
+    kept: tuple[LowRank, ...] = ()
+    """The deltas in their own dtype, for the way back."""
 
     @staticmethod
     def of(weight: torch.Tensor, deltas: Sequence[LowRank]) -> ExactSum:
         bounds = (abs(d.scale) * d.rank * _largest(d.A) * _largest(d.B) for d in deltas)
-        return ExactSum(weight, tuple(map(_wide, deltas)), _largest(weight) + sum(bounds))
+        return ExactSum(weight, tuple(map(_wide, deltas)), _largest(weight) + sum(bounds), tuple(deltas))
+
+    def fold(self, scratch: Scratch, undo: list[Undo]) -> Way:
+        """Write the folded weight; what comes is the way back.
+
+        Args:
+            undo: gets what undoes each block, for a fold that is cut short.
+        """
+        before, remainders = _checksum(self.weight), []
+        for part in self.blocks():
+            block = part.weight
+            delta = part.delta(scratch)
+            total = scratch.wide(scratch.TOTAL, block.shape).copy_(block).add_(delta)
+            new = part.rounded(total, scratch)
+            difference = total.copy_(new).sub_(delta)
+            remainders.append(remember(block, difference, 2 * part.magnitude, 4 * part.steps, scratch))
+            _write(block, new, undo, partial(_unfold_block, part, remainders[-1]), scratch)
+        return Way(self.kept, self.magnitude, tuple(remainders), _checksum(self.weight), before)
+
+    def fold_for_good(self, scratch: Scratch) -> None:
+        """Write the folded weight, and keep nothing."""
+        for part in self.blocks():
+            _fold_block(part, scratch)
 
     @property
     def steps(self) -> float:

@@ -50,6 +50,10 @@ class LowRank:
         """scale · B·A in the weight's own shape and the factors' dtype."""
         return self.layout.delta(self.A, self.whole) * self.scale
 
+    def of(self, weight: Any) -> Any:
+        """The delta of this weight: it is the same for each."""
+        return self.delta()
+
     def detached(self) -> LowRank:
         return replace(self, A=self.A.detach(), B=self.B.detach())
 

@@ -179,7 +179,7 @@ class _Trial:
         for factor in (adapter.A, adapter.B):
             nn.init.normal_(factor, generator=draw)
         plain = torch.randn(self.shape, dtype=torch.float64, generator=draw)
-        return AdaptedWeight(plain, View.of(self.shape), [Branch(adapter, adapter.low_rank(), None)], plain)
+        return AdaptedWeight(plain, View.of(self.shape), [Branch(adapter, adapter.value(), None)], plain)
 
     def _look(self, example: Example) -> None:
         """Note what `parse` says of the calls in an example, with a weight that computes densely."""

@@ -200,7 +200,7 @@ def _parse_conv(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) 
     n = ndim(a["weight"])
     if n is None or n != int(op[-2]) + 2 or ndim(a["input"]) is not None:
         return None
-    defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    defaults = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
     options = {k: a.get(k, v) for k, v in defaults.items()}
     if transposed:
         return Call(form, a["input"], a["weight"], "i" + "o" * (n - 1), tuple(range(1 - n, 0)), options)

@@ -37,7 +37,7 @@ class Layout:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.sides) == len(self.shape) and "o" in self.sides and "i" in self.sides, (self.sides, self.shape)
+        assert len(self.sides) == len(self.shape) and "o" in self.sides, (self.sides, self.shape)
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
@@ -76,6 +76,11 @@ class Layout:
         axes = [k for side in order for k in self.of(side)]
         grouped = matrix.reshape([self.axes[k].size for k in axes])
         return grouped.permute([axes.index(k) for k in range(len(axes))]).reshape(self.shape)
+
+    def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as (batch…, out, in), a bias as (out, 1); a view where strides allow it. `to_weight` undoes it."""
+        grouped = weight.reshape([axis.size for axis in self.axes]).permute(self.of("b") + self.of("o") + self.of("i"))
+        return grouped.reshape(*self.batch, self.size("o"), self.size("i"))
 
     def picked(self, count: int | None) -> Layout:
         """The layout of some of the experts along the first axis; of one of them, without that axis, for None."""

@@ -290,13 +290,11 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     parameter = owner._parameters[attribute]
     if parameter is None or is_shard(parameter):
         return parameter  # sharding code moves the parameter itself; it computes with the gathered one
-    branches, cast = [], False
-    for child in children:
-        adapter = getattr(owner, child)
-        delta, drop = adapter.low_rank(), adapter.dropout if adapter.dropout.p else None
-        branches.append(Branch(adapter, delta, drop))
-        cast = cast or delta.A.dtype != parameter.dtype
-    return AdaptedWeight(parameter, View.of(parameter.shape), branches, parameter, (), cast)
+    adapters = [getattr(owner, child) for child in children]
+    branches = [Branch(a, a.value(), a.dropout if a.dropout.p else None) for a in adapters]
+    cast = any(a.dtype != parameter.dtype for a in adapters)
+    adapted = AdaptedWeight(parameter, View.of(parameter.shape), branches, parameter, (), cast)
+    return adapted if parameter.ndim > 1 else adapted.dense()  # nothing multiplies with a bias
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Any]:

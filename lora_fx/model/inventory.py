@@ -152,7 +152,7 @@ class Inventory:
                 own = tuple(a for child, a in active.items() if attribute_of(child) == attribute)
                 if own and is_shard(parameter):
                     raise _sharded(self.modules[module][0], attribute, parameter)
-                if parameter is not None and parameter.ndim >= 2:
+                if parameter is not None:
                     readers = storages.setdefault(parameter.untyped_storage()._cdata, {})
                     readers.setdefault(own, []).append((module, attribute))
         return [

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.exact_sum import Way
+from lora_fx.deltas.rounded_sum import KeptWeight
 
 ORIGINAL = "_lora_fx_graph"
 """The graph that a GraphModule had before."""
@@ -92,7 +93,7 @@ class FoldRecord:
     """What one module needs to be unfolded."""
 
     children: Mapping[str, PutAway]
-    ways: Mapping[str, Way] = field(default_factory=dict)
+    ways: Mapping[str, Way | KeptWeight] = field(default_factory=dict)
     """attribute → the way back to the original weight, which the fold has overwritten."""
     originals: Mapping[str, nn.Parameter] = field(default_factory=dict)
     """attribute → the original parameter: the fold has given this module a copy of its own."""

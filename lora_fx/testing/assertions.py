@@ -177,7 +177,7 @@ def _wrong_weights(model: nn.Module, folded: nn.Module) -> Iterator[str]:
 def _describe(
     name: str, weight: torch.Tensor, folded: torch.Tensor, acting: Sequence[Adapter], wrong: torch.Tensor
 ) -> str:
-    total = weight.detach().to(torch.float64) + delta(*acting)
+    total = weight.detach().to(torch.float64) + delta(weight, *acting)
     k = int(wrong[0])
     value, wanted = float(folded.detach().reshape(-1)[k]), float(total.reshape(-1)[k])
     index = [int(n) for n in torch.unravel_index(torch.tensor(k), tuple(weight.shape))]

@@ -1,0 +1,194 @@
+"""Kinds: what an adapter is, one row each.
+
+    W' = W + Σ δ(W, θ)        each δ relative to the base W, so that the order does not matter
+
+A row is written over canonical axes, W: (batch…, out, in), whichever way the weight lies in the model: transposed, as a
+table, as a kernel, as experts. A bias is the weight of an input that is always 1: (out, 1). A row
+says which tensors θ has, how they start (δ = 0, to the bit), and what δ is: two factors where it is of low rank,
+a function of W and θ elsewhere. Branches, the dense sum, folds, checks, files and ONNX follow from that.
+
+The table is open: `lora_fx.register_kind` checks a row and puts it in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+
+from lora_fx.errors import KindError
+
+REQUIRED: Any = ...
+"""In the place of a setting's default: a rule has to give it."""
+
+
+class Theta(SimpleNamespace):
+    """θ and the settings of its rule, as attributes: ``theta.A``, ``theta.rank``; and what follows from them."""
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, alpha = rank by default; or alpha / sqrt(rank), ``scaling="rslora"`` (Kalajdzievski 2023)."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if vars(self).get("scaling") == "rslora" else self.rank)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The canonical axes of what is adapted, with the settings of its rule: a kind takes the shapes of θ from it."""
+
+    batch: tuple[int, ...]
+    """Experts, or whatever the weight has one matrix for."""
+    out: int
+    """Output features: those of a part, where a part of a weight is adapted."""
+    inner: int
+    """Input features; of a convolution times the kernel's size, of a bias 1."""
+    settings: Theta
+
+    @property
+    def rank(self) -> int:
+        return self.settings.rank
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table. Of `delta` and `factors` it has one."""
+
+    name: str
+    """What rules, plans and files call it."""
+    shapes: Callable[[Space], Mapping[str, Sequence[int]]]
+    """The tensors of θ: name → shape."""
+    start: Callable[[Theta, torch.Tensor], Any]
+    """(θ, W) → None: fill θ in place, so that δ(W, θ) = 0. W has θ's dtype."""
+    delta: Callable[[Any, Theta], Any] | None = None
+    """(W, θ) → δ, of W's shape, by torch's differentiable functions alone, in any floating dtype."""
+    factors: Callable[[Theta], tuple[Any, Any]] | None = None
+    """θ → A (batch…, rank, in) and B (batch…, out, rank): δ = scale · B·A."""
+    branch: Callable[[Any, Any, Theta], Any] | None = None
+    """(product, W, θ) → x·δᵀ, without making δ: see `lora_fx.deltas.adapted_weight.Product`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What a rule may give it: name → default, or `REQUIRED`."""
+    adapts: Literal["weight", "bias"] = "weight"
+    """The weight of a matched site, or its bias."""
+
+    @property
+    def low_rank(self) -> bool:
+        """δ = s·B·A: it has the parallel branch with its schedules, and its fold is the real sum, rounded once."""
+        return self.factors is not None
+
+    @property
+    def drops(self) -> bool:
+        """It has a branch input that dropout can act on."""
+        return "dropout" in self.settings
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kind:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return kind_named, (self.name,)
+
+
+def kind_named(name: str) -> Kind:
+    """The row of this name.
+
+    Raises:
+        KindError: there is none.
+    """
+    if name not in KINDS:
+        raise KindError(
+            f"there is no kind {name!r}",
+            place="kind",
+            remedy=f"choose one of {', '.join(KINDS)}; register_kind adds another",
+        )
+    return KINDS[name]
+
+
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def factor_shapes(space: Space) -> dict[str, tuple[int, ...]]:
+    """A and B."""
+    return {"A": (*space.batch, space.rank, space.inner), "B": (*space.batch, space.out, space.rank)}
+
+
+def start_factors(theta: Theta, weight: torch.Tensor) -> None:
+    """B = 0, and A as the setting `init` says."""
+    theta.B.zero_()
+    if callable(theta.init):
+        theta.init(theta.A, theta.B)
+    elif theta.init == "kaiming":  # as nn.Linear: uniform in ±1/sqrt(in)
+        bound = 1 / math.sqrt(theta.A.shape[-1])
+        theta.A.uniform_(-bound, bound)
+    elif theta.init == "gaussian":
+        theta.A.normal_(std=1 / theta.rank)
+    else:
+        theta.A.zero_()
+
+
+_FACTORED = {"rank": REQUIRED, "alpha": None, "scaling": "standard", "dropout": 0.0, "init": "kaiming"}
+
+#: Hu et al., ICLR 2022
+LORA = Kind(
+    "lora",
+    shapes=factor_shapes,
+    start=start_factors,
+    factors=lambda theta: (theta.A, theta.B),
+    settings={**_FACTORED, "schedule": "auto"},
+)
+
+
+def _size(weight: Any, theta: Theta) -> Any:
+    """‖W + s·B·A‖ over the inputs of each feature, (…, out, 1), without a gradient (Liu et al. 2024, section 4.3)."""
+    return torch.linalg.vector_norm(_turned(weight, theta).detach(), dim=-1, keepdim=True)
+
+
+def _turned(weight: Any, theta: Theta) -> Any:
+    """W + s·B·A: DoRA's direction, times its size."""
+    if theta.A.ndim == 2:
+        return torch.addmm(weight, theta.B, theta.A, alpha=theta.scale)
+    return weight + theta.scale * (theta.B @ theta.A)
+
+
+def _dora_start(theta: Theta, weight: torch.Tensor) -> None:
+    start_factors(theta, weight)
+    theta.magnitude.copy_(_size(weight, theta))
+
+
+def _dora_branch(product: Any, weight: Any, theta: Theta) -> Any:
+    """x·δᵀ = (c − 1) ⊙ x·Wᵀ + c ⊙ s·(x·Aᵀ)·Bᵀ with c = m / ‖W + s·B·A‖."""
+    c = theta.magnitude / _size(weight, theta)
+    return product.features(c - 1) * product.base + product.features(c) * product.low_rank(theta.A, theta.B)
+
+
+#: Liu et al., ICML 2024: a size and a direction for each output feature; δ = m·(W + s·B·A) / ‖W + s·B·A‖ − W
+DORA = Kind(
+    "dora",
+    shapes=lambda space: {**factor_shapes(space), "magnitude": (*space.batch, space.out, 1)},
+    start=_dora_start,
+    delta=lambda weight, theta: theta.magnitude / _size(weight, theta) * _turned(weight, theta) - weight,
+    branch=_dora_branch,
+    settings=_FACTORED,
+)
+
+#: Zaken et al., ACL 2022 (BitFit)
+BIAS = Kind(
+    "bias",
+    shapes=lambda space: {"shift": (*space.batch, space.out, 1)},
+    start=lambda theta, weight: theta.shift.zero_(),
+    delta=lambda weight, theta: theta.shift,
+    adapts="bias",
+)
+
+#: the weight itself is trained, beside the one that was
+FULL = Kind(
+    "full",
+    shapes=lambda space: {"weight": (*space.batch, space.out, space.inner)},
+    start=lambda theta, weight: theta.weight.copy_(weight),
+    delta=lambda weight, theta: theta.weight - weight,
+)
+
+#: name → row; read whenever a kind is asked for, since rows come and go (`lora_fx.deltas.registration`)
+KINDS = {kind.name: kind for kind in (LORA, DORA, BIAS, FULL)}

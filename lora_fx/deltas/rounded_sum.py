@@ -1,0 +1,87 @@
+"""The fold of a weight with deltas that are no products of factors:   W' = round(W + Σ δ(W, θ))
+
+The sum is taken in float64 and rounded once to W's own dtype. How far float64 may be from the real sum depends on the
+kind; `lora_fx.checks.oracles.SHARE` is what checks allow for it. A δ that is a function of W cannot be taken out of the
+folded weight again, so the way back keeps W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from lora_fx.changes import Undo
+from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.rounding import Scratch, checksum, round_once
+from lora_fx.errors import FoldError
+
+
+def rounded_sum(weight: torch.Tensor, adapters: Sequence[Adapter], dtype: torch.dtype, name: str) -> torch.Tensor:
+    """W + Σ δ(W, θ) as a new tensor, rounded once to `dtype`, which may be narrower than W's own.
+
+    Raises:
+        FoldError: a number is not finite, or does not fit into the dtype.
+    """
+    plain = weight.detach().to(torch.float64)
+    total = plain.clone()
+    with torch.no_grad():
+        for adapter in adapters:
+            wide = {tensor: p.to(plain.device, torch.float64) for tensor, p in adapter.named_parameters()}
+            total += adapter.delta(plain, adapter.theta_of(wide))
+    rounded = round_once(total, dtype)
+    if not bool(rounded.isfinite().all()):
+        kinds = ", ".join(f"{adapter.name!r} ({adapter.kind.name})" for adapter in adapters)
+        raise FoldError(
+            f"W + δ is not finite in {dtype}, with δ of the adapters {kinds}",
+            place=name,
+            remedy="look for NaN and Inf in the weight and in the adapters; train with less, or take a wider dtype",
+        )
+    return rounded
+
+
+@dataclass(frozen=True)
+class RoundedSum:
+    """W + Σ δ(W, θ), to be written into the weight."""
+
+    weight: torch.Tensor
+    adapters: tuple[Adapter, ...]
+    name: str
+
+    def fold(self, scratch: Scratch, undo: list[Undo]) -> KeptWeight:
+        """Write the sum; what comes is the way back, and `undo` gets it."""
+        folded, before = self._folded(), self.weight.clone()
+        undo.append(partial(self.weight.copy_, before))
+        self.weight.copy_(folded)
+        return KeptWeight(before, checksum(folded))
+
+    def fold_for_good(self, scratch: Scratch) -> None:
+        """Write the sum, and keep nothing."""
+        self.weight.copy_(self._folded())
+
+    def _folded(self) -> torch.Tensor:
+        return rounded_sum(self.weight, self.adapters, self.weight.dtype, self.name)
+
+
+@dataclass(frozen=True)
+class KeptWeight:
+    """The way from the folded weight back: the original one."""
+
+    original: torch.Tensor
+    folded: int
+    """Checksum of the folded weight: it must still be what it was."""
+
+    @property
+    def bytes(self) -> int:
+        return self.original.numel() * self.original.element_size()
+
+    def starts_at(self, weight: torch.Tensor) -> bool:
+        """The folded weight is bitwise what the fold has made it."""
+        return weight.dtype == self.original.dtype and checksum(weight) == self.folded
+
+    def take_back(self, weight: torch.Tensor, undo: list[Undo]) -> None:
+        """Write the weight that was; `undo` gets the folded one."""
+        undo.append(partial(weight.copy_, weight.clone()))
+        weight.copy_(self.original)
