@@ -145,7 +145,7 @@ def foldable(storage: Storage) -> ExactSum | RoundedSum:
     """
     weight, adapters, name = storage.parameter, storage.adapters, storage.names[0]
     if all(adapter.kind.low_rank for adapter in adapters):
-        deltas = [kept(adapter.low_rank()) for adapter in adapters]
+        deltas = [kept(adapter.exact()) for adapter in adapters]
         return check_foldable(weight, deltas, name, [adapter.name for adapter in adapters])
     if weight.is_meta:
         raise FoldError("the weight is on meta: it has no numbers", place=name, remedy="materialise the model first")

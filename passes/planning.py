@@ -341,7 +341,6 @@ def _rows(program: Program, sites: Sequence[Site], chosen: dict[Site, Rule]) -> 
         own = (site.rows, site.role) if rule.role is not None and site.rows is not None else None
         groups.setdefault((site.weight, rule, own), []).append(site)
     rows = []
-    biases = Biases(program)
     for (_, rule, _), group in groups.items():
         weight = group[0].weight
         uses = tuple(dict.fromkeys(use for site in group for use in site.uses))
@@ -353,37 +352,51 @@ def _rows(program: Program, sites: Sequence[Site], chosen: dict[Site, Rule]) -> 
         role = ", ".join(dict.fromkeys(site.role for site in group))
         part = "_".join(dict.fromkeys(s.role.rpartition(".")[2] for s in group)) if covered is not None else ""
         owners, split = _owners(weight, covered, uses, rule)
-        row = Row(weight, rule, role, part, covered, uses, owners, split)
-        rows.append(_on_bias(row, biases) if row.kind.adapts == "bias" else row)
-    return rows
+        rows.append(Row(weight, rule, role, part, covered, uses, owners, split))
+    return _on_biases(rows, program) if any(row.kind.adapts == "bias" for row in rows) else rows
 
 
-def _on_bias(row: Row, biases: Biases) -> Row:
-    """The row for the bias of what it was planned for."""
-    first, *rest = dict.fromkeys(biases.of(use) for use in row.uses)
-    if first is None or rest:
+def _on_biases(rows: Sequence[Row], program: Program) -> list[Row]:
+    """Those of a kind that adapts biases become rows for these: one for each, whichever weights it belongs to."""
+    biases, found = Biases(program), dict[Any, Row]()
+    for row in rows:
+        if row.kind.adapts != "bias":
+            found[row] = row
+            continue
+        bias = _bias_of(row, biases)
+        owners = tuple((path, attribute) for path, _, attribute in (name.rpartition(".") for name in bias.names))
+        key = bias, row.rule, row.rows
+        uses = (*found[key].uses, *row.uses) if key in found else row.uses
+        found[key] = replace(row, weight=bias, uses=uses, owners=owners, split=False)
+    for row in found.values():
+        others = [use for use in row.weight.uses if use not in row.uses] if row.kind.adapts == "bias" else []
+        if others:
+            raise PlanError(
+                f"{row.rule.label} adapts {len(row.uses)} of the uses of this bias, and {others[0].form} in "
+                f"{others[0].module or 'the model'} reads it too",
+                place=row.weight.name,
+                remedy="match that one as well, or give the use a bias of its own",
+            )
+    return list(found.values())
+
+
+def _bias_of(row: Row, biases: Biases) -> Weight:
+    """The bias of what the row was planned for."""
+    bias, *rest = dict.fromkeys(biases.of(use) for use in row.uses)
+    if bias is None or rest:
         raise PlanError(
             f"the kind {row.kind.name!r} adapts a bias, and the weight has {'several' if rest else 'none'}",
             place=row.weight.name,
             remedy="leave it out with a rule before, without a rank, or adapt the weight: kind='full'",
         )
-    bias = first
-    if row.rows is not None and bias.parameter.numel() != row.weight.layout.size("o"):
+    features = row.weight.layout.size("o")
+    if row.rows is not None and bias.parameter.numel() != features:
         raise PlanError(
-            f"its bias has {bias.parameter.numel()} elements for {row.weight.layout.size('o')} features: no part of it "
-            f"is {row.role}",
+            f"its bias has {bias.parameter.numel()} elements for {features} features: no part of it is {row.role}",
             place=bias.name,
             remedy="adapt all of it: select by `where`",
         )
-    if others := [use for use in bias.uses if use not in row.uses]:
-        raise PlanError(
-            f"{row.rule.label} adapts {len(row.uses)} of the uses of this bias, and {others[0].form} in "
-            f"{others[0].module or 'the model'} reads it too",
-            place=bias.name,
-            remedy="give the use a bias of its own",
-        )
-    owners = tuple((path, attribute) for path, _, attribute in (name.rpartition(".") for name in bias.names))
-    return replace(row, weight=bias, owners=owners, split=False)
+    return bias
 
 
 def _owners(weight: Weight, rows: Any, uses: tuple[Use, ...], rule: Rule) -> tuple[tuple[tuple[str, str], ...], bool]:

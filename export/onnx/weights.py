@@ -53,7 +53,7 @@ class Weight:
             return loaded.to(self.dtype)
         if not all(adapter.kind.low_rank for adapter in self.adapters):
             return rounded_sum(loaded, self.adapters, self.dtype, self.name)
-        return folded_weight(loaded, [adapter.low_rank() for adapter in self.adapters], self.dtype, self.name)
+        return folded_weight(loaded, [adapter.exact() for adapter in self.adapters], self.dtype, self.name)
 
 
 Weights = dict[str, Weight]

@@ -55,6 +55,9 @@ class Adapter(Beside):
         KindError: there is no such kind, or it has no such setting, or needs one.
     """
 
+    A: nn.Parameter  # of `lora`, and of what has factors of these names
+    B: nn.Parameter
+
     def __init__(
         self,
         layout: Layout,
@@ -128,6 +131,14 @@ class Adapter(Beside):
         A, B = self.kind.factors(self.theta if tensors is None else self.theta_of(tensors))
         index = self._buffers.get("index") if tensors is None else index
         return LowRank(self.layout, A, B, self.scale, self.rank, self.rows, index)
+
+    def exact(self) -> LowRank:
+        """The same for a fold: factors that are computed, and are no tensors of θ themselves, in float64."""
+        plain = self.low_rank()
+        if all(any(factor is p for p in self._parameters.values()) for factor in (plain.A, plain.B)):
+            return plain
+        wide = {name: p.detach().to(torch.float64) for name, p in self.named_parameters()}
+        return self.low_rank(wide, self._buffers.get("index"))
 
     def value(self) -> LowRank | Dense:
         """Its delta as a value."""

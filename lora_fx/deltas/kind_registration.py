@@ -20,7 +20,8 @@ from lora_fx.errors import KindError, LoraFxError, essence
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.views import View
 
-_ALIKE = 2.0**12  # roundings that two dtypes may differ by: a few for each of the terms of a small trial
+_ALIKE = 2.0**6  # roundings that two dtypes may differ by: a few for each of the terms of a small trial
+_STEP = 2.0**-20  # by how much of itself θ is moved, to see that δ follows smoothly
 _BIASES = (Layout("o", (5,)),)
 _WEIGHTS = Layout("oi", (5, 4)), Layout("io", (4, 5)), Layout("boi", (3, 5, 4))
 
@@ -119,8 +120,11 @@ class _Trial:
         own = self._delta(wide, weight)
         same = torch.equal(weight, kept[0]) and all(torch.equal(p, kept[1][n]) for n, p in wide.named_parameters())
         self.require(same, "δ writes into W or θ", "compute it without in-place operations on them")
-        self.require(torch.equal(own, self._delta(wide, weight)), "δ is another one each time", "draw nothing in it")
+        self.require(
+            torch.equal(own, self._delta(wide, weight, seed=1)), "δ is another one each time", "draw nothing in it"
+        )
         self.require(float(own.detach().abs().max()) > 0, "δ is 0 whatever θ is", "make it depend on θ")
+        self._check_wide(wide, weight, own)
         self._check_narrow(wide, weight, own)
         self._check_gradients(wide, own)
         if self.kind.branch is not None and "b" not in layout.sides:
@@ -133,9 +137,9 @@ class _Trial:
         self.require(bool(adapter._parameters), "shapes names no tensor", "give the tensors of θ with their shapes")
         return adapter
 
-    def _run(self, what: Any) -> Any:
+    def _run(self, what: Any, seed: int = 0) -> Any:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             try:
                 return what()
             except LoraFxError:
@@ -144,14 +148,25 @@ class _Trial:
                 remedy = "shapes, start and δ get W as (batch…, out, in), a bias as (out, 1)"
                 self.require(False, f"it raises {essence(error)}", remedy)
 
-    def _delta(self, adapter: Adapter, weight: torch.Tensor) -> torch.Tensor:
-        own = self._run(lambda: adapter.delta(weight))
-        fits = isinstance(own, torch.Tensor) and own.shape == weight.shape
-        got = tuple(own.shape) if isinstance(own, torch.Tensor) else type(own).__name__
-        self.require(fits, f"δ is {got} for a weight {tuple(weight.shape)}", "give δ the shape of the W it gets")
-        self.require(own.dtype == weight.dtype, f"δ is {own.dtype} for {weight.dtype}", "keep to the dtype of θ")
-        self.require(bool(own.isfinite().all()), "δ is not finite", "mend δ")
-        return own
+    def _delta(self, adapter: Adapter, weight: torch.Tensor, seed: int = 0) -> torch.Tensor:
+        matrix, space, factors, delta = adapter.matrix(weight), adapter.space, self.kind.factors, self.kind.delta
+        if factors is not None:
+            A, B = self._run(lambda: factors(adapter.theta))
+            self._check_tensor("A", A, (*space.batch, space.rank, space.inner), matrix.dtype)
+            self._check_tensor("B", B, (*space.batch, space.out, space.rank), matrix.dtype)
+        if delta is not None:
+            own = self._run(lambda: delta(matrix, adapter.theta))
+            self._check_tensor("δ", own, tuple(matrix.shape), matrix.dtype)
+        return self._run(lambda: adapter.delta(weight), seed)
+
+    def _check_tensor(self, name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        fits = got == shape
+        if name == "δ" and isinstance(value, torch.Tensor) and value.ndim == len(shape):  # one for all inputs will do
+            fits = all(n in (1, wanted) for n, wanted in zip(value.shape, shape, strict=True))
+        self.require(fits, f"{name} is {got}, and not {shape}", "W comes as (batch…, out, in): give it those axes")
+        self.require(value.dtype == dtype, f"{name} is {value.dtype} for {dtype}", "keep to the dtype of θ")
+        self.require(bool(value.isfinite().all()), f"{name} is not finite", "mend it")
 
     def _check_start(self, adapter: Adapter, weight: torch.Tensor) -> None:
         self._run(lambda: adapter.start(weight))
@@ -181,6 +196,25 @@ class _Trial:
         self.require(
             off <= bound,
             f"δ in float32 is off by {off:.1e} from δ in float64, and rounding explains {bound:.1e}",
+            "compute δ with torch's functions in the dtype that W and θ have",
+        )
+
+    def _check_wide(self, adapter: Adapter, weight: torch.Tensor, own: torch.Tensor) -> None:
+        """δ(θ + h) − 2·δ(θ) + δ(θ − h) is of the order of h² where nothing is rounded to less on the way."""
+        before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+        total = -2 * own.detach()
+        with torch.no_grad():
+            for h in (_STEP, -_STEP):
+                for name, parameter in adapter.named_parameters():
+                    parameter.copy_(before[name] * (1 + h))
+                total += self._delta(adapter, weight)
+            for name, parameter in adapter.named_parameters():
+                parameter.copy_(before[name])
+        off, size = float(total.abs().max()), float(own.detach().abs().max() + weight.abs().max())
+        bound = 2**12 * _STEP**2 * size
+        self.require(
+            off <= bound,
+            f"δ in float64 moves in steps of {off:.1e}: something in it rounds to a narrower dtype",
             "compute δ with torch's functions in the dtype that W and θ have",
         )
 
