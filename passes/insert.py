@@ -13,7 +13,7 @@ from torch import nn
 from lora_fx.checks.certification import check_adapted
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.realisation import Realisation
-from lora_fx.errors import EquivalenceError
+from lora_fx.errors import EquivalenceError, KindError, PlanError
 from lora_fx.graph.program import Program
 from lora_fx.model.classes import is_wired
 from lora_fx.model.inventory import inventory
@@ -134,7 +134,10 @@ def make_adapter(row: Row, name: str) -> Adapter:
     )
     adapter.realised = row.realised
     if stored is None:
-        adapter.start(parameter, row.rule.init)
+        try:
+            adapter.start(parameter, row.rule.init)
+        except KindError as error:
+            raise PlanError(error.reason, place=row.name, remedy=error.remedy) from error
         return adapter
     with torch.no_grad():
         for tensor, numbers in stored.items():

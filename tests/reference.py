@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lora_fx.checks.oracles import delta as delta
-from lora_fx.checks.verification import cast_inputs
+from lora_fx.checks.verification import cast_inputs, scatter
 from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, undisturbed
 from lora_fx.model.inventory import inventory
 from lora_fx.testing import comparing
@@ -18,10 +18,14 @@ from lora_fx.testing.comparing import graph_lines as graph_lines
 
 
 def fill(model: nn.Module, seed: int = 0) -> None:
-    """Random factors with a delta about as large as a usual weight: B ≠ 0, and every feature is moved."""
+    """Random θ with a delta about as large as a usual weight: B ≠ 0, and every feature is moved."""
     generator = torch.Generator().manual_seed(seed)
+    weights = {place.adapter: place.parameter for place in inventory(model).places}
     with torch.no_grad():
         for adapter in distinct_adapters(model):
+            if adapter.kind.name != "lora":
+                scatter(adapter, weights[adapter], generator, 0.5)
+                continue
             for factor, fan in ((adapter.A, adapter.A.shape[-1]), (adapter.B, adapter.rank)):
                 factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float64) * 0.5 / math.sqrt(fan))
 

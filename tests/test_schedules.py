@@ -114,7 +114,7 @@ def test_a_product_over_many_rows_is_shared_out(rows, part):
         bound = (
             2 * (rows + 2) * torch.finfo(torch.float64).eps * 1.5 * torch.einsum("tr,to->ro", left.abs(), right.abs())
         )
-        assert bool(((kernels._tall(left, right, 1.5) - expected).abs() <= bound).all())
+        assert bool(((kernels.tall(left, right, 1.5) - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("schedule", [schedules.FUSED, schedules.DENSE])

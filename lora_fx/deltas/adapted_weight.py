@@ -162,6 +162,9 @@ class AdaptedWeight:
     def scheduled(self, call: Call, placed: Sequence[tuple[Branch, Placement]]) -> Any:
         """The whole matmul with its branches, where it is one that can be scheduled; None elsewhere."""
         op, bias = schedulable(call)
+        (branch, placement), *more = placed
+        if op and not more and branch.adapter.kind.matmul is not None:
+            return self._alone(op, call.x, bias, branch, placement)
         traced = isinstance(self.base, fx.Proxy)
         plain = (schedules.AUTO, schedules.BRANCH) if traced and self.base.tracer.plain else (schedules.BRANCH,)
         if not op or self.schedule in plain:
@@ -176,6 +179,14 @@ class AdaptedWeight:
             first = delta.rows[0] if own and delta.rows else 0
             terms.append(Term(A, B, delta.scale, first, None if drop is None else drop(call.x)))
         return schedules.matmul(op, call.x, self.base, bias, tuple(terms), self.schedule)
+
+    def _alone(self, op: str, x: Any, bias: Any, branch: Branch, placement: Placement) -> Any:
+        """The matmul of the one kind that acts on this weight; None where it cannot have it whole."""
+        kind, theta = branch.adapter.kind, getattr(branch.delta, "theta", None)
+        whole = placement.is_whole and branch.adapter.rows is None and not self.cast and theta is not None
+        dropped = branch.dropout is not None and branch.adapter.training
+        assert kind.matmul is not None
+        return kind.matmul(op, x, self.base, bias, theta) if whole and not dropped else None
 
     # What code asks of a weight without reading its elements.
     @property

@@ -146,9 +146,9 @@ def gradients(
         z = _linear(mine, B.mT.contiguous())
         grad_a = grad_b = grad_own = None
         if needs_a:
-            grad_a = _tall(z, own, scale)
+            grad_a = tall(z, own, scale)
         if needs_b:
-            grad_b = _tall(_linear(own, A) if dense else kept[k], mine, scale).mT
+            grad_b = tall(_linear(own, A) if dense else kept[k], mine, scale).mT
         if needs_own:
             grad_own = _product(z, A, scale).view(dropped.shape)
         elif dropped is None and not dense:
@@ -201,7 +201,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Ten
 _PARTS = 4
 
 
-def _tall(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+def tall(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """scale · leftᵀ·right, over many rows: (rows, rank), (rows, features) → (rank, features)."""
     rows = left.shape[0]
     if left.dim() == 3 or left.device.type != "cpu" or rows % _PARTS or rows < 128:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from lora_fx.deltas import dora
 from lora_fx.errors import KindError
 
 REQUIRED: Any = ...
@@ -69,6 +70,8 @@ class Kind:
     """θ → A (batch…, rank, in) and B (batch…, out, rank): δ = scale · B·A."""
     branch: Callable[[Any, Any, Theta], Any] | None = None
     """(product, W, θ) → x·δᵀ, without making δ: see `lora_fx.deltas.adapted_weight.Product`."""
+    matmul: Callable[[str, Any, Any, Any, Theta], Any] | None = None
+    """(op of `kernels.OPS`, x, W, bias, θ) → the op on W + δ, where that is faster than to add a branch; or None."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What a rule may give it: name → default, or `REQUIRED`."""
     adapts: Literal["weight", "bias"] = "weight"
@@ -140,27 +143,15 @@ LORA = Kind(
 )
 
 
-def _size(weight: Any, theta: Theta) -> Any:
-    """‖W + s·B·A‖ over the inputs of each feature, (…, out, 1), without a gradient (Liu et al. 2024, section 4.3)."""
-    return torch.linalg.vector_norm(_turned(weight, theta).detach(), dim=-1, keepdim=True)
-
-
-def _turned(weight: Any, theta: Theta) -> Any:
-    """W + s·B·A: DoRA's direction, times its size."""
-    if theta.A.ndim == 2:
-        return torch.addmm(weight, theta.B, theta.A, alpha=theta.scale)
-    return weight + theta.scale * (theta.B @ theta.A)
-
-
 def _dora_start(theta: Theta, weight: torch.Tensor) -> None:
     start_factors(theta, weight)
-    theta.magnitude.copy_(_size(weight, theta))
-
-
-def _dora_branch(product: Any, weight: Any, theta: Theta) -> Any:
-    """x·δᵀ = (c − 1) ⊙ x·Wᵀ + c ⊙ s·(x·Aᵀ)·Bᵀ with c = m / ‖W + s·B·A‖."""
-    c = theta.magnitude / _size(weight, theta)
-    return product.features(c - 1) * product.base + product.features(c) * product.low_rank(theta.A, theta.B)
+    theta.magnitude.copy_(dora.size(weight, theta))
+    if not bool(theta.magnitude.all()):
+        raise KindError(
+            "an output feature of the weight is 0 throughout: it has no direction, and DoRA divides by its norm",
+            place="kind='dora'",
+            remedy="adapt this weight with another kind",
+        )
 
 
 #: Liu et al., ICML 2024: a size and a direction for each output feature; δ = m·(W + s·B·A) / ‖W + s·B·A‖ − W
@@ -168,8 +159,9 @@ DORA = Kind(
     "dora",
     shapes=lambda space: {**factor_shapes(space), "magnitude": (*space.batch, space.out, 1)},
     start=_dora_start,
-    delta=lambda weight, theta: theta.magnitude / _size(weight, theta) * _turned(weight, theta) - weight,
-    branch=_dora_branch,
+    delta=lambda weight, theta: theta.magnitude / dora.size(weight, theta) * dora.turned(weight, theta) - weight,
+    branch=dora.branch,
+    matmul=dora.matmul,
     settings=_FACTORED,
 )
 

@@ -55,7 +55,7 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[Term], sched
         return kernels.branch(op, x, weight, bias, terms)
     if isinstance(weight, fx.Proxy):  # a module is rewritten, or a rewritten one is unpickled: one node
         return weight.tracer.create_proxy("call_function", matmul, (op, x, weight, bias, terms, schedule), {})
-    if schedule == BRANCH or not _may_schedule(x, weight, bias, terms):
+    if schedule == BRANCH or not may_schedule(x, weight, bias, terms):
         return kernels.branch(op, x, weight, bias, terms)
     dense = schedule != FUSED and _takes_dense(x, weight, terms, schedule)
     if not torch.is_grad_enabled():
@@ -80,7 +80,7 @@ def _takes_dense(x: Any, weight: Any, terms: Sequence[Term], schedule: str) -> b
     return all(term.dropped is None or term.dropped is x for term in terms)
 
 
-def _may_schedule(x: Any, weight: Any, bias: Any, terms: Sequence[Term]) -> bool:
+def may_schedule(x: Any, weight: Any, bias: Any, terms: Sequence[Term]) -> bool:
     """Whether all are ordinary tensors of one dtype, with W frozen, and nothing transforms or records the call."""
     if (
         recording.on

@@ -13,6 +13,8 @@ from torch import nn
 from lora_fx.analysis.rules import Rule
 from lora_fx.analysis.sites import Site, find_sites
 from lora_fx.application import plan
+from lora_fx.checks.verification import scatter
+from lora_fx.deltas.kinds import kind_named
 from lora_fx.deltas.schedules import AUTO, BRANCH, SCHEDULES
 from lora_fx.errors import LoraFxError
 from lora_fx.model.classes import unwired
@@ -21,6 +23,7 @@ from lora_fx.passes.planning import read_program
 from lora_fx.testing.random_models import BLOCKS, DTYPES, GLUE, HEADS, Again, Block, Embedding, RandomModel, Tied
 
 try:
+    from hypothesis import assume
     from hypothesis import strategies as st
 except ImportError as error:
     raise LoraFxError(
@@ -91,13 +94,21 @@ def _options(kind: type[Block]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @st.composite
-def rules_for(draw: st.DrawFn, model: nn.Module, example_inputs: Any = None, *, dropout: bool = False) -> list[Rule]:
-    """Rules that are valid on this model and make at least one adapter.
+def rules_for(
+    draw: st.DrawFn,
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    dropout: bool = False,
+    kinds: Sequence[str] = ("lora",),
+) -> list[Rule]:
+    """Rules that are valid on this model and make at least one adapter; no example where nothing can take the kinds.
 
     Some sites by name, by role, by op or by a predicate, with a rank up to what fits; the rest is excluded or left.
 
     Args:
         dropout: also draw a dropout of the branches, where every use can have one.
+        kinds: of the adapters; each rule has one of them.
     """
     with unwired(model):
         sites = [s for s in find_sites(read_program(model, example_inputs)) if min(s.in_features, s.out_features)]
@@ -105,20 +116,38 @@ def rules_for(draw: st.DrawFn, model: nn.Module, example_inputs: Any = None, *, 
     rules, left = [Rule(where=name) for name in refused], [s for s in sites if not s.weight.problem]
     if not left:
         raise LoraFxError("the model has no weight that can be adapted", place="rules_for", remedy="draw another model")
-    others = list(dict.fromkeys(s.weight for s in left))[1:]
+    kinds = [kind for kind in kinds if any(_takes(model, example_inputs, site, kind) for site in left)]
+    assume(kinds)
+    others = list(dict.fromkeys(s.weight for s in left))[1:] if kinds == ["lora"] else []
     if others and draw(st.sampled_from((False, False, True))):
         out = draw(st.sampled_from(others))
         rules, left = [*rules, Rule(where=out.name)], [s for s in left if s.weight is not out]
+    made = 0
     for _ in range(draw(st.integers(1, 3))):
-        if left:
-            rule, decided = draw(_rule(model, example_inputs, rules, left, dropout))
-            rules, left = [*rules, rule], [s for s in left if s not in decided]
+        kind = draw(st.sampled_from(kinds))
+        fitting = left if kind == "lora" else [s for s in left if _takes(model, example_inputs, s, kind, rules)]
+        if fitting:
+            rule, decided = draw(_rule(model, example_inputs, rules, fitting, dropout, kind))
+            rules, left, made = [*rules, rule], [s for s in left if s not in decided], made + 1
+    assume(made)
     return rules
+
+
+def _takes(model: nn.Module, inputs: Any, site: Site, kind: str, before: Sequence[Rule] = ()) -> bool:
+    """Whether a rule for this weight alone can have an adapter of the kind."""
+    if kind == "lora":
+        return True
+    settings = {"rank": 1} if "rank" in kind_named(kind).settings else {}
+    try:
+        plan(model, [*before, Rule(where=site.weight.name, kind=kind, **settings)], inputs)
+    except LoraFxError:
+        return False
+    return True
 
 
 @st.composite
 def _rule(
-    draw: st.DrawFn, model: nn.Module, inputs: Any, before: list[Rule], left: list[Site], dropout: bool
+    draw: st.DrawFn, model: nn.Module, inputs: Any, before: list[Rule], left: list[Site], dropout: bool, kind: str
 ) -> tuple[Rule, list[Site]]:
     """A rule, and which of the sites that are left it decides."""
     chosen = draw(st.sampled_from(left))
@@ -136,21 +165,25 @@ def _rule(
         schedule=draw(st.sampled_from(SCHEDULES)),
         dropout=draw(st.sampled_from((0.0, 0.5))) if dropout else 0.0,
     )
-    rule, decided = _fitting(key, settings, left)
+    settings = {name: value for name, value in settings.items() if name in kind_named(kind).settings}
+    rule, decided = _fitting(key, kind, settings, left)
     partly = any(s.weight in {d.weight for d in decided} and s not in decided for s in left)
-    if partly or settings["dropout"] or settings["schedule"] not in (AUTO, BRANCH):
+    if kind != "lora" or partly or settings["dropout"] or settings["schedule"] not in (AUTO, BRANCH):
         try:
             plan(model, [*before, rule], inputs)
         except LoraFxError:  # one use of a weight that the same attribute gives to others; a use that has no branch
-            return _fitting({"where": chosen.weight.name}, {**settings, "dropout": 0.0, "schedule": AUTO}, left)
+            plain = {k: v for k, v in settings.items() if k not in ("dropout", "schedule")}
+            return _fitting({"where": chosen.weight.name}, kind, plain, left)
     return rule, decided
 
 
-def _fitting(key: dict[str, Any], settings: dict[str, Any], left: Sequence[Site]) -> tuple[Rule, list[Site]]:
+def _fitting(key: dict[str, Any], kind: str, settings: dict[str, Any], left: Sequence[Site]) -> tuple[Rule, list[Site]]:
     """The rule, with a rank that every site it decides can have, and those sites."""
     decided = [site for site in left if Rule(**key).matches(site)]
-    rank = min(settings["rank"], *(min(s.in_features, s.out_features) for s in decided))
-    return Rule(**key, **{**settings, "rank": rank}), decided
+    if "rank" in settings:
+        rank = min(settings["rank"], *(min(s.in_features, s.out_features) for s in decided))
+        settings = {**settings, "rank": rank}
+    return Rule(**key, **settings, **({} if kind == "lora" else {"kind": kind})), decided
 
 
 @dataclass(frozen=True)
@@ -165,16 +198,25 @@ class Narrower:
 
 @dataclass(frozen=True)
 class Filling:
-    """Gives every adapter in a model random factors, B ≠ 0, in place; equal fillings give equal bits."""
+    """Gives every adapter in a model random θ ≠ θ₀ (for `lora` B ≠ 0), in place; equal fillings give equal bits."""
 
     seed: int
     size: float
-    """Of the delta, relative to a usual weight of the adapter's width, for a scale up to 1 in size."""
+    """Of the delta, relative to a usual weight of the adapter's width, for a scale up to 1 in size; of other kinds than
+    `lora` relative to the weight."""
+    kinds: tuple[str, ...] | None = None
+    """Those that are filled; None for all."""
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> nn.Module:
         generator = torch.Generator().manual_seed(self.seed)
-        for adapter in dict.fromkeys(place.adapter for place in inventory(model).places):
+        places = {place.adapter: place for place in reversed(inventory(model).places)}
+        for adapter, place in reversed(places.items()):
+            if self.kinds is not None and adapter.kind.name not in self.kinds:
+                continue
+            if adapter.kind.name != "lora":
+                scatter(adapter, place.parameter, generator, self.size)
+                continue
             smaller = max(1.0, abs(adapter.scale))
             for factor, std in ((adapter.A, adapter.A.shape[-1] ** -0.5), (adapter.B, adapter.rank**-0.5 / smaller)):
                 values = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
@@ -182,10 +224,14 @@ class Filling:
         return model
 
 
-def adapters(*, sizes: Sequence[float] = (1.0, 0.25, 1e-3)) -> st.SearchStrategy[Filling]:
-    """Fillings: call one on a model, and every adapter in it has random factors, B ≠ 0.
+def adapters(
+    *, sizes: Sequence[float] = (1.0, 0.25, 1e-3), kinds: Sequence[str] | None = None
+) -> st.SearchStrategy[Filling]:
+    """Fillings: call one on a model, and every adapter in it has random θ ≠ θ₀ (for `lora` B ≠ 0).
 
     Args:
         sizes: of the delta, relative to a usual weight.
+        kinds: of the adapters that are filled; None for all.
     """
-    return st.builds(Filling, seed=st.integers(0, 2**16), size=st.sampled_from(list(sizes)))
+    names = None if kinds is None else tuple(kinds)
+    return st.builds(Filling, seed=st.integers(0, 2**16), size=st.sampled_from(list(sizes)), kinds=st.just(names))

@@ -590,7 +590,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient_of_a_without_scale", "schedules", "lora_fx/deltas/kernels.py",
-        "grad_a = _tall(z, own, scale)", "grad_a = _tall(z, own, 1)",
+        "grad_a = tall(z, own, scale)", "grad_a = tall(z, own, 1)",
         "A learns at another rate than B.",
     ),
     Mutant(
