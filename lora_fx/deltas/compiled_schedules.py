@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from lora_fx.deltas import kernels
-from lora_fx.deltas.kernels import Term, unflat
+from lora_fx.deltas.kernels import Term, Terms
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
-def may_compile(x: Any, weight: Any, bias: Any, terms: Sequence[Term]) -> bool:
+def may_compile(x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
     """Whether Dynamo is to see one op. Inductor leaves matmuls to the same library as we do, but cannot accumulate in
     place around them; where it has kernels of its own (on a GPU), and where W is small, it is better left alone."""
     if (
@@ -28,18 +28,17 @@ def may_compile(x: Any, weight: Any, bias: Any, terms: Sequence[Term]) -> bool:
         or (bias is not None and (type(bias) not in ORDINARY or bias.requires_grad or bias.dtype != x.dtype))
     ):
         return False
-    if len({term.dropped is not None for term in terms}) != 1:
+    if len({dropped is not None for *_, dropped in terms}) != 1:
         return False
-    tensors = [x, weight, *(t for term in terms for t in (term.A, term.B))]  # a DTensor has no rule for an op of ours
+    tensors = [x, weight, *(t for A, B, *_ in terms for t in (A, B))]  # a DTensor has no rule for an op of ours
     return all(type(t) in ORDINARY and t.dtype == x.dtype for t in tensors)
 
 
-def compiled(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[Term]) -> Any:
+def compiled(op: str, x: Any, weight: Any, bias: Any, terms: Terms) -> Any:
     """y, by the op."""
-    A, B = [term.A for term in terms], [term.B for term in terms]
-    scales, firsts = [float(term.scale) for term in terms], [term.first for term in terms]
-    dropped = [term.dropped for term in terms if term.dropped is not None]
-    return torch.ops.lora_fx.fused_matmul(op, x, weight, bias, A, B, scales, firsts, dropped)[0]
+    A, B, scales, firsts, each = map(list, zip(*terms, strict=True))
+    dropped = [t for t in each if t is not None]
+    return torch.ops.lora_fx.fused_matmul(op, x, weight, bias, A, B, list(map(float, scales)), firsts, dropped)[0]
 
 
 def _terms(A: Any, B: Any, scales: Any, firsts: Any, dropped: Any) -> list[Term]:
@@ -89,9 +88,8 @@ def _fused_matmul_backward(
     terms = _terms(A, B, scales, firsts, dropped)
     needs = [True, True, bool(dropped)] * len(terms)
     grad_x, flat = kernels.gradients(op, False, terms, x, weight, kept, grad, x.shape, needs_x, needs)
-    grads = unflat(zip(scales, firsts, strict=True), flat)
-    factors = [*(g.A.contiguous() for g in grads), *(g.B.contiguous() for g in grads)]
-    return [*factors, *(g.dropped for g in grads if dropped), *([] if grad_x is None else [grad_x])]
+    factors = [g.contiguous() for g in (*flat[::3], *flat[1::3]) if g is not None]
+    return [*factors, *(g for g in (*flat[2::3], grad_x) if g is not None)]
 
 
 @_fused_matmul_backward.register_fake

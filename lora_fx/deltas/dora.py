@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 from lora_fx.deltas import kernels, rematerialization, schedules
-from lora_fx.deltas.kernels import Term
 
 
 def turned(weight: Any, theta: Any) -> Any:
@@ -43,7 +42,7 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, theta: Any) -> Any:
     Args:
         op: one of `kernels.OPS`. Only a linear's W lies as it does in here, so that c is 1 to the bit at the start.
     """
-    terms = (Term(theta.A, theta.B, theta.scale, 0, None),)
+    terms = ((theta.A, theta.B, theta.scale, 0, None),)
     if op != "linear" or torch.compiler.is_compiling() or not kernels.loses_nothing(x.dtype):
         return None
     if not schedules.may_schedule(x, weight, bias, terms) or theta.magnitude.dtype != x.dtype:

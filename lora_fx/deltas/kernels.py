@@ -29,7 +29,7 @@ OPS = {
 
 
 class Term(NamedTuple):
-    """One branch of a matmul: a tuple, because generated code builds one in each call."""
+    """One branch of a matmul. A plain tuple of the same does as well: generated code has one, which costs nothing."""
 
     A: Any
     B: Any
@@ -40,16 +40,19 @@ class Term(NamedTuple):
     """x with dropout; x itself or None where nothing is dropped."""
 
 
-def flat(terms: Iterable[Term]) -> list[Any]:
+Terms = Sequence[tuple[Any, Any, float, int, Any]]
+
+
+def flat(terms: Terms) -> list[Any]:
     """The tensors of all terms in one list: autograd sees none inside of other things."""
-    return [t for term in terms for t in (term.A, term.B, term.dropped)]
+    return [t for A, B, _, _, dropped in terms for t in (A, B, dropped)]
 
 
-def unflat(spec: Iterable[tuple[float, int]], tensors: Iterable[Any]) -> list[Term]:
+def unflat(spec: Iterable[tuple[float, int]], tensors: Iterable[Any]) -> Terms:
     """The way back, from (scale, first) of each, for the tensors or what there is one of for each."""
     rest = iter(tensors)
     each = zip(spec, rest, rest, rest, strict=True)
-    return [Term(A, B, scale, first, dropped) for (scale, first), A, B, dropped in each]
+    return [(A, B, scale, first, dropped) for (scale, first), A, B, dropped in each]
 
 
 def loses_nothing(dtype: torch.dtype) -> bool:
@@ -57,7 +60,7 @@ def loses_nothing(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
 
 
-def branch(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[Term]) -> Any:
+def branch(op: str, x: Any, weight: Any, bias: Any, terms: Terms) -> Any:
     """y as one would write it: every pass of autograd is an op of its own."""
     y = OPS[op](x, weight, bias)
     for A, B, scale, first, dropped in terms:
@@ -75,9 +78,7 @@ LARGE = 2**16
 """From so many elements of x on, a pass over y takes longer than what a call of torch costs."""
 
 
-def forward(
-    op: str, dense: bool, x: Any, weight: Any, bias: Any, terms: Sequence[Term], kept: list[torch.Tensor]
-) -> Any:
+def forward(op: str, dense: bool, x: Any, weight: Any, bias: Any, terms: Terms, kept: list[torch.Tensor]) -> Any:
     """y, with the branches accumulated in place or, if `dense`, in the weight.
 
     Args:
@@ -86,9 +87,9 @@ def forward(
     if dense:
         return OPS[op](x, weight_sum(op, weight, terms), bias)
     experts = weight.dim() == 3
-    for term in terms:
-        own = x if term.dropped is None else term.dropped
-        z = torch.bmm(own, term.A.mT) if experts else F.linear(own, term.A)
+    for A, _, _, _, dropped in terms:
+        own = x if dropped is None else dropped
+        z = torch.bmm(own, A.mT) if experts else F.linear(own, A)
         kept.append(z if experts or z.dim() == 2 else z.reshape(-1, z.size(-1)))
     if x.numel() >= LARGE and _starts_with_the_branch(op, x, weight, terms):
         # A large product that adds to what is there costs what one that overwrites it does.
@@ -112,15 +113,16 @@ def forward(
     return y
 
 
-def _starts_with_the_branch(op: str, x: Any, weight: Any, terms: Sequence[Term]) -> bool:
-    whole = weight.dim() == 2 and terms[0].B.size(0) == weight.size(0 if op == "linear" else -1)
+def _starts_with_the_branch(op: str, x: Any, weight: Any, terms: Terms) -> bool:
+    _, B, *_ = terms[0]
+    whole = weight.dim() == 2 and B.size(0) == weight.size(0 if op == "linear" else -1)
     return whole and x.is_cpu and x.dim() > 1 and loses_nothing(x.dtype)
 
 
 def gradients(
     op: str,
     dense: bool,
-    terms: Sequence[Term],
+    terms: Terms,
     x: Any,
     weight: torch.Tensor,
     kept: Sequence[torch.Tensor],
@@ -164,7 +166,7 @@ def gradients(
     return grad_x.view(shape), grads
 
 
-def weight_sum(op: str, weight: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
+def weight_sum(op: str, weight: torch.Tensor, terms: Terms) -> torch.Tensor:
     """W + Σ s·B·A, differentiable in A and B."""
     total = weight if op == "linear" else weight.mT
     add = torch.addmm if total.dim() == 2 else torch.baddbmm

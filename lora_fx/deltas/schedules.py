@@ -13,7 +13,6 @@ stake, when a program is compiled, captured, exported or transformed, they are t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import fx
 
 from lora_fx.deltas import kernels, rematerialization
 from lora_fx.deltas.compiled_schedules import ORDINARY, compiled, may_compile
-from lora_fx.deltas.kernels import Term, flat, loses_nothing, unflat
+from lora_fx.deltas.kernels import Terms, flat, loses_nothing, unflat
 from lora_fx.graph.capture import recording
 
 AUTO, BRANCH, FUSED, DENSE = "auto", "branch", "fused", "dense"
@@ -42,7 +41,7 @@ def dense_from(inputs: int, outputs: int) -> int:
     return max(_CACHED, 4 * inputs * outputs // max(inputs + outputs, 1))
 
 
-def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[Term], schedule: str) -> Any:
+def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Terms, schedule: str) -> Any:
     """x·Wᵀ + bias + Σ s·(x·Aᵀ)·Bᵀ.
 
     Args:
@@ -53,7 +52,8 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[Term], sched
         if schedule in (AUTO, FUSED) and may_compile(x, weight, bias, terms):
             return compiled(op, x, weight, bias, terms)
         return kernels.branch(op, x, weight, bias, terms)
-    if isinstance(weight, fx.Proxy):  # a module is rewritten, or a rewritten one is unpickled: one node
+    if type(weight) is fx.Proxy:  # a module is rewritten, or a rewritten one is unpickled: one node
+        terms = tuple(map(tuple, terms))
         return weight.tracer.create_proxy("call_function", matmul, (op, x, weight, bias, terms, schedule), {})
     if schedule == BRANCH or not may_schedule(x, weight, bias, terms):
         return kernels.branch(op, x, weight, bias, terms)
@@ -65,10 +65,10 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Sequence[Term], sched
         tensors += A, B, None if dropped is x else dropped
     if not x.requires_grad and not any(t is not None and t.requires_grad for t in tensors):
         return kernels.forward(op, dense, x, weight, bias, terms, [])
-    return _Scheduled.apply(op, dense, [(term.scale, term.first) for term in terms], x, weight, bias, *tensors)
+    return _Scheduled.apply(op, dense, [(scale, first) for _, _, scale, first, _ in terms], x, weight, bias, *tensors)
 
 
-def _takes_dense(x: Any, weight: Any, terms: Sequence[Term], schedule: str) -> bool:
+def _takes_dense(x: Any, weight: Any, terms: Terms, schedule: str) -> bool:
     if schedule == AUTO:
         if x.numel() < _CACHED:  # and fewer tokens still
             return False
@@ -77,10 +77,10 @@ def _takes_dense(x: Any, weight: Any, terms: Sequence[Term], schedule: str) -> b
             return False
     if not loses_nothing(weight.dtype):  # the model may have been cast since
         return False
-    return all(term.dropped is None or term.dropped is x for term in terms)
+    return all(dropped is None or dropped is x for *_, dropped in terms)
 
 
-def may_schedule(x: Any, weight: Any, bias: Any, terms: Sequence[Term]) -> bool:
+def may_schedule(x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
     """Whether all are ordinary tensors of one dtype, with W frozen, and nothing transforms or records the call."""
     if (
         recording.on
@@ -92,10 +92,10 @@ def may_schedule(x: Any, weight: Any, bias: Any, terms: Sequence[Term]) -> bool:
         or (bias is not None and bias.requires_grad)
     ):
         return False
-    if weight.dim() == 3 and (
-        x.dim() != 3 or any(t.shape[:-2] != x.shape[:1] for t in (weight, terms[0].A, terms[0].B))
-    ):
-        return False  # one of them is broadcast
+    if weight.dim() == 3:
+        A, B, *_ = terms[0]
+        if x.dim() != 3 or any(t.shape[:-2] != x.shape[:1] for t in (weight, A, B)):
+            return False  # one of them is broadcast
     dtype = x.dtype
     for t in (x, weight) if bias is None else (x, weight, bias):
         if type(t) not in ORDINARY or t.dtype != dtype:
@@ -137,14 +137,14 @@ class _Scheduled(torch.autograd.Function):
         return None, None, None, grad_x, None, None, *grads
 
 
-def _saved(ctx: Any) -> tuple[Any, Any, list[Term], list[Any]]:
+def _saved(ctx: Any) -> tuple[Any, Any, Terms, list[Any]]:
     """x or None, W, the terms, and x·Aᵀ of each."""
     saved = iter(ctx.saved_tensors)
     weight = next(saved)
     factors = [(next(saved), next(saved)) for _ in ctx.spec]
     x, *dropped = rematerialization.unpack(saved, ctx.recipes)
     each = zip(factors, ctx.spec, dropped, strict=True)
-    return x, weight, [Term(A, B, scale, first, d) for (A, B), (scale, first), d in each], list(saved)
+    return x, weight, [(A, B, scale, first, d) for (A, B), (scale, first), d in each], list(saved)
 
 
 def _differentiable_gradients(ctx: Any, grad: Any) -> Any:

@@ -585,7 +585,7 @@ MUTANTS = (
     ),
     Mutant(
         "dense_drops_the_whole_input", "schedules", "lora_fx/deltas/schedules.py",
-        "return all(term.dropped is None or term.dropped is x for term in terms)", "return True",
+        "return all(dropped is None or dropped is x for *_, dropped in terms)", "return True",
         "Where the tokens are many, dropout on the branch is forgotten.",
     ),
     Mutant(
