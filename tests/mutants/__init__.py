@@ -846,7 +846,7 @@ MUTANTS = (
     ),
     Mutant(
         "every_slot_has_a_rank", "export", "export/onnx/switchable.py",
-        "least=0 if all(map(_may_be_empty, factors)) else 1", "least=1",
+        "least = 0 if all(map(_may_be_empty, factors)) else 1", "least = 1",
         "Empty slots of plain matmuls are multiplied with, too.",
         tests=("tests/test_sessions.py::test_an_empty_slot_has_the_least_rank_that_the_runtime_survives",),
     ),
