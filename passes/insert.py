@@ -133,6 +133,8 @@ def make_adapter(row: Row, name: str) -> Adapter:
         **row.rule.settings_of(row.kind),
     )
     adapter.realised = row.realised
+    holders = {path for path, _ in row.owners}
+    adapter.read_outside = next((use.module or "the model" for use in row.uses if use.module not in holders), "")
     if stored is None:
         try:
             adapter.start(parameter, row.rule.init)

@@ -271,7 +271,7 @@ class Schedule(Pass):
 
 def _schedule(row: Row) -> str:
     if not row.kind.low_rank:
-        beside = all(_has_product(use, row.kind) for use in row.uses)
+        beside = row.kind.branch is not None and all(_has_product(use, row.kind) for use in row.uses)
         return "its own branch" if beside else f"{row.kind.adapts} + δ"
     if row.why_branch:
         return schedules.BRANCH

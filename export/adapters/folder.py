@@ -103,6 +103,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_alpha": (_is_number, "a finite number"),
     "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a probability below 1"),
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "use_dora": (lambda v: isinstance(v, bool), "true or false"),
     "rank_pattern": (_table_of(lambda v: _is_int(v) and v > 0), "a table of positive integers"),
     "alpha_pattern": (_table_of(_is_number), "a table of finite numbers"),
     "target_modules": (lambda v: _is_text(v) or _are(_is_text)(v), "a pattern or a list of names"),
@@ -266,15 +267,12 @@ def _publish(fresh: Path, folder: Path) -> None:
 
 def _link_others(folder: Path, fresh: Path) -> bool:
     """Give every other file of the folder a second name in the fresh one; False where that cannot be."""
+
+    def own(at: str, names: list[str]) -> set[str]:
+        return {CONFIG, TENSORS} & {*names} if Path(at) == folder else set()
+
     try:
-        shutil.copytree(
-            folder,
-            fresh,
-            symlinks=True,
-            ignore=lambda at, names: {CONFIG, TENSORS} & {*names} if Path(at) == folder else (),
-            copy_function=os.link,
-            dirs_exist_ok=True,
-        )
+        shutil.copytree(folder, fresh, symlinks=True, ignore=own, copy_function=os.link, dirs_exist_ok=True)
     except (OSError, shutil.Error):
         return False
     return True

@@ -28,6 +28,11 @@ class Biases:
             if (key := self._read_by(use)) is not None:
                 self._found[key].uses.append(use)
 
+    @property
+    def named(self) -> dict[str, Weight]:
+        """Every parameter under each of its names, with the uses whose bias it is."""
+        return {name: bias for bias in self._found.values() for name in bias.names}
+
     def of(self, use: Use) -> Weight | None:
         """What is added to this use's output; None where it has no bias.
 

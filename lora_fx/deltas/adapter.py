@@ -76,6 +76,8 @@ class Adapter(Beside):
         self.settings = complete(self.kind, settings)
         self.settings.pop("init", None)  # for `start` alone
         self.active = True
+        self.read_outside = ""
+        """The module, if there is one, that multiplies with the weight though another holds it."""
         self.realised = Realisation.DISPATCH
         """How the weight is read: `GRAPH` (generated forwards) or `DISPATCH` (an `AdaptedWeight` property)."""
         self.dropout = nn.Dropout(self.settings.get("dropout", 0.0))
