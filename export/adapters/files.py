@@ -15,6 +15,7 @@ is refused by name. With ``peft=False`` the folder holds the factors as they are
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 import re
@@ -22,7 +23,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import nn
 
 from lora_fx.analysis.rules import Rule
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.schedules import AUTO
 from lora_fx.export.adapters import peft as peft_format
 from lora_fx.export.adapters.folder import (
@@ -44,7 +46,7 @@ from lora_fx.export.adapters.folder import (
     refuse,
     write_folder,
 )
-from lora_fx.export.adapters.peft import Factors, Layer, Modules
+from lora_fx.export.adapters.peft import ITS_BASE, Layer, Modules, turned
 from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.program import Program, Use, Weight
@@ -57,7 +59,6 @@ from lora_fx.passes.pipeline import Pipeline
 from lora_fx.passes.planning import Plan, Row, Schedule, plan_rows, read_program
 
 _OWN_FORMAT = "save_adapter(..., peft=False) writes a folder that lora_fx can load and PEFT refuses"
-_ITS_BASE = "load the base model it was made for"
 
 
 # ── save ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,21 +72,21 @@ class _Held:
     weights: tuple[str, ...]
     part: str
 
-    def turned(self, layer: Layer) -> Factors:
-        """The factors of all rows, in the layer's axes."""
-        delta = self.adapter.low_rank().detached()
-        turned = Factors(delta.A.cpu(), delta.whole.cpu(), delta.layout.sides).turned(layer.sides)
-        if turned is None:
-            reason = f"the model reads it as {delta.layout.sides!r} (o: out, i: in, b: batch), PEFT as {layer.sides!r}"
+    def turned(self, layer: Layer) -> LowRank:
+        """The delta of all rows, in the layer's axes."""
+        own, wanted = self.adapter.low_rank().detached(), layer.layout.sides
+        found = turned(replace(own, A=own.A.cpu(), B=own.whole.cpu(), rows=None, index=None), wanted)
+        if found is None:
+            reason = f"the model reads it as {own.layout.sides!r} (o: out, i: in, b: batch), PEFT as {wanted!r}"
             refuse(self.weights[0], reason, _OWN_FORMAT)
-        return turned
+        return found
 
     def entry(self) -> dict[str, Any]:
         a = self.adapter
         return {
             "weights": list(self.weights), "part": self.part, "role": a.role, "sides": a.layout.sides, "rank": a.rank,
-            "alpha": a.alpha, "scaling": a.scaling, "dropout": a.dropout.p, "rows": _ranges(a.rows),
-            "schedule": a.schedule,
+            "alpha": a.alpha, "scaling": a.scaling, "dropout": a.dropout.p, "schedule": a.schedule,
+            "rows": None if a.rows is None else _ranges(a.rows),
         }  # fmt: skip
 
 
@@ -94,39 +95,24 @@ class _Target:
     """What PEFT is told to adapt, with the adapters in each of its layers: they share one rank and one alpha."""
 
     layers: Mapping[Layer, list[_Held]]
-    rslora: bool
+    rank: int
+    alpha: float
+    """Whole numbers as integers, as PEFT types them."""
+    scale: float
 
-    @property
-    def rank(self) -> int:
-        return max(sum(h.adapter.rank for h in group) for group in self.layers.values())
-
-    @property
-    def alpha(self) -> float:
-        """Whole numbers as integers, as PEFT types them."""
-        first = next(h.adapter for group in self.layers.values() for h in group)
-        own = self.rank == first.rank and (first.scaling == "rslora") == self.rslora
-        alpha = first.alpha if own else first.scale * self._divisor
-        return int(alpha) if float(alpha).is_integer() else alpha
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self._divisor
-
-    @property
-    def _divisor(self) -> float:
-        return math.sqrt(self.rank) if self.rslora else self.rank
+    @classmethod
+    def of(cls, layers: Mapping[Layer, list[_Held]], rslora: bool) -> _Target:
+        groups = layers.values()
+        rank = max(sum(h.adapter.rank for h in group) for group in groups)
+        first = next(h.adapter for group in groups for h in group)
+        divisor = math.sqrt(rank) if rslora else rank
+        own = rank == first.rank and (first.scaling == "rslora") == rslora
+        alpha = first.alpha if own else first.scale * divisor
+        return cls(layers, rank, int(alpha) if float(alpha).is_integer() else alpha, alpha / divisor)
 
 
 _Files = tuple[dict[str, Any], dict[str, torch.Tensor], list[dict[str, Any]]]
 """The config, the tensors, and for each adapter its entry in our header."""
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """Where in its layer's factors an adapter lies: from `start` on along the rank, its B 2^shift times as large."""
-
-    start: int
-    shift: int
 
 
 def save_adapter(
@@ -173,9 +159,8 @@ def _held(model: nn.Module, name: str) -> list[_Held]:
     for adapter, places in found.items():
         names = tuple(weight_name(plain_path(place.path), place.attribute) for place in places)
         held.append(_Held(adapter, names, places[0].part))
-    for h in held:
-        for label, factor in (("A", h.adapter.A), ("B", h.adapter.B)):
-            where = f"{h.weights[0]}, {label} of adapter {name!r}"
+        for label, factor in (("A", adapter.A), ("B", adapter.B)):
+            where = f"{names[0]}, {label} of adapter {name!r}"
             if factor.is_meta:
                 refuse(where, "it is on meta and has no numbers", "materialise the model first")
             if is_shard(factor):
@@ -192,23 +177,16 @@ def _as_own(held: list[_Held]) -> _Files:
     entries: list[dict[str, Any]] = []
     for h in held:
         base = ".".join(filter(None, (h.weights[0], h.part)))
-        keys = f"{base}.A", f"{base}.B"
-        tensors.update(zip(keys, (h.adapter.A.detach().cpu(), h.adapter.B.detach().cpu()), strict=True))
-        entries.append({**h.entry(), "keys": keys})
+        tensors |= {f"{base}.A": h.adapter.A, f"{base}.B": h.adapter.B}
+        entries.append({**h.entry(), "keys": (f"{base}.A", f"{base}.B")})
     return {"peft_type": OWN, "lora_fx_version": VERSION}, tensors, entries
 
 
-def _ranges(rows: tuple[int, ...] | None) -> list[list[int]] | None:
+def _ranges(rows: tuple[int, ...]) -> list[list[int]]:
     """Rows as half-open ranges."""
-    if rows is None:
-        return None
-    ranges: list[list[int]] = []
-    for row in rows:
-        if ranges and ranges[-1][1] == row:
-            ranges[-1][1] = row + 1
-        else:
-            ranges.append([row, row + 1])
-    return ranges
+    runs = itertools.groupby(enumerate(rows), key=lambda at: at[1] - at[0])
+    found = [[row for _, row in run] for _, run in runs]
+    return [[run[0], run[-1] + 1] for run in found]
 
 
 def _as_peft(model: nn.Module, held: list[_Held], name: str) -> _Files:
@@ -225,24 +203,18 @@ def _as_peft(model: nn.Module, held: list[_Held], name: str) -> _Files:
     for h in held:
         for weight in h.weights:
             layer = modules.layer(weight, raw)
-            layers.setdefault(layer.target, _attention_layers(modules, layer)).setdefault(layer, []).append(h)
-    targets = {name: _Target(own, rslora) for name, own in layers.items()}
+            own = layers.setdefault(layer.target, {})
+            if layer.kind == "attention" and not own:  # PEFT adapts both projections: without an adapter one gets zeros
+                own.update({modules.layer(f"{layer.target}.{w}", ()): [] for w in peft_format.ATTENTION})
+            own.setdefault(layer, []).append(h)
+    targets = {name: _Target.of(own, rslora) for name, own in layers.items()}
     tensors: dict[str, torch.Tensor] = {}
-    slots: dict[tuple[_Held, Layer], _Slot] = {}
+    slots: dict[tuple[_Held, Layer], dict[str, int]] = {}
     for target in targets.values():
         for layer in target.layers:
-            factors, own = _joined(layer, target)
-            tensors.update(layer.encode(factors))
-            slots.update(((h, layer), slot) for h, slot in own.items())
-    entries = [{**h.entry(), **asdict(slots[h, modules.layer(h.weights[0], raw)])} for h in held]
+            tensors.update(_joined(layer, target, slots))
+    entries = [{**h.entry(), **slots[h, modules.layer(h.weights[0], raw)]} for h in held]
     return _config(modules, targets, rslora), tensors, entries
-
-
-def _attention_layers(modules: Modules, layer: Layer) -> dict[Layer, list[_Held]]:
-    """PEFT always adapts both projections of a MultiheadAttention: one that has no adapter gets zeros."""
-    if layer.kind != "attention":
-        return {}
-    return {modules.layer(f"{layer.target}.{w}", ()): [] for w in peft_format.ATTENTION}
 
 
 def _refuse_outside_reads(model: nn.Module, name: str) -> None:
@@ -251,22 +223,26 @@ def _refuse_outside_reads(model: nn.Module, name: str) -> None:
         pattern = rf"(?<!self)\.(\w+){child_name('', name)}\w*\.[AB]\b"
         if is_reader(module) and (found := re.search(pattern, show(module))):
             reads = f"its forward reads the {found[1]} of a module inside it"
-            reason = f"{reads}, and PEFT adapts only calls of that module"
-            refuse(path or type(model).__name__, reason, _OWN_FORMAT)
+            refuse(path or type(model).__name__, f"{reads}, and PEFT adapts only calls of that module", _OWN_FORMAT)
 
 
-def _joined(layer: Layer, target: _Target) -> tuple[Factors, dict[_Held, _Slot]]:
-    """A layer's adapters side by side along the rank, with the target's scale, and zeros up to the target's rank."""
-    members, slots, start = target.layers[layer], {}, 0
+def _joined(layer: Layer, target: _Target, slots: dict[tuple[_Held, Layer], dict[str, int]]) -> dict[str, torch.Tensor]:
+    """A layer's adapters side by side along the rank, with the target's scale, and zeros up to the target's rank.
+
+    Args:
+        slots: is told where each adapter lies: from `start` on along the rank, its B 2^shift times as large.
+    """
+    members, start = target.layers[layer], 0
     dtype = next((h.adapter.dtype for h in members), torch.float32)
     A, B = (torch.zeros(layer.layout.shape_of(factor, target.rank), dtype=dtype) for factor in "AB")
     for h in members:
-        factors, stop = h.turned(layer), start + h.adapter.rank
-        slots[h] = _Slot(start, _power_of_two(h, target.scale * layer.times, factors.B))
-        A[..., start:stop, :] = factors.A
-        B[..., start:stop] = torch.ldexp(factors.B, torch.tensor(slots[h].shift))
+        delta, stop = h.turned(layer), start + h.adapter.rank
+        shift = _power_of_two(h, target.scale * layer.times, delta.B)
+        A[..., start:stop, :] = delta.A
+        B[..., start:stop] = torch.ldexp(delta.B, torch.tensor(shift))
+        slots[h, layer] = {"start": start, "shift": shift}
         start = stop
-    return Factors(A, B, layer.sides), slots
+    return layer.encode(A, B)
 
 
 def _power_of_two(h: _Held, scale: float, B: torch.Tensor) -> int:
@@ -277,12 +253,9 @@ def _power_of_two(h: _Held, scale: float, B: torch.Tensor) -> int:
     exact = abs(ratio - 2.0**near) <= 4 * sys.float_info.epsilon * 2.0**near
     there = torch.ldexp(B, torch.tensor(near))
     if not (exact and torch.equal(torch.ldexp(there, torch.tensor(-near)), B)):
-        refuse(
-            h.weights[0],
-            f"alpha={h.adapter.alpha:g} at rank={h.adapter.rank} is a scale of {own:g}, and PEFT keeps one for all of "
-            f"it: {scale:g}, times no power of two",
-            f"give the parts of one weight the same alpha / rank, or {_OWN_FORMAT}",
-        )
+        reason = f"alpha={h.adapter.alpha:g} at rank={h.adapter.rank} is a scale of {own:g}, and PEFT keeps one for all"
+        reason += f" of it: {scale:g}, times no power of two"
+        refuse(h.weights[0], reason, f"give the parts of one weight the same alpha / rank, or {_OWN_FORMAT}")
     return near
 
 
@@ -297,6 +270,9 @@ def _config(modules: Modules, targets: Mapping[str, _Target], rslora: bool) -> d
         if clashes:
             reason = f"PEFT's target_parameters would take {clashes[0]} too: it ends in the same words"
             refuse(parameter, reason, _OWN_FORMAT)
+    paths = [target for target in targets if target not in parameters]
+    others = [path for path in modules.by_path if path not in paths]
+    clash = any(other.endswith(f".{path}") for other in others for path in paths)  # a pattern takes only whole paths
     exactly = {"^" + re.escape(name): t for name, t in targets.items()}  # PEFT allows any prefix before a key
     ((rank, alpha), _), *_ = Counter((t.rank, t.alpha) for t in targets.values()).most_common(1)
     return {
@@ -311,7 +287,7 @@ def _config(modules: Modules, targets: Mapping[str, _Target], rslora: bool) -> d
         "use_rslora": rslora,
         "bias": "none",
         "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
-        "target_modules": _target_modules(modules, [t for t in targets if t not in parameters]),
+        "target_modules": "|".join(map(re.escape, paths)) if clash else paths,
         "target_parameters": parameters or None,
         "rank_pattern": {key: t.rank for key, t in exactly.items() if t.rank != rank},
         "alpha_pattern": {key: t.alpha for key, t in exactly.items() if t.alpha != alpha},
@@ -319,24 +295,14 @@ def _config(modules: Modules, targets: Mapping[str, _Target], rslora: bool) -> d
     }
 
 
-def _target_modules(modules: Modules, targets: list[str]) -> list[str] | str:
-    """Full paths; where one of them is also the end of another module's path, a pattern of full paths."""
-    others = [path for path in modules.by_path if path not in targets]
-    if any(path.endswith(f".{target}") for path in others for target in targets):
-        return "|".join(re.escape(target) for target in targets)
-    return targets
-
-
 def _shared_dropout(targets: Mapping[str, _Target]) -> float:
     """PEFT has one dropout for all layers, drops nothing on embeddings and attention, and refuses it on parameters."""
     pairs = [(layer, h) for t in targets.values() for layer, members in t.layers.items() for h in members]
     seen = {h.adapter.dropout.p: layer for layer, h in pairs if layer.kind not in ("embedding", "attention")}
     if len(seen) > 1:
-        refuse(
-            seen[max(seen)].target,
-            f"PEFT keeps one dropout for all layers, and these have {', '.join(f'{p:g}' for p in sorted(seen))}",
-            f"give all rules the same dropout, or {_OWN_FORMAT}",
-        )
+        found = ", ".join(f"{p:g}" for p in sorted(seen))
+        reason = f"PEFT keeps one dropout for all layers, and these have {found}"
+        refuse(seen[max(seen)].target, reason, f"give all rules the same dropout, or {_OWN_FORMAT}")
     dropout = next(iter(seen), 0.0)
     parameter = next((layer.target for layer, _ in pairs if layer.kind == "parameter"), None)
     if dropout and parameter:
@@ -353,16 +319,23 @@ class _Saved:
     """An adapter out of a file."""
 
     weights: tuple[str, ...]
-    factors: Factors
+    delta: LowRank
+    """Not scaled."""
     alpha: float
     scaling: str
     place: str
     """For errors."""
     dropout: float = 0.0
-    ranges: tuple[tuple[int, int], ...] | None = None
     role: str = ""
     part: str = ""
     schedule: str = AUTO
+
+    def equals(self, other: _Saved) -> bool:
+        """It adds the same numbers."""
+        mine, theirs = self.delta, turned(other.delta, self.delta.layout.sides)
+        if theirs is None or (self.alpha, self.scaling, mine.rows) != (other.alpha, other.scaling, theirs.rows):
+            return False
+        return torch.equal(mine.A, theirs.A) and torch.equal(mine.B, theirs.B)
 
 
 def load_adapter(
@@ -443,9 +416,9 @@ def _check_target(s: _Saved, weights: Mapping[str, Weight]) -> None:
     weight = weights[s.weights[0]]
     if any(weights[n] is not weight for n in s.weights):
         reason = f"it adapts one weight under the names {', '.join(s.weights)}, which this model does not tie"
-        refuse(s.place, reason, f"{_ITS_BASE}, with its weights tied")
+        refuse(s.place, reason, f"{ITS_BASE}, with its weights tied")
     if not weight.uses:  # unseen by the inputs: then the file says how it is read
-        call = Call(FORMS["matmul"], None, None, s.factors.sides)
+        call = Call(FORMS["matmul"], None, None, s.delta.layout.sides)
         path = s.weights[0].rpartition(".")[0]
         weight.uses.append(Use.unseen(weight, path, call))
 
@@ -454,67 +427,37 @@ def _shared(saved: list[_Saved], weights: Mapping[str, Weight]) -> list[_Saved]:
     """PEFT keeps an adapter for each module; equal ones on modules that share the weight are one."""
     kept: list[_Saved] = []
     for s in saved:
-        for k, other in enumerate(kept):
-            first, second = ((x.alpha, x.scaling, x.factors.rank, x.ranges) for x in (other, s))
-            one = weights[other.weights[0]] is weights[s.weights[0]] and first == second
-            if one and other.factors.equals(s.factors):
-                kept[k] = replace(other, weights=(*other.weights, *s.weights))
-                break
-        else:
+        weight = weights[s.weights[0]]
+        equal = (k for k, other in enumerate(kept) if weights[other.weights[0]] is weight and other.equals(s))
+        if (k := next(equal, None)) is None:
             kept.append(s)
+        else:
+            kept[k] = replace(kept[k], weights=(*kept[k].weights, *s.weights))
     return kept
 
 
 def _row(program: Program, s: _Saved, weight: Weight) -> Row:
-    layout = weight.layout
-    rows = _rows_of(s, layout)
-    factors = _oriented(s, layout, rows)
-    modules = dict(program.model.named_modules(remove_duplicate=False))
-    owners = tuple((n.rpartition(".")[0], n.rpartition(".")[2]) for n in s.weights)
-    mine = {(id(modules[path]), attribute) for path, attribute in owners}
-    others = [n.rpartition(".") for n in weight.names]
-    outside = {path for path, _, attribute in others if (id(modules[path]), attribute) not in mine}
+    delta, sides = turned(s.delta, weight.layout.sides), s.delta.layout.sides
+    if delta is None:
+        here = f"{sides!r} (o: out, i: in, b: batch), the model as {weight.layout.sides!r}"
+        remedy = f"{ITS_BASE}, with example inputs that run as they did there"
+        refuse(s.place, f"it reads the weight's axes as {here}", remedy)
+    owners = {n: (n.rpartition(".")[0], n.rpartition(".")[2]) for n in weight.names}
+    holders = {n: (program.model.get_submodule(path), attribute) for n, (path, attribute) in owners.items()}
+    mine = {holders[n] for n in s.weights}
+    outside = {path for n, (path, _) in owners.items() if holders[n] not in mine}
     uses = tuple(u for u in weight.uses if u.module not in outside)
 
     def from_file(a: torch.Tensor, b: torch.Tensor) -> None:
-        a.copy_(factors.A)
-        b.copy_(factors.B)
+        a.copy_(delta.A)
+        b.copy_(delta.B)
 
-    settings = {"rank": factors.rank, "alpha": s.alpha, "dropout": s.dropout, "scaling": s.scaling}
-    rule = Rule(where=weight.name, init=from_file, schedule=s.schedule, **settings)  # type: ignore[arg-type]
-    row = Row(weight, rule, s.role, s.part, rows, uses, owners, bool(outside), stored=True)
-    if row.why_not(s.schedule):  # in a model of another dtype, say
-        row.rule = replace(rule, schedule=AUTO)
+    rule = Rule(where=weight.name, rank=delta.rank, alpha=s.alpha, dropout=s.dropout, init=from_file, scaling=s.scaling)
+    own = tuple(owners[n] for n in s.weights)
+    row = Row(weight, rule, s.role, s.part, delta.rows, uses, own, bool(outside), stored=True)
+    if not row.why_not(s.schedule):  # as it may in a model of another dtype
+        row.rule = replace(rule, schedule=s.schedule)
     return row
-
-
-def _rows_of(s: _Saved, layout: Layout) -> tuple[int, ...] | None:
-    if s.ranges is None:
-        return None
-    out, last = layout.size("o"), 0
-    for start, stop in s.ranges:
-        if not last <= start < stop <= out:
-            reason = f"its rows {start}:{stop} are no rows of {out} features"
-            refuse(s.place, reason, _ITS_BASE)
-        last = stop
-    return tuple(row for start, stop in s.ranges for row in range(start, stop))
-
-
-def _oriented(s: _Saved, layout: Layout, rows: tuple[int, ...] | None) -> Factors:
-    """The factors in the axes in which this model reads the weight."""
-    sides, rank, factors = s.factors.sides, s.factors.rank, s.factors.turned(layout.sides)
-    if factors is None or (rows is not None and sides != layout.sides):
-        refuse(
-            s.place,
-            f"it reads the weight's axes as {sides!r} (o: out, i: in, b: batch), the model as {layout.sides!r}",
-            f"{_ITS_BASE}, with example inputs that run as they did there",
-        )
-    shape_b = layout.shape_of("B", rank) if rows is None else (*layout.batch, len(rows), rank)
-    for label, factor, want in (("A", factors.A, layout.shape_of("A", rank)), ("B", factors.B, shape_b)):
-        if tuple(factor.shape) != want:
-            reason = f"{label} has the shape {tuple(factor.shape)}, and {s.weights[0]} wants {want}"
-            refuse(s.place, reason, _ITS_BASE)
-    return factors
 
 
 def _read_own(model: nn.Module, folder: Folder, header: dict[str, Any]) -> list[_Saved]:
@@ -534,7 +477,7 @@ def _read_own(model: nn.Module, folder: Folder, header: dict[str, Any]) -> list[
         parameter = modules.parameter(name)
         if parameter is None or parameter.ndim < 2:
             near = difflib.get_close_matches(name, modules.parameters, 3)
-            refuse(place, f"the model has no weight {name!r}", f"{_ITS_BASE}; near: {', '.join(near) or 'none'}")
+            refuse(place, f"the model has no weight {name!r}", f"{ITS_BASE}; near: {', '.join(near) or 'none'}")
     raw = [name for name in names if not own and modules.is_raw(name)]
     try:
         return [_entry(modules, entry, raw, folder) for entry in header["adapters"]]
@@ -543,33 +486,45 @@ def _read_own(model: nn.Module, folder: Folder, header: dict[str, Any]) -> list[
 
 
 def _entry(modules: Modules, entry: dict[str, Any], raw: list[str], folder: Folder) -> _Saved:
-    name, rank = entry["weights"][0], int(entry["rank"])
-    ranges = None if entry["rows"] is None else tuple((int(a), int(b)) for a, b in entry["rows"])
-    sides = str(entry["sides"])
-    if "keys" in entry:
-        key, second = entry["keys"]
-        factors = Factors(folder.tensors[key], folder.tensors[second], sides)
-    else:
-        layer = modules.layer(name, raw)
-        key = layer.keys[0]
-        start, stop = int(entry["start"]), int(entry["start"]) + rank
-        total = peft_format.rank_of(folder.config, layer.target)
-        peft_format.check_shapes(layer, total, folder)
-        whole = layer.decode(folder.tensors, total)
-        B = torch.ldexp(whole.B[..., start:stop], torch.tensor(-int(entry["shift"])))
-        turned = Factors(whole.A[..., start:stop, :], B, layer.sides).turned(sides)
-        assert turned is not None, f"{sides!r} are no axes of {name}"
-        B = turned.B if ranges is None else torch.cat([turned.B[..., a:b, :] for a, b in ranges], dim=-2)
-        factors = replace(turned, B=B)
+    name, rank, sides = entry["weights"][0], int(entry["rank"]), str(entry["sides"])
     parameter = modules.parameter(name)
     assert parameter is not None and set(sides) <= set("boi"), f"{sides!r} are no axes of {name}"
-    assert Layout(sides, tuple(parameter.shape)), f"{sides!r} are no axes of {name}"
-    assert factors.rank == rank, f"{name} has rank {factors.rank}, not {rank}"
+    layout = Layout(sides, tuple(parameter.shape))
+    delta: LowRank | None
+    if "keys" in entry:
+        key, second = entry["keys"]
+        delta = LowRank(layout, folder.tensors[key], folder.tensors[second], 1.0, rank)
+    else:
+        layer = modules.layer(name, raw)
+        key, start, stop = layer.keys[0], int(entry["start"]), int(entry["start"]) + rank
+        whole = layer.decode(folder)
+        B = torch.ldexp(whole.B[..., start:stop], torch.tensor(-int(entry["shift"])))
+        delta = turned(replace(whole, A=whole.A[..., start:stop, :], B=B, rank=rank), sides)
+    assert delta is not None, f"{sides!r} are no axes of {name}"
+    place, shape_b = folder.tensor(key), layout.shape_of("B", rank)
+    if entry["rows"] is not None:
+        rows = _rows(entry["rows"], layout.size("o"), place)
+        delta = replace(delta, B=delta.B if "keys" in entry else delta.B[..., rows, :], rows=tuple(rows))
+        shape_b = (*layout.batch, len(rows), rank)
+    for label, factor, want in (("A", delta.A, layout.shape_of("A", rank)), ("B", delta.B, shape_b)):
+        if tuple(factor.shape) != want:
+            refuse(place, f"{label} has the shape {tuple(factor.shape)}, and {name} wants {want}", ITS_BASE)
     assert re.fullmatch(r"\w*", entry["part"]), f"{entry['part']!r} is no part"
     return _Saved(
-        tuple(entry["weights"]), factors, float(entry["alpha"]), entry["scaling"], folder.tensor(key),
-        float(entry["dropout"]), ranges, str(entry["role"]), str(entry["part"]), str(entry.get("schedule", AUTO)),
+        tuple(entry["weights"]), delta, float(entry["alpha"]), entry["scaling"], place,
+        float(entry["dropout"]), str(entry["role"]), str(entry["part"]), str(entry.get("schedule", AUTO)),
     )  # fmt: skip
+
+
+def _rows(ranges: list[list[int]], out: int, place: str) -> list[int]:
+    rows: list[int] = []
+    for start, stop in ((int(a), int(b)) for a, b in ranges):
+        if not (rows[-1] + 1 if rows else 0) <= start < stop <= out:
+            reason = f"its rows {start}:{stop} are no rows of {out} features"
+            refuse(place, reason, ITS_BASE)
+        rows += range(start, stop)
+    assert rows, "it has a part of no rows"
+    return rows
 
 
 def _read_peft(model: nn.Module, folder: Folder) -> list[_Saved]:
@@ -581,23 +536,20 @@ def _read_peft(model: nn.Module, folder: Folder) -> list[_Saved]:
     targeted = list(peft_format.targeted_layers(Modules(model), folder))
     if not targeted:
         reason = f"{config.get('target_modules')!r} matches no module of this {type(model).__name__}"
-        refuse(folder.option("target_modules"), reason, _ITS_BASE)
+        refuse(folder.option("target_modules"), reason, ITS_BASE)
     if why := peft_format.why_not_together([layer for _, layer in targeted], bool(config.get("fan_in_fan_out"))):
         refuse(folder.option("fan_in_fan_out"), why, peft_format.TRAIN)
     for name, layer in targeted:
-        rank = peft_format.rank_of(config, layer.target)
-        peft_format.check_shapes(layer, rank, folder)
-        factors = layer.decode({key: rest.pop(key) for key in layer.keys}, rank)
-        if layer.times > 1 and peft_format.release(config) > peft_format.SPOKEN and bool(factors.B.any()):
-            refuse(
-                folder.option("peft_version"),
-                f"PEFT {config['peft_version']} wrote it; up to 0.21 PEFT adds the delta of {name} twice, and now?",
-                "merge it into its base with PEFT (merge_and_unload)",
-            )
+        delta = layer.decode(folder)
+        for key in layer.keys:
+            del rest[key]
+        if layer.times > 1 and peft_format.release(config) > peft_format.SPOKEN and bool(delta.B.any()):
+            reason = f"PEFT {config['peft_version']} wrote it; up to 0.21 PEFT adds the delta of {name} twice, and now?"
+            refuse(folder.option("peft_version"), reason, "merge it into its base with PEFT (merge_and_unload)")
         alpha = peft_format.alpha_of(config, layer.target) * layer.times
         scaling = "rslora" if config.get("use_rslora") else "standard"
         # PEFT drops nothing on embeddings and attention
         dropout = 0.0 if layer.kind in ("embedding", "attention") else float(config.get("lora_dropout") or 0.0)
-        saved.append(_Saved((name,), factors, alpha, scaling, folder.tensor(layer.keys[0]), dropout))
+        saved.append(_Saved((name,), delta, alpha, scaling, folder.tensor(layer.keys[0]), dropout))
     peft_format.check_rest(model, rest, folder)
     return saved

@@ -266,15 +266,12 @@ def _publish(fresh: Path, folder: Path) -> None:
 
 def _link_others(folder: Path, fresh: Path) -> bool:
     """Give every other file of the folder a second name in the fresh one; False where that cannot be."""
+
+    def own(at: str, names: list[str]) -> set[str]:
+        return {CONFIG, TENSORS} & {*names} if Path(at) == folder else set()
+
     try:
-        shutil.copytree(
-            folder,
-            fresh,
-            symlinks=True,
-            ignore=lambda at, names: {CONFIG, TENSORS} & {*names} if Path(at) == folder else (),
-            copy_function=os.link,
-            dirs_exist_ok=True,
-        )
+        shutil.copytree(folder, fresh, symlinks=True, ignore=own, copy_function=os.link, dirs_exist_ok=True)
     except (OSError, shutil.Error):
         return False
     return True

@@ -6,19 +6,22 @@ computes something else than W + s·B·A, `Modules.why_not` says so.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_fx.deltas.low_rank import LowRank
 from lora_fx.export.adapters.folder import Folder, refuse
 from lora_fx.graph.layout import Layout
 from lora_fx.model.inventory import inventory, plain_path, weight_name
 
+ITS_BASE = "load the base model it was made for"
 TRAIN = "train it with lora_fx.apply, which computes W + s·B·A there"
 SPOKEN = (0, 21)  # the newest PEFT whose meaning of the files is known here
 
@@ -28,29 +31,14 @@ _PREFIX = "base_model.model."
 _FUSED = "torch's fused TransformerEncoderLayer reads it in eval, past PEFT's modules"
 
 
-@dataclass(frozen=True)
-class Factors:
-    """A (…, rank, in) and B (…, out, rank) of a weight with these sides."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    sides: str
-
-    @property
-    def rank(self) -> int:
-        return self.B.shape[-1]
-
-    def turned(self, sides: str) -> Factors | None:
-        """For a weight read with other sides: the same, with A and B in each other's place, or None."""
-        if self.sides == sides:
-            return self
-        if self.sides.translate(str.maketrans("io", "oi")) == sides:
-            return Factors(self.B.transpose(-2, -1), self.A.transpose(-2, -1), sides)
+def turned(delta: LowRank, sides: str) -> LowRank | None:
+    """For a weight read with other sides: the same, with A and B in each other's place, or None."""
+    if delta.layout.sides == sides:
+        return delta
+    if delta.rows is not None or delta.layout.sides.translate(str.maketrans("io", "oi")) != sides:
         return None
-
-    def equals(self, other: Factors) -> bool:
-        turned = other.turned(self.sides)
-        return turned is not None and torch.equal(self.A, turned.A) and torch.equal(self.B, turned.B)
+    layout = Layout(sides, delta.layout.shape)
+    return replace(delta, layout=layout, A=delta.B.transpose(-2, -1), B=delta.A.transpose(-2, -1))
 
 
 @dataclass(frozen=True)
@@ -61,8 +49,7 @@ class Layer:
     """The module or the parameter that PEFT is told to adapt."""
     path: str
     """What its keys begin with."""
-    shape: tuple[int, ...]
-    sides: str
+    layout: Layout
     """The weight's axes as PEFT takes them: A reads ``i``, B makes ``o``, ``b`` are experts."""
     kind: str
     """``linear``, ``conv1d`` (transformers' (in, out) one), ``embedding``, ``conv``, ``attention`` or ``parameter``."""
@@ -74,53 +61,52 @@ class Layer:
         a, b = ("embedding_A", "embedding_B") if self.kind == "embedding" else ("A.weight", "B.weight")
         return f"{_PREFIX}{self.path}.lora_{a}", f"{_PREFIX}{self.path}.lora_{b}"
 
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.sides, self.shape)
-
-    @property
-    def experts(self) -> int:
-        return self.shape[0] if "b" in self.sides else 0
-
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of the two tensors in the file."""
-        inner, outer = self.layout.size("i"), self.layout.size("o")
+        inner, outer, shape = self.layout.size("i"), self.layout.size("o"), self.layout.shape
         if self.kind == "conv":
-            return (rank, *self.shape[1:]), (outer, rank, *[1] * (len(self.shape) - 2))
-        total = rank * max(self.experts, 1)
+            return (rank, *shape[1:]), (outer, rank, *[1] * (len(shape) - 2))
+        total = rank * math.prod(self.layout.batch)
         return (total, inner), (outer, total)
 
-    def encode(self, factors: Factors) -> dict[str, torch.Tensor]:
+    def encode(self, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:
         """Factors in this layer's axes as PEFT's tensors: experts outermost in A's rows, innermost in B's."""
-        A, B = factors.A, factors.B.permute(1, 2, 0) if self.experts else factors.B
-        shapes = self.shapes(factors.rank)
-        return {key: t.reshape(shape) for key, t, shape in zip(self.keys, (A, B), shapes, strict=True)}
+        shapes = self.shapes(B.shape[-1])
+        factors = A, B.permute(1, 2, 0) if self.layout.batch else B
+        return {key: t.reshape(shape) for key, t, shape in zip(self.keys, factors, shapes, strict=True)}
 
-    def decode(self, tensors: Mapping[str, torch.Tensor], rank: int) -> Factors:
-        """The inverse of `encode`."""
-        A, B = (tensors[key] for key in self.keys)
-        inner, outer = self.layout.size("i"), self.layout.size("o")
-        if self.experts:
-            return Factors(A.reshape(-1, rank, inner), B.reshape(outer, rank, -1).permute(2, 0, 1), self.sides)
-        return Factors(A.reshape(rank, inner), B.reshape(outer, rank), self.sides)
+    def decode(self, folder: Folder) -> LowRank:
+        """B·A out of a folder, not scaled: the inverse of `encode`."""
+        rank = int(_pattern_value(folder.config, "rank_pattern", self.target, folder.config.get("r") or 8))
+        for key, want in zip(self.keys, self.shapes(rank), strict=True):
+            if key not in folder.tensors:
+                remedy = "restore the file; its config says that this layer is adapted"
+                refuse(folder.tensor(key), "the key is missing", remedy)
+            shape = tuple(folder.tensors[key].shape)
+            if shape != want:
+                reason = f"its shape is {shape}; rank {rank} on {self.target} {self.layout.shape} wants {want}"
+                refuse(folder.tensor(key), reason, f"{ITS_BASE}, with the adapter_config.json of the same save")
+        A, B = (folder.tensors[key] for key in self.keys)
+        if self.layout.batch:
+            B = B.reshape(B.shape[0], rank, -1).permute(2, 0, 1)
+        shape_a, shape_b = (self.layout.shape_of(factor, rank) for factor in "AB")
+        return LowRank(self.layout, A.reshape(shape_a), B.reshape(shape_b), 1.0, rank)
 
 
-#: modules that PEFT has layers for → the weight that it adapts there, `Layer.kind`
+#: modules that PEFT has layers for → `Layer.kind`
 _KINDS = (
-    (nn.MultiheadAttention, "in_proj_weight", "attention"),
-    (nn.Embedding, "weight", "embedding"),
-    (nn.Conv1d | nn.Conv2d | nn.Conv3d, "weight", "conv"),
-    (nn.Linear, "weight", "linear"),
+    (nn.MultiheadAttention, "attention"),
+    (nn.Embedding, "embedding"),
+    (nn.Conv1d | nn.Conv2d | nn.Conv3d, "conv"),
+    (nn.Linear, "linear"),
 )
 
 
 def known_kind(module: nn.Module, attribute: str) -> str:
     """PEFT's dispatch by module type; empty where it knows no such module."""
-    for known, own, kind in _KINDS:
-        if isinstance(module, known):
-            return kind if attribute == own else ""
     conv1d = any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
-    return "conv1d" if conv1d and attribute == "weight" else ""
+    kind = next((kind for known, kind in _KINDS if isinstance(module, known)), "conv1d" if conv1d else "")
+    return kind if attribute == (ATTENTION[0] if kind == "attention" else "weight") else ""
 
 
 class Modules:
@@ -182,15 +168,15 @@ class Modules:
         kind = "" if name in raw else known_kind(module, attribute)
         if kind == "linear" and isinstance(self.parent(path), nn.MultiheadAttention):
             above, _, child = path.rpartition(".")
-            return Layer(above, f"{above}.base_layer.{child}", shape, "oi", "attention", times=2)
+            return Layer(above, f"{above}.base_layer.{child}", Layout("oi", shape), "attention", times=2)
         if kind:
             sides = {"conv1d": "io", "embedding": "io", "conv": "o" + "i" * (len(shape) - 1)}.get(kind, "oi")
-            return Layer(path, path, shape, sides, kind)
+            return Layer(path, path, Layout(sides, shape), kind)
         nested = [p for p in _own_names(module) if f"{path}.{p}" in raw]
         around = len(nested) - 1 - nested.index(attribute)
         transposed = getattr(module, "is_transposed", False)
         sides = "oi" if len(shape) == 2 else ("bio" if transposed else "boi")
-        return Layer(name, path + ".base_layer" * around, shape, sides, "parameter")
+        return Layer(name, path + ".base_layer" * around, Layout(sides, shape), "parameter")
 
 
 def _own_names(module: nn.Module) -> list[str]:
@@ -259,12 +245,10 @@ def check_options(folder: Folder) -> None:
         refuse(folder.option(key), f"{key}={value!r}: {why}", _MERGE)
     if config.get("bias", "none") != "none":
         refuse(folder.option("bias"), f"bias={config['bias']!r}: it also trains biases of the base model", _MERGE)
-    if config.get("init_lora_weights", True) not in _INITS:
-        refuse(
-            folder.option("init_lora_weights"),
-            f"init_lora_weights={config['init_lora_weights']!r}: it changes the base weights when it starts",
-            "convert it to plain LoRA with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
-        )
+    if (init := config.get("init_lora_weights", True)) not in _INITS:
+        reason = f"init_lora_weights={init!r}: it changes the base weights when it starts"
+        convert = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        refuse(folder.option("init_lora_weights"), reason, f"convert it to plain LoRA with PEFT: {convert}")
 
 
 def targeted_layers(modules: Modules, folder: Folder) -> Iterator[tuple[str, Layer]]:
@@ -282,7 +266,7 @@ def targeted_layers(modules: Modules, folder: Folder) -> Iterator[tuple[str, Lay
             taken += " inside a MultiheadAttention, which never calls it"
             refuse(place, taken, "target the attention module itself")
         if not (attention or known_kind(module, "weight")):
-            refuse(place, taken, "load the base model it was made for")
+            refuse(place, taken, ITS_BASE)
         for weight in ATTENTION if attention else ("weight",):
             yield _loadable(modules, f"{path}.{weight}", (), place)
     raw = [name for name in modules.parameters if _ends_in(name, config.get("target_parameters") or ())]
@@ -331,10 +315,6 @@ def _pattern_value(config: dict, key: str, target: str, default: Any) -> Any:
     return default
 
 
-def rank_of(config: dict, target: str) -> int:
-    return int(_pattern_value(config, "rank_pattern", target, config.get("r") or 8))
-
-
 def alpha_of(config: dict, target: str) -> float:
     alpha = config.get("lora_alpha")
     return float(_pattern_value(config, "alpha_pattern", target, 8 if alpha is None else alpha))
@@ -349,20 +329,6 @@ def release(config: dict) -> tuple[int, ...]:
 def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of the config decides what the tensors mean: null where it says nothing."""
     return {key: config.get(key) for key in sorted(_READ)}
-
-
-def check_shapes(layer: Layer, rank: int, folder: Folder) -> None:
-    for key, want in zip(layer.keys, layer.shapes(rank), strict=True):
-        if key not in folder.tensors:
-            remedy = "restore the file; its config says that this layer is adapted"
-            refuse(folder.tensor(key), "the key is missing", remedy)
-        shape = tuple(folder.tensors[key].shape)
-        if shape != want:
-            refuse(
-                folder.tensor(key),
-                f"its shape is {shape}; rank {rank} on {layer.target} {layer.shape} wants {want}",
-                "load the base model it was made for, with the adapter_config.json of the same save",
-            )
 
 
 def check_rest(model: nn.Module, rest: Mapping[str, torch.Tensor], folder: Folder) -> None:

@@ -46,9 +46,6 @@ class Form:
     """Which of its first two inputs is the constant: the other one is the activation."""
     sides: str
     """Which of the constant's two axes the op takes for in, and which for out."""
-    down: Kind
-    up: Kind
-    """The two ops of a branch beside it."""
     turn: str = ""
     """An attribute that says that the axes lie the other way round."""
     unless: str = ""
@@ -56,14 +53,17 @@ class Form:
 
 
 _FORMS = (
-    Form("MatMul", Kind.RIGHT, 1, "io", Kind.RIGHT, Kind.RIGHT),
-    Form("MatMul", Kind.LEFT, 0, "oi", Kind.LEFT, Kind.LEFT),
-    Form("Gemm", Kind.RIGHT, 1, "io", Kind.RIGHT, Kind.RIGHT, turn="transB", unless="transA"),
-    Form("Gemm", Kind.LEFT, 0, "oi", Kind.LEFT, Kind.LEFT, turn="transA", unless="transB"),
-    Form("Gather", Kind.LOOKUP, 0, "io", Kind.LOOKUP, Kind.RIGHT, unless="axis"),
-    Form("Conv", Kind.CONV, 1, "oi", Kind.CONV, Kind.CONV),
-    Form("ConvTranspose", Kind.DECONV, 1, "io", Kind.CONV, Kind.DECONV),
+    Form("MatMul", Kind.RIGHT, 1, "io"),
+    Form("MatMul", Kind.LEFT, 0, "oi"),
+    Form("Gemm", Kind.RIGHT, 1, "io", turn="transB", unless="transA"),
+    Form("Gemm", Kind.LEFT, 0, "oi", turn="transA", unless="transB"),
+    Form("Gather", Kind.LOOKUP, 0, "io", unless="axis"),
+    Form("Conv", Kind.CONV, 1, "oi"),
+    Form("ConvTranspose", Kind.DECONV, 1, "io"),
 )
+
+#: the two ops of a branch beside an op, where they are not of its own kind
+_BESIDE = {Kind.LOOKUP: (Kind.LOOKUP, Kind.RIGHT), Kind.DECONV: (Kind.CONV, Kind.DECONV)}
 
 _WINDOW = ("strides", "pads", "dilations", "auto_pad", "output_padding", "output_shape", "group")
 
@@ -172,10 +172,12 @@ class Reader:
 
     def constant(self, value: Any) -> torch.Tensor | None:
         """The numbers of a value that no input of the graph can change."""
+        from onnx_ir.convenience import get_const_tensor
+
         if value is None or value in self._inputs:
             return None
-        if value.const_value is not None:
-            return as_torch(value.const_value)
+        if (tensor := get_const_tensor(value)) is not None:
+            return as_torch(tensor)
         if value not in self._constants:
             self._constants[value] = self._evaluate(value)
         return self._constants[value]
@@ -191,10 +193,6 @@ class Reader:
         kind = op_type(node)
         if kind in _RANDOM or (kind == "Dropout" and self._drops(node)):
             return None
-        if kind == "Constant":
-            (held,) = node.attributes.values()
-            tensor = isinstance(held.value, onnx_ir.TensorProtocol)
-            return as_torch(held.value) if tensor else torch.tensor(held.value)
         inputs: dict[str, torch.Tensor] = {}
         for given in (v for v in node.inputs if v is not None):
             numbers = self.constant(given)
@@ -297,11 +295,9 @@ class Reader:
         found: list[Site] = []
         inside: set[Any] = set()
         for node in reversed(list(self.model.graph)):
-            if op_type(node) == "Add" and node not in inside:
-                site = self._site(node)
-                if site is not None:
-                    found.append(site)
-                    inside.update(term.add for term in site.terms)
+            if op_type(node) == "Add" and node not in inside and (site := self._site(node)) is not None:
+                found.append(site)
+                inside.update(term.add for term in site.terms)
         return found
 
     def _site(self, last: Any) -> Site | None:
@@ -344,8 +340,8 @@ class Reader:
 
     def _parallel(self, base: Op, branch: Branch) -> bool:
         """The branch is a low-rank delta of the weight, as far as a graph without sizes can tell."""
-        down, up = branch.down, branch.up
-        if (down.form.kind, up.form.kind) != (base.form.down, base.form.up):
+        down, up, kind = branch.down, branch.up, base.form.kind
+        if (down.form.kind, up.form.kind) != _BESIDE.get(kind, (kind, kind)):
             return False
         ranks = {len(self.shape(op.constant)) for op in (base, down, up)}
         by_rows = not base.convolves and ranks == {2}  # elsewhere a Reshape would mix axes
@@ -388,7 +384,7 @@ class Reader:
 
 def op_type(node: Any) -> str:
     """Of an op of ONNX's own; empty for one of another domain."""
-    return node.op_type if node.domain in ("", "ai.onnx") else ""
+    return "" if node.domain else node.op_type
 
 
 def _fits(part: Any, whole: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.changes import borrowed
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.export.onnx.runtimes import refuse
 from lora_fx.graph.capture import Inputs
@@ -39,9 +40,8 @@ class Call:
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> Call:
         bound = _bind(model, inputs)
-        order = {name: n for n, name in enumerate(bound)}
-        kwargs = dict(sorted(inputs.kwargs.items(), key=lambda item: order.get(item[0], len(order))))
-        inputs = Inputs(inputs.args, kwargs)
+        ordered = [name for name in (*bound, *inputs.kwargs) if name in inputs.kwargs]
+        inputs = Inputs(inputs.args, {name: inputs.kwargs[name] for name in ordered})
         names = tuple(name for argument, value in bound.items() for name in _names(argument, value))
         if dynamic_shapes is None:
             return cls(inputs, None, {}, names)
@@ -187,10 +187,9 @@ def axis_names(program: Any, call: Call) -> dict[Any, str]:
         for axis, size in enumerate(value.shape):
             name = call.labels.get((n, axis))
             if isinstance(size, int) and name is not None:
-                reason = (
-                    f"axis {axis} must be {size}: the model works with no other size, so the axis cannot be dynamic"
-                )
-                refuse(f"input {value.name!r}", reason, "leave that axis out of dynamic_shapes")
+                why = "the model works with no other size, so the axis cannot be dynamic"
+                remedy = "leave that axis out of dynamic_shapes"
+                refuse(f"input {value.name!r}", f"axis {axis} must be {size}: {why}", remedy)
             if name:
                 names.setdefault(str(size.value), name)
     return names
@@ -218,27 +217,22 @@ def flat_caches(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
     if not caches and not inputs.kwargs.get("use_cache"):
         yield flat
         return
-    places = {n for n, value in enumerate(inputs.args) if _is_cache(value)}
-    names = {name for name, value in inputs.kwargs.items() if _is_cache(value)}
+    places = {place for place, value in (*enumerate(inputs.args), *inputs.kwargs.items()) if _is_cache(value)}
     kind, inner = type(caches[0]) if caches else list, model.__dict__.get("forward")
 
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = [kind(value) if n in places else value for n, value in enumerate(args)]
-        named = {name: kind(value) if name in names else value for name, value in kwargs.items()}
+        named = {name: kind(value) if name in places else value for name, value in kwargs.items()}
         output = inner(*given, **named) if inner else type(self).forward(self, *given, **named)
         if isinstance(output, Mapping):
             return {name: _flat(value) for name, value in output.items()}
         return tuple(map(_flat, output)) if isinstance(output, tuple) else output
 
-    # A method, not a closure over the model: a deep copy of the model calls itself.
-    model.__dict__["forward"] = types.MethodType(forward, model)
-    try:
+    with borrowed(model):
+        # A method, not a closure over the model: a deep copy of the model calls itself.
+        model.__dict__["forward"] = types.MethodType(forward, model)
         yield flat
-    finally:
-        del model.__dict__["forward"]
-        if inner is not None:
-            model.__dict__["forward"] = inner
 
 
 def _is_cache(value: Any) -> bool:

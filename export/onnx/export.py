@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,6 @@ from lora_fx.passes.wiring import wire
 
 OPSETS = range(18, 25)
 FORMS = ("folded", "unfolded", switchable.SWITCHABLE)
-
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -181,29 +179,16 @@ def export_onnx(
 
 
 def exporting(
-    example_inputs: Any,
-    path: str | os.PathLike[str],
-    *,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-    opset: int = 20,
-    optimize: bool = True,
-    check: bool = True,
-    prove: bool = False,
-    external_data: bool | None = None,
-    **prepared: Any,
+    example_inputs: Any, path: str | os.PathLike[str], *, check: bool = True, prove: bool = False, **options: Any
 ) -> tuple[Pass, ...]:
-    """The passes of `export_onnx`; `prepared` are the options of the first."""
-    return (
-        Prepare(example_inputs, path, prove=prove, **prepared),
-        Certify(),
-        Translate(opset),
-        Optimise(optimize, input_names, output_names),
-        Write(external_data),
-        *([Run()] if check else []),
-        *([Prove()] if prove else []),
-        Publish(),
-    )
+    """The passes of `export_onnx`: its options are their fields."""
+    checks = [*([Run] if check else []), *([Prove] if prove else [])]
+    kinds: tuple[Any, ...] = (Prepare, Certify, Translate, Optimise, Write, *checks, Publish)
+    options |= {"example_inputs": example_inputs, "path": path, "prove": prove}
+    passes = tuple(kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options}) for kind in kinds)
+    if options:
+        raise TypeError(f"export_onnx takes no {', '.join(options)}")
+    return passes
 
 
 @dataclass(frozen=True)
@@ -230,7 +215,7 @@ class Translated:
 
     program: Any
     weights: Weights
-    slots: list[switchable.Slot]
+    slots: switchable.Slots
     how: Translate
     """A proof has the base model translated in the same way."""
 
@@ -241,7 +226,6 @@ class Optimised:
 
     graph: Any
     contents: Contents
-    slots: list[switchable.Slot]
     how: Optimise
 
 
@@ -293,7 +277,7 @@ class Prepare(Pass):
         target = writable(self.path)
         refuse_unready(model)
         checkpoint = self._checkpoint(model)
-        for package in _PACKAGES:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
             require(package)
         for context in (undisturbed(model), _quiet(), _unfolded(model, self.prove)):
             facts.enter(context)
@@ -358,18 +342,15 @@ class Translate(Pass):
     def __post_init__(self) -> None:
         opset = self.opset
         if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
-            refuse(
-                "opset",
-                f"opset {opset!r} is not supported: torch's translations start at opset {OPSETS[0]} (files below it "
-                f"were invalid), and nothing above {OPSETS[-1]} has been checked",
-                f"choose {OPSETS[0]} to {OPSETS[-1]}; 20 is the default",
-            )
+            reason = f"opset {opset!r} is not supported: torch's translations start at opset {OPSETS[0]} "
+            reason += f"(files below it were invalid), and nothing above {OPSETS[-1]} has been checked"
+            refuse("opset", reason, f"choose {OPSETS[0]} to {OPSETS[-1]}; 20 is the default")
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         return Result(model, False, (self.of(model, facts[Job]),))
 
     def of(self, model: nn.Module, job: Job) -> Translated:
-        call, slots = job.call, []
+        call, slots = job.call, {}
         with ExitStack() as stack:
             if job.form == switchable.SWITCHABLE:
                 slots = stack.enter_context(switchable.slots_in(model))
@@ -393,7 +374,9 @@ class Optimise(Pass):
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         job, translated = facts[Job], facts[Translated]
-        made = self.of(job, translated)
+        made, slots = self.of(job, translated), {}
+        if translated.slots:
+            slots = switchable.open_slots(made.graph.graph, translated.slots, len(job.call.names))
         notes = {
             "lora_fx.form": job.form,
             "lora_fx.adapters": json.dumps(job.adapters),
@@ -402,19 +385,17 @@ class Optimise(Pass):
         if job.acting:
             notes["lora_fx.weights"] = json.dumps({n: [*map(_said, own)] for n, own in sorted(job.acting.items())})
             notes["lora_fx.adapter_sha256"] = adapter_digest(job.acting)
-        if made.slots:
-            manifest = switchable.manifest(model, made.slots, notes[GRAPH], translated.weights)
+        if slots:
+            manifest = switchable.manifest(model, slots, notes[GRAPH], translated.weights)
             notes[switchable.MANIFEST] = json.dumps(manifest)
         describe(made.graph, notes)
         return Result(model, False, (made,))
 
     def of(self, job: Job, translated: Translated) -> Optimised:
-        program, slots = translated.program, translated.slots
+        program = translated.program
         contents = optimize(program.model, translated.weights, self.optimize)
         name_interface(program, job.call, self.input_names, self.output_names)
-        if slots:
-            slots = switchable.open_slots(program.model.graph, slots, len(job.call.names))
-        return Optimised(program.model, contents, slots, self)
+        return Optimised(program.model, contents, self)
 
 
 @dataclass(frozen=True)
@@ -449,9 +430,9 @@ class Run(Pass):
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         job, program = facts[Job], facts[Translated].program
-        if job.checkpoint:
-            return Result(model, False, (Compared((), "the model is on meta, and has nothing to compare it with"),))
-        session, missing = open_session(facts[Written].files[0])
+        session, missing = None, "the model is on meta, and has nothing to compare it with"
+        if not job.checkpoint:
+            session, missing = open_session(facts[Written].files[0])
         if session is None:
             return Result(model, False, (Compared((), missing),))
         if job.form != switchable.SWITCHABLE:
@@ -555,14 +536,10 @@ def _quiet() -> Iterator[None]:
     def known(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(_NOISE[record.name])
 
-    loggers = [logging.getLogger(name) for name in _NOISE]
-    for logger in loggers:
-        logger.addFilter(known)
-    try:
-        with warnings.catch_warnings():
-            for message in _WARNINGS:
-                warnings.filterwarnings("ignore", message)
-            yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(known)
+    with warnings.catch_warnings(), ExitStack() as stack:
+        for message in _WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        for logger in map(logging.getLogger, _NOISE):
+            logger.addFilter(known)
+            stack.callback(logger.removeFilter, known)
+        yield

@@ -79,12 +79,9 @@ def fold_onnx(
     reader = Reader(model, str(path))
     sites = reader.sites()
     if not sites:
-        refuse(
-            str(path),
-            "the graph has no LoRA branch: no Add of a linear op and of two narrow ones of the same input",
-            'export with adapters="unfolded", or the model of PEFT before it is merged; the slots of a '
-            "switchable graph have no numbers",
-        )
+        reason = "the graph has no LoRA branch: no Add of a linear op and of two narrow ones of the same input"
+        remedy = 'export with adapters="unfolded", or the model of PEFT before it is merged'
+        refuse(str(path), reason, f"{remedy}; the slots of a switchable graph have no numbers")
     alike: dict[Hashable, list[Site]] = {}
     for site in sites:
         alike.setdefault(site.key, []).append(site)
@@ -147,8 +144,7 @@ def _new_initializer(graph: Any, like: Any, weight: torch.Tensor) -> Any:
 
     names = (f"{like.name}.folded{f'_{number}' if number else ''}" for number in count())
     name = next(name for name in names if name not in graph.initializers)
-    kind = onnx_ir.TensorType(TorchTensor(weight).dtype)
-    value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(weight.shape), type=kind)
+    value = onnx_ir.val(name, const_value=TorchTensor(weight, name))
     graph.initializers.add(value)
     return value
 

@@ -108,10 +108,8 @@ def _output_names(program: Any) -> list[str]:
 
 def describe(model: Any, notes: Mapping[str, str]) -> None:
     """Say who made it and what it is; take out the traces and source paths of the machine it was made on."""
-    import onnx_ir
-
     outer, graphs = (model.graph, *model.functions.values()), [*model.graphs()]
-    nodes = [node for graph in outer for node in onnx_ir.traversal.RecursiveGraphIterator(graph)]
+    nodes = [node for graph in outer for node in graph.all_nodes()]
     values = [value for node in nodes for value in node.outputs]
     values += [v for graph in graphs for v in (*graph.inputs, *graph.outputs, *graph.initializers.values())]
     for thing in (*graphs, *nodes, *values):
@@ -130,10 +128,7 @@ def describe(model: Any, notes: Mapping[str, str]) -> None:
 
 def operators(model: Any) -> Counter[str]:
     """How many nodes of each operator, subgraphs and functions included."""
-    import onnx_ir
-
-    graphs = (model.graph, *model.functions.values())
-    return Counter(node.op_type for graph in graphs for node in onnx_ir.traversal.RecursiveGraphIterator(graph))
+    return Counter(node.op_type for graph in (model.graph, *model.functions.values()) for node in graph.all_nodes())
 
 
 def as_torch(tensor: Any) -> torch.Tensor:
@@ -143,10 +138,9 @@ def as_torch(tensor: Any) -> torch.Tensor:
     raw = getattr(tensor, "raw", None)
     if isinstance(raw, torch.Tensor):
         return raw.detach().cpu()
-    numbers = torch.empty(tuple(tensor.shape), dtype=to_torch_dtype(tensor.dtype))
-    if tensor.size:
-        numbers.view(-1)[:] = torch.frombuffer(bytearray(tensor.tobytes()), dtype=numbers.dtype)
-    return numbers
+    shape, dtype = tuple(tensor.shape), to_torch_dtype(tensor.dtype)
+    data = bytearray(tensor.tobytes())
+    return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
 
 def attribute(node: Any, name: str) -> Any:

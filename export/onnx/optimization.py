@@ -8,8 +8,7 @@ behind a convolution) is evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +37,7 @@ def optimize(model: Any, weights: Weights, wanted: bool = True) -> Contents:
     the values in."""
     import numpy
     from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
     from onnxscript.rewriter import RewritePass
     from onnxscript.rewriter.rules import common as rules
 
@@ -46,19 +46,16 @@ def optimize(model: Any, weights: Weights, wanted: bool = True) -> Contents:
     axes = {name: (name, tuple(range(len(weights[name].shape)))) for name in read}
     kept = {name: model.graph.initializers[name].const_value or values[name] for name in read}
     if not wanted:
-        with _hidden(model, values, set()):
-            pass
+        _let_in(model, values)
     else:
         with numpy.errstate(all="ignore"):  # a constant log(0) is evaluated whatever the user's warning filters are
             _optimize_blind(model)
-            shared = _shared(model, weights) & values.keys()  # buffers are the same in the base
-            axes |= _transpose_weights(model, values, shared)
-            large = {name for name, value in values.items() if value.size > _FOLDABLE}
-            with _hidden(model, values, large):
-                _constant_folding(_FOLDABLE)(model)
-            with _hidden(model, values, shared):
-                convolutions = [rules.fuse_batchnorm_into_conv_rule, rules.fuse_batchnorm_into_conv_transpose_rule]
-                RewritePass([*convolutions, rules.fuse_batchnorm_into_gemm_rule])(model)
+            axes |= _transpose_weights(model, values, _shared(model, weights))
+            _let_in(model, {name: value for name, value in values.items() if value.size <= _FOLDABLE})
+            fold_constants(model, onnx_shape_inference=True, input_size_limit=_FOLDABLE)
+            _let_in(model, values)
+            convolutions = [rules.fuse_batchnorm_into_conv_rule, rules.fuse_batchnorm_into_conv_transpose_rule]
+            RewritePass([*convolutions, rules.fuse_batchnorm_into_gemm_rule])(model)
     common.RemoveUnusedNodesPass()(model)
     missing = [name for name, value in model.graph.initializers.items() if value.const_value is None]
     assert not missing, f"initializers without a value: {missing}"
@@ -73,25 +70,22 @@ def _blind(model: Any, weights: Weights) -> dict[str, Any]:
 
     values = {}
     for name, value in model.graph.initializers.items():
-        kind = value.metadata_props.get(_KIND)
         weight = weights.get(name)
         if weight is not None:
             made = weight.stored or weight.adapters
             value.const_value = _lazy(weight.numbers, value) if made else TorchTensor(weight.load(), name=name)
-        if kind == "PARAMETER":
+        if value.metadata_props.get(_KIND) == "PARAMETER":
             values[name], value.const_value = value.const_value, None
     return values
 
 
-def _lazy(numbers: Callable[[], torch.Tensor], value: Any, perm: Sequence[int] | None = None) -> Any:
+def _lazy(numbers: Callable[[], torch.Tensor], value: Any) -> Any:
     """A tensor of the file that is made when it is asked for, each time anew: nothing keeps it."""
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor
 
     def make() -> Any:
-        tensor = numbers()
-        tensor = tensor if perm is None else tensor.permute(*perm)
-        return TorchTensor(tensor.contiguous(), name=value.name)
+        return TorchTensor(numbers().contiguous(), name=value.name)
 
     return onnx_ir.LazyTensor(make, dtype=value.dtype, shape=onnx_ir.Shape(value.shape), name=value.name)
 
@@ -102,6 +96,7 @@ def _optimize_blind(model: Any) -> None:
     from onnx_ir import passes
     from onnx_ir.passes import common
     from onnxscript import rewriter
+    from onnxscript.optimizer import _constant_folding as constants
     from onnxscript.rewriter.rules.common import _broadcast_to_matmul
 
     wrong = {id(rule) for rule in _broadcast_to_matmul.rules}
@@ -110,7 +105,11 @@ def _optimize_blind(model: Any) -> None:
         common.InlinePass(),
         passes.PassManager(
             [
-                _constant_folding(),
+                constants.FoldConstantsPass(
+                    shape_inference=True,
+                    input_size_limit=constants.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
+                    output_size_limit=constants.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
+                ),
                 rewriter.RewritePass(rules),
                 common.RemoveUnusedNodesPass(),
                 common.RemoveUnusedFunctionsPass(),
@@ -129,43 +128,25 @@ def _optimize_blind(model: Any) -> None:
     )(model)
 
 
-def _constant_folding(largest: int | None = None) -> Any:
-    """Evaluate what depends on constants of at most so many elements; None for torch's own limit."""
-    from onnxscript.optimizer import _constant_folding as constants
-
-    return constants.FoldConstantsPass(
-        shape_inference=True,
-        input_size_limit=largest or constants.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
-        output_size_limit=constants.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
-    )
-
-
-@contextmanager
-def _hidden(model: Any, values: dict[str, Any], names: set[str]) -> Iterator[None]:
-    """Inside, all weights have their values but these."""
-    weights = model.graph.initializers
-    for name, value in values.items():
-        if name in weights and weights[name].const_value is None:
-            weights[name].const_value = None if name in names else value
-    yield
-    for name in names & set(weights):
-        weights[name].const_value = values[name]
+def _let_in(model: Any, values: Mapping[str, Any]) -> None:
+    """Give weights their values."""
+    for name, weight in model.graph.initializers.items():
+        if weight.const_value is None and name in values:
+            weight.const_value = values[name]
 
 
 def _shared(model: Any, own: Weights) -> set[str]:
     """Weights that do several things in the base model. What the optimizer does to a weight with a single use, it must
     not do to the copy that a fold has split off."""
-    weights = model.graph.initializers
-    groups: dict[int, list[str]] = {}
-    for name in weights:
-        if name in own:
-            groups.setdefault(own[name].storage, []).append(name)
 
     def job(node: Any) -> Any:  # two transpositions of one weight are one
         return order(node, len(node.inputs[0].shape)) if node.op_type == "Transpose" else node
 
-    jobs = {key: {job(node) for name in names for node in weights[name].consumers()} for key, names in groups.items()}
-    return {name for key, names in groups.items() if len(jobs[key]) > 1 for name in names}
+    weights = {name: value for name, value in model.graph.initializers.items() if name in own}
+    jobs: dict[int, set[Any]] = {}
+    for name, value in weights.items():
+        jobs.setdefault(own[name].storage, set()).update(map(job, value.consumers()))
+    return {name for name in weights if len(jobs[own[name].storage]) > 1}
 
 
 def _transpose_weights(model: Any, values: dict[str, Any], shared: set[str]) -> dict[str, Any]:
@@ -180,18 +161,16 @@ def _transpose_weights(model: Any, values: dict[str, Any], shared: set[str]) -> 
         (old,) = node.outputs
         if old.is_graph_output():
             continue
-        perm = order(node, len(source.shape))
-        shape = onnx_ir.Shape([source.shape[axis] for axis in perm])
-        name = f"{source.name}.transposed"
-        new = weights[name] = onnx_ir.Value(name=name, shape=shape, type=source.type)
-        values[name] = _lazy(partial(_torch, values[source.name]), new, perm)
+        perm, name = order(node, len(source.shape)), f"{source.name}.transposed"
+        new = weights[name] = onnx_ir.val(name, shape=[source.shape[axis] for axis in perm], type=source.type)
+        values[name] = _lazy(partial(_transposed, values[source.name], perm), new)
         found[name] = source.name, perm
         old.replace_all_uses_with(new)
         model.graph.remove(node, safe=True)
     return found
 
 
-def _torch(tensor: Any) -> torch.Tensor:
-    """The numbers of a parameter's tensor, in torch's own where they are there."""
+def _transposed(tensor: Any, perm: Sequence[int]) -> torch.Tensor:
+    """The numbers of a parameter's tensor, which is torch's own or a lazy one."""
     raw = tensor.raw
-    return raw if isinstance(raw, torch.Tensor) else raw().raw
+    return (raw if isinstance(raw, torch.Tensor) else raw().raw).permute(*perm)

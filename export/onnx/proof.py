@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.checks.oracles import misrounded
-from lora_fx.errors import ExportError
 from lora_fx.export.onnx.graphs import as_torch, graph_lines, operators
 from lora_fx.export.onnx.optimization import Contents
-from lora_fx.export.onnx.runtimes import CPU, quiet_options
+from lora_fx.export.onnx.runtimes import CPU, quiet_options, refuse
 from lora_fx.export.onnx.weights import Weights
+
+_REMEDY = "nothing was written; export without prove=True, and report it to lora_fx"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def prove(path: Path, weights: Weights, contents: Contents, base: Any, base_weig
     for mine, theirs in zip_longest(lines, graph_lines(base), fillvalue="nothing"):
         if mine != theirs:
             reason = f"the graph is not the base's: it has\n  {mine}\nwhere the base has\n  {theirs}"
-            raise _unproven(reason, path.name)
+            refuse(path.name, reason, _REMEDY)
     folded: dict[str, int] = {}
     untouched, evaluated = 0, []
     for name, value in file.graph.initializers.items():
@@ -93,36 +94,25 @@ def prove(path: Path, weights: Weights, contents: Contents, base: Any, base_weig
             weight, numbers = weights[held], as_torch(actual).permute([axes.index(axis) for axis in range(len(axes))])
             wrong, folded[name] = misrounded(weight.load().cpu(), numbers, weight.adapters).numel(), numbers.numel()
             if wrong:
-                raise _unproven(f"{wrong} of {folded[name]} elements are not W + s·B·A rounded once", name)
+                refuse(name, f"{wrong} of {folded[name]} elements are not W + s·B·A rounded once", _REMEDY)
         elif _bytes(actual) == _bytes(base.graph.initializers[split.get(name, name)].const_value):
             untouched += 1
         elif held:
-            raise _unproven("no adapter is folded into it, and its numbers are not the base's", name)
+            refuse(name, "no adapter is folded into it, and its numbers are not the base's", _REMEDY)
         else:
             evaluated.append(name)
-    unread = tuple(names for names in _folded_names(weights) if not contents.read & {*names.split(" = ")})
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return Proof(operators(file).total(), digest, folded, untouched, tuple(evaluated), split, unread)
-
-
-def _folded_names(weights: Weights) -> list[str]:
-    """The names of each weight that adapters are folded into, joined by `` = ``."""
-    groups: dict[tuple[int, ...], list[str]] = {}
+    adapted: dict[tuple[Any, ...], list[str]] = {}
     for name, weight in weights.items():
         if weight.adapters:
-            groups.setdefault((weight.storage, *map(id, weight.adapters)), []).append(name)
-    return [" = ".join(names) for names in groups.values()]
+            adapted.setdefault((weight.storage, weight.adapters), []).append(name)
+    unread = tuple(" = ".join(names) for names in adapted.values() if not contents.read & {*names})
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return Proof(operators(file).total(), digest, folded, untouched, tuple(evaluated), split, unread)
 
 
 def _bytes(tensor: Any) -> bytes:
     data = tensor.tobytes()
     return data if len(data) < 2**16 else hashlib.sha256(data).digest()
-
-
-def _unproven(reason: str, place: str) -> ExportError:
-    return ExportError(
-        reason, place=place, remedy="nothing was written; export without prove=True, and report it to lora_fx"
-    )
 
 
 def fused_operators(path: Path, folder: Path) -> dict[str, int]:

@@ -73,7 +73,14 @@ def open_session(path: str, providers: Sequence[Provider] | None, options: Any =
     available = onnxruntime.get_available_providers()
     wanted = [name for name in (*GPU, CPU) if name in available] if providers is None else providers
     asked = [(p, {}) if isinstance(p, str) else (p[0], dict(p[1])) for p in wanted]
-    _refuse_unknown(onnxruntime, [name for name, _ in asked])
+    unknown, remedy = [name for name, _ in asked if name not in available], f"this build has {', '.join(available)}"
+    if not asked:
+        refuse("providers", "there is none", remedy)
+    if unknown and unknown[0] not in onnxruntime.get_all_providers():
+        refuse("providers", f"{unknown[0]!r} is no execution provider", remedy)
+    if unknown:  # of which ONNX Runtime says so in a warning, and takes the CPU
+        remedy += "; pip install 'lora-fx[onnx-gpu]' in the place of 'lora-fx[onnx]' has those for GPUs"
+        refuse("providers", f"{unknown[0]!r} is not in this build of ONNX Runtime", remedy)
     if any(name in GPU for name, _ in asked) and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     remedy = "pass the path of a file that export_onnx wrote, with its .data file beside it"
@@ -82,22 +89,7 @@ def open_session(path: str, providers: Sequence[Provider] | None, options: Any =
     loaded = session.get_providers()
     missing = [name for name, _ in asked if name not in loaded]
     if missing and (providers is not None or not any(name in GPU for name in loaded)):
-        refuse(
-            "providers",
-            f"{', '.join(missing)} did not load: the session would run on {', '.join(loaded)}",
-            f"install what it needs (pip install 'lora-fx[onnx-gpu]', a driver), or ask for {CPU!r} by name",
-        )
-    return session
-
-
-def _refuse_unknown(onnxruntime: Any, names: Sequence[str]) -> None:
-    """ONNX Runtime says this in a warning, and takes the CPU."""
-    available = onnxruntime.get_available_providers()
-    unknown, remedy = [name for name in names if name not in available], f"this build has {', '.join(available)}"
-    if unknown and unknown[0] in onnxruntime.get_all_providers():
-        reason = f"{unknown[0]!r} is not in this build of ONNX Runtime"
-        remedy += "; pip install 'lora-fx[onnx-gpu]' in the place of 'lora-fx[onnx]' has those for GPUs"
-    else:
-        reason = f"{unknown[0]!r} is no execution provider" if unknown else "there is none"
-    if unknown or not names:
+        remedy = f"install what it needs (pip install 'lora-fx[onnx-gpu]', a driver), or ask for {CPU!r} by name"
+        reason = f"{', '.join(missing)} did not load: the session would run on {', '.join(loaded)}"
         refuse("providers", reason, remedy)
+    return session

@@ -74,7 +74,8 @@ class Session:
         self._manifest = read_manifest(metadata, str(self.path)) if MANIFEST in metadata else None
         self._slots: dict[str, Any] = self._manifest["inputs"] if self._manifest else {}
         self._check_slots()
-        self._empty = {name: self._value(_empty(slot)) for name, slot in self._slots.items()}
+        empty = {key: [size or slot["rank"] for size in slot["shape"]] for key, slot in self._slots.items()}
+        self._empty = {key: self._value(numpy.zeros(empty[key], slot["dtype"])) for key, slot in self._slots.items()}
         self._adapters: dict[str, dict[str, Any]] = {}
         self._running: dict[int, Any] = {}
         self._takes = ", ".join(f"{v.name}: {v.type} {v.shape}" for v in self.session.get_inputs())
@@ -98,10 +99,8 @@ class Session:
     @property
     def adapters(self) -> dict[str, tuple[str, ...]]:
         """The adapters that are loaded → the weights they adapt."""
-        return {
-            name: tuple(sorted({self._slots[key]["weight"] for key in factors}))
-            for name, factors in self._adapters.items()
-        }
+        weights = {key: slot["weight"] for key, slot in self._slots.items()}
+        return {name: tuple(sorted({weights[key] for key in own})) for name, own in self._adapters.items()}
 
     def task(self, weights: str | os.PathLike[str], options: Any = None) -> Session:
         """Another session of this graph, with a task's folded weights in the place of the base's: no node more, and no
@@ -214,7 +213,8 @@ class Session:
         """`run` in a thread of ONNX Runtime's; on arrays. Its session needs two intra-op threads or more."""
         fed, names, future = self._fed(inputs), self._wanted(outputs), Future[dict[str, Any]]()
         factors = self._factors(adapter)
-        feeds = {name: numpy.ascontiguousarray(_array(value)) for name, value in fed.items()}
+        arrays = {name: v.detach().cpu() if isinstance(v, torch.Tensor) else v for name, v in fed.items()}
+        feeds = {name: numpy.ascontiguousarray(array) for name, array in arrays.items()}
         feeds |= {name: value.numpy() for name, value in factors.items()}
 
         def done(results: Any, kept: Any, error: str) -> None:
@@ -244,7 +244,7 @@ class Session:
         values = {name: onnxruntime.OrtValue.from_dlpack(tensor) for name, tensor in tensors.items()}
         for name, value in {**values, **factors}.items():
             binding.bind_ortvalue_input(name, value)
-        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+        device = next(iter(tensors.values())).device
         for name in names:
             binding.bind_output(name, device.type, device.index or 0)
         if device.type == "cuda":
@@ -287,14 +287,3 @@ class Session:
         if not host and (first := self.providers[0]) in GPU:
             device = "cuda", int(self.session.get_provider_options()[first].get("device_id", 0))
         return require("onnxruntime").OrtValue.ortvalue_from_numpy(numpy.ascontiguousarray(array), *device)
-
-
-def _empty(slot: Mapping[str, Any]) -> numpy.ndarray:
-    """What the graph itself has in the slot."""
-    shape = list(slot["shape"])
-    shape[shape.index(0)] = slot["rank"]
-    return numpy.zeros(shape, slot["dtype"])
-
-
-def _array(value: Any) -> numpy.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else numpy.asarray(value)

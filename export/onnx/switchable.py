@@ -14,11 +14,9 @@ import hashlib
 import inspect
 import json
 import os
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,31 +49,8 @@ _MOVE = frozenset(
 _TRACED = 2  # the rank that a slot is traced with: torch.export takes 0 and 1 for special sizes
 _SLOT = "slot"
 
-
-@dataclass(frozen=True)
-class Slot:
-    """Where adapters of one weight enter the graph."""
-
-    weight: str
-    adapter: Adapter
-    """What the model reads while it is translated: of all rows, with scale 1."""
-    least: int = 0
-    """The rank of an empty slot."""
-
-    @property
-    def names(self) -> tuple[str, str]:
-        return f"{self.weight}.lora_A", f"{self.weight}.lora_B"
-
-    @property
-    def axes(self) -> tuple[int, int]:
-        """Where A and B have the rank."""
-        return self.adapter.A.ndim - 2, self.adapter.B.ndim - 1
-
-    @property
-    def empty(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of the least rank, which add nothing."""
-        a, b = torch.zeros_like(self.adapter.A), torch.zeros_like(self.adapter.B)
-        return a[..., : self.least, :].contiguous(), b[..., : self.least].contiguous()
+Slots = dict[str, Adapter]
+"""Weight → what the model reads beside it while it is translated: of all rows, with scale 1."""
 
 
 def adapted(model: nn.Module) -> dict[str, list[Place]]:
@@ -90,10 +65,10 @@ def adapted(model: nn.Module) -> dict[str, list[Place]]:
 
 
 @contextmanager
-def slots_in(model: nn.Module) -> Iterator[list[Slot]]:
+def slots_in(model: nn.Module) -> Iterator[Slots]:
     """Inside, the model reads a slot in the place of the adapters of each weight."""
     with borrowed(model):
-        slots = []
+        slots = {}
         for name, places in adapted(model).items():
             for place in places:
                 detach(place.owner, place.child)
@@ -102,48 +77,46 @@ def slots_in(model: nn.Module) -> Iterator[list[Slot]]:
                 first.layout, rank=_TRACED, alpha=_TRACED, name=_SLOT, dtype=first.dtype, device=first.A.device
             ).eval()
             slot.realised = first.realised
-            slots.append(Slot(name, slot))
+            slots[name] = slot
             attach(owner, child_name(places[0].attribute, _SLOT), slot)
         wire(model)
         yield slots
 
 
 @contextmanager
-def factors_as_inputs(model: nn.Module, slots: list[Slot], call: Call) -> Iterator[Call]:
+def factors_as_inputs(model: nn.Module, slots: Slots, call: Call) -> Iterator[Call]:
     """Inside, the model takes the slots' A and B as one more argument; what comes is the call with it."""
     plain = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         given = kwargs.pop(FACTORS)
-        before = [dict(slot.adapter._parameters) for slot in slots]
+        before = [dict(slot._parameters) for slot in slots.values()]
         try:
-            for slot, (a, b) in zip(slots, given, strict=True):
-                slot.adapter._parameters.update(A=a, B=b)
+            for slot, (a, b) in zip(slots.values(), given, strict=True):
+                slot._parameters.update(A=a, B=b)
             return plain(*args, **kwargs)
         finally:
-            for slot, own in zip(slots, before, strict=True):
-                slot.adapter._parameters.update(own)
+            for slot, own in zip(slots.values(), before, strict=True):
+                slot._parameters.update(own)
 
     signature = inspect.signature(plain)
     last = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     own = inspect.Parameter(FACTORS, inspect.Parameter.KEYWORD_ONLY)
-    only = any(p.kind is p.POSITIONAL_ONLY for p in named)
-    me = inspect.Parameter("self", own.POSITIONAL_ONLY if only else own.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([me, *named, own, *last])  # type: ignore[attr-defined]
+    forward.__signature__ = signature.replace(parameters=[*named, own, *last])  # type: ignore[attr-defined]
     with borrowed(model):
-        model.__dict__["forward"] = types.MethodType(forward, model)
-        factors = [(slot.adapter.A.detach(), slot.adapter.B.detach()) for slot in slots]
-        ranks = [tuple({axis: _RANK} for axis in slot.axes) for slot in slots]
+        model.__dict__["forward"] = forward
+        factors = [(slot.A.detach(), slot.B.detach()) for slot in slots.values()]
+        ranks = [({a.ndim - 2: _RANK}, {b.ndim - 1: _RANK}) for a, b in factors]
         yield call.with_argument(model, FACTORS, factors, ranks)
 
 
-def open_slots(graph: Any, slots: list[Slot], inputs: int) -> list[Slot]:
+def open_slots(graph: Any, slots: Slots, inputs: int) -> dict[str, dict[str, Any]]:
     """Give the inputs that are A and B their names, a place behind the model's own inputs, and empty defaults.
 
     Returns:
-        The slots, each with the least rank that the graph runs with.
+        What a session is told of each; the rank is the least that the graph runs with, the one of an empty slot.
     """
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor
@@ -152,17 +125,19 @@ def open_slots(graph: Any, slots: list[Slot], inputs: int) -> list[Slot]:
     own = [value for value in graph.inputs if not value.name.startswith(FACTORS)]
     assert len(own) == inputs and len(values) == 2 * len(slots), "the exporter has dropped an input"
     graph.inputs[:] = [*own, *values]
-    opened = []
-    for n, given in enumerate(slots):
+    opened = {}
+    for n, (weight, slot) in enumerate(slots.items()):
         factors = values[2 * n : 2 * n + 2]
-        slot = replace(given, least=0 if all(map(_may_be_empty, factors)) else 1)
-        opened.append(slot)
-        for value, name, default, axis in zip(factors, slot.names, slot.empty, slot.axes, strict=True):
-            sizes = list(default.shape)
-            value.shape = onnx_ir.Shape([*sizes[:axis], f"{slot.weight}.rank", *sizes[axis + 1 :]])
+        least = 0 if all(map(_may_be_empty, factors)) else 1
+        for value, factor in zip(factors, "AB", strict=True):
+            shape, name = slot.layout.shape_of(factor, 0), f"{weight}.lora_{factor}"
+            empty = torch.zeros(slot.layout.shape_of(factor, least), dtype=slot.dtype)
+            value.shape = onnx_ir.Shape([size or f"{weight}.rank" for size in shape])
             value.name = name
-            value.const_value = TorchTensor(default, name=name)
+            value.const_value = TorchTensor(empty, name=name)
             graph.initializers[name] = value
+            dtype = str(slot.dtype).removeprefix("torch.")
+            opened[name] = {"weight": weight, "dtype": dtype, "shape": shape, "rank": least}
     return opened
 
 
@@ -210,16 +185,10 @@ def base_version(model: nn.Module, load: Callable[[str], torch.Tensor] | None = 
     return int.from_bytes(digest.digest()[:4], "big") >> 1
 
 
-def manifest(model: nn.Module, slots: list[Slot], graph: str, weights: Weights) -> dict[str, Any]:
+def manifest(model: nn.Module, slots: dict[str, dict[str, Any]], graph: str, weights: Weights) -> dict[str, Any]:
     """What a session checks before it lets an adapter in."""
-    described = {}
-    for slot in slots:
-        for name, empty, axis in zip(slot.names, slot.empty, slot.axes, strict=True):
-            shape = [0 if n == axis else size for n, size in enumerate(empty.shape)]
-            dtype = str(empty.dtype).removeprefix("torch.")
-            described[name] = {"weight": slot.weight, "dtype": dtype, "shape": shape, "rank": slot.least}
     version = base_version(model, lambda name: weights[name].load())
-    return {"version": 1, "base": version, "graph": graph, "inputs": described}
+    return {"version": 1, "base": version, "graph": graph, "inputs": slots}
 
 
 def save_onnx_adapter(

@@ -66,11 +66,8 @@ def save_onnx_weights(
 
 def read_weights(path: Path) -> dict[str, numpy.ndarray]:
     """The initializers of a file that sessions can share."""
-    return {
-        name: _array(tensor, name)
-        for name, tensor in _initializers(load_model(path, _REMEDY)).items()
-        if tensor.nbytes >= _LEAST
-    }
+    tensors = _initializers(load_model(path, _REMEDY))
+    return {name: _array(tensor, name) for name, tensor in tensors.items() if tensor.nbytes >= _LEAST}
 
 
 def read_task(path: Path, graph: str, base: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:

@@ -846,7 +846,7 @@ MUTANTS = (
     ),
     Mutant(
         "every_slot_has_a_rank", "export", "export/onnx/switchable.py",
-        "least=0 if all(map(_may_be_empty, factors)) else 1", "least=1",
+        "least = 0 if all(map(_may_be_empty, factors)) else 1", "least = 1",
         "Empty slots of plain matmuls are multiplied with, too.",
         tests=("tests/test_sessions.py::test_an_empty_slot_has_the_least_rank_that_the_runtime_survives",),
     ),
@@ -902,7 +902,8 @@ MUTANTS = (
     ),
     Mutant(
         "rank_pattern_ignored", "files", "export/adapters/peft.py",
-        'int(_pattern_value(config, "rank_pattern", target, config.get("r") or 8))', 'int(config.get("r") or 8)',
+        'int(_pattern_value(folder.config, "rank_pattern", self.target, folder.config.get("r") or 8))',
+        'int(folder.config.get("r") or 8)',
         "A PEFT adapter with a rank for each layer is read with one for all.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
@@ -987,13 +988,13 @@ MUTANTS = (
     ),
     Mutant(
         "experts_innermost", "files", "export/adapters/peft.py",
-        "B.reshape(outer, rank, -1).permute(2, 0, 1)", "B.reshape(outer, -1, rank).permute(1, 0, 2)",
+        "B.reshape(B.shape[0], rank, -1).permute(2, 0, 1)", "B.reshape(B.shape[0], -1, rank).permute(1, 0, 2)",
         "The experts' factors are read in the order of the rank.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
         "equal_shift_forgotten", "files", "export/adapters/files.py",
-        "torch.ldexp(factors.B, torch.tensor(slots[h].shift))", "factors.B",
+        "torch.ldexp(delta.B, torch.tensor(shift))", "delta.B",
         "Parts of a fused weight with scales of their own are saved with one.",
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
     ),
