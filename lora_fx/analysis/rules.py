@@ -113,11 +113,8 @@ class Rule:
     @property
     def label(self) -> str:
         """The rule as it was written: its keys and the settings that are not the default."""
-        shown = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value != f.default:
-                shown.append(f"{f.name}={getattr(value, '__name__', None) or repr(value)}")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        shown = (f"{key}={getattr(value, '__name__', None) or repr(value)}" for key, value in given.items())
         return f"Rule({', '.join(shown)})"
 
     def __repr__(self) -> str:
