@@ -24,8 +24,6 @@ from lora_fx.passes.insert import Check, Insert, Rewrite
 from lora_fx.passes.pipeline import Pipeline
 from lora_fx.passes.planning import Analyse, Capture, Plan, Schedule, Select
 
-# ── pipelines ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def pipeline(verb: str, *arguments: Any, **options: Any) -> Pipeline:
     """The passes that a verb runs, to print, to change, and to run on a model.
@@ -54,10 +52,6 @@ def _apply(rules: Any, example_inputs: Any = None, *, name: str = "default", che
     return *_plan(rules, example_inputs, name=name), Insert(), Rewrite(), *([Check()] if check else [])
 
 
-def _switch(*names: str) -> tuple[Pass, ...]:
-    return Require(names), Unfold(if_folded=True), Activate(names), Fold()
-
-
 _PIPELINES: dict[str, Callable[..., tuple[Pass, ...]]] = {
     "plan": _plan,
     "apply": _apply,
@@ -66,13 +60,10 @@ _PIPELINES: dict[str, Callable[..., tuple[Pass, ...]]] = {
     "activate": lambda *names: (Activate(names), Rewrite()),
     "deactivate": lambda: (Activate(()), Rewrite()),
     "remove": lambda *names: (Remove(names), Rewrite()),
-    "switch": _switch,
+    "switch": lambda *names: (Require(names), Unfold(if_folded=True), Activate(names), Fold()),
     "load_adapter": loading,
     "export_onnx": exporting,
 }
-
-
-# ── verbs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def plan(model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str = "default") -> Plan:
@@ -162,12 +153,10 @@ def adapters(model: nn.Module) -> dict[str, list[str]]:
     Raises:
         LoraFxError: an adapted weight is no parameter any more.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}  # the names of the weights once each, in order
     for place in inventory(model).places:
-        names = found.setdefault(place.adapter.name, [])
-        if place.weight not in names:
-            names.append(place.weight)
-    return found
+        found.setdefault(place.adapter.name, {})[place.weight] = None
+    return {name: list(weights) for name, weights in found.items()}
 
 
 def activate(model: nn.Module, *names: str) -> nn.Module:

@@ -148,13 +148,13 @@ def _roll_back(undo: list[Undo]) -> None:
 
 @dataclass(frozen=True)
 class Switch:
-    """One of torch's own switches, which verbs turn for a while."""
+    """Something that is turned for a while, such as one of torch's own switches."""
 
-    read: Callable[[], bool]
-    turn: Callable[[bool], Any]
+    read: Callable[[], Any]
+    turn: Callable[[Any], Any]
 
     @contextmanager
-    def set_for_now(self, value: bool) -> Iterator[None]:
+    def set_for_now(self, value: Any) -> Iterator[None]:
         before = self.read()
         self.turn(value)
         try:
@@ -176,7 +176,7 @@ class _Before:
 
     def __init__(self, model: nn.Module) -> None:
         self.switches = [(switch, switch.read()) for switch in (GRADIENTS, FAST_PATHS, ONEDNN)]
-        self.modules = [(m, type(m), dict(m.__dict__), _tables(m)) for m in model.modules()]
+        self.modules = [(m, type(m), _tables(m)) for m in model.modules()]
         # A GraphModule has a class of its own, which is given another forward with each graph.
         classes = [type(m) for m in model.modules() if isinstance(m, fx.GraphModule)]
         self.forwards = [(cls, vars(cls)["forward"]) for cls in classes if "forward" in vars(cls)]
@@ -185,11 +185,9 @@ class _Before:
     def restore(self) -> None:
         for switch, was in self.switches:
             switch.turn(was)
-        for module, cls, own, tables in self.modules:
+        for module, cls, tables in self.modules:
             if type(module) is not cls:
                 module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(own)
             for table, was in tables:
                 table.clear()
                 table.update(was)
@@ -202,7 +200,7 @@ class _Before:
 
 def _tables(module: nn.Module) -> list[tuple[Any, Any]]:
     """The dictionaries that a module keeps its parts in, with copies; a GraphModule's meta has our marks in one."""
-    tables = [module.__dict__.get(key) for key in _TABLES]
+    tables = [module.__dict__, *(module.__dict__.get(key) for key in _TABLES)]
     if isinstance(module, fx.GraphModule):
         tables += [module.meta, *module.meta.values()]
     return [(table, table.copy()) for table in tables if isinstance(table, dict | set)]
@@ -215,6 +213,8 @@ def _refuse_running(model: nn.Module, verb: str) -> None:
     """Another thread may also be inside a module around the model; this one's own caller knows what it does."""
     paths = {id(m): name or "the model" for name, m in model.named_modules()}
     names = {t.ident: t.name for t in threading.enumerate()}
+    mine = "call it after that forward, not in it or in a hook"
+    theirs = "wait until that forward has returned: join the thread, or take one lock for forwards and changes"
     for thread, frame in sys._current_frames().items():
         own = thread == threading.get_ident()
         who = "this thread" if own else f"thread {names.get(thread, str(thread))!r}"
@@ -223,10 +223,7 @@ def _refuse_running(model: nn.Module, verb: str) -> None:
                 raise LoraFxError(
                     f"{verb} would change the model while {who} is inside a forward of {type(module).__name__}",
                     place=paths.get(id(module), "a module around the model"),
-                    remedy="call it after that forward, not in it or in a hook"
-                    if own
-                    else "wait until that forward has returned: join the thread, or take one lock for forwards and "
-                    "changes",
+                    remedy=mine if own else theirs,
                 )
 
 

@@ -495,7 +495,7 @@ def _row(program: Program, s: _Saved, weight: Weight) -> Row:
     rule = Rule(
         where=weight.name,
         kind=None if s.kind.name == "lora" else s.kind.name,
-        settings={key: value for key, value in s.settings.items() if key not in SETTINGS},
+        settings={key: value for key, value in s.settings.items() if key not in SETTINGS} or None,
         **plain,
     )
     own = tuple(owners[n] for n in s.weights)

@@ -150,7 +150,8 @@ class Flow:
         if "scaled_dot_product" in name or name in _FUSED_ATTENTION:
             q, k, v = ((Target(node, operand),) for operand in operands(node)[:3])
             return self._core(_Core(q, k, v), after)
-        if name in _CHOICES or (name == "max" and self._picks(node)):  # of the stream or of a product it only sorts
+        indices = (user for user in node.users if base_name(user) == "getitem" and user.args[1] == 1 and user.users)
+        if name in _CHOICES or (name == "max" and any(indices)):  # of the stream or of a product it only sorts
             told = [f for f in reads if not f.stream and not f.frontier & (MIX | CORE)]
             self.chosen |= union(f.frontier for f in told)
         if not is_float(node.meta.get("val")):
@@ -159,11 +160,6 @@ class Flow:
         if name in PRODUCTS:
             found = self._attention(node, name, after) or self._mix(node, name, after)
         return found or self._plain(node, name, after)
-
-    @staticmethod
-    def _picks(node: fx.Node) -> bool:
-        """Its indices are used, not only the largest values."""
-        return any(base_name(user) == "getitem" and user.args[1] == 1 and user.users for user in node.users)
 
     # A use: what is behind it stays behind.
 
@@ -186,8 +182,6 @@ class Flow:
     def is_depthwise(self, node: fx.Node) -> bool:
         use = self.uses[node][0]
         return use.form == "conv" and use.weight.shape[1] == 1 and use.weight.shape[0] > 1
-
-    # Attention.
 
     def _core(self, core: _Core, after: Fact) -> Fact:
         self.cores.append(core)
@@ -224,8 +218,6 @@ class Flow:
         fact.frontier |= MIX
         fact.bent, fact.acts, fact.origin, fact.softmax = False, (), node, None
         return fact
-
-    # Everything else.
 
     def _plain(self, node: fx.Node, name: str, after: Fact) -> Fact:
         sources = [n for n in node.all_input_nodes[: 1 if name in _LIKE else None] if self.fact(n).frontier]
@@ -349,11 +341,11 @@ def _join(facts: list[Fact]) -> Fact:
     return joined
 
 
-# ── attention spelled out: which operand of the first product is the query ───────────────────────────────────────────
-
-
 class _Scores:
-    """The products q·kᵀ whose sum is the input of a softmax; the key is the operand that owns the softmaxed axis."""
+    """Attention spelled out: the products q·kᵀ whose sum is the input of a softmax.
+
+    The key is the operand that owns the softmaxed axis.
+    """
 
     def __init__(self, flow: Flow, softmax: fx.Node) -> None:
         self.flow, self.softmax = flow, softmax

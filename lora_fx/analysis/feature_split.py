@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from lora_fx.graph.capture import Capture
 from lora_fx.graph.nodes import ALIASES, PRODUCTS, base_name, call, dim_of, is_float, shape_of, written_by
@@ -248,7 +249,7 @@ class _Run:
             return args[0] if list(args[0].shape) == wanted else args[0].expand(wanted)
         if name == "where" and len(args) == 3:
             return args[1] + args[2]
-        result = _in_double(call(node, args, kwargs))
+        result = pytree.tree_map_only(torch.Tensor, _wide, call(node, args, kwargs))
         if self.smaller and isinstance(result, torch.Tensor) and list(result.shape) != wanted:
             raise Undecided("its parts can only be told apart at full size: pass shorter example inputs")
         return result
@@ -287,9 +288,6 @@ class _Run:
         return torch.zeros([self.smaller.get(n, n) for n in value.shape], dtype=value.dtype, device="cpu")
 
 
-def _in_double(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return type(value)(_in_double(v) for v in value)
-    if is_float(value):
-        return value.to(torch.complex128 if value.dtype.is_complex else torch.float64)
-    return value
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    """In double precision, where it is no integer."""
+    return value.to(torch.complex128 if value.dtype.is_complex else torch.float64) if is_float(value) else value

@@ -35,8 +35,7 @@ def find_pattern(program: Program, pattern: Callable[..., Any], place: str) -> l
         RuleError: the pattern is no plain function of torch calls, or multiplies with none of its arguments.
     """
     pattern_graph, calls = _trace(pattern, place)
-    (output,) = (n for n in pattern_graph.nodes if n.op == "output")
-    result = output.args[0]
+    result = pattern_graph.output_node().args[0]
     if not isinstance(result, fx.Node):
         raise RuleError("the pattern returns no single value", place=place, remedy="return the last call's result")
     matcher = _Matcher(calls, {use.node: use for use in program.uses if use.call})

@@ -105,8 +105,6 @@ class _Labeller:
                 gate, up = flow.fact(act.gate.node).frontier, flow.fact(act.up.node).frontier
                 self._aim(UP, act.up, but=gate if up & ~gate & -FIRST_USE else 0)
 
-    # One use.
-
     def _use_labels(self, node: fx.Node, use: Use) -> tuple[Label, ...]:
         role = use.call.form.role if use.call else _DENSE_ROLES.get(use.form, "")
         role = role or ("" if multiplies_plainly(node) else OTHER)
@@ -116,7 +114,9 @@ class _Labeller:
             return self._whole(use, role or inner or self._by_end(node))
         if inner and (inner == OUTPUT or not set(aims) & set(_ATTENTION)):
             return self._whole(use, OTHER, f"it looks like {inner} by what feeds it, like {min(aims)} by what it feeds")
-        if len(aims) == 1 and not self._may_be_a_part(node, aims):
+        flow, bit = self.flow, self.flow.bit[node]
+        alone = set(aims) <= set(_ATTENTION) and not bit & (flow.used | flow.out)
+        if len(aims) == 1 and (alone or not bit & flow.cut):  # no slice of it is read by something beside its target
             return self._whole(use, *aims)
         return self._split(use, aims)
 
@@ -131,12 +131,6 @@ class _Labeller:
         if bit & flow.chosen:
             return ROUTER
         return LM_HEAD if bit & flow.out and not bit & (flow.used | flow.added) else OTHER
-
-    def _may_be_a_part(self, node: fx.Node, aims: dict[str, list[Target]]) -> bool:
-        """It is sliced, and something beside its one target reads it."""
-        flow, bit = self.flow, self.flow.bit[node]
-        alone = set(aims) <= set(_ATTENTION) and not bit & (flow.used | flow.out)
-        return bool(bit & flow.cut) and not alone
 
     def _whole(self, use: Use, role: str, reason: str = "") -> tuple[Label, ...]:
         sides = use.call.sides if use.call else ""
@@ -189,23 +183,19 @@ class _Labeller:
     def _why_other(self, use: Use) -> str:
         flow, node = self.flow, use.node
         bit, fact = flow.bit[node], flow.inputs[node]
-        if not multiplies_plainly(node):
-            return f"{use.form} multiplies inside one op, where no role can be seen"
-        if node in self.unclear:
-            return "it belongs to a gated block of which either factor could be the gate"
-        if bit & self.gates:
-            return "it gates the result of an attention"
-        if bit & flow.positions:
-            return "it multiplies a table of positions, no activations"
-        if bit & flow.mixed:
-            return "it feeds a product of activations that is no softmax attention (a linear attention, a state space)"
-        if fact.frontier & MIX and not fact.stream:
-            return "it multiplies what comes out of a product of activations that is no softmax attention"
-        if not bit & (flow.used | flow.out):
-            return "its result reaches neither another weight nor the output"
-        if bit & flow.added:
-            return "it is added to the residual stream, and is part of no attention or MLP"
-        return "it feeds no attention, MLP, router or output of its own"
+        mix = "a product of activations that is no softmax attention"
+        reasons = (
+            (not multiplies_plainly(node), f"{use.form} multiplies inside one op, where no role can be seen"),
+            (node in self.unclear, "it belongs to a gated block of which either factor could be the gate"),
+            (bit & self.gates, "it gates the result of an attention"),
+            (bit & flow.positions, "it multiplies a table of positions, no activations"),
+            (bit & flow.mixed, f"it feeds {mix} (a linear attention, a state space)"),
+            (fact.frontier & MIX and not fact.stream, f"it multiplies what comes out of {mix}"),
+            (not bit & (flow.used | flow.out), "its result reaches neither another weight nor the output"),
+            (bit & flow.added, "it is added to the residual stream, and is part of no attention or MLP"),
+            (True, "it feeds no attention, MLP, router or output of its own"),
+        )
+        return next(reason for holds, reason in reasons if holds)
 
     def _share_with_positions(self, found: dict[Use, tuple[Label, ...]]) -> None:
         """A query weight that also multiplies a table of positions (DeBERTa's shared keys) is the query there too."""

@@ -14,7 +14,7 @@ import math
 import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Rule:
     init: str | Callable[..., None] = "kaiming"
     scaling: str = "standard"
     schedule: str = AUTO
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = None
     expect: int | None = None
     op: InitVar[str | None] = None
 
@@ -102,7 +102,7 @@ class Rule:
         name = self.kind or "lora"
         if name not in KINDS:
             raise self._error(f"there is no kind {name!r}", f"choose one of {', '.join(KINDS)}, or register_kind first")
-        known, given = KINDS[name].settings, {**self.given, **self.settings}
+        known, given = KINDS[name].settings, {**self.given, **(self.settings or {})}
         for key, value in given.items():
             if key not in known:
                 has = f"it has {', '.join(known)}" if known else "it has none"
@@ -140,16 +140,13 @@ class Rule:
 
     def settings_of(self, kind: Kind) -> dict[str, Any]:
         """All that an adapter of this kind is made with."""
-        return {key: value for key, value in {**self.given, **self.settings}.items() if key in kind.settings}
+        return {key: value for key, value in {**self.given, **(self.settings or {})}.items() if key in kind.settings}
 
     @property
     def label(self) -> str:
         """The rule as it was written: its keys and the settings that are not the default."""
-        shown = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value != f.default and value != {}:
-                shown.append(f"{f.name}={getattr(value, '__name__', None) or repr(value)}")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        shown = (f"{key}={getattr(value, '__name__', None) or repr(value)}" for key, value in given.items())
         return f"Rule({', '.join(shown)})"
 
     def __repr__(self) -> str:

@@ -88,11 +88,8 @@ def _sites_of(weight: Weight, labels: dict[Use, tuple[roles.Label, ...]]) -> lis
     return list(found.values())
 
 
-# ── without example inputs ───────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _unseen_site(model: nn.Module, weight: Weight) -> list[Site]:
-    """What the type of the owning module alone says: enough for rules by name and form."""
+    """Without example inputs the type of the owning module alone speaks: enough for rules by name and form."""
     for name in weight.names:
         path = name.rpartition(".")[0]
         call = _known_call(model.get_submodule(path), len(weight.shape))

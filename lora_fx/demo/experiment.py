@@ -64,9 +64,6 @@ FULL = Settings(Training(40, 8e-3, decay=0.05), Training(50, 2e-2), rounds=3000)
 QUICK = Settings(Training(6, 1e-2, decay=0.05, batch=64), Training(6, 3e-2, batch=64), rounds=200)
 
 
-# ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -114,9 +111,6 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(tokens)).mean(dim=1))
 
 
-# ── the data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class Split:
     """Digits (n, 1, 8, 8) with values in 0…1, and what they are (n,)."""
@@ -143,9 +137,6 @@ def load_splits(seed: int) -> tuple[Split, Split]:
     return Split(train_x, train_y), Split(test_x, test_y)
 
 
-# ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def train(model: nn.Module, data: Split, how: Training, step: Callable[[], None]) -> None:
     """Any loop will do: after `apply`, exactly the adapters have `requires_grad`. A step of the bar is an epoch."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -161,9 +152,6 @@ def train(model: nn.Module, data: Split, how: Training, step: Callable[[], None]
             schedule.step()
         step()
     model.eval()
-
-
-# ── an ONNX file, and what it does ───────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -214,9 +202,6 @@ def time_sessions(sessions: list[Any], image: torch.Tensor, rounds: int, step: C
             turn[which] = (time.perf_counter_ns() - start) / 1000
         step()
     return times[20:]  # the first twenty warm up
-
-
-# ── the story ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -294,9 +279,6 @@ def same_bits(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -
     return before.keys() == after.keys() and all(
         torch.equal(t.view(torch.int32), after[name].view(torch.int32)) for name, t in before.items()
     )
-
-
-# ── surroundings ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def require_packages() -> None:

@@ -11,8 +11,6 @@ from lora_fx.demo.experiment import ADAPTER, MODEL, PICTURE, ROTATED, RULE, UPRI
 if TYPE_CHECKING:
     from rich.console import Console
 
-# ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def print_outcome(outcome: Outcome, folder: Path, seconds: float, console: Console) -> None:
     from rich.table import Table
@@ -83,8 +81,6 @@ def percent(share: float) -> str:
 def _yes(value: bool) -> str:
     return "yes" if value else "NO"
 
-
-# ── the picture ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 INK = "#26303a"
 BASE, BRANCHES, LORA = "#9aa5b1", "#a9c7e6", "#2f6fb2"
@@ -160,9 +156,8 @@ def _draw_accuracy(figure: Any, outcome: Outcome) -> None:
             spread = [[100 * (share - low)], [100 * (high - share)]]
             label = None if place else name
             axis.bar(place + shift, 100 * share, 0.38, color=colour, label=label, yerr=spread, error_kw=_BAR)
-            axis.text(
-                place + shift, 100 * high + 1.5, f"{100 * share:.0f} %", ha="center", fontsize=12, fontweight="bold"
-            )
+            text = f"{100 * share:.0f} %"
+            axis.text(place + shift, 100 * high + 1.5, text, ha="center", fontsize=12, fontweight="bold")
     axis.axhline(10, color=INK, linewidth=0.9, linestyle=":")
     axis.text(1.46, 11.5, "chance", fontsize=9.5)
     axis.set_xticks([0, 1], [f"digits {UPRIGHT}", f"digits {ROTATED}"], fontsize=11)
@@ -175,12 +170,10 @@ def _draw_latency(figure: Any, outcome: Outcome) -> None:
     _title(figure, "One digit in ONNX Runtime", "median and quartiles; ×: paired with the base")
     axis = figure.subplots()
     figure.subplots_adjust(left=0.17, right=0.95, top=0.765, bottom=0.14)
-    low, middle, high = outcome.quartiles.tolist()
-    for place, colour in enumerate((BASE, BRANCHES, LORA)):
-        spread = [[middle[place] - low[place]], [high[place] - middle[place]]]
-        axis.bar(place, middle[place], 0.66, color=colour, yerr=spread, error_kw=_BAR)
-        text = f"{outcome.slowdown[place]:.2f} ×"
-        axis.text(place, high[place] + 0.02 * max(high), text, ha="center", fontsize=12, fontweight="bold")
+    low, middle, high = outcome.quartiles.numpy()
+    axis.bar(range(3), middle, 0.66, color=(BASE, BRANCHES, LORA), yerr=(middle - low, high - middle), error_kw=_BAR)
+    for place, ratio in enumerate(outcome.slowdown):
+        axis.text(place, high[place] + 0.02 * max(high), f"{ratio:.2f} ×", ha="center", fontsize=12, fontweight="bold")
     names = ("base", "branches", "folded")
     labels = [f"{name}\n{column.nodes} nodes" for name, column in zip(names, outcome.columns, strict=True)]
     axis.set_xticks(range(3), labels, fontsize=10.5)

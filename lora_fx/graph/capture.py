@@ -12,6 +12,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import FAST_PATHS, ONEDNN, in_turn
+from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, in_turn
 from lora_fx.errors import CaptureError
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
@@ -35,14 +36,8 @@ class _Recording(threading.local):
 recording = _Recording()
 
 
-@contextlib.contextmanager
-def _set_for_now(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+def _set_for_now(owner: Any, name: str, value: Any) -> contextlib.AbstractContextManager[None]:
+    return Switch(partial(getattr, owner, name), partial(setattr, owner, name)).set_for_now(value)
 
 
 def recorded() -> contextlib.AbstractContextManager[None]:
@@ -125,11 +120,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def _without_onednn() -> contextlib.AbstractContextManager[None]:
-    """While it traces, torch hands a bfloat16 LSTM to oneDNN on CPUs whose oneDNN has none; eager mode does not."""
-    return ONEDNN.set_for_now(False)
-
-
 def no_fast_paths() -> contextlib.AbstractContextManager[None]:
     """torch's fused encoder kernels read weights that no trace shows: switch them off."""
     return FAST_PATHS.set_for_now(False)
@@ -184,10 +174,9 @@ def _capture(model: nn.Module, inputs: Inputs) -> Capture:
     with in_turn(), undisturbed(model), no_fast_paths(), recorded(), torch.no_grad():
         model.eval()
         module = _make_fx(model, run, state, leaves)
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    tensors = dict(zip(placeholders, state, strict=False))
-    for node in module.graph.nodes:
-        if node.op == "get_attr" and isinstance(value := getattr(module, node.target, None), torch.Tensor):
+    tensors = dict(zip(module.graph.find_nodes(op="placeholder"), state, strict=False))
+    for node in module.graph.find_nodes(op="get_attr"):
+        if isinstance(value := getattr(module, node.target, None), torch.Tensor):
             tensors[node] = value
     return Capture(module.graph, module, tensors, inputs)
 
@@ -199,7 +188,8 @@ def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list) -> fx.Grap
         run, tracing_mode=mode, pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
     )
     try:
-        with _module_paths(model), _described_in_one_mode(), _without_onednn():
+        # While it traces, torch hands a bfloat16 LSTM to oneDNN on CPUs whose oneDNN has none; eager mode does not.
+        with _module_paths(model), _described_in_one_mode(), ONEDNN.set_for_now(False):
             return trace(tensors, leaves)
     except CaptureError:
         raise
@@ -255,16 +245,13 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
         node.meta[MODULE] = stack[-1] if stack else ""
         return node
 
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
-        with _set_for_now(fx.proxy.TracerBase, "create_node", create_node):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = nn.modules.module
+    with (
+        hooks.register_module_forward_pre_hook(enter),
+        hooks.register_module_forward_hook(leave, always_call=True),
+        _set_for_now(fx.proxy.TracerBase, "create_node", create_node),
+    ):
+        yield
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:

@@ -94,9 +94,6 @@ def _bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **synonyms: s
     return dict(zip(names.split(), args, strict=False)) | {synonyms.get(k, k): v for k, v in kwargs.items()}
 
 
-# ── linear ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _parse_linear(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
     a = _bind("input weight bias", args, kwargs)
     if ndim(a["weight"]) != 2 or ndim(a["input"]) is not None:
@@ -109,10 +106,8 @@ def _linear(call: Call, x: Any, factor: Any) -> Any:
     return F.linear(x, factor)
 
 
-# ── matmul, mm, bmm, mv: the weight on either side ───────────────────────────────────────────────────────────────────
-
-
 def _parse_matmul(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    """With the weight on either side."""
     left, right, *_ = *args, *kwargs.values()
     if op == "__rmatmul__":
         op, left, right = "matmul", right, left
@@ -120,12 +115,10 @@ def _parse_matmul(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable
 
 
 def _product(form: Form, left: Any, right: Any, ndim: Callable, options: dict[str, Any]) -> Call | None:
-    n = ndim(right)
-    if n is not None and n >= 2 and ndim(left) is None:
-        return Call(form, left, right, "b" * (n - 2) + "io", (-1,), {**options, "right": True})
-    n = ndim(left)
-    if n is not None and n >= 2 and ndim(right) is None:
-        return Call(form, right, left, "b" * (n - 2) + "oi", (-2,), {**options, "right": False})
+    for x, weight, sides, dim in ((left, right, "io", -1), (right, left, "oi", -2)):
+        axes = ndim(weight)
+        if axes is not None and axes >= 2 and ndim(x) is None:
+            return Call(form, x, weight, "b" * (axes - 2) + sides, (dim,), {**options, "right": dim == -1})
     return None
 
 
@@ -136,10 +129,8 @@ def _matmul(call: Call, x: Any, factor: Any) -> Any:
     return F.linear(x, factor) if len(call.sides) == 2 else torch.matmul(x, factor.transpose(-2, -1))
 
 
-# ── addmm, baddbmm: out = beta·input + alpha·(left @ right) ──────────────────────────────────────────────────────────
-
-
 def _parse_addmm(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    """out = beta·input + alpha·(left @ right)"""
     a = _bind("input left right", args, kwargs, mat1="left", batch1="left", mat2="right", batch2="right")
     options = {"op": op, "alpha": a.get("alpha", 1), "beta": a.get("beta", 1), "bias": a["input"]}
     return _product(form, a["left"], a["right"], ndim, options)
@@ -150,10 +141,8 @@ def _addmm_up(call: Call, z: Any, B: Any) -> Any:
     return _matmul(call, z if isinstance(alpha, int) and alpha == 1 else z * alpha, B)
 
 
-# ── einsum: any equation that is a matmul over the weight ────────────────────────────────────────────────────────────
-
-
 def _parse_einsum(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    """Any equation that is a matmul over the weight."""
     if not args or not isinstance(args[0], str):
         return None
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
@@ -187,8 +176,7 @@ def _equation(equation: str) -> tuple[list[str], str]:
     return terms, out
 
 
-# ── convolutions: A carries the kernel, B is pointwise; transposed ones have W (in, out / groups, k…), and it is B ───
-
+# Convolutions: A carries the kernel, B is pointwise. Transposed ones have W (in, out / groups, k…), and B carries it.
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -215,22 +203,19 @@ def _conv_down(call: Call, x: Any, A: Any) -> Any:
     return conv(x, A, None, o["stride"], o["padding"], o["dilation"], o["groups"])
 
 
-def _conv_up(call: Call, z: Any, B: Any) -> Any:
-    conv = _CONV[len(call.sides) - 3]
-    return conv(z, _pointwise(B, len(call.sides) - 2), None, groups=call.options["groups"])
-
-
-def _pointwise(matrix: Any, spatial: int) -> Any:
+def _pointwise(call: Call, x: Any, matrix: Any) -> Any:
+    """A convolution with a kernel of size 1, of (out, in / groups)."""
+    spatial = len(call.sides) - 2
     for _ in range(spatial):
         matrix = matrix.unsqueeze(-1)
-    return matrix
+    return _CONV[spatial - 1](x, matrix, None, groups=call.options["groups"])
 
 
 def _conv_transpose_down(call: Call, x: Any, A: Any) -> Any:
-    groups, spatial = call.options["groups"], len(call.sides) - 2
+    groups = call.options["groups"]
     if groups > 1:  # (r, in) → (groups·r, in / groups)
         A = A.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
-    return _CONV[spatial - 1](x, _pointwise(A, spatial), None, groups=groups)
+    return _pointwise(call, x, A)
 
 
 def _conv_transpose_up(call: Call, z: Any, B: Any) -> Any:
@@ -242,10 +227,8 @@ def _conv_transpose_up(call: Call, z: Any, B: Any) -> Any:
     return conv(z, B, None, o["stride"], o["padding"], o["output_padding"], o["groups"], o["dilation"])
 
 
-# ── embedding: a row of W for each index. W: (num, dim) ──────────────────────────────────────────────────────────────
-
-
 def _parse_embedding(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    """A row of W for each index. W: (num, dim)"""
     weight_first = bool(args) and ndim(args[0]) is not None  # ATen's order is (weight, indices, …)
     names = "weight input padding_idx" if weight_first else "input weight padding_idx max_norm"
     a = _bind(names, args, kwargs, indices="input")
@@ -254,12 +237,11 @@ def _parse_embedding(form: Form, op: str, args: tuple, kwargs: dict, ndim: Calla
     return Call(form, a["input"], a["weight"], "io")
 
 
-# ── grouped_mm: one matmul an expert, rows grouped by `offs`. W: (experts, in, out) ──────────────────────────────────
-
 _GROUPED_FALLBACK = "transformers::grouped_mm_fallback"
 
 
 def _parse_grouped_mm(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
+    """One matmul an expert, rows grouped by `offs`. W: (experts, in, out)"""
     synonyms = {"input": "x", "mat_a": "x", "self": "x", "mat_b": "weight", "mat2": "weight"}
     a = _bind("x weight offs bias", args, kwargs, **synonyms)
     if ndim(a.get("weight")) != 3 or ndim(a["x"]) is not None or a.get("offs") is None:
@@ -289,7 +271,7 @@ TABLE = (
     Form("einsum", frozenset({"einsum"}), _parse_einsum,
          down=lambda call, x, A: torch.einsum(call.options["down"], x, A),
          up=lambda call, z, B: torch.einsum(call.options["up"], z, B)),
-    Form("conv", frozenset({"conv1d", "conv2d", "conv3d"}), _parse_conv, _conv_down, _conv_up, role="conv"),
+    Form("conv", frozenset({"conv1d", "conv2d", "conv3d"}), _parse_conv, _conv_down, _pointwise, role="conv"),
     Form("conv_transpose", frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}),
          _parse_conv, _conv_transpose_down, _conv_transpose_up, role="conv"),
     Form("embedding", frozenset({"embedding"}), _parse_embedding, lambda call, x, A: F.embedding(x, A.t()), _linear,

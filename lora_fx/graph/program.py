@@ -204,14 +204,6 @@ class _Seen:
     view: View
 
 
-@dataclass(frozen=True)
-class _Computed:
-    """Arithmetic of parameters alone."""
-
-    op: str
-    weights: frozenset[Weight]
-
-
 class _Reader:
     """One walk over the captured graph: views of weights are followed, matmuls become uses."""
 
@@ -220,7 +212,7 @@ class _Reader:
         self.found = find_weights(model)
         self.views: dict[fx.Node, _Seen] = {}
         self.tuples: dict[fx.Node, tuple[_Seen, ...]] = {}
-        self.computed: dict[fx.Node, _Computed] = {}
+        self.computed: dict[fx.Node, frozenset[Weight]] = {}  # arithmetic of parameters alone → those
         self.constant: set[fx.Node] = set(captured.tensors)
         for node, tensor in captured.tensors.items():
             weight = self.found.get(storage_key(tensor))
@@ -269,7 +261,7 @@ class _Reader:
     def _multiply_or_read(self, node: fx.Node, name: str) -> None:
         read = node.all_input_nodes
         seen = [n for n in read if n in self.views]
-        computed = [self.computed[n] for n in read if n in self.computed]
+        computed = [n for n in read if n in self.computed]
         constant = all(n in self.constant or n in self.computed or n in self.views for n in read)
         if not seen and not computed:
             if read and constant:
@@ -277,14 +269,14 @@ class _Reader:
             return
         multiplies = name in DENSE_OPS or name in FORMS or name.startswith("conv")
         if computed and not constant and multiplies:
-            for weight, op in ((w, c.op) for c in computed for w in c.weights):
+            for weight, op in ((w, op_name(n.target)) for n in computed for w in self.computed[n]):
                 weight.problem = weight.problem or f"is computed before it multiplies (by {op}, as weight_norm does)"
         call = find(node.target, node.args, dict(node.kwargs), self._ndim)
         if not constant or call is not None:
             self._add(node, seen, call, multiplies=name in DENSE_OPS)
             return
-        sources = frozenset(self.views[n].weight for n in seen).union(*(c.weights for c in computed))
-        self.computed[node] = _Computed(name, sources)
+        sources = frozenset(self.views[n].weight for n in seen).union(*(self.computed[n] for n in computed))
+        self.computed[node] = sources
         if not any(u.node is node for w in sources for u in w.uses):
             self._add(node, seen, None, multiplies=False)
 

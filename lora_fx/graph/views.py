@@ -55,6 +55,13 @@ class View:
         offset = self.offset + (index % self.shape[d]) * self.strides[d]
         return replace(self, offset=offset).permute([k for k in range(self.ndim) if k != d])
 
+    def movedim(self, source: Any, destination: Any) -> View:
+        source, destination = _sizes(source), _sizes(destination)
+        order = [d for d in range(self.ndim) if d not in [self.dim(s) for s in source]]
+        for d, s in sorted((self.dim(d), self.dim(s)) for s, d in zip(source, destination, strict=True)):
+            order.insert(d, s)
+        return self.permute(order)
+
     def unsqueeze(self, dim: int) -> View:
         d = dim % (self.ndim + 1)
         return View((*self.shape[:d], 1, *self.shape[d:]), (*self.strides[:d], 0, *self.strides[d:]), self.offset)
@@ -77,6 +84,9 @@ class View:
         total = self.shape[self.dim(dim)]
         sizes = [size] * -(-total // size) if isinstance(size, int) else list(size)
         return tuple(self.slice(dim, sum(sizes[:k]), sum(sizes[: k + 1])) for k in range(len(sizes)))
+
+    def unbind(self, dim: int = 0) -> tuple[View, ...]:
+        return tuple(self.select(dim, k) for k in range(self.shape[self.dim(dim)]))
 
     def reshape(self, shape: Sequence[int]) -> View | None:
         """The same elements under another shape, or None where that needs a copy."""
@@ -105,6 +115,14 @@ class View:
             strides.append(step)
             left, step = left // size, step * size
         return View(tuple(shape), tuple(reversed(strides)), self.offset) if left == 1 and i == len(old) else None
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> View | None:
+        a, b = self.dim(start_dim), self.dim(end_dim)
+        return self.reshape([*self.shape[:a], math.prod(self.shape[a : b + 1]), *self.shape[b + 1 :]])
+
+    def unflatten(self, dim: int, sizes: Sequence[int]) -> View | None:
+        d = self.dim(dim)
+        return self.reshape([*self.shape[:d], *sizes, *self.shape[d + 1 :]])  # a -1 among them is what the others leave
 
     def index(self, key: Any) -> View | None:
         """`view[key]` for integers, slices, None and Ellipsis; None for anything that gathers."""
@@ -141,50 +159,19 @@ def _of_sizes(rule: Callable[[View, list[int]], Any]) -> Callable[..., Any]:
     return lambda v, *sizes, **named: rule(v, _sizes(*(sizes or named.values())))
 
 
-def _matrix_transpose(v: View) -> View:
-    return v.transpose(-2, -1)
-
-
-def _reverse(v: View) -> View:
-    return v.permute(range(v.ndim)[::-1])
-
-
-def _movedim(v: View, source: Any, destination: Any) -> View:
-    source, destination = _sizes(source), _sizes(destination)
-    order = [d for d in range(v.ndim) if d not in [v.dim(s) for s in source]]
-    for d, s in sorted((v.dim(d), v.dim(s)) for s, d in zip(source, destination, strict=True)):
-        order.insert(d, s)
-    return v.permute(order)
-
-
-def _flatten(v: View, start_dim: int = 0, end_dim: int = -1) -> View | None:
-    a, b = v.dim(start_dim), v.dim(end_dim)
-    return v.reshape([*v.shape[:a], math.prod(v.shape[a : b + 1]), *v.shape[b + 1 :]])
-
-
-def _unflatten(v: View, dim: int, sizes: Sequence[int]) -> View | None:
-    d = v.dim(dim)
-    return v.reshape([*v.shape[:d], *sizes, *v.shape[d + 1 :]])  # a -1 among the sizes is what the others leave
-
-
-def _unbind(v: View, dim: int = 0) -> tuple[View, ...]:
-    return tuple(v.select(dim, i) for i in range(v.shape[v.dim(dim)]))
-
-
-_reshape = _of_sizes(View.reshape)
-
 #: movement op → the view it gives. The names are torch's own, the same for functions, methods, properties and ATen.
 MOVES: dict[str, Callable[..., View | tuple[View, ...] | None]] = {
-    "t": _reverse, "T": _reverse, "numpy_T": _reverse, "mT": _matrix_transpose, "adjoint": _matrix_transpose,
-    "H": _reverse, "mH": _matrix_transpose,
+    **dict.fromkeys(("t", "T", "numpy_T", "H"), lambda v: v.permute(range(v.ndim)[::-1])),
+    **dict.fromkeys(("mT", "mH", "adjoint"), lambda v: v.transpose(-2, -1)),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view"), _of_sizes(View.reshape)),
+    **dict.fromkeys(("unbind", "__iter__"), View.unbind),
     "transpose": View.transpose, "swapaxes": View.transpose, "swapdims": View.transpose,
-    "permute": _of_sizes(View.permute), "movedim": _movedim, "moveaxis": _movedim, "flatten": _flatten,
-    "view": _reshape, "reshape": _reshape, "_unsafe_view": _reshape, "unflatten": _unflatten,
+    "permute": _of_sizes(View.permute), "movedim": View.movedim, "moveaxis": View.movedim,
     "select": View.select, "slice": View.slice, "getitem": View.index, "__getitem__": View.index,
     "narrow": lambda v, dim, start, length: v.slice(dim, start, start + length),
     "unsqueeze": View.unsqueeze, "squeeze": lambda v, dim=None: v.squeeze(None if dim is None else _sizes(dim)),
     "expand": _of_sizes(View.expand), "chunk": lambda v, chunks, dim=0: v.split(-(-v.shape[v.dim(dim)] // chunks), dim),
-    "split": View.split, "split_with_sizes": View.split, "unbind": _unbind, "__iter__": _unbind,
+    "split": View.split, "split_with_sizes": View.split, "flatten": View.flatten, "unflatten": View.unflatten,
 }  # fmt: skip
 
 #: ops that may give the same elements in another dtype or place

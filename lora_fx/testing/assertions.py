@@ -92,9 +92,6 @@ def assert_onnx_equivalent(
         report = export_onnx(model, inputs, target, **options)
         if report.not_run or not report.comparisons:
             raise _failure(f"ONNX Runtime has not run the file: {report.not_run}", model)
-        for comparison in report.comparisons:
-            if not comparison.equivalent:
-                raise _failure(f"ONNX Runtime is not the model on inputs of shapes {comparison}", model)
         found = _run_file(target, model, inputs)
     still = copy.deepcopy(model).eval()
     with no_fast_paths():
@@ -142,9 +139,10 @@ def _refuse(model: nn.Module, problems: Iterator[str]) -> None:
 
 
 def _changed(was: dict[str, torch.Tensor], now: nn.Module, message: str) -> Iterator[str]:
-    changed = comparing.first_changed(was, comparing.bits(now))
-    if changed is not None:
-        yield f"{changed}: {message}"
+    found = comparing.bits(now)
+    for name in dict.fromkeys((*was, *found)):
+        if not (name in was and name in found and comparing.same_bits(was[name], found[name])):
+            yield f"{name}: {message}"
 
 
 def _other(wanted: dict[str, Any], found: dict[str, Any], what: str) -> Iterator[str]:

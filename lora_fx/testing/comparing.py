@@ -35,12 +35,6 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*flat)
 
 
-def first_changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> str | None:
-    """The first name that is missing, new, or not the same bits."""
-    names = dict.fromkeys((*before, *after))
-    return next((n for n in names if not (n in before and n in after and same_bits(before[n], after[n]))), None)
-
-
 def classes(model: nn.Module) -> dict[str, type]:
     """path → class. Each copy of a GraphModule has a class of its own: they count as one."""
     return {n: fx.GraphModule if isinstance(m, fx.GraphModule) else type(m) for n, m in model.named_modules()}
@@ -68,10 +62,7 @@ def as_folded(base: nn.Module, folded: nn.Module) -> nn.Module:
         path, _, attribute = name.rpartition(".")
         if id(wanted[name]) not in twins:
             twins[id(wanted[name])] = nn.Parameter(wanted[name].detach().clone(), parameter.requires_grad)
-        base.get_submodule(path)._parameters[attribute] = twins[id(wanted[name])]
-    for module in base.modules():
-        if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()
+        setattr(base.get_submodule(path), attribute, twins[id(wanted[name])])
     return base
 
 
@@ -86,9 +77,6 @@ def graph_lines(graph: fx.Graph) -> list[str]:
         f"{index[n]} {n.op} {'' if n.op == 'placeholder' else n.target} {shown(n.args)} {shown(n.kwargs)}"
         for n in graph.nodes
     ]
-
-
-# ── where two models differ first ────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -128,15 +116,15 @@ def first_difference(before: nn.Module, after: nn.Module, example_inputs: Any = 
     move_weights(wide, rounding_step(before, inputs))
     runs.append(wide_tape.play())
     for key, reading in tape.uses.items():
-        if not all(key in values for values in runs):
+        if not all(key in values for values in runs) or runs[0][key].shape != runs[1][key].shape:
             continue
         mine, theirs, exact, moved = (values[key] for values in runs)
-        if mine.shape != theirs.shape:
-            continue
         noise = max(relative_error(mine, exact, exact), relative_error(moved, exact, exact))
         report = compare(mine, theirs, exact, noise, mine.dtype)
         if not report:
-            return Difference(tape.weights_of(reading), reading.module, reading.form, report)
+            keys = dict.fromkeys(storage_key(tape.flow.captured.tensors[root]) for root in reading.acting)
+            names = tuple(" = ".join(tape.weights[key].names) for key in keys)
+            return Difference(names, reading.module, reading.form, report)
     return None
 
 
@@ -174,10 +162,6 @@ class _Tape(fx.Interpreter):
         if n in self._ends and isinstance(first, torch.Tensor) and first.is_floating_point():
             self._values[self._ends[n]] = first.clone()
         return value
-
-    def weights_of(self, reading: Reading) -> tuple[str, ...]:
-        keys = (storage_key(self.flow.captured.tensors[root]) for root in reading.acting)
-        return tuple(" = ".join(self.weights[key].names) for key in dict.fromkeys(keys))
 
 
 def _plain_storage(model: nn.Module, names: tuple[str, ...]) -> Storage:

@@ -12,8 +12,10 @@ from __future__ import annotations
 # mypy: ignore-errors
 # (These are ordinary models; what an nn.Module holds has no type.)
 import copy
+import inspect
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -33,14 +35,14 @@ GLUE: dict[str, tuple] = {
 
 _IN, _OUT, _HEADS = (3, 2, 5, 7, 1), (2, 3, 7, 5, 1), (2, 3, 1)  # the first choices are not square
 _BOTH = (True, False)
-_HEADED = {"heads": _HEADS, "head_inputs": _IN, "head_outputs": _OUT}
 
 
 class Block(nn.Module):
     """One step of a model: (batch, tokens, inputs) → (batch, some tokens, outputs).
 
-    A subclass is a row of the table: `choices` are its options, simplest first, and each is an attribute; `build` makes
-    the parameters, and sets `inputs` and `outputs` where they are no options; `compute` multiplies.
+    A subclass is a row of the table. `build` makes the parameters, and sets `inputs` and `outputs` where they are no
+    options. Its arguments are the block's options, the default of each all that can be chosen, simplest first; what was
+    chosen is an attribute. `compute` multiplies.
 
     Args:
         activation: what follows the block.
@@ -50,12 +52,19 @@ class Block(nn.Module):
     """
 
     choices: ClassVar[dict[str, tuple]] = {}
+    """The options, and what can be chosen."""
+    ways: ClassVar[dict[str, tuple[str, Callable]]] = {}
+    """For a block with one raw weight: option `how` → its axes, a letter each, and the product (block, x, weight)."""
     dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
     """Where the CPU has a kernel."""
     keeps_length: ClassVar[bool] = True
     reads_ids: ClassVar[bool] = False
     inputs: int
     outputs: int
+
+    def __init_subclass__(cls) -> None:
+        options = inspect.signature(cls.build).parameters.values()
+        cls.choices = cls.choices | {o.name: tuple(o.default) for o in options if o.default is not o.empty}
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -66,6 +75,15 @@ class Block(nn.Module):
         vars(self).update(self._options)
         self.drop = nn.Dropout(self.dropout)
         self.build(**{name: self._options[name] for name in self.choices})
+
+    def build(self, **options: Any) -> None: ...
+
+    def raw(self, **sizes: int) -> nn.Parameter:
+        """The weight that `how` wants, from the size of each letter."""
+        return weight(*(sizes[axis] for axis in self.ways[self.how][0]))
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ways[self.how][1](self, x, self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.opaque and x.shape[0] == 0:
@@ -88,9 +106,7 @@ def weight(*shape: int) -> nn.Parameter:
 class Linear(Block):
     """x·Wᵀ + b, in a module of its own or as a function on a raw parameter."""
 
-    choices: ClassVar = {"inputs": _IN, "outputs": _OUT, "bias": _BOTH, "module": _BOTH}
-
-    def build(self, inputs, outputs, bias, module):
+    def build(self, inputs=_IN, outputs=_OUT, bias=_BOTH, module=_BOTH):
         if module:
             self.linear = nn.Linear(inputs, outputs, bias)
         else:
@@ -108,21 +124,16 @@ def _by_token(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 class Matmul(Block):
     """`@` with a raw weight on either side, straight or transposed."""
 
-    choices: ClassVar = {"inputs": _IN, "outputs": _OUT, "how": ("right", "left", "transposed", "reversed", "mm")}
+    ways: ClassVar = {
+        "right": ("io", lambda b, x, w: x @ w),
+        "left": ("oi", lambda b, x, w: (w @ x.mT).mT),
+        "transposed": ("oi", lambda b, x, w: x @ w.t()),
+        "reversed": ("io", lambda b, x, w: torch.matmul(w.t(), x.transpose(1, 2)).transpose(1, 2)),
+        "mm": ("io", lambda b, x, w: _by_token(torch.mm(x.flatten(0, 1), w), x)),
+    }
 
-    def build(self, inputs, outputs, how):
-        self.weight = weight(*((outputs, inputs) if how in ("left", "transposed") else (inputs, outputs)))
-
-    def compute(self, x):
-        if self.how == "left":
-            return (self.weight @ x.mT).mT
-        if self.how == "transposed":
-            return x @ self.weight.t()
-        if self.how == "reversed":
-            return torch.matmul(self.weight.t(), x.transpose(1, 2)).transpose(1, 2)
-        if self.how == "mm":
-            return _by_token(torch.mm(x.flatten(0, 1), self.weight), x)
-        return x @ self.weight
+    def build(self, inputs=_IN, outputs=_OUT, how=ways):
+        self.weight = self.raw(i=inputs, o=outputs)
 
 
 def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -135,70 +146,64 @@ def _joined(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y.unflatten(1, (x.shape[0], x.shape[1])).movedim(0, 2).flatten(2)
 
 
+def _apart(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(batch, tokens, heads · n) → (batch, heads, tokens, n)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _together(y: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, tokens, n) → (batch, tokens, heads · n)"""
+    return y.transpose(1, 2).flatten(2)
+
+
 class Bmm(Block):
     """A batch of weights, one for each head; or one weight, expanded over the batch."""
 
-    choices: ClassVar = {**_HEADED, "how": ("bmm", "bmm_left", "matmul", "matmul_left", "expanded")}
+    ways: ClassVar = {
+        "bmm": ("hio", lambda b, x, w: _joined(torch.bmm(_by_head(x, b.heads), w), x)),
+        "bmm_left": ("hoi", lambda b, x, w: _joined(torch.bmm(w, _by_head(x, b.heads).mT).mT, x)),
+        "matmul": ("hio", lambda b, x, w: _together(_apart(x, b.heads) @ w)),
+        "matmul_left": ("hoi", lambda b, x, w: _together((w @ _apart(x, b.heads).mT).mT)),
+        "expanded": ("io", lambda b, x, w: _joined(torch.bmm(_by_head(x, b.heads), w.expand(b.heads, -1, -1)), x)),
+    }
 
-    def build(self, heads, head_inputs, head_outputs, how):
+    def build(self, heads=_HEADS, head_inputs=_IN, head_outputs=_OUT, how=ways):
         self.inputs, self.outputs = heads * head_inputs, heads * head_outputs
-        sizes = (head_outputs, head_inputs) if how.endswith("left") else (head_inputs, head_outputs)
-        self.weight = weight(*sizes) if how == "expanded" else weight(heads, *sizes)
-
-    def compute(self, x):
-        if self.how.startswith("matmul"):
-            x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head_inputs)
-            y = (self.weight @ x.mT).mT if self.how == "matmul_left" else x @ self.weight
-            return y.transpose(1, 2).flatten(2)
-        parts = _by_head(x, self.heads)
-        if self.how == "bmm_left":
-            return _joined(torch.bmm(self.weight, parts.mT).mT, x)
-        weights = self.weight.expand(self.heads, -1, -1) if self.how == "expanded" else self.weight
-        return _joined(torch.bmm(parts, weights), x)
+        self.weight = self.raw(h=heads, i=head_inputs, o=head_outputs)
 
 
 class Addmm(Block):
     """beta·bias + alpha·(x @ W), with two axes or three, the weight on either side."""
 
-    choices: ClassVar = {
-        **_HEADED, "how": ("addmm", "addmm_left", "baddbmm", "baddbmm_left"),
-        "beta_alpha": ((1, 1), (0.5, 2), (1, 0.7)),
-    }  # fmt: skip
+    ways: ClassVar = {
+        "addmm": ("IO", lambda b, x, w: _by_token(b.sum(b.bias, x.flatten(0, 1), w), x)),
+        "addmm_left": ("OI", lambda b, x, w: _by_token(b.sum(b.bias[:, None], w, x.flatten(0, 1).t()).t(), x)),
+        "baddbmm": ("hio", lambda b, x, w: _joined(b.sum(b.bias, _by_head(x, b.heads), w), x)),
+        "baddbmm_left": ("hoi", lambda b, x, w: _joined(b.sum(b.bias.mT, w, _by_head(x, b.heads).mT).mT, x)),
+    }
 
-    def build(self, heads, head_inputs, head_outputs, how, beta_alpha):
+    def build(
+        self, heads=_HEADS, head_inputs=_IN, head_outputs=_OUT, how=ways, beta_alpha=((1, 1), (0.5, 2), (1, 0.7))
+    ):
         self.beta, self.alpha = beta_alpha
         self.inputs, self.outputs = heads * head_inputs, heads * head_outputs
-        if how.startswith("addmm"):
-            sizes, batch, summand = (self.outputs, self.inputs), (), (self.outputs,)
-        else:
-            sizes, batch, summand = (head_outputs, head_inputs), (heads,), (heads, 1, head_outputs)
-        self.weight = weight(*batch, *(sizes if how.endswith("left") else sizes[::-1]))
-        self.bias = weight(*summand)
+        self.weight = self.raw(h=heads, i=head_inputs, o=head_outputs, I=self.inputs, O=self.outputs)
+        self.bias = weight(self.outputs) if how.startswith("addmm") else weight(heads, 1, head_outputs)
 
-    def compute(self, x):
-        w, b, beta, alpha = self.weight, self.bias, self.beta, self.alpha
-        if self.how == "addmm":
-            return _by_token(torch.addmm(b, x.flatten(0, 1), w, beta=beta, alpha=alpha), x)
-        if self.how == "addmm_left":
-            return _by_token(torch.addmm(b[:, None], w, x.flatten(0, 1).t(), beta=beta, alpha=alpha).t(), x)
-        parts = _by_head(x, self.heads)
-        if self.how == "baddbmm":
-            return _joined(torch.baddbmm(b, parts, w, beta=beta, alpha=alpha), x)
-        return _joined(torch.baddbmm(b.mT, w, parts.mT, beta=beta, alpha=alpha).mT, x)
+    def sum(self, *operands):
+        op = torch.addmm if self.how.startswith("addmm") else torch.baddbmm
+        return op(*operands, beta=self.beta, alpha=self.alpha)
 
 
 class Einsum(Block):
     """A matmul as an equation: b batch, t tokens, h heads, i in, o out; the term without b is the weight's."""
 
-    choices: ClassVar = {
-        "equation": (
-            "bti,io->bto", "oi,bti->bto", "...i,oi->...o", "bti,io", "bti,iho->btho", "bti,hio->bhto",
-            "bthi,hio->bto", "bthi,ohi->bto", "bthi,hio->btho",
-        ),
-        **_HEADED,
-    }  # fmt: skip
+    equations = (
+        "bti,io->bto", "oi,bti->bto", "...i,oi->...o", "bti,io", "bti,iho->btho", "bti,hio->bhto", "bthi,hio->bto",
+        "bthi,ohi->bto", "bthi,hio->btho",
+    )  # fmt: skip
 
-    def build(self, equation, heads, head_inputs, head_outputs):
+    def build(self, equation=equations, heads=_HEADS, head_inputs=_IN, head_outputs=_OUT):
         sizes = {"h": heads, "i": head_inputs, "o": head_outputs}
         left, _, out = equation.replace("...", "bt").partition("->")
         first, second = left.split(",")
@@ -220,12 +225,11 @@ class Einsum(Block):
 #: Sizes of the spatial axes beside the tokens, and of the kernel along them.
 _BESIDE, _KERNEL_BESIDE = (3, 2), (3, 1)
 
-_CHANNELS = {"spatial": (1, 2, 3), "groups": (1, 2), "group_inputs": (3, 1, 2), "group_outputs": (2, 3, 1)}
-
 
 class _Convolution(Block):
     """Along the tokens, and along axes made of the features; so that every kernel fits, `more` tokens are added."""
 
+    choices: ClassVar = {"spatial": (1, 2, 3), "groups": (1, 2), "group_inputs": (3, 1, 2), "group_outputs": (2, 3, 1)}
     keeps_length = False
     more = 1
 
@@ -252,17 +256,13 @@ class _Convolution(Block):
 class Conv(_Convolution):
     """The ordinary ones."""
 
-    choices: ClassVar = {
-        **_CHANNELS,
-        "geometry": (  # kernel, stride, padding, dilation
-            (3, 1, 0, 1), (1, 1, 0, 1), (2, 2, 0, 1), (3, 1, 1, 1), (3, 2, 2, 2), (3, 1, "same", 2), (4, 1, "same", 2),
-            (2, 1, "valid", 3),
-        ),
-        "mode": ("zeros", "circular", "reflect", "replicate"),
-        "bias": _BOTH,
-    }  # fmt: skip
+    geometries = (  # kernel, stride, padding, dilation
+        (3, 1, 0, 1), (1, 1, 0, 1), (2, 2, 0, 1), (3, 1, 1, 1), (3, 2, 2, 2), (3, 1, "same", 2), (4, 1, "same", 2),
+        (2, 1, "valid", 3),
+    )  # fmt: skip
+    modes = ("zeros", "circular", "reflect", "replicate")
 
-    def build(self, geometry, mode, **_):
+    def build(self, geometry=geometries, mode=modes, bias=_BOTH, **channels):
         kernel, *_, dilation = geometry
         self.more, self.conv = dilation * (kernel - 1), self.convolution("Conv", *geometry, padding_mode=mode)
 
@@ -270,16 +270,11 @@ class Conv(_Convolution):
 class ConvTranspose(_Convolution):
     """Transposed ones; torch's module decides too much to be traced, so there is the function as well."""
 
-    choices: ClassVar = {
-        **_CHANNELS,
-        "geometry": (  # kernel, stride, padding, output padding, dilation
-            (3, 1, 0, 0, 1), (1, 1, 0, 0, 1), (2, 2, 0, 0, 1), (3, 2, 1, 1, 1), (2, 1, 1, 1, 2),
-        ),
-        "bias": _BOTH,
-        "module": _BOTH,
-    }  # fmt: skip
+    geometries = (  # kernel, stride, padding, output padding, dilation
+        (3, 1, 0, 0, 1), (1, 1, 0, 0, 1), (2, 2, 0, 0, 1), (3, 2, 1, 1, 1), (2, 1, 1, 1, 2),
+    )  # fmt: skip
 
-    def build(self, geometry, module, **_):
+    def build(self, geometry=geometries, bias=_BOTH, module=_BOTH, **channels):
         kernel, stride, padding, output_padding, dilation = geometry
         output_padding = self.along(output_padding, (0, 0))
         conv = self.convolution("ConvTranspose", kernel, stride, padding, dilation, output_padding=output_padding)
@@ -302,10 +297,9 @@ class _FunctionalTranspose(nn.Module):
 class Embedding(Block):
     """A lookup: as a module, as a function on a raw parameter, with a padding index, a bag of all the tokens."""
 
-    choices: ClassVar = {"rows": (5, 2, 7), "outputs": (3, 2, 4, 1), "how": ("module", "function", "padding", "bag")}
     reads_ids = True
 
-    def build(self, rows, outputs, how):
+    def build(self, rows=(5, 2, 7), outputs=(3, 2, 4, 1), how=("module", "function", "padding", "bag")):
         self.inputs = 1
         if how == "function":
             self.weight = weight(rows, outputs)
@@ -329,39 +323,32 @@ class Embedding(Block):
 class Experts(Block):
     """(experts, …) weights: a loop over the experts, a gather of some, a slice of them."""
 
-    choices: ClassVar = {
-        "experts": (2, 3), "expert_inputs": _IN, "expert_outputs": _OUT,
-        "how": ("loop", "picked", "picked_one", "unbound"),
-    }  # fmt: skip
+    ways: ClassVar = {
+        "loop": ("eoi", lambda b, x, w: b.summed(x, [w[e] for e in range(b.experts)])),
+        "picked": (
+            "eoi",
+            lambda b, x, w: _by_token(torch.bmm(_by_head(x, b.experts), w[b.order].transpose(1, 2)).sum(0), x),
+        ),
+        "picked_one": ("eoi", lambda b, x, w: b.summed(x, [w[b.order[e]] for e in range(b.experts)])),
+        "unbound": ("eoi", lambda b, x, w: b.summed(x, w.unbind(0))),
+    }
 
-    def build(self, experts, expert_inputs, expert_outputs, how):
+    def build(self, experts=(2, 3), expert_inputs=_IN, expert_outputs=_OUT, how=ways):
         self.inputs, self.outputs = experts * expert_inputs, expert_outputs
-        self.weight = weight(experts, expert_outputs, expert_inputs)
+        self.weight = self.raw(e=experts, i=expert_inputs, o=expert_outputs)
         self.register_buffer("order", torch.arange(experts).flip(0))
 
-    def compute(self, x):
+    def summed(self, x, weights):
         parts = x.unflatten(-1, (self.experts, -1)).unbind(2)
-        if self.how == "picked":
-            rows = torch.stack([part.flatten(0, 1) for part in parts])  # (experts, tokens, expert_inputs)
-            return _by_token(torch.bmm(rows, self.weight[self.order].transpose(1, 2)).sum(0), x)
-        if self.how == "unbound":
-            weights = self.weight.unbind(0)
-        elif self.how == "picked_one":
-            weights = [self.weight[self.order[e]] for e in range(self.experts)]
-        else:
-            weights = [self.weight[e] for e in range(self.experts)]
         return sum(F.linear(part, w) for part, w in zip(parts, weights, strict=True))
 
 
 class GroupedExperts(Block):
     """`grouped_mm`: rows in groups, a weight for each; the kernel wants rows of 16 bytes."""
 
-    choices: ClassVar = {
-        "experts": (2, 3), "expert_inputs": (16, 8), "expert_outputs": (8, 16), "layout": ("in-out", "out-in"),
-    }  # fmt: skip
     dtypes = (torch.float32, torch.bfloat16)
 
-    def build(self, experts, expert_inputs, expert_outputs, layout):
+    def build(self, experts=(2, 3), expert_inputs=(16, 8), expert_outputs=(8, 16), layout=("in-out", "out-in")):
         self.inputs, self.outputs = experts * expert_inputs, expert_outputs
         sizes = (expert_inputs, expert_outputs)
         self.weight = weight(experts, *(sizes if layout == "in-out" else sizes[::-1]))
@@ -377,56 +364,25 @@ class GroupedExperts(Block):
 class Sliced(Block):
     """One weight read through several views."""
 
-    choices: ClassVar = {
-        "inputs": (3, 2, 5, 7), "half": (2, 1, 3),
-        "how": ("columns", "rows", "chunk", "part", "every_other", "inputs", "viewed"),
-    }  # fmt: skip
+    ways: ClassVar = {
+        "columns": ("in", lambda b, x, w: torch.tanh(x @ w[:, : b.half]) * (1 + x @ w[:, b.half :])),
+        "rows": ("ni", lambda b, x, w: F.linear(x, w[b.half :]) - torch.tanh(F.linear(x, w[: b.half]))),
+        "chunk": ("ni", lambda b, x, w: b.gated(x, *w.chunk(2))),
+        "part": ("ni", lambda b, x, w: F.linear(x, w[b.half :])),
+        "every_other": ("ni", lambda b, x, w: F.linear(x, w[::2]) - torch.tanh(F.linear(x, w[1::2]))),
+        "inputs": (
+            "ni",
+            lambda b, x, w: F.linear(x[..., :1], w[: b.half, :1]).tanh() + F.linear(x[..., 1:], w[b.half :, 1:]).tanh(),
+        ),
+        "viewed": ("ni", lambda b, x, w: torch.einsum("bti,poi->btpo", x, w.view(2, b.half, b.inputs)).prod(2)),
+    }
 
-    def build(self, inputs, half, how):
+    def build(self, inputs=(3, 2, 5, 7), half=(2, 1, 3), how=ways):
         self.outputs = half
-        self.weight = weight(*((inputs, 2 * half) if how == "columns" else (2 * half, inputs)))
+        self.weight = self.raw(i=inputs, n=2 * half)
 
-    def compute(self, x):
-        w, n = self.weight, self.half
-        if self.how == "columns":
-            return torch.tanh(x @ w[:, :n]) * (1 + x @ w[:, n:])
-        if self.how == "rows":
-            return F.linear(x, w[n:]) - torch.tanh(F.linear(x, w[:n]))
-        if self.how == "chunk":
-            a, b = w.chunk(2)
-            return F.linear(x, a) * torch.sigmoid(F.linear(x, b))
-        if self.how == "part":
-            return F.linear(x, w[n:])
-        if self.how == "every_other":
-            return F.linear(x, w[::2]) - torch.tanh(F.linear(x, w[1::2]))
-        if self.how == "inputs":
-            return sum(y.tanh() for y in (F.linear(x[..., :1], w[:n, :1]), F.linear(x[..., 1:], w[n:, 1:])))
-        return torch.einsum("bti,poi->btpo", x, w.view(2, n, self.inputs)).prod(2)
-
-
-class _Alone(nn.Module):
-    """Multiplies with its child's weight in the place of the child."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.child = nn.Linear(inputs, outputs)
-
-    def forward(self, x):
-        return F.linear(x, self.child.weight, self.child.bias)
-
-
-class _Beside(_Alone):
-    """Multiplies with its child's weight beside calling it."""
-
-    def forward(self, x):
-        return self.child(x) - F.linear(x.flip(-1), self.child.weight).tanh()
-
-
-class _There(_Alone):
-    """There and back through one weight, as a tied autoencoder goes."""
-
-    def forward(self, x):
-        return F.linear(self.child(x).tanh(), self.child.weight.t())
+    def gated(self, x, w, gate):
+        return F.linear(x, w) * torch.sigmoid(F.linear(x, gate))
 
 
 class _Multiply(nn.Module):
@@ -436,39 +392,28 @@ class _Multiply(nn.Module):
         return F.linear(x, weight)
 
 
-class _Handed(_Alone):
-    """Hands its child's weight to another module."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
-        self.multiply = _Multiply()
-
-    def forward(self, x):
-        return self.multiply(x, self.child.weight)
-
-
-_BORROWERS = {"alone": _Alone, "beside": _Beside, "back": _There, "handed": _Handed}
-
-
 class Borrowed(Block):
     """A parent that multiplies with its child's weight: in its place, beside it, back through it, or handing it on."""
 
-    choices: ClassVar = {"inputs": _IN, "outputs": _OUT, "how": tuple(_BORROWERS)}
+    borrows: ClassVar = {
+        "alone": lambda b, x, child: F.linear(x, child.weight, child.bias),
+        "beside": lambda b, x, child: child(x) - F.linear(x.flip(-1), child.weight).tanh(),
+        "back": lambda b, x, child: F.linear(child(x).tanh(), child.weight.t()),  # as a tied autoencoder goes
+        "handed": lambda b, x, child: b.multiply(x, child.weight),
+    }
 
-    def build(self, inputs, outputs, how):
+    def build(self, inputs=_IN, outputs=_OUT, how=borrows):
         self.outputs = inputs if how == "back" else outputs
-        self.parent = _BORROWERS[how](inputs, outputs)
+        self.child, self.multiply = nn.Linear(inputs, outputs), _Multiply()
 
     def compute(self, x):
-        return self.parent(x)
+        return self.borrows[self.how](self, x, self.child)
 
 
 class Chain(Block):
     """Raw matmuls in a row, one reading what the other made: the trap of stale inputs."""
 
-    choices: ClassVar = {"sizes": ((3, 2, 5), (2, 3, 4, 7), (5, 1, 3)), "listed": (False, True)}
-
-    def build(self, sizes, listed):
+    def build(self, sizes=((3, 2, 5), (2, 3, 4, 7), (5, 1, 3)), listed=(False, True)):
         self.inputs, self.outputs = sizes[0], sizes[-1]
         weights = [weight(a, b) for a, b in itertools.pairwise(sizes)]
         self.first, self.second, *more = weights if not listed else (None, None)
@@ -485,9 +430,7 @@ class Chain(Block):
 class Repeated(Block):
     """One module called three times in one forward, its output its next input."""
 
-    choices: ClassVar = {"size": (3, 2, 5, 1)}
-
-    def build(self, size):
+    def build(self, size=(3, 2, 5, 1)):
         self.inputs = self.outputs = size
         self.again = nn.Linear(size, size)
 
@@ -498,9 +441,7 @@ class Repeated(Block):
 class Gated(Block):
     """A gated MLP, its gate and up projections apart or fused."""
 
-    choices: ClassVar = {"inputs": (3, 2, 5), "hidden": (4, 2, 7, 1), "fused": (False, True), "bias": _BOTH}
-
-    def build(self, inputs, hidden, fused, bias):
+    def build(self, inputs=(3, 2, 5), hidden=(4, 2, 7, 1), fused=(False, True), bias=_BOTH):
         self.outputs = inputs
         if fused:
             self.gate_up = nn.Linear(inputs, 2 * hidden, bias)
@@ -526,59 +467,39 @@ def _unmirrored(y: torch.Tensor) -> torch.Tensor:
     return one - other.tanh()
 
 
-#: What is fused → each projection, and how many of q, k and v it makes.
-_PROJECTIONS = {
-    "apart": {"query": 1, "key": 1, "value": 1},
-    "blocks": {"qkv": 3},
-    "interleaved": {"qkv": 3},
-    "key_value": {"query": 1, "key_value": 2},
-}
-
-
 class Attention(Block):
     """Attention: q, k, v apart, fused one after the other, fused head by head, or only k and v fused."""
 
-    choices: ClassVar = {
-        "inputs": (3, 2, 5), "heads": (2, 1, 3), "head_size": (2, 3),
-        "fused": tuple(_PROJECTIONS), "core": ("sdpa", "softmax"), "bias": _BOTH,
-    }  # fmt: skip
+    cores = ("sdpa", "softmax")
+    projections: ClassVar = {  # what is fused → each projection with how many of q, k and v it makes, and all three
+        "apart": ({"query": 1, "key": 1, "value": 1}, lambda b, x: b.split(b.query(x), b.key(x), b.value(x))),
+        "blocks": ({"qkv": 3}, lambda b, x: b.split(*b.qkv(x).chunk(3, dim=-1))),
+        "interleaved": ({"qkv": 3}, lambda b, x: _apart(b.qkv(x), b.heads).chunk(3, dim=-1)),
+        "key_value": ({"query": 1, "key_value": 2}, lambda b, x: b.split(b.query(x), *b.key_value(x).chunk(2, dim=-1))),
+    }
 
-    def build(self, inputs, heads, head_size, fused, bias, **_):
+    def build(self, inputs=(3, 2, 5), heads=(2, 1, 3), head_size=(2, 3), fused=projections, core=cores, bias=_BOTH):
         self.outputs = inputs
-        for name, parts in _PROJECTIONS[fused].items():
+        for name, parts in self.projections[fused][0].items():
             self.add_module(name, nn.Linear(inputs, parts * heads * head_size, bias))
         self.output = nn.Linear(heads * head_size, inputs, bias)
 
+    def split(self, *fused):
+        return [_apart(t, self.heads) for t in fused]
+
     def compute(self, x):
-        x = _mirrored(x)
-        if self.fused == "interleaved":
-            q, k, v = self._split(self.qkv(x)).chunk(3, dim=-1)
-        else:
-            if self.fused == "blocks":
-                q, k, v = self.qkv(x).chunk(3, dim=-1)
-            elif self.fused == "key_value":
-                q, (k, v) = self.query(x), self.key_value(x).chunk(2, dim=-1)
-            else:
-                q, k, v = self.query(x), self.key(x), self.value(x)
-            q, k, v = self._split(q), self._split(k), self._split(v)
+        q, k, v = self.projections[self.fused][1](self, _mirrored(x))
         if self.core == "sdpa":
             y = F.scaled_dot_product_attention(q, k, v)
         else:
             y = (q @ k.mT * self.head_size**-0.5).softmax(-1) @ v
-        return _unmirrored(self.output(y.transpose(1, 2).flatten(2)))
-
-    def _split(self, t):
-        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return _unmirrored(self.output(_together(y)))
 
 
 class TorchAttention(Block):
     """`nn.MultiheadAttention`, whose projections are read by a function, not by their modules."""
 
-    choices: ClassVar = {
-        "heads": (2, 1), "head_size": (2, 3), "kdim": (False, True), "bias": _BOTH, "weights": (False, True),
-    }  # fmt: skip
-
-    def build(self, heads, head_size, kdim, bias, **_):
+    def build(self, heads=(2, 1), head_size=(2, 3), kdim=(False, True), bias=_BOTH, weights=(False, True)):
         self.inputs = self.outputs = heads * head_size
         keys = self.inputs + 1 if kdim else None
         self.attention = nn.MultiheadAttention(self.inputs, heads, bias=bias, kdim=keys, vdim=keys, batch_first=True)
@@ -592,9 +513,7 @@ class TorchAttention(Block):
 class TorchEncoder(Block):
     """`nn.TransformerEncoderLayer`, whose fused path in eval mode reads its children's weights."""
 
-    choices: ClassVar = {"heads": (2, 1), "head_size": (3, 4), "hidden": (5, 3), "norm_first": (False, True)}
-
-    def build(self, heads, head_size, hidden, norm_first):
+    def build(self, heads=(2, 1), head_size=(3, 4), hidden=(5, 3), norm_first=(False, True)):
         self.inputs = self.outputs = heads * head_size
         self.layer = nn.TransformerEncoderLayer(
             self.inputs, heads, hidden, dropout=0.0, norm_first=norm_first, batch_first=True
@@ -607,12 +526,11 @@ class TorchEncoder(Block):
 class Recurrent(Block):
     """Kernels that take their weights whole."""
 
-    choices: ClassVar = {
-        "kind": ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"), "inputs": _IN, "hidden": (2, 3, 5, 1),
-        "layers": (1, 2), "bidirectional": (False, True), "bias": _BOTH,
-    }  # fmt: skip
+    kinds = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell")
 
-    def build(self, kind, inputs, hidden, layers, bidirectional, bias):
+    def build(
+        self, kind=kinds, inputs=_IN, hidden=(2, 3, 5, 1), layers=(1, 2), bidirectional=(False, True), bias=_BOTH
+    ):
         if kind.endswith("Cell"):
             self.outputs, self.cell = hidden, getattr(nn, kind)(inputs, hidden, bias)
             return
@@ -630,46 +548,36 @@ class Recurrent(Block):
         return _unmirrored(torch.stack(steps, dim=1))
 
 
+def _time_first(x: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens, n) → (tokens + 1, batch, n)"""
+    return F.pad(x, (0, 0, 0, 1)).transpose(0, 1).contiguous()
+
+
 class Whole(Block):
     """Ops beside which no branch can stand, and a matmul's weight that something else reads as well."""
 
-    choices: ClassVar = {
-        "inputs": _IN, "outputs": _OUT, "how": ("bilinear", "inner", "tensordot", "conv_tbc", "addbmm", "also_read"),
-    }  # fmt: skip
+    ways: ClassVar = {
+        "bilinear": ("oii", lambda b, x, w: F.bilinear(x, x.flip(-1) + 1, w, b.bias)),
+        "inner": ("oi", lambda b, x, w: torch.inner(x, w) + b.bias),
+        "tensordot": ("io", lambda b, x, w: torch.tensordot(x, w, 1) + b.bias),
+        "conv_tbc": ("kio", lambda b, x, w: torch.conv_tbc(_time_first(x), w, b.bias, 0).transpose(0, 1)),
+        "addbmm": ("bio", lambda b, x, w: _by_token(torch.addbmm(b.bias, x.flatten(0, 1).unsqueeze(0), w), x)),
+        "also_read": ("oi", lambda b, x, w: F.linear(x, w, b.bias) * (1 + w.square().mean())),
+    }
 
-    def build(self, inputs, outputs, how):
-        shape = {
-            "bilinear": (outputs, inputs, inputs), "tensordot": (inputs, outputs),
-            "conv_tbc": (2, inputs, outputs), "addbmm": (1, inputs, outputs),
-        }  # fmt: skip
-        self.weight, self.bias = weight(*shape.get(how, (outputs, inputs))), weight(outputs)
-
-    def compute(self, x):
-        if self.how == "bilinear":
-            return F.bilinear(x, x.flip(-1) + 1, self.weight, self.bias)
-        if self.how == "inner":
-            return torch.inner(x, self.weight) + self.bias
-        if self.how == "tensordot":
-            return torch.tensordot(x, self.weight, 1) + self.bias
-        if self.how == "conv_tbc":
-            x = F.pad(x, (0, 0, 0, 1)).transpose(0, 1).contiguous()
-            return torch.conv_tbc(x, self.weight, self.bias, 0).transpose(0, 1)
-        if self.how == "addbmm":
-            return _by_token(torch.addbmm(self.bias, x.flatten(0, 1).unsqueeze(0), self.weight), x)
-        return F.linear(x, self.weight, self.bias) * (1 + self.weight.square().mean())
+    def build(self, inputs=_IN, outputs=_OUT, how=ways):
+        self.weight, self.bias = self.raw(i=inputs, o=outputs, k=2, b=1), weight(outputs)
 
 
 class Normed(Block):
     """A linear between norms with parameters; the batch norm also counts, in train mode."""
 
-    choices: ClassVar = {"inputs": _IN, "outputs": (3, 5, 4), "norm": ("layer", "rms", "batch")}
+    norms: ClassVar = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm2d}
 
-    def build(self, inputs, outputs, norm):
+    def build(self, inputs=_IN, outputs=(3, 5, 4), norm=norms):
         self.batch = norm == "batch"
         self.linear = nn.Linear(inputs, outputs, bias=False)
-        self.norm = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm2d}[norm](
-            1 if self.batch else outputs
-        )
+        self.norm = self.norms[norm](1 if self.batch else outputs)
 
     def compute(self, x):
         y = self.linear(x)
@@ -679,9 +587,7 @@ class Normed(Block):
 class Computed(Block):
     """A weight that is computed before it multiplies, which no rule can adapt, beside one that a rule can."""
 
-    choices: ClassVar = {"inputs": _IN, "outputs": _OUT}
-
-    def build(self, inputs, outputs):
+    def build(self, inputs=_IN, outputs=_OUT):
         self.direction, self.gain = weight(outputs, inputs), weight(outputs, 1)
         self.plain = nn.Linear(inputs, outputs)
 
@@ -708,9 +614,20 @@ class Again:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.index})"
 
+    def of(self, block: nn.Module) -> nn.Module:
+        return block
+
 
 class Tied(Again):
     """In the place of a block: another module like the block at `index`, with its weights, and its own biases."""
+
+    def of(self, block: nn.Module) -> nn.Module:
+        twin = copy.deepcopy(block)
+        for name, parameter in block.named_parameters(remove_duplicate=False):
+            if parameter.ndim >= 2:
+                path, _, attribute = name.rpartition(".")
+                setattr(twin.get_submodule(path), attribute, parameter)
+        return twin
 
 
 HEADS = ("none", "linear", "parameter", "tied", "borrowed")
@@ -742,7 +659,7 @@ class RandomModel(nn.Module):
         self._lines, self._seed, self.head = tuple(map(repr, steps)), seed, head
         self.blocks = nn.ModuleList()
         for step in steps:
-            self.blocks.append(step if isinstance(step, Block) else _shared(self.blocks[step.index], step))
+            self.blocks.append(step if isinstance(step, Block) else step.of(self.blocks[step.index]))
         self._shown = dict(head=head, outputs=outputs, dtype=dtype, seed=seed, training=training)
         width = self.blocks[-1].outputs
         if head == "linear":
@@ -788,17 +705,6 @@ class RandomModel(nn.Module):
         shown = [f"{name}={value!r}" for name, value in self._shown.items() if value != plain[name]]
         lines = [f"    {line}," for line in self._lines]
         return "\n".join(["RandomModel(", *lines, *([f"    {', '.join(shown)},"] if shown else []), ")"])
-
-
-def _shared(block: nn.Module, step: Again) -> nn.Module:
-    if not isinstance(step, Tied):
-        return block
-    twin = copy.deepcopy(block)
-    for name, parameter in block.named_parameters(remove_duplicate=False):
-        if parameter.ndim >= 2:
-            path, _, attribute = name.rpartition(".")
-            setattr(twin.get_submodule(path), attribute, parameter)
-    return twin
 
 
 def fit(x: torch.Tensor, have: int, want: int) -> torch.Tensor:

@@ -137,7 +137,7 @@ def _takes(model: nn.Module, inputs: Any, site: Site, kind: str, before: Sequenc
     """Whether a rule for this weight alone can have an adapter of the kind."""
     if kind == "lora":
         return True
-    settings = {"rank": 1} if "rank" in kind_named(kind).settings else {}
+    settings: dict[str, Any] = {"rank": 1} if "rank" in kind_named(kind).settings else {}
     try:
         plan(model, [*before, Rule(where=site.weight.name, kind=kind, **settings)], inputs)
     except LoraFxError:
@@ -183,7 +183,7 @@ def _fitting(key: dict[str, Any], kind: str, settings: dict[str, Any], left: Seq
     if "rank" in settings:
         rank = min(settings["rank"], *(min(s.in_features, s.out_features) for s in decided))
         settings = {**settings, "rank": rank}
-    return Rule(**key, **settings, **({} if kind == "lora" else {"kind": kind})), decided
+    return Rule(**key, **settings, kind=None if kind == "lora" else kind), decided
 
 
 @dataclass(frozen=True)
