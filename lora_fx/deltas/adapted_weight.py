@@ -182,11 +182,12 @@ class AdaptedWeight:
 
     def _alone(self, op: str, x: Any, bias: Any, branch: Branch, placement: Placement) -> Any:
         """The matmul of the one kind that acts on this weight; None where it cannot have it whole."""
-        kind, theta = branch.adapter.kind, getattr(branch.delta, "theta", None)
-        whole = placement.is_whole and branch.adapter.rows is None and not self.cast and theta is not None
+        matmul, delta = branch.adapter.kind.matmul, branch.delta
+        whole = placement.is_whole and branch.adapter.rows is None and not self.cast
         dropped = branch.dropout is not None and branch.adapter.training
-        assert kind.matmul is not None
-        return kind.matmul(op, x, self.base, bias, theta) if whole and not dropped else None
+        if matmul is None or isinstance(delta, LowRank) or delta.theta is None or dropped or not whole:
+            return None
+        return matmul(op, x, self.base, bias, delta.theta)
 
     # What code asks of a weight without reading its elements.
     @property

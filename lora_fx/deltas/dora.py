@@ -89,7 +89,7 @@ class _Linear(torch.autograd.Function):
 
 def _differentiable(scale: float, grad: Any, needs: Any, *inputs: Any) -> list[Any]:
     """With create_graph=True: the gradients of the same in plain ops, which autograd can differentiate once more."""
-    ours = [None if t is None else t.view_as(t) for t in inputs]  # one may depend on another
+    ours: list[Any] = [None if t is None else t.view_as(t) for t in inputs]  # one may depend on another
     x, weight, bias, A, B, magnitude = ours
     own = torch.addmm(weight, B, A, alpha=scale)
     y = F.linear(x, magnitude / torch.linalg.vector_norm(own.detach(), dim=-1, keepdim=True) * own, bias)
