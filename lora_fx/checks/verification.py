@@ -194,7 +194,7 @@ def dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> tor
 def check_once(
     model: nn.Module, inputs: Inputs, training: bool, rounding: Mapping[int, float], undo: list[Undo]
 ) -> Report:
-    """The adapted model, with the factors it has, against the one with the dense W + s·B·A in place of each weight.
+    """The adapted model, with the factors it has, against the one with the dense W + δ in place of each weight.
 
     The sums are written into the base weights, and taken out again bit for bit.
 
@@ -304,7 +304,7 @@ def _size(tensor: torch.Tensor) -> float:
 def with_dense_weights(
     model: nn.Module, undo: list[Undo], rounding: Mapping[int, float] | None = None
 ) -> Iterator[None]:
-    """Inside, every adapted parameter holds W + Σ s·B·A, from A and B alone; moved by one `rounding` step."""
+    """Inside, every adapted parameter holds W + Σ δ, from A and B alone; moved by one `rounding` step."""
     generator = torch.Generator().manual_seed(1)
     with undone(undo):
         for storage in inventory(model).storages():
