@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import lora_fx
@@ -19,6 +22,7 @@ from lora_fx.deltas.kinds import KINDS, REQUIRED
 from lora_fx.errors import FoldError, KindError, PlanError, RuleError
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.model.inventory import inventory
+from lora_fx.testing import assert_kind
 from tests import reference
 
 SETTINGS = {"lora": {"rank": 2, "alpha": 3}, "dora": {"rank": 2, "alpha": 3}, "bias": {}, "full": {}}
@@ -287,10 +291,10 @@ def test_a_part_of_a_fused_weight_takes_every_kind():
             return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     torch.manual_seed(0)
-    for name, settings in SETTINGS.items():
+    for name, own in SETTINGS.items():
         fused, x = Fused(), torch.randn(2, 5, 8)
         base = copy.deepcopy(fused)
-        lora_fx.apply(fused, Rule(role="attention.query | attention.value", kind=name, **settings), x)
+        lora_fx.apply(fused, Rule(role="attention.query | attention.value", kind=name, **own), x)
         assert torch.equal(fused(x), base(x))
         fill(fused)
         assert lora_fx.certify(fused, x), name
@@ -532,3 +536,30 @@ def test_a_model_that_was_cast_still_runs_every_kind(kind):
     (y,) = run(adapted, normalize_inputs(adapted, IDS))
     folded = lora_fx.fold(copy.deepcopy(adapted))
     assert y.dtype == torch.bfloat16 and verify(folded, adapted, IDS)
+
+
+# ── the laws, as whoever writes a kind tests them ────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize("name", ["lora", "dora", "bias", "full", "loha"])
+@settings(max_examples=8)
+@given(data=st.data())
+def test_the_laws_of_a_kind_over_random_models(name, data):
+    with register_kind(LOHA):
+        assert_kind(name, data)
+
+
+@settings(max_examples=3, phases=[Phase.generate])
+@given(data=st.data())
+def test_the_laws_find_a_kind_that_is_wrong(data):
+    calls = itertools.count()
+    drifting = dataclasses.replace(
+        LOHA, name="drifting", delta=lambda weight, theta: _product(theta) * (1 + 1e-3 * next(calls))
+    )
+    KINDS["drifting"] = drifting  # past the trial, which finds it too
+    try:
+        with pytest.raises((AssertionError, LoraFxError)):
+            assert_kind("drifting", data)
+    finally:
+        del KINDS["drifting"]
