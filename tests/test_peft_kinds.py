@@ -247,6 +247,39 @@ def test_we_read_the_dora_that_peft_saves(config, dtype, tmp_path):
     assert_merges(base, tmp_path / "a", ours)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_file_of_other_dtypes_means_the_same(dtype, by_them, tmp_path):
+    """PEFT saves what it trained; both keep θ in float32 beside float32 weights."""
+    shutil.copytree(by_them, tmp_path / "a")
+    strip(tmp_path / "a", lambda tensors: tensors.update({key: t.to(dtype) for key, t in tensors.items()}))
+    base = fresh(Layers)
+    ours = load_adapter(copy.deepcopy(base), tmp_path / "a", IDS)
+    assert_is(base, tmp_path / "a", ours, peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval())
+
+
+def test_one_dora_of_two_layers_that_share_a_weight(tmp_path):
+    """PEFT keeps it twice; equal ones are one again."""
+
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.one, self.two = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+            self.two.weight = self.one.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(self.embed(ids)).tanh())
+
+    base = fresh(Twins)
+    ours = move(lora_fx.apply(copy.deepcopy(base), Rule(where="one", **TWO), IDS))
+    save_adapter(ours, tmp_path / "a")
+    assert_is(base, tmp_path / "a", ours, peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval())
+    assert len([key for key in load_file(tmp_path / "a" / TENSORS) if "magnitude" in key]) == 2
+    assert_same(ours, load_adapter(copy.deepcopy(base), tmp_path / "a", IDS))
+    strip(tmp_path / "a")
+    again = load_adapter(copy.deepcopy(base), tmp_path / "a", IDS)
+    assert len(inventory(again).adapters) == 1 and torch.equal(out(again), out(ours))
+
+
 def by_peft(base: nn.Module, folder: Path, **config: Any) -> nn.Module:
     """PEFT's DoRA with random factors and magnitudes that are no norms, and saved."""
     config = {"r": 2, "lora_alpha": 3, "use_dora": True, "init_lora_weights": False, **config}
@@ -746,6 +779,17 @@ def test_dora_on_both_names_of_a_tied_weight_is_refused(tmp_path):
     with pytest.raises(FileError, match="reads the weight's axes as"):
         load_adapter(model, tmp_path, IDS)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("kind, tensor", [("dora", "magnitude"), ("full", "weight"), ("bias", "shift")])
+@pytest.mark.parametrize("as_peft", [True, False])
+def test_a_tensor_that_is_not_finite_is_not_saved(kind, tensor, as_peft, tmp_path):
+    ours = move(lora_fx.apply(fresh(Layers), {**OWN[kind][0], "where": "plain"}, IDS, check=False))
+    (adapter,) = inventory(ours).adapters
+    with torch.no_grad():
+        adapter.get_parameter(tensor)[3] = math.inf
+    refused(lambda: save_adapter(ours, tmp_path / "a", peft=as_peft), "NaN or Inf", f", {tensor} of", "checkpoint")
+    assert not list(tmp_path.iterdir())
 
 
 # ── our own format ───────────────────────────────────────────────────────────────────────────────────────────────────

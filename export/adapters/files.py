@@ -285,8 +285,8 @@ def _joined(layer: Layer, target: _Target, slots: dict[tuple[_Held, Layer], dict
         start = stop
     tensors = layer.encode(A, B)
     if dora:
-        magnitude = members[0].adapter.get_parameter("magnitude")
-        tensors[layer.magnitude] = magnitude.detach().cpu().reshape(layer.magnitude_shape)
+        magnitude = members[0].adapter.get_parameter("magnitude").detach().cpu().clone()  # two layers may share it
+        tensors[layer.magnitude] = magnitude.reshape(layer.magnitude_shape)
     return tensors
 
 
