@@ -540,7 +540,7 @@ def saved(tmp_path: Path) -> Path:
 
 HEAD = "base_model.model.head.lora_A.weight"
 OPTIONS = {
-    "use_dora": (True, "DoRA"), "lora_bias": (True, "bias of its own"), "bias": ("all", "biases"),
+    "use_dora": ("yes", "true or false"), "lora_bias": (True, "bias of its own"), "bias": ("all", "biases"),
     "modules_to_save": (["head"], "whole modules"), "layer_replication": ([[0, 1]], "how many layers"),
     "trainable_token_indices": ([3], "rows of the embedding"), "alora_invocation_tokens": ([1], "after certain tokens"),
     "use_qalora": (True, "pooled"), "init_lora_weights": ("pissa_niter_4", "base weights"),

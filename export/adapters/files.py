@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import math
 import os
 import re
@@ -36,6 +37,7 @@ from lora_fx.deltas.adapter import Adapter, complete
 from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.schedules import AUTO
+from lora_fx.errors import KindError, RuleError
 from lora_fx.export.adapters import peft as peft_format
 from lora_fx.export.adapters.folder import (
     HEADER,
@@ -60,6 +62,7 @@ from lora_fx.passes.insert import Check, Insert, Rewrite
 from lora_fx.passes.pipeline import Pipeline
 from lora_fx.passes.planning import Plan, Row, Schedule, plan_rows, read_program
 
+_BOTH = "restore both files of one save; a change of settings is saved from the model"
 _OWN_FORMAT = "save_adapter(..., peft=False) writes a folder that lora_fx can load and PEFT refuses"
 
 
@@ -90,10 +93,21 @@ class _Held:
             "weights": list(self.weights), "part": self.part, "role": a.role, "sides": a.layout.sides,
             "rows": None if a.rows is None else _ranges(a.rows),
         }  # fmt: skip
+        for key, value in a.settings.items():
+            if not _is_sayable(value):
+                reason = f"{key}={value!r} of the kind {a.kind.name!r} does not come back out of JSON"
+                refuse(self.weights[0], reason, "let the kind take finite numbers, texts, and lists and tables of them")
         if a.kind.name != "lora":
             return {**said, "kind": a.kind.name, "settings": a.settings}
         own = {"rank": a.rank, "alpha": a.alpha, "scaling": a.scaling, "dropout": a.dropout.p, "schedule": a.schedule}
         return {**said, **own}
+
+
+def _is_sayable(value: Any) -> bool:
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -257,6 +271,9 @@ def _joined(layer: Layer, target: _Target, slots: dict[tuple[_Held, Layer], dict
         slots: is told where each adapter lies: from `start` on along the rank, its B 2^shift times as large.
     """
     members, start = target.layers[layer], 0
+    dora = bool(members) and members[0].adapter.kind.name == "dora"
+    if dora and (why := layer.why_not_dora):
+        refuse(members[0].weights[0], why, _OWN_FORMAT)
     dtype = next((h.adapter.dtype for h in members), torch.float32)
     A, B = (torch.zeros(layer.layout.shape_of(factor, target.rank), dtype=dtype) for factor in "AB")
     for h in members:
@@ -267,11 +284,9 @@ def _joined(layer: Layer, target: _Target, slots: dict[tuple[_Held, Layer], dict
         slots[h, layer] = {"start": start, "shift": shift}
         start = stop
     tensors = layer.encode(A, B)
-    if members and members[0].adapter.kind.name == "dora":
-        if why := layer.why_not_dora:
-            refuse(members[0].weights[0], why, _OWN_FORMAT)
-        magnitude = members[0].adapter.get_parameter("magnitude")
-        tensors[layer.magnitude] = magnitude.detach().cpu().reshape(layer.magnitude_shape)
+    if dora:
+        magnitude = members[0].adapter.get_parameter("magnitude").detach().cpu().clone()  # two layers may share it
+        tensors[layer.magnitude] = magnitude.reshape(layer.magnitude_shape)
     return tensors
 
 
@@ -372,6 +387,18 @@ class _Saved:
         A, B = self.theta["A"], self.theta["B"]
         found = turned(LowRank(self.layout, A, B, 1.0, B.shape[-1], self.rows), sides)
         return None if found is None else {"A": found.A, "B": found.B}
+
+    def rule(self, name: str) -> Rule:
+        """What it was made with, but for the schedule."""
+        plain = {key: value for key, value in self.settings.items() if key in SETTINGS and key != "schedule"}
+        own = {key: value for key, value in self.settings.items() if key not in SETTINGS}
+        kind = None if self.kind.name == "lora" else self.kind.name
+        try:
+            return Rule(where=name, kind=kind, settings=own or None, **plain)
+        except RuleError as error:
+            refuse(self.place, error.reason, "save the adapter again", error)
+        except (TypeError, ValueError) as error:
+            refuse(self.place, f"the settings {plain} are none: {error}", "save the adapter again", error)
 
     def equals(self, other: _Saved) -> bool:
         """It adds the same numbers."""
@@ -491,13 +518,7 @@ def _row(program: Program, s: _Saved, weight: Weight) -> Row:
     mine = {holders[n] for n in s.weights}
     outside = {path for n, (path, _) in owners.items() if holders[n] not in mine}
     uses = tuple(u for u in weight.uses if u.module not in outside)
-    plain = {key: value for key, value in s.settings.items() if key in SETTINGS and key != "schedule"}
-    rule = Rule(
-        where=weight.name,
-        kind=None if s.kind.name == "lora" else s.kind.name,
-        settings={key: value for key, value in s.settings.items() if key not in SETTINGS} or None,
-        **plain,
-    )
+    rule = s.rule(weight.name)
     own = tuple(owners[n] for n in s.weights)
     row = Row(weight, rule, s.role, s.part, s.rows, uses, own, bool(outside), stored=theta)
     schedule = s.settings.get("schedule", AUTO)
@@ -512,8 +533,7 @@ def _read_own(model: nn.Module, folder: Folder, header: dict[str, Any]) -> list[
     for key, value in header["config"].items():
         if config.get(key) != value:
             reason = f"it says {config.get(key)!r}, and {TENSORS} was written with {value!r}"
-            remedy = "restore both files of one save; a change of settings is saved from the model"
-            refuse(folder.option(key), reason, remedy)
+            refuse(folder.option(key), reason, _BOTH)
     own = config["peft_type"] == OWN
     if not own:
         peft_format.check_options(folder)
@@ -526,7 +546,9 @@ def _read_own(model: nn.Module, folder: Folder, header: dict[str, Any]) -> list[
     raw = [name for name in names if not own and modules.is_raw(name)]
     try:
         return [_entry(modules, entry, raw, folder) for entry in header["adapters"]]
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except KindError as error:
+        refuse(place, f"{error.place}: {error.reason}", error.remedy, error)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         refuse(place, f"its header does not describe its tensors: {error!r}", "save the adapter again", error)
 
 
@@ -540,6 +562,9 @@ def _entry(modules: Modules, entry: dict[str, Any], raw: list[str], folder: Fold
     if keys is None:
         layer = modules.layer(name, raw)
         place, start, stop = folder.tensor(layer.keys[0]), int(entry["start"]), int(entry["start"]) + settings["rank"]
+        if (kind.name == "dora") != bool(folder.config.get("use_dora")):  # as in a file from before there was DoRA
+            reason = f"it says {folder.config.get('use_dora')!r}, and {TENSORS} was written with the kind {kind.name!r}"
+            refuse(folder.option("use_dora"), reason, _BOTH)
         whole = layer.decode(folder)
         B = torch.ldexp(whole.B[..., start:stop], torch.tensor(-int(entry["shift"])))
         delta = turned(replace(whole, A=whole.A[..., start:stop, :], B=B, rank=settings["rank"]), sides)
@@ -553,7 +578,9 @@ def _entry(modules: Modules, entry: dict[str, Any], raw: list[str], folder: Fold
         rows = tuple(_rows(entry["rows"], layout.size("o"), place))
         theta = {**theta, "B": theta["B"][..., list(rows), :]} if keys is None else theta
     space = Space(layout.batch, layout.size("o") if rows is None else len(rows), layout.size("i"), Theta(**settings))
-    for tensor, shape in kind.shapes(space).items():
+    shapes = kind.shapes(space)
+    assert theta.keys() == shapes.keys(), f"θ of the kind {kind.name!r} is {', '.join(shapes)}, not {', '.join(theta)}"
+    for tensor, shape in shapes.items():
         if tuple(theta[tensor].shape) != tuple(shape):
             found = tuple(theta[tensor].shape)
             refuse(place, f"{tensor} has the shape {found}, and {name} wants {tuple(shape)}", ITS_BASE)

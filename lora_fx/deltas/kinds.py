@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -27,14 +26,21 @@ REQUIRED: Any = ...
 """In the place of a setting's default: a rule has to give it."""
 
 
-class Theta(SimpleNamespace):
+class Theta:
     """θ and the settings of its rule, as attributes: ``theta.A``, ``theta.rank``; and what follows from them."""
+
+    def __init__(self, **values: Any) -> None:
+        for name, value in values.items():  # one by one, which Dynamo can trace
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"θ has no {name}: it has {', '.join(vars(self))}")
 
     @property
     def scale(self) -> float:
         """alpha / rank, alpha = rank by default; or alpha / sqrt(rank), ``scaling="rslora"`` (Kalajdzievski 2023)."""
         alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if vars(self).get("scaling") == "rslora" else self.rank)
+        return alpha / (math.sqrt(self.rank) if getattr(self, "scaling", "standard") == "rslora" else self.rank)
 
 
 @dataclass(frozen=True)
