@@ -144,6 +144,12 @@ def make_adapter(row: Row, name: str) -> Adapter:
     with torch.no_grad():
         for tensor, numbers in stored.items():
             adapter.get_parameter(tensor).copy_(numbers)
+        if not (row.kind.low_rank or parameter.is_meta) and not bool(adapter.delta(parameter).isfinite().all()):
+            raise PlanError(
+                f"with this θ of the kind {row.kind.name!r} δ is not finite",
+                place=row.name,
+                remedy="load the base model it was made for",
+            )
     return adapter
 
 

@@ -124,7 +124,7 @@ def test_the_norm_of_dora_has_no_gradient():
     wanted = torch.autograd.grad(y, (A, B, m), cotangent)
     found = torch.autograd.grad(layer(x), (A, B, m), cotangent)
     for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert compare(a, b.detach(), b.detach(), 0.0, torch.float64)
 
 
 # ── the verbs ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -536,6 +536,18 @@ def test_a_model_that_was_cast_still_runs_every_kind(kind):
     (y,) = run(adapted, normalize_inputs(adapted, IDS))
     folded = lora_fx.fold(copy.deepcopy(adapted))
     assert y.dtype == torch.bfloat16 and verify(folded, adapted, IDS)
+
+
+def test_a_feature_without_a_direction_is_refused_by_dora_on_apply_and_on_load(tmp_path):
+    net, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(2, 4)
+    base = copy.deepcopy(net)
+    lora_fx.save_adapter(lora_fx.apply(net, Rule(where="0", kind="dora", rank=1), x), tmp_path)
+    with torch.no_grad():
+        base[0].weight[1] = 0
+    with pytest.raises(PlanError, match="0.weight: an output feature of the weight is 0 throughout"):
+        lora_fx.apply(base, Rule(where="0", kind="dora", rank=1), x)
+    with pytest.raises(PlanError, match="0.weight: with this θ of the kind 'dora' δ is not finite"):
+        lora_fx.load_adapter(base, tmp_path, x)
 
 
 # ── the laws, as whoever writes a kind tests them ────────────────────────────────────────────────────────────────────

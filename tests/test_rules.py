@@ -223,10 +223,12 @@ def test_the_plan_is_a_table_and_changes_nothing(gpt2):
         "role",
         "form",
         "shape",
+        "kind",
         "rank",
         "trainable",
         "realised",
         "schedule",
+        "folds",
         "shared",
         "storage",
     ]

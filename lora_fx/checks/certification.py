@@ -40,7 +40,6 @@ from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import CaptureError, EquivalenceError, PlanError
 from lora_fx.graph.capture import MODULE, Capture, Inputs, capture_graph, normalize_inputs, output_tensors, undisturbed
 from lora_fx.graph.forms import FORMS, op_name
-from lora_fx.graph.nodes import shape_of
 from lora_fx.graph.program import capture, storage_key
 from lora_fx.graph.views import COPIES, MOVES
 from lora_fx.model.classes import unwired
@@ -293,7 +292,7 @@ class Flow:
             return False
         if pure and made_of:
             self.mixed[node] = frozenset().union(*made_of)
-            if _is_add(node) and any(shape_of(node) == shape_of(root) for root in self._roots(node)):
+            if _is_add(node):
                 self.sums[node] = self.mixed[node]
         elif not (pure or _moves(node, self.carriers)):
             return True

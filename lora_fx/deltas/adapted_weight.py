@@ -115,16 +115,19 @@ class AdaptedWeight:
         """With these of its branches."""
         return AdaptedWeight(self.base, self.window, branches, self.root, self.chain, self.cast)
 
-    def branch(self, call: Call, branch: Branch, placement: Placement, out: Any) -> Any:
-        """x·δᵀ: scale · (x·Aᵀ)·Bᵀ where the delta has factors.
+    def branch(self, call: Call, branch: Branch, placement: Placement) -> Any:
+        """scale · (x·Aᵀ)·Bᵀ, of a delta that has factors."""
+        assert isinstance(branch.delta, LowRank)
+        return self.low_rank(call, branch.delta, placement, branch.dropout)
+
+    def kinds_branch(self, call: Call, branch: Branch, placement: Placement, out: Any) -> Any:
+        """x·δᵀ as its kind computes it.
 
         Args:
             out: what the op gives with W alone; None where it was computed with more.
         """
         delta, drop, adapter = branch.delta, branch.dropout, branch.adapter
-        if isinstance(delta, LowRank):
-            return self.low_rank(call, delta, placement, drop)
-        assert adapter.kind.branch is not None and delta.theta is not None
+        assert isinstance(delta, Dense) and adapter.kind.branch is not None and delta.theta is not None
         if drop is not None and not call.form.looks_up:
             call, out = replace(call, x=drop(call.x)), None
         product = Product(self, call, placement, adapter, out)
@@ -334,7 +337,10 @@ def _multiplied(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     plain = weight.only(inside).dense() if inside else weight.base
     out = alone = _call_with(func, args, kwargs, lambda own: plain)
     for branch, placement in beside:
-        out = out + weight.branch(call, branch, placement, None if inside else alone)
+        if isinstance(branch.delta, LowRank):
+            out = out + weight.branch(call, branch, placement)
+        else:
+            out = out + weight.kinds_branch(call, branch, placement, None if inside else alone)
     return out
 
 

@@ -154,8 +154,8 @@ class Adapter(Beside):
         """Fill θ so that the adapted weight is W, bit for bit."""
         self.kind.start(Theta(**vars(self.theta), init=init), self.matrix(weight.detach()))
 
-    def delta(self, weight: Any, theta: Theta | None = None) -> Any:
-        """δ(W, θ) in the weight's own shape and θ's dtype."""
+    def delta(self, weight: Any = None, theta: Theta | None = None) -> Any:
+        """δ(W, θ) in the weight's own shape and θ's dtype; a low-rank one asks for no W."""
         if self.kind.low_rank:
             return self.low_rank().delta()
         assert self.kind.delta is not None
