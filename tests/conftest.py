@@ -33,7 +33,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         shared = getattr(item, "callspec", None) and item.callspec.params.get("adapted")
         if shared is not None:
-            item.add_marker(pytest.mark.xdist_group(shared.name))
+            case, kind = shared
+            item.add_marker(pytest.mark.xdist_group(f"{case.name}-{kind}"))
 
 
 @pytest.fixture(autouse=True)

@@ -115,32 +115,30 @@ MUTANTS = (
         "The branch is x·A·B, without its scale.",
     ),
     Mutant(
-        "alpha_for_scale", "algebra", "lora_fx/deltas/adapter.py",
-        'return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)', "return self.alpha",
+        "alpha_for_scale", "algebra", "lora_fx/deltas/kinds.py",
+        'return alpha / (math.sqrt(self.rank) if vars(self).get("scaling") == "rslora" else self.rank)', "return alpha",
         "The scale is alpha, in branch and fold alike, so that both agree on the wrong number.",
     ),
     Mutant(
-        "rslora_is_standard", "algebra", "lora_fx/deltas/adapter.py",
-        '(math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)', "self.rank",
+        "rslora_is_standard", "algebra", "lora_fx/deltas/kinds.py",
+        '(math.sqrt(self.rank) if vars(self).get("scaling") == "rslora" else self.rank)', "self.rank",
         "rslora divides alpha by the rank instead of its root.",
     ),
     Mutant(
         "dense_without_scale", "algebra", "lora_fx/deltas/adapted_weight.py",
-        "own = branch.delta.delta()", "own = branch.delta.delta() / branch.delta.scale",
+        "own = branch.delta.of(self.root)", 'own = branch.delta.of(self.root) / getattr(branch.delta, "scale", 1)',
         "Only ops that take the weight whole (LSTM, bilinear) lose the scale.",
         zoo="native-bilinear,native-lstm",
     ),
     Mutant(
         "second_adapter_lost", "algebra", "lora_fx/deltas/adapted_weight.py",
-        "for branch, placement in zip(weight.branches, placements, strict=True):",
-        "for branch, placement in list(zip(weight.branches, placements, strict=True))[:1]:",
+        "for branch, placement in beside:", "for branch, placement in beside[:1]:",
         "Of two adapters on one weight only the first acts.",
         tests=(GAPS,),
     ),
     Mutant(
         "second_scheduled_adapter_lost", "algebra", "lora_fx/deltas/adapted_weight.py",
-        "for branch, placement in zip(self.branches, placements, strict=True):",
-        "for branch, placement in list(zip(self.branches, placements, strict=True))[:1]:",
+        "for branch, placement in placed:", "for branch, placement in placed[:1]:",
         "Of two adapters on one matrix only the first acts.",
         tests=(GAPS,),
     ),
@@ -152,8 +150,8 @@ MUTANTS = (
     ),
     Mutant(
         "stale_input", "algebra", "lora_fx/deltas/adapted_weight.py",
-        "delta, x, drop = branch.delta, call.x, branch.dropout\n",
-        "delta, x, drop = branch.delta, call.x, branch.dropout\n"
+        "        x = call.x\n",
+        "        x = call.x\n"
         "        if isinstance(x, fx.Proxy) and getattr(x.node.target, '__name__', '') == 'add':\n"
         "            x = fx.Proxy(x.node.args[0], x.tracer)\n",
         "The branch of the second of two chained matmuls reads what the first one gave before its own branch.",
@@ -723,8 +721,8 @@ MUTANTS = (
         tests=("tests/test_rules.py::test_expect_counts_sites",),
     ),
     Mutant(
-        "alpha_is_one_by_default", "rules", "lora_fx/analysis/rules.py",
-        "float(self.rank if self.alpha is None else self.alpha)", "float(1 if self.alpha is None else self.alpha)",
+        "alpha_is_one_by_default", "rules", "lora_fx/deltas/kinds.py",
+        "alpha = self.rank if self.alpha is None else self.alpha", "alpha = 1 if self.alpha is None else self.alpha",
         "Without alpha the scale is 1 / rank instead of 1.",
         tests=(GAPS,),
     ),
@@ -803,7 +801,7 @@ MUTANTS = (
     # ── export ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "exported_without_the_fold", "export", "export/onnx/weights.py",
-        "if deltas else loaded", "if not self.storage else loaded",
+        "        if not self.adapters:\n", "        if self.dtype:\n",
         "The file holds the base weights.",
         tests=("tests/test_onnx.py::test_float16_is_run",),
     ),
@@ -922,7 +920,7 @@ MUTANTS = (
     ),
     Mutant(
         "rslora_loaded_as_standard", "files", "export/adapters/files.py",
-        'scaling = "rslora" if config.get("use_rslora") else "standard"', 'scaling = "standard"',
+        '"scaling": "rslora" if config.get("use_rslora") else "standard"', '"scaling": "standard"',
         "use_rslora of a PEFT adapter is ignored.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
