@@ -32,8 +32,8 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def _architecture(item: Any) -> str:
-    """The zoo's name for what a law is tested on, with the kind of its adapters if that is not `lora`: "bert-dora"; empty
-    for any other test."""
+    """The zoo's name for what a law is tested on, and the kind of its adapters where that is not `lora`: "bert-dora".
+    Empty for any other test."""
     case, kind = (getattr(item, "callspec", None) and item.callspec.params.get("adapted")) or (None, "lora")
     return getattr(case, "name", "") + ("" if kind == "lora" else f"-{kind}")
 
