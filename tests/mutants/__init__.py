@@ -1233,8 +1233,8 @@ MUTANTS = (
     Mutant(
         "dora_with_groups", "kinds", "lora_fx/deltas/adapted_weight.py",
         "plain and usual and not placement.swapped", "plain and not placement.swapped",
-        "The branch of DoRA takes convolutions with groups, and addmm with alpha.",
-        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+        "The branch of DoRA takes convolutions with groups, and addmm with alpha, whose x·Wᵀ it makes without these.",
+        tests=of_kinds("two_kinds_add_up_in_every_use"),
     ),
     Mutant(
         "dora_branch_of_the_input", "kinds", "lora_fx/deltas/adapted_weight.py",
@@ -1363,10 +1363,16 @@ MUTANTS = (
     ),
     Mutant(
         "any_add_is_the_sum", "kinds", "lora_fx/checks/certification.py",
-        "if _is_add(node) and any(shape_of(node) == shape_of(root) for root in self._roots(node)):",
+        "if _is_add(node) and (branch or any(shape_of(node) == shape_of(root) for root in self._roots(node))):",
         "if _is_add(node):",
-        "An addition inside of δ counts as W + δ.",
-        tests=of_kinds("every_verb_takes_every_kind"),
+        "Of a bias that is added to what W makes of a buffer one of the two is left out.",
+        tests=of_kinds("what_an_adapted_weight_makes_of_a_buffer_is_certified"),
+    ),
+    Mutant(
+        "branch_of_a_buffer_is_no_sum", "kinds", "lora_fx/checks/certification.py",
+        "branch = any(n in self.factors for n in inputs)", "branch = False",
+        "A branch beside what W makes of a buffer is taken for a part of the model, and counted twice.",
+        tests=of_kinds("what_an_adapted_weight_makes_of_a_buffer_is_certified"),
     ),
     # ── the bias of a site ───────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
