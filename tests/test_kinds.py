@@ -732,6 +732,28 @@ def test_dropout_of_dora_on_an_embedding_takes_whole_tokens():
     torch.testing.assert_close(found[kept], base[kept] + 2 * branch[kept], rtol=1e-12, atol=1e-12)
 
 
+def test_dropout_needs_a_branch_of_the_kind():
+    layer, x = nn.Conv1d(4, 6, 3, groups=2), torch.randn(2, 4, 5)
+    with pytest.raises(PlanError, match="conv reads whole: there is no branch input to drop"):
+        lora_fx.apply(layer, Rule(where="*", kind="dora", rank=2, dropout=0.1), x)
+    assert lora_fx.apply(layer, Rule(where="*", kind="dora", rank=2), x)
+
+
+def test_the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds():
+    rules = [Rule(where="raw", kind="full"), Rule(where="twice", kind="bias"), Rule(where="up", kind="dora", rank=2)]
+    plan = lora_fx.plan(model(), [*rules, Rule(where="embed", rank=2)], IDS)
+    found = {row.name: (row.kind.name, row.parameters, row.schedule) for row in plan.rows}
+    assert found == {
+        "raw": ("full", 10 * 7, "weight + δ"),
+        "twice.bias": ("bias", 8, "bias + δ"),
+        "up.weight": ("dora", 2 * 6 + 10 * 2 + 10, "its own branch"),
+        "embed.weight": ("lora", 2 * 11 + 6 * 2, "branch"),
+    }
+    lines = {line.split()[0]: line for line in str(plan).splitlines() if line}
+    assert all(("exactly" in lines[name]) == (kind == "lora") for name, (kind, _, _) in found.items())
+    assert all(("rounded once" in lines[name]) == (kind != "lora") for name, (kind, _, _) in found.items())
+
+
 def test_a_feature_without_a_direction_is_refused():
     layer = nn.Linear(4, 3)
     with torch.no_grad():
@@ -926,6 +948,20 @@ def test_dora_of_attention_is_refused_for_peft(tmp_path):
 def test_a_part_of_dora_is_refused_for_peft(tmp_path):
     adapted = lora_fx.apply(Attention(), Rule(role="attention.key", kind="dora", rank=2), torch.randn(2, 5, 8))
     with pytest.raises(FileError, match="it is a part of the weight, and PEFT's DoRA trains all sizes of it"):
+        lora_fx.save_adapter(adapted, tmp_path / "a")
+
+
+def test_dora_of_a_weight_that_another_module_reads_is_refused_for_peft(tmp_path):
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 5)
+
+        def forward(self, x):
+            return F.linear(x, self.inner.weight, self.inner.bias)
+
+    adapted = lora_fx.apply(Reader(), Rule(where="*", kind="dora", rank=2), torch.randn(2, 6))
+    with pytest.raises(FileError, match="the model reads it, and PEFT adapts only calls of the module that holds it"):
         lora_fx.save_adapter(adapted, tmp_path / "a")
 
 

@@ -1036,12 +1036,6 @@ MUTANTS = (
         "`full` adds its weight to W instead of taking its place.",
         tests=of_kinds("a_linear_of_each_kind_is_what_its_paper_says"),
     ),
-    Mutant(
-        "full_starts_at_zero", "kinds", "lora_fx/deltas/kinds.py",
-        "start=lambda theta, weight: theta.weight.copy_(weight)", "start=lambda theta, weight: theta.weight.zero_()",
-        "A fresh `full` is a weight of zeros.",
-        tests=of_kinds("every_verb_takes_every_kind"),
-    ),
     # ── DoRA's arithmetic ────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "dora_without_scale", "kinds", "lora_fx/deltas/dora.py",
@@ -1261,6 +1255,25 @@ MUTANTS = (
         tests=of_kinds("dora_of_a_part_is_that_of_its_own_rows"),
     ),
     Mutant(
+        "part_put_at_the_front", "kinds", "lora_fx/deltas/adapter.py",
+        'self.rows, self._buffers.get("index")).whole', "tuple(range(len(self.rows)))).whole",
+        "δ of a part of a fused weight is added to its first rows.",
+        tests=of_kinds("dora_of_a_part_is_that_of_its_own_rows"),
+    ),
+    Mutant(
+        "matrix_in_the_weights_dtype", "kinds", "lora_fx/deltas/adapter.py",
+        "matrix = self.layout.to_matrix(weight).to(self.dtype if weight.dtype != torch.float64 else weight.dtype)",
+        "matrix = self.layout.to_matrix(weight)",
+        "A kind is given a bfloat16 W beside its float32 θ.",
+        tests=of_kinds("every_kind_in_every_dtype"),
+    ),
+    Mutant(
+        "branch_while_recording", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "branch.delta.theta is None or recording.on or torch", "branch.delta.theta is None or torch",
+        "A captured program has branches of a kind whose δ no check can follow.",
+        tests=of_kinds("every_verb_takes_every_kind"),
+    ),
+    Mutant(
         "computed_factors_rounded", "kinds", "lora_fx/deltas/adapter.py",
         "wide = {name: p.detach().to(torch.float64)", "wide = {name: p.detach()",
         "Factors that a kind computes are rounded to float32 before they are folded.",
@@ -1458,6 +1471,12 @@ MUTANTS = (
         tests=of_kinds("a_part_of_dora_is_refused_for_peft"),
     ),
     Mutant(
+        "dora_read_outside_for_peft", "kinds", "export/adapters/files.py",
+        'if kind == "dora" and h.adapter.read_outside:', "if False:",
+        "A DoRA whose weight another module reads is written for PEFT, which adapts calls alone.",
+        tests=of_kinds("dora_of_a_weight_that_another_module_reads_is_refused_for_peft"),
+    ),
+    Mutant(
         "two_kinds_for_peft", "kinds", "export/adapters/files.py",
         "        if len(kinds) > 1:\n", "        if not kinds:\n",
         "A LoRA beside a DoRA is written as one.",
@@ -1486,12 +1505,6 @@ MUTANTS = (
         "drawing_not_tried", "kinds", "lora_fx/deltas/kind_registration.py",
         "torch.equal(own, self._delta(wide, weight, seed=1)), \"δ is another", "own is not None, \"δ is another",
         "A kind with another δ each time is taken.",
-        tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
-    ),
-    Mutant(
-        "constant_not_tried", "kinds", "lora_fx/deltas/kind_registration.py",
-        "self.require(float(own.detach().abs().max()) > 0,", "self.require(True,",
-        "A kind that does nothing is taken, or refused for something else.",
         tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
     ),
     Mutant(
@@ -1524,12 +1537,6 @@ MUTANTS = (
         "A kind with a tensor called `layout` is taken.",
         tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
     ),
-    Mutant(
-        "kind_stays_after_a_trial", "kinds", "lora_fx/deltas/kind_registration.py",
-        "            del KINDS[self.kind.name]\n", "            pass\n",
-        "A kind cannot be taken out again.",
-        tests=of_kinds("loha_from_outside"),
-    ),
     # ── rules, plans, ONNX and strategies of other kinds ─────────────────────────────────────────────────────────────
     Mutant(
         "settings_of_another_kind", "kinds", "lora_fx/analysis/rules.py",
@@ -1542,6 +1549,31 @@ MUTANTS = (
         "if value is REQUIRED and key not in given]", "if value is None and key not in given and key == 'rank']",
         "A DoRA without a rank is found out late.",
         tests=of_kinds("settings_that_a_kind_does_not_have"),
+    ),
+    Mutant(
+        "dropout_where_no_branch_stands", "kinds", "passes/planning.py",
+        " or not (row.kind.low_rank or _has_product(u, row.kind))]", "]",
+        "Dropout of DoRA is planned on a convolution with groups, and found out when the model trains.",
+        tests=of_kinds("dropout_needs_a_branch_of_the_kind"),
+    ),
+    Mutant(
+        "every_kind_folds_exactly", "kinds", "passes/planning.py",
+        '"exactly" if row.kind.low_rank else "rounded once"', '"exactly"',
+        "The plan promises more than the fold does.",
+        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
+    ),
+    Mutant(
+        "plan_counts_like_lora", "kinds", "passes/planning.py",
+        "return sum(math.prod(shape) for shape in self.kind.shapes(space).values())",
+        "return sum(math.prod(shape) for shape in [*self.kind.shapes(space).values()][:2])",
+        "The plan leaves the magnitudes out.",
+        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
+    ),
+    Mutant(
+        "plan_without_the_cost", "kinds", "passes/planning.py",
+        'return "its own branch" if beside else f"{row.kind.adapts} + δ"', 'return "its own branch"',
+        "The plan does not say that W + δ is made in each forward.",
+        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
     ),
     Mutant(
         "onnx_without_dense_kinds", "kinds", "export/onnx/weights.py",
