@@ -96,7 +96,7 @@ def apply(
         rules: one `Rule` or several; dicts; the path of a TOML file. The first rule that matches a site decides it.
         example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; transformers' models have some.
         name: the adapter's name. Applying again adds a second adapter under another name, further sites under the same.
-        check: compare the adapted model with the dense W + s·B·A on the example inputs, in train and in eval mode.
+        check: compare the adapted model with the dense W + δ on the example inputs, in train and in eval mode.
 
     Returns:
         The same model.
@@ -108,7 +108,7 @@ def apply(
 
 
 def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = True) -> Certificate:
-    """Measure every use of every adapted weight: is it W + s·B·A, and how is it realised?
+    """Measure every use of every adapted weight: is it W + δ, and how is it realised?
 
     Each use is held against the same op on the dense sum, on the x that reaches it, with random factors (B ≠ 0), in the
     recorded program of the adapted model; then the whole model against the model with the dense sums, in eval and in
@@ -123,7 +123,7 @@ def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = T
         gradients: also run backward once, and name the adapters that no gradient reaches.
 
     Returns:
-        A certificate, true where every use was seen and is W + s·B·A: `print` it, or keep its `to_json()`.
+        A certificate, true where every use was seen and is W + δ: `print` it, or keep its `to_json()`.
 
     Raises:
         PlanError: the model has no active adapter, or its fold was final.

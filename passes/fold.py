@@ -1,6 +1,6 @@
 """Fold the branches into the weights, and take them out again.
 
-    W' = round(W + Σ s·B·A)
+    W' = round(W + Σ δ)
 
 Each storage once, in place, rounded once (`deltas.exact_sum`). After it every module has its original class, and the
 model is its base graph with other numbers in it. A storage of which only some uses are adapted is split: those uses get

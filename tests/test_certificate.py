@@ -137,7 +137,7 @@ def test_a_wrong_scale_is_named_at_the_use_where_it_happens(monkeypatch):
     def scaled(branch, weight, call, *use):
         return branch(weight, call, *use) * (1.01 if weight.window.shape == (9, 6) else 1.0)
 
-    assert wrong_uses(broken(monkeypatch, scaled)) == [("first", "it is not the use of W + s·B·A")]
+    assert wrong_uses(broken(monkeypatch, scaled)) == [("first", "it is not the use of W + δ")]
 
 
 def test_an_effect_that_rounding_could_hide_is_not_certified():
@@ -206,7 +206,7 @@ def test_a_folded_model_is_certified_through_its_exact_weights(dtype):
     certificate = lora_fx.certify(model, IDS)
     assert certificate and certificate.folded == {"first.weight": 0, "head.weight": 0}
     assert reference.same_bits(reference.bits(model), state)
-    assert "every element of 2 weights is W + s·B·A rounded once" in str(certificate)
+    assert "every element of 2 weights is W + δ rounded once" in str(certificate)
     assert inventory(model).folded
 
 

@@ -208,6 +208,7 @@ def test_l9_untouched_weights_are_bitwise_untouched(adapted):
     assert reference.classes(model) == reference.classes(base)
 
 
+@pytest.mark.parametrize("adapted", [(case, "lora") for case in ZOO], ids=label, indirect=True)
 def test_the_slack_is_far_below_what_a_lost_branch_makes(adapted):
     """The bound would not hide a missing site: dropping any single branch is an error many times the bound."""
     model = copy.deepcopy(adapted.model)

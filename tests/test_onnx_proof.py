@@ -174,7 +174,7 @@ def test_one_element_one_bit_off_is_found(tmp_path, monkeypatch):
         return numbers
 
     monkeypatch.setattr(onnx_weights.Weight, "numbers", nudged)
-    unproven(adapted(Net()), tmp_path, "up.weight", "1 of 45 elements are not W + s·B·A rounded once", "nothing was")
+    unproven(adapted(Net()), tmp_path, "up.weight", "1 of 45 elements are not W + δ rounded once", "nothing was")
 
 
 def test_a_weight_that_no_adapter_is_on_must_stay(tmp_path, monkeypatch):

@@ -390,7 +390,7 @@ def touched_itself(model, folded):
         (
             one_step,
             torch.float32,
-            r"blocks\.1\.linear\.weight: 1 of 4 folded elements are not W \+ s·B·A",
+            r"blocks\.1\.linear\.weight: 1 of 4 folded elements are not W \+ δ",
         ),
         (rounded_twice, torch.bfloat16, r"blocks\.0\.linear\.weight: \d of 6 folded elements"),
         (bias_moved, torch.float32, r"blocks\.2\.linear\.bias: no adapter acts on it, and its bits have changed"),

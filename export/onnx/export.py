@@ -88,7 +88,7 @@ class ExportReport:
     not_run: str = ""
     """Why ONNX Runtime did not run the file: then only `onnx.checker` has seen it."""
     certificate: Certificate | None = None
-    """Where a model with branches was exported: that every use of every adapted weight was W + s·B·A; see `certify`."""
+    """Where a model with branches was exported: that every use of every adapted weight was W + δ; see `certify`."""
     proof: Proof | None = None
     """Where it was asked for: the file is the base graph, and its weights are the folded ones."""
 
@@ -318,7 +318,7 @@ def _unfolded(model: nn.Module, prove: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Certify(Pass):
-    """Measure of every use of every adapted weight whether it is W + s·B·A; see `lora_fx.certify`."""
+    """Measure of every use of every adapted weight whether it is W + δ; see `lora_fx.certify`."""
 
     name = "certify"
     requires = (given(Job),)

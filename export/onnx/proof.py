@@ -1,7 +1,7 @@
 """The proof that a folded file is the base graph with other numbers in it.
 
     graph(folded) = graph(base)          line for line: nodes, attributes, topology, names, shapes, types
-    W'            = round(W + Σ s·B·A)   element for element, for the folded weights; all others to the bit
+    W'            = round(W + Σ δ)   element for element, for the folded weights; all others to the bit
 
 The base model is translated once more, by itself, and the file is read back: nothing of what wrote it is trusted. What
 a folded weight must be is computed without the fold's own algebra (`lora_fx.checks.oracles`).
@@ -35,7 +35,7 @@ class Proof:
     graph: str
     """sha256 of the graph without the numbers of its initializers."""
     folded: Mapping[str, int]
-    """Initializers that hold folded weights → how many elements: each is W + Σ s·B·A rounded once."""
+    """Initializers that hold folded weights → how many elements: each is W + Σ δ rounded once."""
     untouched: int
     """Initializers that are the base's, bit for bit."""
     evaluated: tuple[str, ...]
@@ -54,7 +54,7 @@ class Proof:
         total = sum(self.folded.values())
         parts = [
             f"{self.nodes} nodes are the base graph's",
-            f"{total:,} elements of {len(self.folded)} folded weights are W + s·B·A rounded once",
+            f"{total:,} elements of {len(self.folded)} folded weights are W + δ rounded once",
             f"{self.untouched} initializers are the base's to the bit",
         ]
         parts += [f"{len(self.evaluated)} evaluated from folded weights"] if self.evaluated else []
@@ -94,7 +94,7 @@ def prove(path: Path, weights: Weights, contents: Contents, base: Any, base_weig
             weight, numbers = weights[held], as_torch(actual).permute([axes.index(axis) for axis in range(len(axes))])
             wrong, folded[name] = misrounded(weight.load().cpu(), numbers, weight.adapters).numel(), numbers.numel()
             if wrong:
-                refuse(name, f"{wrong} of {folded[name]} elements are not W + s·B·A rounded once", _REMEDY)
+                refuse(name, f"{wrong} of {folded[name]} elements are not W + δ rounded once", _REMEDY)
         elif _bytes(actual) == _bytes(base.graph.initializers[split.get(name, name)].const_value):
             untouched += 1
         elif held:

@@ -1,6 +1,6 @@
 """The coverage certificate: every use of every adapted weight, and how it was seen to be realised.
 
-    out(use)  =  use(x, W + s·B·A)          measured at each use, on the x that reached it in the adapted model
+    out(use)  =  use(x, W + δ)          measured at each use, on the x that reached it in the adapted model
 
 The adapted model is captured with random factors (B ≠ 0), and the recorded program is run once more. At every node that
 consumes an adapted weight the dense sum is put in the weight's place, and what the node and its branch gave is held
@@ -63,7 +63,7 @@ class Coverage:
     effect: float = 0.0
     """How far the adapters move this use's output, relative to its root mean square."""
     error: float = 0.0
-    """How far the output is from the use of the dense W + s·B·A, relative likewise."""
+    """How far the output is from the use of the dense W + δ, relative likewise."""
     bound: float = 0.0
     """What rounding explains: see `lora_fx.verify`."""
     problem: str = ""
@@ -76,7 +76,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured. True where every use of every adapted weight was seen and is W + s·B·A."""
+    """What was measured. True where every use of every adapted weight was seen and is W + δ."""
 
     rows: tuple[Coverage, ...]
     whole: tuple[Report, ...] = ()
@@ -86,7 +86,7 @@ class Certificate:
     inactive: tuple[str, ...] = ()
     """Names of adapters that are in the model and do not act."""
     folded: Mapping[str, int] = field(default_factory=dict)
-    """Of a folded model: weight → how many of its elements are not W + s·B·A rounded once. All must be 0."""
+    """Of a folded model: weight → how many of its elements are not W + δ rounded once. All must be 0."""
 
     @property
     def unseen(self) -> tuple[Coverage, ...]:
@@ -109,7 +109,7 @@ class Certificate:
         lines += [f"whole model, {mode}: {report}" for mode, report in zip(("eval", "train"), self.whole, strict=False)]
         lines += [f"folded {name}: {wrong} elements not rounded once" for name, wrong in self.folded.items() if wrong]
         if self.folded and not any(self.folded.values()):
-            lines.append(f"folded: every element of {len(self.folded)} weights is W + s·B·A rounded once")
+            lines.append(f"folded: every element of {len(self.folded)} weights is W + δ rounded once")
         if self.gradient_free:
             lines.append(f"no gradient reaches {', '.join(self.gradient_free)}")
         if self.inactive:
@@ -165,7 +165,7 @@ def certify_adapted(
 def check_adapted(
     model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
 ) -> None:
-    """The self-check of `apply`: the adapted model must be the model with W + s·B·A in its weights.
+    """The self-check of `apply`: the adapted model must be the model with W + δ in its weights.
 
     B is nonzero while this runs; what is kept to undo that is bounded: of large weights only some output features are
     adapted. Afterwards A and B are what they were, and every weight.
@@ -182,7 +182,7 @@ def check_adapted(
         if all(reports):
             return
     raise EquivalenceError(
-        f"the adapted model is not the model with W + s·B·A: {worst(reports)}",
+        f"the adapted model is not the model with W + δ: {worst(reports)}",
         place=_suspect(model, inputs, adapters, rounding, undo),
         remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
     )
@@ -218,7 +218,7 @@ class Reading:
     """The placeholder of each weight that it consumes → the storage as it is read here; None where it was split off."""
     end: fx.Node
     dense: bool
-    """It is handed the sum W + s·B·A."""
+    """It is handed the sum W + δ."""
     bypass: str
     """Who reads the node's output before the branch is added."""
 
@@ -418,7 +418,7 @@ class _Replay(fx.Interpreter):
     def _judge_of(self, reading: Reading) -> Callable[[list[torch.Tensor]], None]:
         """Runs the use with the dense sums: before the model does, since it may write into its operands."""
         node, plain = reading.node, {root: self.flow.captured.tensors[root] for root in reading.acting}
-        whole, moved = dict(plain), dict(plain)  # W + Σ s·B·A in W's dtype, and the same moved by one rounding step
+        whole, moved = dict(plain), dict(plain)  # W + Σ δ in W's dtype, and the same moved by one rounding step
         adapted = {root: storage for root, storage in reading.acting.items() if storage is not None}
         for root, storage in adapted.items():
             weight = plain[root].detach()
@@ -476,7 +476,7 @@ def _problem(reading: Reading, effect: float, report: Report) -> str:
         return f"{reading.bypass} reads its output without the branch"
     if not report:
         without = abs(report.error - effect) <= report.bound
-        return "the adapters have no effect here" if without else "it is not the use of W + s·B·A"
+        return "the adapters have no effect here" if without else "it is not the use of W + δ"
     if effect > report.bound:
         return ""
     if effect > report.noise:

@@ -194,7 +194,7 @@ def dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> tor
 def check_once(
     model: nn.Module, inputs: Inputs, training: bool, rounding: Mapping[int, float], undo: list[Undo]
 ) -> Report:
-    """The adapted model, with the factors it has, against the one with the dense W + s·B·A in place of each weight.
+    """The adapted model, with the factors it has, against the one with the dense W + δ in place of each weight.
 
     The sums are written into the base weights, and taken out again bit for bit.
 
@@ -271,16 +271,24 @@ def _fill(adapter: Adapter, weight: torch.Tensor | None, generator: torch.Genera
 
 @torch.no_grad()
 def scatter(adapter: Adapter, weight: torch.Tensor, generator: torch.Generator, share: float) -> None:
-    """Move θ, of any kind, at random, as far as makes the delta about `share` as large as the weight (within twice)."""
+    """Move θ, of any kind, at random, as far as makes the delta about `share` as large as the weight (within twice).
+
+    What is not 0 moves by up to half its own size, and by no more where something else can move: so a size stays away
+    from 0, and W + δ from being a small difference of large numbers.
+    """
     before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
-    noise = {
-        name: torch.randn(p.shape, generator=generator, dtype=torch.float64) * (_size(p) or p.shape[-1] ** -0.5)
-        for name, p in before.items()
-    }
+    free = [name for name, p in before.items() if not bool(p.any())]
+    noise = {}
+    for name, p in before.items():
+        if name in free:
+            noise[name] = torch.randn(p.shape, generator=generator, dtype=torch.float64) * p.shape[-1] ** -0.5
+        else:
+            noise[name] = (torch.rand(p.shape, generator=generator, dtype=torch.float64) - 0.5) * _size(p)
     wanted, step = share * (_size(weight) or 1.0), 1.0
     for _ in range(64):
         for name, parameter in adapter.named_parameters():
-            parameter.copy_(before[name] + step * noise[name].to(parameter.device))
+            own = min(step, 1.0) if free and name not in free else step
+            parameter.copy_(before[name] + own * noise[name].to(parameter.device))
         found = _size(delta(weight, adapter))
         if wanted / 2 <= found <= wanted * 2:
             break
@@ -296,7 +304,7 @@ def _size(tensor: torch.Tensor) -> float:
 def with_dense_weights(
     model: nn.Module, undo: list[Undo], rounding: Mapping[int, float] | None = None
 ) -> Iterator[None]:
-    """Inside, every adapted parameter holds W + Σ s·B·A, from A and B alone; moved by one `rounding` step."""
+    """Inside, every adapted parameter holds W + Σ δ, from A and B alone; moved by one `rounding` step."""
     generator = torch.Generator().manual_seed(1)
     with undone(undo):
         for storage in inventory(model).storages():

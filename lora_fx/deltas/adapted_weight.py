@@ -1,7 +1,7 @@
 """A weight with branches, as adapted code reads it.
 
 `AdaptedWeight` is what a rewritten module reads in place of the parameter: movement ops move it, matmuls of
-`graph.forms` take the parallel branch, any other op gets the dense W + scale · B·A. It holds tensors when a module runs
+`graph.forms` take the parallel branch, any other op gets the dense W + Σ δ. It holds tensors when a module runs
 and `torch.fx` proxies when a module is rewritten: the algebra is written once, here.
 """
 
@@ -42,7 +42,7 @@ class Branch:
 
 
 class AdaptedWeight:
-    """A weight with branches, or a view of one. Any torch function on it means the same on W + Σ scale · B·A.
+    """A weight with branches, or a view of one. Any torch function on it means the same on W + Σ δ.
 
     Not a `Tensor`: code that would silently take it for the plain weight fails instead.
     """
@@ -65,7 +65,7 @@ class AdaptedWeight:
         return dispatch(func, args, kwargs or {})
 
     def dense(self) -> Any:
-        """W + Σ scale · B·A as a plain tensor, differentiable in A and B."""
+        """W + Σ δ as a plain tensor, differentiable in θ."""
         delta: Any = None
         for branch in self.branches:
             if branch.dropout is not None and branch.adapter.training:
@@ -253,7 +253,7 @@ _fill()
 
 
 def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """`func` with each adapted weight among its arguments meaning W + Σ scale · B·A."""
+    """`func` with each adapted weight among its arguments meaning W + Σ δ."""
     name = op_name(func)
     if args and isinstance(args[0], AdaptedWeight) and not any(isinstance(a, AdaptedWeight) for a in args[1:]):
         moved = _moved(func, name, args[0], args[1:], kwargs)

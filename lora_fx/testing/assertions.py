@@ -41,7 +41,7 @@ def assert_equivalent(before: nn.Module, after: nn.Module, example_inputs: Any =
 def assert_folds_exactly(model: nn.Module, example_inputs: Any = None) -> Report:
     """Folding this adapted model is exact, free and can be undone. The model itself is left alone.
 
-    Every element of a folded weight is W + Σ s·B·A, rounded once; every other weight is bitwise untouched; the folded
+    Every element of a folded weight is W + Σ δ, rounded once; every other weight is bitwise untouched; the folded
     model has the base model's classes, `state_dict` keys and captured graph, and is the adapted model's function;
     folding twice is folding once; unfolding gives every bit back.
 
@@ -181,7 +181,7 @@ def _describe(
     index = [int(n) for n in torch.unravel_index(torch.tensor(k), tuple(weight.shape))]
     half_step = abs(wanted) * torch.finfo(weight.dtype).eps / 2
     return (
-        f"{name}: {wrong.numel()} of {weight.numel()} folded elements are not W + s·B·A, rounded once to "
+        f"{name}: {wrong.numel()} of {weight.numel()} folded elements are not W + δ, rounded once to "
         f"{weight.dtype}: element {index} is {value!r} where the sum is {wanted!r} "
         f"(error {abs(value - wanted):.3g}, bound half a step, at most {half_step:.3g})"
     )

@@ -215,6 +215,9 @@ class Filling:
             if self.kinds is not None and adapter.kind.name not in self.kinds:
                 continue
             if adapter.kind.name != "lora":
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(self.seed)
+                    adapter.start(place.parameter)
                 scatter(adapter, place.parameter, generator, self.size)
                 continue
             smaller = max(1.0, abs(adapter.scale))
