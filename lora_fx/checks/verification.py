@@ -284,15 +284,15 @@ def scatter(adapter: Adapter, weight: torch.Tensor, generator: torch.Generator, 
             noise[name] = torch.randn(p.shape, generator=generator, dtype=torch.float64) * p.shape[-1] ** -0.5
         else:
             noise[name] = (torch.rand(p.shape, generator=generator, dtype=torch.float64) - 0.5) * _size(p)
-    wanted, step = share * (_size(weight) or 1.0), 1.0
+    wanted, step, last = share * (_size(weight) or 1.0), 1.0, 0.0
     for _ in range(64):
         for name, parameter in adapter.named_parameters():
             own = min(step, 1.0) if free and name not in free else step
             parameter.copy_(before[name] + own * noise[name].to(parameter.device))
         found = _size(delta(weight, adapter))
-        if wanted / 2 <= found <= wanted * 2:
+        if wanted / 2 <= found <= wanted * 2 or (found < wanted and found < 1.25 * last):  # a delta may be bounded
             break
-        step *= 2.0 if found < wanted else 0.5
+        step, last = (step * 2.0, found) if found < wanted else (step / 2.0, 0.0)
 
 
 def _size(tensor: torch.Tensor) -> float:
