@@ -983,7 +983,7 @@ def test_the_laws_of_a_kind_are_tried_on_it(kind, data):
     assert_kind(kind, data)
 
 
-@hypothesis.settings(max_examples=4, database=None)
+@hypothesis.settings(max_examples=2, database=None)
 @given(st.data())
 @pytest.mark.parametrize("kind", ["dora", "full", "bias"])
 def test_rules_and_theta_are_drawn_for_the_kind(kind, data):
