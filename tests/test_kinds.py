@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import pickle
 
-import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -294,10 +294,10 @@ def test_a_part_of_a_fused_weight_takes_every_kind():
             return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     torch.manual_seed(0)
-    for name, settings in SETTINGS.items():
+    for name, own in SETTINGS.items():
         fused, x = Fused(), torch.randn(2, 5, 8)
         base = copy.deepcopy(fused)
-        lora_fx.apply(fused, Rule(role="attention.query | attention.value", kind=name, **settings), x)
+        lora_fx.apply(fused, Rule(role="attention.query | attention.value", kind=name, **own), x)
         assert torch.equal(fused(x), base(x))
         fill(fused)
         assert lora_fx.certify(fused, x), name
@@ -553,6 +553,33 @@ def test_a_model_that_was_cast_still_runs_every_kind(kind):
     (y,) = run(adapted, normalize_inputs(adapted, IDS))
     folded = lora_fx.fold(copy.deepcopy(adapted))
     assert y.dtype == torch.bfloat16 and verify(folded, adapted, IDS)
+
+
+# ── the laws, as whoever writes a kind tests them ────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize("name", ["lora", "dora", "bias", "full", "loha"])
+@settings(max_examples=8)
+@given(data=st.data())
+def test_the_laws_of_a_kind_over_random_models(name, data):
+    with register_kind(LOHA):
+        assert_kind(name, data)
+
+
+@settings(max_examples=3, phases=[Phase.generate])
+@given(data=st.data())
+def test_the_laws_find_a_kind_that_is_wrong(data):
+    calls = itertools.count()
+    drifting = dataclasses.replace(
+        LOHA, name="drifting", delta=lambda weight, theta: _product(theta) * (1 + 1e-3 * next(calls))
+    )
+    KINDS["drifting"] = drifting  # past the trial, which finds it too
+    try:
+        with pytest.raises((AssertionError, LoraFxError)):
+            assert_kind("drifting", data)
+    finally:
+        del KINDS["drifting"]
 
 
 # ── what only a mutant would have noticed (`tests.mutants`) ──────────────────────────────────────────────────────────
@@ -976,14 +1003,7 @@ def test_a_file_knows_the_settings_of_a_dense_kind():
 # ── the strategies ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@hypothesis.settings(max_examples=3, database=None)
-@given(st.data())
-@pytest.mark.parametrize("kind", ["dora", "full", "bias"])
-def test_the_laws_of_a_kind_are_tried_on_it(kind, data):
-    assert_kind(kind, data)
-
-
-@hypothesis.settings(max_examples=2, database=None)
+@settings(max_examples=2, database=None)
 @given(st.data())
 @pytest.mark.parametrize("kind", ["dora", "full", "bias"])
 def test_rules_and_theta_are_drawn_for_the_kind(kind, data):

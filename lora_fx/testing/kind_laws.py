@@ -84,7 +84,7 @@ def _check_gradients(base: nn.Module, adapted: nn.Module, inputs: Inputs, rules:
         reached = _with_gradient(free, inputs)
     except RuntimeError:  # the base itself has no backward on these inputs: torch's grouped_mm wants strides
         return
-    found = _with_gradient(adapted, inputs)
+    found = _with_gradient(copy.deepcopy(adapted), inputs)
     wanted = {
         f"{place.path}.{place.child}.{name}".lstrip(".")
         for place in inventory(adapted).places
