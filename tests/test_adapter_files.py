@@ -540,7 +540,7 @@ def saved(tmp_path: Path) -> Path:
 
 HEAD = "base_model.model.head.lora_A.weight"
 OPTIONS = {
-    "use_dora": ("yes", "true or false"), "lora_bias": (True, "bias of its own"), "bias": ("all", "biases"),
+    "use_dora": (1, "true or false"), "lora_bias": (True, "bias of its own"), "bias": ("all", "biases"),
     "modules_to_save": (["head"], "whole modules"), "layer_replication": ([[0, 1]], "how many layers"),
     "trainable_token_indices": ([3], "rows of the embedding"), "alora_invocation_tokens": ([1], "after certain tokens"),
     "use_qalora": (True, "pooled"), "init_lora_weights": ("pissa_niter_4", "base weights"),
@@ -597,6 +597,7 @@ DAMAGE = {
     "an extra key": (put("base_model.model.extra.lora_A.weight", torch.ones(2, 3)), "no layer", "extra"),
     "another place": (put("../../etc/passwd", torch.ones(2)), "no layer", "../../etc/passwd"),
     "another layer": (put("base_model.model.tower.lora_A.weight", torch.ones(2, 3)), "no layer", "tower"),
+    "no magnitudes": (lambda f: edit(f, use_dora=True), "missing", "lora_magnitude_vector"),
     "magnitudes": (put("base_model.model.head.lora_magnitude_vector", torch.ones(3)), "DoRA", "magnitude"),
     "a bias": (put("base_model.model.head.lora_B.bias", torch.ones(3)), "bias of its own", "lora_B.bias"),
     "another base": (put("base_model.model.head.base_layer.weight", torch.ones(3, 7)), "base weight", "base_layer"),

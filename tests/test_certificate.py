@@ -125,8 +125,8 @@ def wrong_uses(certificate: lora_fx.Certificate) -> list[tuple[str, str]]:
 
 
 def test_one_lost_use_is_named_and_the_others_are_not(monkeypatch):
-    def lost(branch, weight, call, factors, placement):
-        out = branch(weight, call, factors, placement)
+    def lost(branch, weight, call, *use):
+        out = branch(weight, call, *use)
         return out * 0 if call.form.name == "linear" and weight.window.shape == (11, 6) else out
 
     certificate = broken(monkeypatch, lost)
@@ -134,8 +134,8 @@ def test_one_lost_use_is_named_and_the_others_are_not(monkeypatch):
 
 
 def test_a_wrong_scale_is_named_at_the_use_where_it_happens(monkeypatch):
-    def scaled(branch, weight, call, factors, placement):
-        return branch(weight, call, factors, placement) * (1.01 if weight.window.shape == (9, 6) else 1.0)
+    def scaled(branch, weight, call, *use):
+        return branch(weight, call, *use) * (1.01 if weight.window.shape == (9, 6) else 1.0)
 
     assert wrong_uses(broken(monkeypatch, scaled)) == [("first", "it is not the use of W + δ")]
 

@@ -233,7 +233,7 @@ def test_the_plan_is_a_table_and_changes_nothing(gpt2):
         "storage",
     ]
     row = next(line for line in lines if "h.0.attn.c_attn" in line)
-    for part in ("[32 rows]", "attention.query", "addmm", "32×96", "4", "256", "graph"):
+    for part in ("[32 rows]", "attention.query", "addmm", "32×96", "lora", "4", "256", "graph", "exactly"):
         assert part in row
     assert "split off, 0.01 MiB when folded" in text and "transformer.wte.weight = lm_head.weight" in text
     trainable = 2 * 4 * (32 + 32) + 4 * (101 + 32) + 2 * (32 + 56)

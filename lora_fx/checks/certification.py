@@ -292,7 +292,8 @@ class Flow:
             return False
         if pure and made_of:
             self.mixed[node] = frozenset().union(*made_of)
-            if _is_add(node):
+            branch = any(n in self.factors for n in inputs)
+            if _is_add(node) and (branch or any(shape_of(node) == shape_of(root) for root in self._roots(node))):
                 self.sums[node] = self.mixed[node]
         elif not (pure or _moves(node, self.carriers)):
             return True

@@ -80,6 +80,13 @@ def mutant(name: str) -> Mutant:
 
 
 GAPS = "tests/test_mutant_gaps.py"
+KINDS = "tests/test_kinds.py"
+
+
+def of_kinds(*names: str) -> tuple[str, ...]:
+    """These tests of `KINDS`, without their ``test_``."""
+    return tuple(f"{KINDS}::test_{name}" for name in names)
+
 
 AREAS = {
     "algebra": Area((GAPS, "tests/test_forms.py"), "native-chain", "l2"),
@@ -99,6 +106,7 @@ AREAS = {
     "export": Area(("tests/test_onnx.py",), laws="l10"),
     "schedules": Area(("tests/test_schedules.py",)),
     "files": Area(("tests/test_adapter_files.py", GAPS)),
+    "kinds": Area((KINDS,)),
 }
 
 MUTANTS = (
@@ -115,32 +123,30 @@ MUTANTS = (
         "The branch is x·A·B, without its scale.",
     ),
     Mutant(
-        "alpha_for_scale", "algebra", "lora_fx/deltas/adapter.py",
-        'return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)', "return self.alpha",
+        "alpha_for_scale", "algebra", "lora_fx/deltas/kinds.py",
+        'return alpha / (math.sqrt(self.rank) if vars(self).get("scaling") == "rslora" else self.rank)', "return alpha",
         "The scale is alpha, in branch and fold alike, so that both agree on the wrong number.",
     ),
     Mutant(
-        "rslora_is_standard", "algebra", "lora_fx/deltas/adapter.py",
-        '(math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)', "self.rank",
+        "rslora_is_standard", "algebra", "lora_fx/deltas/kinds.py",
+        '(math.sqrt(self.rank) if vars(self).get("scaling") == "rslora" else self.rank)', "self.rank",
         "rslora divides alpha by the rank instead of its root.",
     ),
     Mutant(
         "dense_without_scale", "algebra", "lora_fx/deltas/adapted_weight.py",
-        "own = branch.delta.delta()", "own = branch.delta.delta() / branch.delta.scale",
+        "own = branch.delta.of(self.root)", 'own = branch.delta.of(self.root) / getattr(branch.delta, "scale", 1)',
         "Only ops that take the weight whole (LSTM, bilinear) lose the scale.",
         zoo="native-bilinear,native-lstm",
     ),
     Mutant(
         "second_adapter_lost", "algebra", "lora_fx/deltas/adapted_weight.py",
-        "for branch, placement in zip(weight.branches, placements, strict=True):",
-        "for branch, placement in list(zip(weight.branches, placements, strict=True))[:1]:",
+        "for branch, placement in beside:", "for branch, placement in beside[:1]:",
         "Of two adapters on one weight only the first acts.",
         tests=(GAPS,),
     ),
     Mutant(
         "second_scheduled_adapter_lost", "algebra", "lora_fx/deltas/adapted_weight.py",
-        "for branch, placement in zip(self.branches, placements, strict=True):",
-        "for branch, placement in list(zip(self.branches, placements, strict=True))[:1]:",
+        "for branch, placement in placed:", "for branch, placement in placed[:1]:",
         "Of two adapters on one matrix only the first acts.",
         tests=(GAPS,),
     ),
@@ -152,8 +158,8 @@ MUTANTS = (
     ),
     Mutant(
         "stale_input", "algebra", "lora_fx/deltas/adapted_weight.py",
-        "delta, x, drop = branch.delta, call.x, branch.dropout\n",
-        "delta, x, drop = branch.delta, call.x, branch.dropout\n"
+        "        x = call.x\n",
+        "        x = call.x\n"
         "        if isinstance(x, fx.Proxy) and getattr(x.node.target, '__name__', '') == 'add':\n"
         "            x = fx.Proxy(x.node.args[0], x.tracer)\n",
         "The branch of the second of two chained matmuls reads what the first one gave before its own branch.",
@@ -723,8 +729,8 @@ MUTANTS = (
         tests=("tests/test_rules.py::test_expect_counts_sites",),
     ),
     Mutant(
-        "alpha_is_one_by_default", "rules", "lora_fx/analysis/rules.py",
-        "float(self.rank if self.alpha is None else self.alpha)", "float(1 if self.alpha is None else self.alpha)",
+        "alpha_is_one_by_default", "rules", "lora_fx/deltas/kinds.py",
+        "alpha = self.rank if self.alpha is None else self.alpha", "alpha = 1 if self.alpha is None else self.alpha",
         "Without alpha the scale is 1 / rank instead of 1.",
         tests=(GAPS,),
     ),
@@ -803,7 +809,7 @@ MUTANTS = (
     # ── export ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "exported_without_the_fold", "export", "export/onnx/weights.py",
-        "if deltas else loaded", "if not self.storage else loaded",
+        "        if not self.adapters:\n", "        if self.dtype:\n",
         "The file holds the base weights.",
         tests=("tests/test_onnx.py::test_float16_is_run",),
     ),
@@ -922,7 +928,7 @@ MUTANTS = (
     ),
     Mutant(
         "rslora_loaded_as_standard", "files", "export/adapters/files.py",
-        'scaling = "rslora" if config.get("use_rslora") else "standard"', 'scaling = "standard"',
+        '"scaling": "rslora" if config.get("use_rslora") else "standard"', '"scaling": "standard"',
         "use_rslora of a PEFT adapter is ignored.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
@@ -951,9 +957,9 @@ MUTANTS = (
         tests=(GAPS,),
     ),
     Mutant(
-        "dora_loaded_as_lora", "files", "export/adapters/peft.py",
+        "options_skipped", "files", "export/adapters/peft.py",
         "or key in _FREE or value is None", "or key in _FREE or key in _REASONS or value is None",
-        "Options that change what an adapter computes (DoRA, a bias) are skipped.",
+        "Options that change what an adapter computes (a bias of the branch, whole modules) are skipped.",
         tests=("tests/test_adapter_files.py::test_options_that_are_refused",),
     ),
     Mutant(
@@ -997,6 +1003,608 @@ MUTANTS = (
         "torch.ldexp(delta.B, torch.tensor(shift))", "delta.B",
         "Parts of a fused weight with scales of their own are saved with one.",
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
+    ),
+    # ── kinds: their rows ────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "dora_starts_at_one", "kinds", "lora_fx/deltas/kinds.py",
+        "theta.magnitude.copy_(dora.size(weight, theta))", "theta.magnitude.fill_(1)",
+        "A fresh DoRA makes every output feature one long.",
+        tests=of_kinds("every_verb_takes_every_kind"),
+    ),
+    Mutant(
+        "dora_of_a_zero_feature", "kinds", "lora_fx/deltas/kinds.py",
+        "if not bool(theta.magnitude.all()):", "if False:",
+        "DoRA of a weight with a zero row divides 0 by 0.",
+        tests=of_kinds("a_feature_without_a_direction_is_refused"),
+    ),
+    Mutant(
+        "dora_without_magnitude", "kinds", "lora_fx/deltas/kinds.py",
+        "theta.magnitude / dora.size(weight, theta) * dora.turned(weight, theta) - weight",
+        "dora.turned(weight, theta) - weight",
+        "Where W + δ is made, DoRA is plain LoRA.",
+        tests=of_kinds("a_linear_of_each_kind_is_what_its_paper_says", "dora_of_a_part_is_that_of_its_own_rows"),
+    ),
+    Mutant(
+        "bias_shifts_back", "kinds", "lora_fx/deltas/kinds.py",
+        "delta=lambda weight, theta: theta.shift", "delta=lambda weight, theta: -theta.shift",
+        "The shift of a bias is taken from it; whoever trains it does not notice.",
+        tests=of_kinds("a_linear_of_each_kind_is_what_its_paper_says"),
+    ),
+    Mutant(
+        "theta_for_theta_minus_w", "kinds", "lora_fx/deltas/kinds.py",
+        "delta=lambda weight, theta: theta.weight - weight", "delta=lambda weight, theta: theta.weight",
+        "`full` adds its weight to W instead of taking its place.",
+        tests=of_kinds("a_linear_of_each_kind_is_what_its_paper_says"),
+    ),
+    # ── DoRA's arithmetic ────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "dora_without_scale", "kinds", "lora_fx/deltas/dora.py",
+        "torch.addmm(weight, theta.B, theta.A, alpha=theta.scale)", "torch.addmm(weight, theta.B, theta.A)",
+        "V is W + B·A, without its scale, in fold and forward and the checks' δ alike.",
+        tests=of_kinds("a_linear_of_each_kind_is_what_its_paper_says", "dora_of_a_part_is_that_of_its_own_rows"),
+    ),
+    Mutant(
+        "dora_of_experts_without_scale", "kinds", "lora_fx/deltas/dora.py",
+        "return weight + theta.scale * (theta.B @ theta.A)", "return weight + theta.B @ theta.A",
+        "The same where a weight has a matrix for each expert.",
+        tests=of_kinds("dora_of_a_part_is_that_of_its_own_rows"),
+    ),
+    Mutant(
+        "dora_norm_not_detached", "kinds", "lora_fx/deltas/dora.py",
+        "vector_norm(turned(weight, theta).detach(), dim=-1", "vector_norm(turned(weight, theta), dim=-1",
+        "Gradients flow through the norm, except in a linear, which has gradients of its own.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_norm_over_the_outputs", "kinds", "lora_fx/deltas/dora.py",
+        "turned(weight, theta).detach(), dim=-1, keepdim=True)",
+        "turned(weight, theta).detach(), dim=-1 if weight.shape[-1] != weight.shape[-2] else -2, keepdim=True)",
+        "Square weights have a norm for each input feature; no shape tells.",
+        tests=of_kinds("dora_of_a_part_is_that_of_its_own_rows"),
+    ),
+    Mutant(
+        "dora_branch_with_c", "kinds", "lora_fx/deltas/dora.py",
+        "product.features(c - 1) * product.base", "product.features(c) * product.base",
+        "The branch adds x·Wᵀ once more: c is taken for c − 1.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_branch_without_magnitude", "kinds", "lora_fx/deltas/dora.py",
+        "c = theta.magnitude / size(weight, theta)\n    return product",
+        "c = torch.ones_like(theta.magnitude)\n    return product",
+        "The branch of DoRA is LoRA's.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_forward_without_magnitude", "kinds", "lora_fx/deltas/dora.py",
+        "F.linear(x, own.mul_(c), bias)", "F.linear(x, own, bias)",
+        "A linear multiplies with V instead of W'.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_of_any_op_is_a_linear", "kinds", "lora_fx/deltas/dora.py",
+        'if op != "linear" or torch', "if torch",
+        "x·W with a square W is computed as x·Wᵀ.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_gradient_of_a_without_c", "kinds", "lora_fx/deltas/dora.py",
+        "torch.mm(g, c * B)", "torch.mm(g, B)",
+        "A of DoRA learns as if every c were 1, which it is at the start.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_gradient_of_a_without_scale", "kinds", "lora_fx/deltas/dora.py",
+        "rows, ctx.scale)", "rows, 1.0)",
+        "A of DoRA learns at another rate than B.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_gradient_of_b_without_c", "kinds", "lora_fx/deltas/dora.py",
+        "g, ctx.scale).t() * c", "g, ctx.scale).t()",
+        "B of DoRA learns as if every c were 1.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_gradient_of_b_without_scale", "kinds", "lora_fx/deltas/dora.py",
+        "g, ctx.scale).t() * c", "g, 1.0).t() * c",
+        "B of DoRA learns at another rate than A.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_gradient_of_m_not_divided", "kinds", "lora_fx/deltas/dora.py",
+        "grad_m = (g * own).sum(0).unsqueeze(-1) / size", "grad_m = (g * own).sum(0).unsqueeze(-1)",
+        "The magnitude's gradient is m times too large.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_gradient_of_m_with_the_bias", "kinds", "lora_fx/deltas/dora.py",
+        "plain = y.clone() if bias is None else y - bias", "plain = y.clone()",
+        "The magnitude learns from the bias too.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_gradient_of_a_magnitude_of_zero", "kinds", "lora_fx/deltas/dora.py",
+        "if not bool((magnitude != 0).all()):", "if False:",
+        "A magnitude of 0 gets the gradient 0 / 0.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_keeps_what_others_write", "kinds", "lora_fx/deltas/dora.py",
+        "y.clone() if bias is None", "y if bias is None",
+        "An in-place op behind a linear without a bias writes into what the magnitude's gradient is made of.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_gradient_of_x_through_w", "kinds", "lora_fx/deltas/dora.py",
+        "torch.mm(g, torch.addmm(weight, B, A, alpha=ctx.scale).mul_(c))", "torch.mm(g, weight)",
+        "What flows back to earlier layers goes through W instead of W'.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_second_order_through_constants", "kinds", "lora_fx/deltas/dora.py",
+        "        if torch.is_grad_enabled():\n            return None", "        if False:\n            return None",
+        "Second derivatives of DoRA's linear take its saved numbers for constants.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_second_order_through_the_norm", "kinds", "lora_fx/deltas/dora.py",
+        "torch.linalg.vector_norm(own.detach(), dim=-1", "torch.linalg.vector_norm(own, dim=-1",
+        "With create_graph=True the gradients flow through the norm.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    # ── adapted weights with deltas of other kinds ───────────────────────────────────────────────────────────────────
+    Mutant(
+        "dense_kind_lost_beside_a_branch", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "plain = weight.only(inside).dense() if inside else weight.base", "plain = weight.base",
+        "Where a low-rank branch stands beside a matmul, what has none is left out.",
+        tests=of_kinds("two_kinds_on_one_weight_add_up_in_any_order_and_each_acts_alone"),
+    ),
+    Mutant(
+        "deltas_in_sequence", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "own = branch.delta.of(self.root)",
+        "own = branch.delta.of(self.root if delta is None else self.root + delta)",
+        "The second δ is one of W + the first: the order matters.",
+        tests=of_kinds("two_kinds_on_one_weight_add_up_in_any_order_and_each_acts_alone"),
+    ),
+    Mutant(
+        "bias_in_the_product", "kinds", "lora_fx/deltas/adapted_weight.py",
+        'return self.out - (self._shaped(bias) if call.form.name == "conv" else bias if beta == 1 else beta * bias)',
+        "return self.out",
+        "The branch of DoRA scales the bias along with x·Wᵀ.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "bias_in_the_product_of_a_convolution", "kinds", "lora_fx/deltas/adapted_weight.py",
+        'self._shaped(bias) if call.form.name == "conv" else', "self.out * 0 if call.form.name == 'conv' else",
+        "The same of convolutions alone.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "beta_in_the_product", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "bias if beta == 1 else beta * bias)", "bias)",
+        "addmm(b, x, W, beta=2) leaves half of its bias in what DoRA scales.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "features_of_a_part_unplaced", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "self.placement.up(None, self.adapter.embedded(values)).squeeze(-1)",
+        "self.placement.up(None, self.adapter.embedded(values).roll(8, -2)).squeeze(-1)",
+        "A part of a fused weight scales the first features instead of its own.",
+        tests=of_kinds("dora_of_one_part_beside_its_matmul"),
+    ),
+    Mutant(
+        "dora_alone_with_dropout", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "or dropped or not whole", "or not whole",
+        "Dropout of DoRA never acts in a linear.",
+        tests=of_kinds("dropout_of_dora_acts_on_its_branch_input_in_train_mode"),
+    ),
+    Mutant(
+        "dora_alone_on_a_part", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "placement.is_whole and branch.adapter.rows is None and not self.cast", "placement.is_whole and not self.cast",
+        "A part of a fused weight is taken for all of it.",
+        tests=of_kinds("dora_of_one_part_beside_its_matmul"),
+    ),
+    Mutant(
+        "dora_alone_on_a_slice", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "placement.is_whole and branch.adapter.rows is None", "branch.adapter.rows is None",
+        "A linear with a view of the weight is given the whole of it.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "dora_base_not_dropped", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "call, out = replace(call, x=drop(call.x)), None", "call = replace(call, x=drop(call.x))",
+        "With dropout DoRA scales what W makes of the whole input.",
+        tests=of_kinds("dropout_of_dora_acts_on_its_branch_input_in_train_mode"),
+    ),
+    Mutant(
+        "dora_not_dropped_on_embeddings", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "return own * drop(torch.ones_like(own[..., :1])) if drop is not None and call.form.looks_up else own",
+        "return own",
+        "Dropout of DoRA never acts where the weight is looked up.",
+        tests=of_kinds("dropout_of_dora_on_an_embedding_takes_whole_tokens"),
+    ),
+    Mutant(
+        "dora_with_groups", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "plain and usual and not placement.swapped", "plain and not placement.swapped",
+        "The branch of DoRA takes convolutions with groups, and addmm with alpha, whose x·Wᵀ it makes without these.",
+        tests=of_kinds("two_kinds_add_up_in_every_use"),
+    ),
+    Mutant(
+        "dora_branch_of_the_input", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "usual and not placement.swapped", "usual",
+        "A weight read transposed, with in and out changed over, has a size for each input feature.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "detached_weight_learns", "kinds", "lora_fx/deltas/adapter.py",
+        "Dense(self.layout, lambda weight: self.of(weight).detach(), None)", "self",
+        "W.detach() of a model has a gradient, of kinds without factors.",
+        tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
+    ),
+    Mutant(
+        "part_of_another_place", "kinds", "lora_fx/deltas/adapter.py",
+        "matrix.narrow(-2, first, len(self.rows))", "matrix.narrow(-2, 0, len(self.rows))",
+        "A part of a fused weight is δ of its first rows, in branch and fold and the checks' δ alike.",
+        tests=of_kinds("dora_of_a_part_is_that_of_its_own_rows"),
+    ),
+    Mutant(
+        "scattered_part_of_another_place", "kinds", "lora_fx/deltas/adapter.py",
+        "matrix.index_select(-2, index)", "matrix.index_select(-2, index - index[0])",
+        "The same of rows that are no contiguous range.",
+        tests=of_kinds("dora_of_a_part_is_that_of_its_own_rows"),
+    ),
+    Mutant(
+        "part_put_at_the_front", "kinds", "lora_fx/deltas/adapter.py",
+        'self.rows, self._buffers.get("index")).whole', "tuple(range(len(self.rows)))).whole",
+        "δ of a part of a fused weight is added to its first rows.",
+        tests=of_kinds("dora_of_a_part_is_that_of_its_own_rows"),
+    ),
+    Mutant(
+        "matrix_in_the_weights_dtype", "kinds", "lora_fx/deltas/adapter.py",
+        "matrix = self.layout.to_matrix(weight).to(self.dtype if weight.dtype != torch.float64 else weight.dtype)",
+        "matrix = self.layout.to_matrix(weight)",
+        "A kind is given a bfloat16 W beside its float32 θ.",
+        tests=of_kinds("every_kind_in_every_dtype"),
+    ),
+    Mutant(
+        "branch_while_recording", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "branch.delta.theta is None or recording.on or torch", "branch.delta.theta is None or torch",
+        "A captured program has branches of a kind whose δ no check can follow.",
+        tests=of_kinds("every_verb_takes_every_kind"),
+    ),
+    Mutant(
+        "computed_factors_rounded", "kinds", "lora_fx/deltas/adapter.py",
+        "wide = {name: p.detach().to(torch.float64)", "wide = {name: p.detach()",
+        "Factors that a kind computes are rounded to float32 before they are folded.",
+        tests=of_kinds("a_low_rank_kind_from_outside_has_branches_schedules_and_the_exact_fold"),
+    ),
+    # ── folds of other kinds ─────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "bias_folded_twice", "kinds", "lora_fx/deltas/rounded_sum.py",
+        "total += adapter.delta(plain, adapter.theta_of(wide))",
+        "total += adapter.delta(plain, adapter.theta_of(wide)) * (2 if adapter.kind.adapts == 'bias' else 1)",
+        "A folded bias is shifted twice.",
+        tests=of_kinds("a_linear_of_each_kind_is_what_its_paper_says"),
+    ),
+    Mutant(
+        "folded_in_sequence", "kinds", "lora_fx/deltas/rounded_sum.py",
+        "adapter.delta(plain, adapter.theta_of(wide))", "adapter.delta(total, adapter.theta_of(wide))",
+        "The second δ that is folded is one of W + the first.",
+        tests=of_kinds("two_kinds_on_one_weight_add_up_in_any_order_and_each_acts_alone"),
+    ),
+    Mutant(
+        "only_the_first_is_folded", "kinds", "lora_fx/deltas/rounded_sum.py",
+        "for adapter in adapters:", "for adapter in adapters[:1]:",
+        "Of two adapters on one weight the first is folded.",
+        tests=of_kinds("two_kinds_on_one_weight_add_up_in_any_order_and_each_acts_alone"),
+    ),
+    Mutant(
+        "sum_rounded_twice", "kinds", "lora_fx/deltas/rounded_sum.py",
+        "round_once(total, dtype)", "round_once(total.float() if dtype.itemsize == 2 else total, dtype)",
+        "The float64 sum goes to bfloat16 and float16 by way of float32.",
+        tests=of_kinds("a_sum_is_rounded_once"),
+    ),
+    Mutant(
+        "infinite_sum_folded", "kinds", "lora_fx/deltas/rounded_sum.py",
+        "if not bool(rounded.isfinite().all()):", "if False:",
+        "NaN in θ is folded into the weight.",
+        tests=of_kinds("nan_in_theta_is_refused_before_anything_is_written"),
+    ),
+    Mutant(
+        "original_not_kept", "kinds", "lora_fx/deltas/rounded_sum.py",
+        "self._folded(), self.weight.clone()", "self._folded(), self.weight",
+        "Unfolding writes back the folded weight.",
+        tests=of_kinds("every_verb_takes_every_kind"),
+    ),
+    Mutant(
+        "kept_weight_starts_anywhere", "kinds", "lora_fx/deltas/rounded_sum.py",
+        "return weight.dtype == self.original.dtype and checksum(weight) == self.folded", "return True",
+        "A folded weight that was trained since is overwritten by unfold.",
+        tests=of_kinds("a_folded_weight_that_was_written_to_is_not_unfolded"),
+    ),
+    Mutant(
+        "fold_of_a_kind_not_undone", "kinds", "lora_fx/deltas/rounded_sum.py",
+        "        undo.append(partial(self.weight.copy_, before))\n", "",
+        "A fold that is cut short leaves the weights that it has written.",
+        tests=of_kinds("a_fold_cut_short_is_undone"),
+    ),
+    Mutant(
+        "unfold_of_a_kind_not_undone", "kinds", "lora_fx/deltas/rounded_sum.py",
+        "        undo.append(partial(weight.copy_, weight.clone()))\n", "",
+        "An unfold that is cut short leaves the weights that it has written.",
+        tests=of_kinds("an_unfold_cut_short_is_undone"),
+    ),
+    Mutant(
+        "bias_storages_left_out", "kinds", "lora_fx/model/inventory.py",
+        "                if parameter is not None:\n",
+        "                if parameter is not None and parameter.ndim > 1:\n",
+        "What is no matrix is not folded.",
+        tests=of_kinds("a_linear_of_each_kind_is_what_its_paper_says"),
+    ),
+    # ── checks of other kinds ────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "no_delta_for_the_checks", "kinds", "lora_fx/checks/oracles.py",
+        "return adapter.delta(plain, _wide(adapter))", "return torch.zeros_like(plain)",
+        "The checks take a kind without factors for nothing.",
+        tests=of_kinds("every_verb_takes_every_kind"),
+    ),
+    Mutant(
+        "any_sum_is_rounded_right", "kinds", "lora_fx/checks/oracles.py",
+        "SHARE = 2.0**-40", "SHARE = 2.0**40",
+        "Whatever a fold of such a kind has written, the checks find it right.",
+        tests=of_kinds("the_checks_find_every_element_that_is_one_step_off"),
+    ),
+    Mutant(
+        "one_step_off_is_right", "kinds", "lora_fx/checks/oracles.py",
+        "right = ((low + value) / 2 - lost <= total) & (total <= (value + high) / 2 + lost)",
+        "right = (low - lost <= total) & (total <= high + lost)",
+        "The checks take the next number but one for the nearest.",
+        tests=of_kinds("the_checks_find_every_element_that_is_one_step_off"),
+    ),
+    Mutant(
+        "self_check_leaves_theta_at_its_start", "kinds", "lora_fx/checks/verification.py",
+        "            scatter(adapter, weight, generator, 0.5)\n", "            pass\n",
+        "apply looks at kinds without factors where their δ is 0.",
+        tests=of_kinds("the_self_check_moves_theta_of_every_kind"),
+    ),
+    Mutant(
+        "mixed_not_followed", "kinds", "lora_fx/checks/certification.py",
+        "if (own := self.factors.get(n) or self.mixed.get(n))", "if (own := self.factors.get(n))",
+        "A sum with a δ that is made of W is not known for one.",
+        tests=of_kinds("every_verb_takes_every_kind"),
+    ),
+    Mutant(
+        "any_add_is_the_sum", "kinds", "lora_fx/checks/certification.py",
+        "if _is_add(node) and (branch or any(shape_of(node) == shape_of(root) for root in self._roots(node))):",
+        "if _is_add(node):",
+        "Of a bias that is added to what W makes of a buffer one of the two is left out.",
+        tests=of_kinds("what_an_adapted_weight_makes_of_a_buffer_is_certified"),
+    ),
+    Mutant(
+        "branch_of_a_buffer_is_no_sum", "kinds", "lora_fx/checks/certification.py",
+        "branch = any(n in self.factors for n in inputs)", "branch = False",
+        "A branch beside what W makes of a buffer is taken for a part of the model, and counted twice.",
+        tests=of_kinds("what_an_adapted_weight_makes_of_a_buffer_is_certified"),
+    ),
+    # ── the bias of a site ───────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "second_use_of_a_bias_forgotten", "kinds", "passes/planning.py",
+        "uses = (*found[key].uses, *row.uses) if key in found else row.uses", "uses = row.uses",
+        "A bias of two weights is adapted for the last of them.",
+        tests=of_kinds("a_bias_that_others_read_too_is_refused"),
+    ),
+    Mutant(
+        "bias_that_others_read", "kinds", "passes/planning.py",
+        "        if others:\n            raise PlanError(\n                f\"{row.rule.label} adapts {len(row.uses)}",
+        "        if not row:\n            raise PlanError(\n                f\"{row.rule.label} adapts {len(row.uses)}",
+        "A rule for one layer shifts the bias of another along with it.",
+        tests=of_kinds("a_bias_that_others_read_too_is_refused"),
+    ),
+    Mutant(
+        "part_of_another_bias", "kinds", "passes/planning.py",
+        "if row.rows is not None and bias.parameter.numel() != features:", "if False:",
+        "A part of a fused weight adapts elements that its bias does not have.",
+        tests=of_kinds("a_part_of_a_weight_whose_bias_is_one_number_has_none_of_its_own"),
+    ),
+    Mutant(
+        "casts_of_a_bias_not_followed", "kinds", "lora_fx/analysis/biases.py",
+        "first_operand(node) if name in MOVES or name in COPIES or name in CASTS else None",
+        "first_operand(node) if name in COPIES else None",
+        "A bias that is moved or cast before it is added is none.",
+        tests=of_kinds("a_bias_is_found_behind_views_and_casts"),
+    ),
+    Mutant(
+        "bias_that_is_added_not_found", "kinds", "lora_fx/analysis/biases.py",
+        'in ("add", "add_", "__add__", "__iadd__")]', "in ()]",
+        "x @ W + b has no bias.",
+        tests=of_kinds("a_bias_is_found_where_it_is_added"),
+    ),
+    # ── files of other kinds ─────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "settings_of_a_kind_not_saved", "kinds", "export/adapters/files.py",
+        '"kind": a.kind.name, "settings": a.settings}',
+        '"kind": a.kind.name, "settings": {k: v for k, v in a.settings.items() if k == "rank"}}',
+        "The scale of a saved DoRA is 1 after loading.",
+        tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
+    ),
+    Mutant(
+        "kind_not_saved", "kinds", "export/adapters/files.py",
+        'if a.kind.name != "lora":\n            return {**said', "if not a.settings:\n            return {**said",
+        "DoRA is saved as LoRA.",
+        tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
+    ),
+    Mutant(
+        "magnitude_kept_at_its_start", "kinds", "passes/insert.py",
+        "        for tensor, numbers in stored.items():\n", "        for tensor, numbers in [*stored.items()][:2]:\n",
+        "Of a saved DoRA the factors are loaded, and the magnitude is 0.",
+        tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
+    ),
+    Mutant(
+        "use_dora_not_said", "kinds", "export/adapters/files.py",
+        '"use_dora": dora,', '"use_dora": False,',
+        "PEFT is given a DoRA as a LoRA.",
+        tests=of_kinds("dora_for_peft_and_back"),
+    ),
+    Mutant(
+        "dora_loaded_as_lora", "kinds", "export/adapters/files.py",
+        'kind_named("dora" if config.get("use_dora") else "lora")', 'kind_named("lora")',
+        "use_dora of a PEFT adapter is ignored.",
+        tests=of_kinds("dora_for_peft_and_back"),
+    ),
+    Mutant(
+        "magnitude_of_a_convolution_flat", "kinds", "export/adapters/peft.py",
+        'return (1, out, *[1] * (len(self.layout.shape) - 2)) if self.kind == "conv" else (out,)', "return (out,)",
+        "PEFT cannot load the magnitude of a convolution.",
+        tests=of_kinds("dora_for_peft_and_back"),
+    ),
+    Mutant(
+        "dora_of_attention_for_peft", "kinds", "export/adapters/peft.py",
+        'return "" if known else f"PEFT has no DoRA', 'return "" if self.path is not None else f"PEFT has no DoRA',
+        "A DoRA is written for a module that PEFT has none for.",
+        tests=of_kinds("dora_of_attention_is_refused_for_peft"),
+    ),
+    Mutant(
+        "part_of_dora_for_peft", "kinds", "export/adapters/files.py",
+        'if kind == "dora" and h.adapter.rows is not None:', "if False:",
+        "A DoRA of a part of a weight is written as one of all of it.",
+        tests=of_kinds("a_part_of_dora_is_refused_for_peft"),
+    ),
+    Mutant(
+        "dora_read_outside_for_peft", "kinds", "export/adapters/files.py",
+        'if kind == "dora" and h.adapter.read_outside:', "if False:",
+        "A DoRA whose weight another module reads is written for PEFT, which adapts calls alone.",
+        tests=of_kinds("dora_of_a_weight_that_another_module_reads_is_refused_for_peft"),
+    ),
+    Mutant(
+        "two_kinds_for_peft", "kinds", "export/adapters/files.py",
+        "        if len(kinds) > 1:\n", "        if not kinds:\n",
+        "A LoRA beside a DoRA is written as one.",
+        tests=of_kinds("what_peft_has_no_kind_for_is_refused"),
+    ),
+    # ── the trial of a kind from outside ─────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "start_not_tried", "kinds", "lora_fx/deltas/kind_registration.py",
+        "self.require(not bool(own.any()), reason, remedy)", "self.require(own is not None, reason, remedy)",
+        "A kind whose fresh adapter changes the model is taken.",
+        tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
+    ),
+    Mutant(
+        "shape_not_tried", "kinds", "lora_fx/deltas/kind_registration.py",
+        "self.require(fits, f\"{name} is {got}", "self.require(True, f\"{name} is {got}",
+        "A kind whose δ has other axes than W is taken.",
+        tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
+    ),
+    Mutant(
+        "writing_not_tried", "kinds", "lora_fx/deltas/kind_registration.py",
+        'self.require(same, "δ writes', 'self.require(True, "δ writes',
+        "A kind whose δ changes W is taken.",
+        tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
+    ),
+    Mutant(
+        "drawing_not_tried", "kinds", "lora_fx/deltas/kind_registration.py",
+        "torch.equal(own, self._delta(wide, weight, seed=1)), \"δ is another", "own is not None, \"δ is another",
+        "A kind with another δ each time is taken.",
+        tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
+    ),
+    Mutant(
+        "gradients_not_tried", "kinds", "lora_fx/deltas/kind_registration.py",
+        "self.require(not missed, ", "self.require(True, ",
+        "A kind with a tensor that never learns is taken.",
+        tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
+    ),
+    Mutant(
+        "narrow_not_tried", "kinds", "lora_fx/deltas/kind_registration.py",
+        "        self._check_narrow(wide, weight, own)\n", "",
+        "A kind that is another one in float32 is taken.",
+        tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
+    ),
+    Mutant(
+        "wide_not_tried", "kinds", "lora_fx/deltas/kind_registration.py",
+        "        self._check_wide(wide, weight, own)\n", "",
+        "A kind that rounds to float32 on the way is taken, and its folds with it.",
+        tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
+    ),
+    Mutant(
+        "branch_not_tried", "kinds", "lora_fx/deltas/kind_registration.py",
+        "            off <= bound and len(pairs) == 1 + len(inputs),\n", "            True,\n",
+        "A kind whose branch is not x·δᵀ is taken.",
+        tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
+    ),
+    Mutant(
+        "names_not_tried", "kinds", "lora_fx/deltas/kind_registration.py",
+        "self.require(not taken, ", "self.require(True, ",
+        "A kind with a tensor called `layout` is taken.",
+        tests=of_kinds("a_wrong_row_is_refused_and_the_table_is_what_it_was"),
+    ),
+    # ── rules, plans, ONNX and strategies of other kinds ─────────────────────────────────────────────────────────────
+    Mutant(
+        "settings_of_another_kind", "kinds", "lora_fx/analysis/rules.py",
+        "            if key not in known:\n", "            if not key:\n",
+        "kind='full', rank=4 is no error.",
+        tests=of_kinds("settings_that_a_kind_does_not_have"),
+    ),
+    Mutant(
+        "required_setting_not_given", "kinds", "lora_fx/analysis/rules.py",
+        "if value is REQUIRED and key not in given]", "if value is None and key not in given and key == 'rank']",
+        "A DoRA without a rank is found out late.",
+        tests=of_kinds("settings_that_a_kind_does_not_have"),
+    ),
+    Mutant(
+        "dropout_where_no_branch_stands", "kinds", "passes/planning.py",
+        " or not (row.kind.low_rank or _has_product(u, row.kind))]", "]",
+        "Dropout of DoRA is planned on a convolution with groups, and found out when the model trains.",
+        tests=of_kinds("dropout_needs_a_branch_of_the_kind"),
+    ),
+    Mutant(
+        "every_kind_folds_exactly", "kinds", "passes/planning.py",
+        '"exactly" if row.kind.low_rank else "rounded once"', '"exactly"',
+        "The plan promises more than the fold does.",
+        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
+    ),
+    Mutant(
+        "plan_counts_like_lora", "kinds", "passes/planning.py",
+        "return sum(math.prod(shape) for shape in self.kind.shapes(space).values())",
+        "return sum(math.prod(shape) for shape in [*self.kind.shapes(space).values()][:2])",
+        "The plan leaves the magnitudes out.",
+        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
+    ),
+    Mutant(
+        "plan_without_the_cost", "kinds", "passes/planning.py",
+        'return "its own branch" if beside else f"{row.kind.adapts} + δ"', 'return "its own branch"',
+        "The plan does not say that W + δ is made in each forward.",
+        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
+    ),
+    Mutant(
+        "onnx_without_dense_kinds", "kinds", "export/onnx/weights.py",
+        "return rounded_sum(loaded, self.adapters, self.dtype, self.name)", "return loaded.to(self.dtype)",
+        "A folded file holds the base weight where a kind has no factors.",
+        tests=of_kinds("a_folded_file_of_every_kind_is_proven"),
+    ),
+    Mutant(
+        "dense_kind_in_a_switchable_file", "kinds", "export/onnx/switchable.py",
+        "        if not place.adapter.kind.low_rank:\n", "        if not place.weight:\n",
+        "A switchable graph of a kind without factors is begun, and fails somewhere.",
+        tests=of_kinds("a_switchable_file_wants_factors"),
+    ),
+    Mutant(
+        "settings_not_in_the_digest", "kinds", "export/onnx/weights.py",
+        "else [adapter.kind.name, adapter.settings]", "else adapter.kind.name",
+        "DoRAs with other scales are one and the same to a folded file.",
+        tests=of_kinds("a_file_knows_the_settings_of_a_dense_kind"),
+    ),
+    Mutant(
+        "kinds_not_drawn", "kinds", "lora_fx/testing/strategies.py",
+        "        kind = draw(st.sampled_from(kinds))\n        fitting", '        kind = "lora"\n        fitting',
+        "The laws of a kind are laws of `lora`.",
+        tests=of_kinds("rules_and_theta_are_drawn_for_the_kind"),
+    ),
+    Mutant(
+        "drawn_theta_at_its_start", "kinds", "lora_fx/testing/strategies.py",
+        "                scatter(adapter, place.parameter, generator, self.size)\n                continue",
+        "                continue",
+        "The laws of a kind are tried where its δ is 0.",
+        tests=of_kinds("rules_and_theta_are_drawn_for_the_kind"),
     ),
     # ── changes: wholly or not at all, while the model rests ─────────────────────────────────────────────────────────
     Mutant(

@@ -32,9 +32,10 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def _architecture(item: Any) -> str:
-    """The zoo's name for what a law is tested on; empty for any other test."""
-    case = getattr(item, "callspec", None) and item.callspec.params.get("adapted")
-    return getattr(case, "name", "")
+    """The zoo's name for what a law is tested on, and the kind of its adapters where that is not `lora`: "bert-dora".
+    Empty for any other test."""
+    case, kind = (getattr(item, "callspec", None) and item.callspec.params.get("adapted")) or (None, "lora")
+    return getattr(case, "name", "") + ("" if kind == "lora" else f"-{kind}")
 
 
 def _random_law(item: Any) -> str:
