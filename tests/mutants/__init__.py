@@ -124,12 +124,13 @@ MUTANTS = (
     ),
     Mutant(
         "alpha_for_scale", "algebra", "lora_fx/deltas/kinds.py",
-        'return alpha / (math.sqrt(self.rank) if vars(self).get("scaling") == "rslora" else self.rank)', "return alpha",
+        'return alpha / (math.sqrt(self.rank) if getattr(self, "scaling", "standard") == "rslora" else self.rank)',
+        "return alpha",
         "The scale is alpha, in branch and fold alike, so that both agree on the wrong number.",
     ),
     Mutant(
         "rslora_is_standard", "algebra", "lora_fx/deltas/kinds.py",
-        '(math.sqrt(self.rank) if vars(self).get("scaling") == "rslora" else self.rank)', "self.rank",
+        '(math.sqrt(self.rank) if getattr(self, "scaling", "standard") == "rslora" else self.rank)', "self.rank",
         "rslora divides alpha by the rank instead of its root.",
     ),
     Mutant(
