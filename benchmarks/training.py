@@ -85,6 +85,7 @@ class Case:
     targets: str
     """What PEFT adapts: a regular expression over module names."""
     dropout: float = 0.0
+    kind: str = "lora"
 
 
 QUERY_VALUE = {"role": "attention.query | attention.value"}
@@ -94,17 +95,21 @@ CASES = (
     Case("Llama, query | value", llama, QUERY_VALUE, r".*(q|v)_proj"),
     Case("GPT-2, query | value parts (PEFT: whole c_attn)", gpt2, QUERY_VALUE, r".*c_attn"),
     Case("ViT, query | value", vit, QUERY_VALUE, r".*\.(query|value|q_proj|v_proj)"),
+    Case("Llama, all linears, DoRA", llama, {"where": "*_proj"}, r".*_proj", kind="dora"),
+    Case("Llama, all linears, DoRA, dropout 0.1", llama, {"where": "*_proj"}, r".*_proj", 0.1, "dora"),
 )
 
 
 def with_lora_fx(base: nn.Module, inputs: dict[str, Any], case: Case, **settings: Any) -> nn.Module:
-    rule = Rule(**case.rule, rank=RANK, alpha=ALPHA, dropout=case.dropout, **settings)
+    rule = Rule(**case.rule, kind=case.kind, rank=RANK, alpha=ALPHA, dropout=case.dropout, **settings)
     short = {name: t[:1] for name, t in inputs.items()}
     return lora_fx.apply(copy.deepcopy(base), rule, short, check=False)
 
 
 def with_peft(base: nn.Module, case: Case) -> nn.Module:
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=case.targets, lora_dropout=case.dropout)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=case.targets, lora_dropout=case.dropout, use_dora=case.kind == "dora"
+    )
     return peft.get_peft_model(copy.deepcopy(base), config)
 
 
@@ -167,7 +172,7 @@ def main() -> None:
         size = Size(64, 1, 2, 16, 64)
     rows = []
     for case in CASES:
-        if re.fullmatch(options.only, case.name, re.IGNORECASE):
+        if re.fullmatch(options.only, case.name, re.IGNORECASE) and not (options.schedules and case.kind != "lora"):
             rows.append(_row(case, size, options))
     names = options.dtype, f"hidden {size.hidden}", f"{size.layers} layers", f"{size.batch}×{size.tokens} tokens"
     title = "Compiled training step" if options.compile else "Training step"

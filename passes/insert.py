@@ -130,7 +130,7 @@ def make_adapter(row: Row, name: str) -> Adapter:
         role=row.role,
         dtype=parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32,
         device="cpu" if stored and parameter.is_meta else parameter.device,
-        **row.rule.settings_of(row.kind),
+        **row.rule.chosen,
     )
     adapter.realised = row.realised
     holders = {path for path, _ in row.owners}

@@ -19,7 +19,6 @@ from lora_fx.analysis.rules import Rule, read_rules, select
 from lora_fx.analysis.sites import Site, find_sites
 from lora_fx.deltas import schedules
 from lora_fx.deltas.adapted_weight import has_product, schedulable
-from lora_fx.deltas.adapter import complete
 from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import PlanError
@@ -80,7 +79,7 @@ class Row:
     @property
     def parameters(self) -> int:
         """Trainable parameters of this adapter."""
-        settings = Theta(**complete(self.kind, self.rule.settings_of(self.kind)))
+        settings = Theta(**self.kind.complete(self.rule.chosen))
         space = Space(self.layout.batch, self.out, self.layout.size("i"), settings)
         return sum(math.prod(shape) for shape in self.kind.shapes(space).values())
 

@@ -33,7 +33,7 @@ from torch import nn
 
 from lora_fx.analysis.biases import Biases
 from lora_fx.analysis.rules import SETTINGS, Rule
-from lora_fx.deltas.adapter import Adapter, complete
+from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.schedules import AUTO
@@ -557,7 +557,7 @@ def _entry(modules: Modules, entry: dict[str, Any], raw: list[str], folder: Fold
     parameter, keys = modules.parameter(name), entry.get("keys")
     assert parameter is not None and set(sides) <= set("boi"), f"{sides!r} are no axes of {name}"
     assert ("i" in sides) == (kind.adapts == "weight"), f"{kind.name} on {sides!r}"
-    layout, settings = Layout(sides, tuple(parameter.shape)), complete(kind, _settings(entry))
+    layout, settings = Layout(sides, tuple(parameter.shape)), kind.complete(_settings(entry))
     rows: tuple[int, ...] | None = None
     if keys is None:
         layer = modules.layer(name, raw)

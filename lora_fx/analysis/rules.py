@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.analysis.sites import UNKNOWN, Site
-from lora_fx.deltas.kinds import KINDS, REQUIRED, Kind
+from lora_fx.deltas.kinds import kind_named
 from lora_fx.deltas.schedules import AUTO, SCHEDULES
-from lora_fx.errors import RuleError
+from lora_fx.errors import KindError, RuleError
 
 INITS = ("kaiming", "gaussian", "zero")
 SCALINGS = ("standard", "rslora")
@@ -99,16 +99,10 @@ class Rule:
             self.layer_numbers  # noqa: B018  (parses, and raises)
 
     def _check_kind(self) -> None:
-        name = self.kind or "lora"
-        if name not in KINDS:
-            raise self._error(f"there is no kind {name!r}", f"choose one of {', '.join(KINDS)}, or register_kind first")
-        known, given = KINDS[name].settings, {**self.given, **(self.settings or {})}
-        for key, value in given.items():
-            if key not in known:
-                has = f"it has {', '.join(known)}" if known else "it has none"
-                raise self._error(f"{key}={value!r} is no setting of the kind {name!r}", has)
-        if missing := [key for key, value in known.items() if value is REQUIRED and key not in given]:
-            raise self._error(f"the kind {name!r} needs {', '.join(missing)}", f"give {missing[0]}=…")
+        try:
+            kind_named(self.kind or "lora").complete(self.chosen)
+        except KindError as error:
+            raise self._error(error.reason, error.remedy) from error
 
     def _check_settings(self) -> None:
         wrong = not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank <= 0
@@ -133,14 +127,10 @@ class Rule:
         return self.kind is None and self.rank is None
 
     @property
-    def given(self) -> dict[str, Any]:
-        """The settings that are not the default."""
+    def chosen(self) -> dict[str, Any]:
+        """The settings that are not the default: what an adapter of its kind is made with."""
         values = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name in SETTINGS}
-        return {name: value for name, (value, default) in values.items() if value != default}
-
-    def settings_of(self, kind: Kind) -> dict[str, Any]:
-        """All that an adapter of this kind is made with."""
-        return {key: value for key, value in {**self.given, **(self.settings or {})}.items() if key in kind.settings}
+        return {name: own for name, (own, default) in values.items() if own != default} | dict(self.settings or {})
 
     @property
     def label(self) -> str:

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from lora_fx.deltas import schedules
-from lora_fx.deltas.kinds import REQUIRED, Kind, Space, Theta, kind_named
+from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.realisation import Realisation
-from lora_fx.errors import KindError
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.program import Beside
 
@@ -73,7 +72,7 @@ class Adapter(Beside):
         super().__init__()
         self.kind = kind_named(kind) if isinstance(kind, str) else kind
         self.layout, self.rows, self.name, self.role = layout, rows, name, role
-        self.settings = complete(self.kind, settings)
+        self.settings = self.kind.complete(settings)
         self.settings.pop("init", None)  # for `start` alone
         self.active = True
         self.read_outside = ""
@@ -184,27 +183,3 @@ class Adapter(Beside):
         own = f"rank={self.rank}, scale={self.scale:g}" if "rank" in self.settings else ""
         kind = "" if self.kind.name == "lora" else f"{self.kind.name}{', ' if own else ''}"
         return f"{kind}{own}{part}"
-
-
-def complete(kind: Kind, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a kind, those that are given and the defaults of the others.
-
-    Raises:
-        KindError: one of them is none of the kind's, or one that it needs is not given.
-    """
-    for name in given:
-        if name not in kind.settings:
-            raise KindError(
-                f"the kind {kind.name!r} has no setting {name!r}",
-                place=f"{name}={given[name]!r}",
-                remedy=f"it has {', '.join(kind.settings) or 'none'}",
-            )
-    settings = {**kind.settings, **given}
-    for name, value in settings.items():
-        if value is REQUIRED:
-            raise KindError(
-                f"the kind {kind.name!r} needs {name}",
-                place=f"kind={kind.name!r}",
-                remedy=f"give {name}=…",
-            )
-    return settings

@@ -93,6 +93,22 @@ class Kind:
         """It has a branch input that dropout can act on."""
         return "dropout" in self.settings
 
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of an adapter: those that are given, and the defaults of the others.
+
+        Raises:
+            KindError: one of them is none of the kind's, or one that it needs is not given.
+        """
+        for name, value in given.items():
+            if name not in self.settings:
+                reason = f"{name}={value!r} is no setting of the kind {self.name!r}"
+                raise KindError(reason, place=self.name, remedy=f"it has {', '.join(self.settings) or 'none'}")
+        settings = {**self.settings, **given}
+        if missing := [name for name, value in settings.items() if value is REQUIRED]:
+            reason = f"the kind {self.name!r} needs {', '.join(missing)}"
+            raise KindError(reason, place=self.name, remedy=f"give {missing[0]}=…")
+        return settings
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Kind:
         return self
 

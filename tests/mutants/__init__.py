@@ -1540,14 +1540,14 @@ MUTANTS = (
     ),
     # ── rules, plans, ONNX and strategies of other kinds ─────────────────────────────────────────────────────────────
     Mutant(
-        "settings_of_another_kind", "kinds", "lora_fx/analysis/rules.py",
-        "            if key not in known:\n", "            if not key:\n",
+        "settings_of_another_kind", "kinds", "lora_fx/deltas/kinds.py",
+        "            if name not in self.settings:\n", "            if not name:\n",
         "kind='full', rank=4 is no error.",
         tests=of_kinds("settings_that_a_kind_does_not_have"),
     ),
     Mutant(
-        "required_setting_not_given", "kinds", "lora_fx/analysis/rules.py",
-        "if value is REQUIRED and key not in given]", "if value is None and key not in given and key == 'rank']",
+        "required_setting_not_given", "kinds", "lora_fx/deltas/kinds.py",
+        "for name, value in settings.items() if value is REQUIRED]", "for name in () if settings[name] is REQUIRED]",
         "A DoRA without a rank is found out late.",
         tests=of_kinds("settings_that_a_kind_does_not_have"),
     ),
