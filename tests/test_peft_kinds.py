@@ -877,7 +877,7 @@ TAMPERED = {
     "another weight": ("full", reshape("weight", 6, 10), "weight has the shape (6, 10)", "base model"),
     "another shift": ("bias", reshape("shift", 9, 1), "shift has the shape (9, 1)", "base model"),
     "another rank": ("dora", header(lambda e: e["settings"].update(rank=5)), "A has the shape (2, 6)", "base model"),
-    "an unknown setting": ("dora", header(lambda e: e["settings"].update(size=1)), "size=1 is no setting", "it has rank"),
+    "another setting": ("dora", header(lambda e: e["settings"].update(size=1)), "size=1 is no setting", "it has rank"),
     "no rank": ("dora", header(lambda e: e["settings"].pop("rank")), "needs rank", ""),
     "a setting for none": ("full", header(lambda e: e["settings"].update(rank=1)), "no setting 'rank'", "it has none"),
     "no settings": ("dora", header(lambda e: e.pop("settings")), "does not describe", "again"),
