@@ -1,9 +1,10 @@
 """Folded files, proven against the base graph: architectures × opsets × biases × optimized or not.
 
-    python -m tests.onnx_proofs [--jobs 2] [NAME ...]
+    python -m tests.onnx_proofs [--jobs 2] [--kind dora] [NAME ...]
 
 Each is exported with ``prove=True``: the same graph as the base's, every folded element the sum rounded once, and ONNX
-Runtime equal to torch on the example inputs and on two other shapes.
+Runtime equal to torch on the example inputs and on two other shapes. Another kind than `lora` at opset 20 alone, with
+biases, optimized.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx import Rule
 from tests import reference
 from tests.registry import one_registry
 from tests.zoo import case
@@ -51,7 +51,6 @@ ARCHITECTURES: dict[str, Any] = {
     "native-called-thrice": "batch",
 }
 OPSETS = (18, 20, 23)
-RULE = Rule(when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3)
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,16 @@ class Variant:
     opset: int
     zero_biases: bool
     optimize: bool
+    kind: str = "lora"
 
     def __str__(self) -> str:
         biases, optimized = "zero" if self.zero_biases else "biased", "" if self.optimize else ", not optimized"
-        return f"{self.name}, opset {self.opset}, {biases}{optimized}"
+        return f"{self.name}, {self.kind}, opset {self.opset}, {biases}{optimized}"
 
 
-def variants(names: list[str]) -> list[Variant]:
+def variants(names: list[str], kind: str) -> list[Variant]:
+    if kind != "lora":
+        return [Variant(name, 20, False, True, kind) for name in names or ARCHITECTURES]
     return [Variant(*v) for v in itertools.product(names or ARCHITECTURES, OPSETS, (False, True), (True, False))]
 
 
@@ -83,7 +85,7 @@ def export(variant: Variant, folder: Path) -> lora_fx.ExportReport:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter) if variant.zero_biases else nn.init.normal_(parameter, std=0.1)
-    lora_fx.apply(model, RULE, inputs, check=False)
+    lora_fx.apply(model, reference.everything(model, inputs, variant.kind), inputs, check=False)
     reference.fill(model)
     axes = ARCHITECTURES[variant.name]
     if axes == "batch":
@@ -126,8 +128,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="architectures; all by default")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--kind", default="lora", help="of the adapters")
     options = parser.parse_args()
-    wanted, failed = variants(options.names), 0
+    wanted, failed = variants(options.names, options.kind), 0
     with ProcessPoolExecutor(options.jobs) as pool:
         for line, problem in pool.map(prove, wanted):
             print(line + (f"\n  {problem}" if problem else ""), flush=True)

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+import lora_fx
+from lora_fx import Rule
+from lora_fx.analysis.biases import Biases
 from lora_fx.checks.oracles import delta as delta
 from lora_fx.checks.verification import cast_inputs, scatter
 from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, undisturbed
@@ -74,3 +77,22 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def classes(model: nn.Module) -> dict[str, type]:
     return {name: type(module) for name, module in model.named_modules()}
+
+
+EVERYTHING = Rule(
+    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
+)
+
+
+def everything(base: torch.nn.Module, inputs, kind: str) -> Rule:
+    """All that can take an adapter of the kind."""
+    if kind == "lora":
+        return EVERYTHING
+    biases = Biases(program := lora_fx.capture(base, inputs))
+    owned = {use.weight.name: [biases.of(u) for u in use.weight.uses if u.multiplies] for use in program.uses}
+    with_bias = {name for name, own in owned.items() if own and None not in own and len({*own}) == 1}
+
+    def takes(site) -> bool:
+        return EVERYTHING.matches(site) and (kind != "bias" or site.weight.name in with_bias)
+
+    return Rule(when=takes, kind=kind, **({"rank": 2, "alpha": 3} if kind == "dora" else {}))

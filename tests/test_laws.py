@@ -13,7 +13,6 @@ import torch
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.analysis.biases import Biases
 from lora_fx.checks.verification import SLACK, compare, run, worst
 from lora_fx.graph.capture import no_fast_paths, normalize_inputs, output_tensors
 from lora_fx.model.inventory import inventory
@@ -24,9 +23,6 @@ pytestmark = pytest.mark.laws
 
 #: CPU kernels of grouped_mm take no float64: these run in float32
 FLOAT32_ONLY = {"qwen3-moe-grouped", "gpt-oss-grouped"}
-EVERYTHING = Rule(
-    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
-)
 
 
 THETA = ("A", "B", "magnitude", "shift", "weight")
@@ -38,20 +34,6 @@ KINDS += [(case, kind) for k, kind in enumerate(("dora", "bias", "full")) for ca
 def label(chosen: tuple[Case, str]) -> str:
     case, kind = chosen
     return case.name if kind == "lora" else f"{case.name}-{kind}"
-
-
-def everything(base: torch.nn.Module, inputs, kind: str) -> Rule:
-    """All that can take an adapter of the kind."""
-    if kind == "lora":
-        return EVERYTHING
-    biases = Biases(program := lora_fx.capture(base, inputs))
-    owned = {use.weight.name: [biases.of(u) for u in use.weight.uses if u.multiplies] for use in program.uses}
-    with_bias = {name for name, own in owned.items() if own and None not in own and len({*own}) == 1}
-
-    def takes(site) -> bool:
-        return EVERYTHING.matches(site) and (kind != "bias" or site.weight.name in with_bias)
-
-    return Rule(when=takes, kind=kind, **({"rank": 2, "alpha": 3} if kind == "dora" else {}))
 
 
 class Adapted:
@@ -66,7 +48,9 @@ class Adapted:
             model, self.inputs = reference.in_double(model, inputs)
         self.base = model.requires_grad_(False)  # frozen: some kernels choose another path for trainable weights
         try:
-            self.fresh = lora_fx.apply(copy.deepcopy(model), everything(model, self.inputs, kind), self.inputs)
+            self.fresh = lora_fx.apply(
+                copy.deepcopy(model), reference.everything(model, self.inputs, kind), self.inputs
+            )
         except lora_fx.errors.RuleError as error:
             assert kind == "bias" and "matches nothing" in error.reason
             pytest.skip(f"{case.name} has no bias")
@@ -181,7 +165,7 @@ def _registered(model):
 
 @FEW
 def test_l8_the_order_of_disjoint_rules_does_not_matter(adapted):
-    names = [row.weight.name for row in lora_fx.plan(adapted.base, EVERYTHING, adapted.inputs).rows]
+    names = [row.weight.name for row in lora_fx.plan(adapted.base, reference.EVERYTHING, adapted.inputs).rows]
     even = Rule(when=lambda site: site.weight.name in names[::2], rank=2, alpha=5)
     odd = Rule(when=lambda site: site.weight.name in names[1::2], rank=1)
     outputs = []
@@ -195,7 +179,7 @@ def test_l8_the_order_of_disjoint_rules_does_not_matter(adapted):
 @FEW
 def test_l9_untouched_weights_are_bitwise_untouched(adapted):
     base = adapted.base
-    sites = lora_fx.plan(base, EVERYTHING, adapted.inputs).sites
+    sites = lora_fx.plan(base, reference.EVERYTHING, adapted.inputs).sites
     chosen = sites[len(sites) // 2]
     model = copy.deepcopy(base)
     rule = Rule(when=lambda site: site.weight.name == chosen.weight.name, rank=1)
@@ -246,4 +230,4 @@ def _gpt2():
     from tests.zoo import case
 
     model, inputs = case("gpt2").build()
-    return model, EVERYTHING, inputs
+    return model, reference.EVERYTHING, inputs
