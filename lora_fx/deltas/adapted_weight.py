@@ -170,13 +170,12 @@ class AdaptedWeight:
             return self._alone(op, call.x, bias, branch, placement)
         traced = isinstance(self.base, fx.Proxy)
         plain = (schedules.AUTO, schedules.BRANCH) if traced and self.base.tracer.plain else (schedules.BRANCH,)
-        if not op or self.schedule in plain:
+        if not op or self.schedule in plain or not all(isinstance(branch.delta, LowRank) for branch, _ in placed):
             return None
         terms = []
         for branch, placement in placed:
             delta, drop = branch.delta, branch.dropout
-            if not isinstance(delta, LowRank):
-                return None
+            assert isinstance(delta, LowRank)
             own = placement.is_whole and delta.is_range
             A, B = self._cast(delta.A, delta.B) if own else self._factors(delta, placement)
             first = delta.rows[0] if own and delta.rows else 0
