@@ -1,6 +1,6 @@
 """The laws L1 to L9 of the design, for every architecture of the zoo: all its weights adapted, in float64, θ ≠ θ₀.
 
-`lora` over all of it; each other kind over every eighth architecture, and over all with ``LORA_FX_PROFILE=deep``.
+`lora` over all of it; each other kind over every twelfth architecture, and over all with ``LORA_FX_PROFILE=deep``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FLOAT32_ONLY = {"qwen3-moe-grouped", "gpt-oss-grouped"}
 THETA = ("A", "B", "magnitude", "shift", "weight")
 DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
 KINDS = [(case, "lora") for case in ZOO]
-KINDS += [(case, kind) for k, kind in enumerate(("dora", "bias", "full")) for case in (ZOO if DEEP else ZOO[k::8])]
+KINDS += [(case, kind) for k, kind in enumerate(("dora", "bias", "full")) for case in (ZOO if DEEP else ZOO[k::12])]
 
 
 def label(chosen: tuple[Case, str]) -> str:
