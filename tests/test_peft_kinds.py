@@ -879,7 +879,7 @@ TAMPERED = {
     "another rank": ("dora", header(lambda e: e["settings"].update(rank=5)), "A has the shape (2, 6)", "base model"),
     "another setting": ("dora", header(lambda e: e["settings"].update(size=1)), "size=1 is no setting", "it has rank"),
     "no rank": ("dora", header(lambda e: e["settings"].pop("rank")), "needs rank", ""),
-    "a setting for none": ("full", header(lambda e: e["settings"].update(rank=1)), "rank=1 is no setting", "it has none"),
+    "a setting for none": ("full", header(lambda e: e["settings"].update(rank=1)), "rank=1 is no setting", "has none"),
     "no settings": ("dora", header(lambda e: e.pop("settings")), "does not describe", "again"),
     "a rank in words": ("dora", header(lambda e: e["settings"].update(rank="two")), "wants ('two', 6)", "base model"),
     "half a rank": ("dora", header(lambda e: e["settings"].update(rank=2.0)), "rank=2.0", ""),
