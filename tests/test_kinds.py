@@ -869,7 +869,11 @@ def test_the_checks_find_every_element_that_is_one_step_off(kind, dtype):
         off = oracles._step(folded, by)
         if dtype == torch.float64:  # which has no wider type: there a share of the largest element is left to rounding
             off = folded + by * 2.0**-38 * folded.abs().max()
-        assert oracles.misrounded(before, off, adapters).tolist() == list(range(folded.numel()))
+        total = before.double() + oracles.delta(before, *adapters)
+        lost = oracles.SHARE * (before.double().abs().max() + (total - before.double()).abs().max())
+        seen = ((folded.double() + off.double()) / 2 - total).abs() > lost  # else it is a tie, as far as float64 knows
+        assert int(seen.sum()) >= 0.95 * folded.numel()
+        assert oracles.misrounded(before, off, adapters).tolist() == seen.reshape(-1).nonzero().squeeze(1).tolist()
 
 
 def test_a_folded_weight_that_was_written_to_is_not_unfolded(kind):

@@ -64,7 +64,7 @@ def misrounded(weight: torch.Tensor, folded: torch.Tensor, adapters: Sequence[Ad
 
 
 #: of the largest element and the largest δ: what float64 may lose where a δ is computed in another order
-SHARE = 2.0**-40
+SHARE = 2.0**-46
 
 
 def _off(folded: torch.Tensor, plain: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

@@ -1352,7 +1352,7 @@ MUTANTS = (
     ),
     Mutant(
         "any_sum_is_rounded_right", "kinds", "lora_fx/checks/oracles.py",
-        "SHARE = 2.0**-40", "SHARE = 2.0**40",
+        "SHARE = 2.0**-46", "SHARE = 2.0**40",
         "Whatever a fold of such a kind has written, the checks find it right.",
         tests=of_kinds("the_checks_find_every_element_that_is_one_step_off"),
     ),
