@@ -6,11 +6,9 @@ from torch import fx, nn
 
 from lora_fx.model.classes import READER, Reader, give_class, give_forward, reads_of, unwire
 from lora_fx.model.inventory import Inventory, inventory
-from lora_fx.model.marks import is_reader, unmark
+from lora_fx.model.marks import give_back_conversions, is_reader, keep_conversions, unmark
 from lora_fx.passes.realising import agree, demote, reads_by_dispatch
 from lora_fx.passes.rewriting import Untraceable, baked_attributes, rewrite_graph, trace_forward
-
-_CONVERSIONS = "_lora_fx_conversions"  # how transformers would have rewritten the model's keys on saving
 
 
 def wire(model: nn.Module) -> None:
@@ -91,9 +89,7 @@ def keep_keys(model: nn.Module) -> None:
     for module in model.modules():
         if not hasattr(module, "save_pretrained"):
             continue
-        adapted = bool(inventory(module).places)
-        if adapted and _CONVERSIONS not in module.__dict__:
-            module.__dict__[_CONVERSIONS] = module.__dict__.get("_weight_conversions")
-            module.__dict__["_weight_conversions"] = []
-        elif not adapted and _CONVERSIONS in module.__dict__:
-            module.__dict__["_weight_conversions"] = module.__dict__.pop(_CONVERSIONS)  # None is transformers' default
+        if inventory(module).places:
+            keep_conversions(module)
+        else:
+            give_back_conversions(module)

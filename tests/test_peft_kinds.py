@@ -18,11 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx import Kind, Rule, load_adapter, register_kind, save_adapter
@@ -33,10 +36,6 @@ from lora_fx.errors import FileError
 from lora_fx.export.adapters.folder import CONFIG, TENSORS, read_folder, write_folder
 from lora_fx.model.inventory import inventory
 from tests import reference
-
-peft = pytest.importorskip("peft")
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
-from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's
 

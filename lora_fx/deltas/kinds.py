@@ -3,9 +3,9 @@
     W' = W + Σ δ(W, θ)        each δ relative to the base W, so that the order does not matter
 
 A row is written over canonical axes, W: (batch…, out, in), whichever way the weight lies in the model: transposed, as a
-table, as a kernel, as experts. A bias is the weight of an input that is always 1: (out, 1). A row
-says which tensors θ has, how they start (δ = 0, to the bit), and what δ is: two factors where it is of low rank,
-a function of W and θ elsewhere. Branches, the dense sum, folds, checks, files and ONNX follow from that.
+table, as a kernel, as experts. A bias is the weight of an input that is always 1: (out, 1). A row says which tensors θ
+has, how they start (δ = 0, to the bit), and what δ is: two factors where it is of low rank, a function of W and θ
+elsewhere. Branches, the dense sum, folds, checks, files and ONNX follow from that.
 
 The table is open: `lora_fx.register_kind` checks a row and puts it in.
 """
@@ -87,11 +87,6 @@ class Kind:
     def low_rank(self) -> bool:
         """δ = s·B·A: it has the parallel branch with its schedules, and its fold is the real sum, rounded once."""
         return self.factors is not None
-
-    @property
-    def drops(self) -> bool:
-        """It has a branch input that dropout can act on."""
-        return "dropout" in self.settings
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of an adapter: those that are given, and the defaults of the others.
@@ -204,5 +199,5 @@ FULL = Kind(
     delta=lambda weight, theta: theta.weight - weight,
 )
 
-#: name → row; read whenever a kind is asked for, since rows come and go (`lora_fx.deltas.registration`)
+#: name → row; read whenever a kind is asked for, since rows come and go (`lora_fx.deltas.kind_registration`)
 KINDS = {kind.name: kind for kind in (LORA, DORA, BIAS, FULL)}

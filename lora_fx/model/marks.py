@@ -20,6 +20,7 @@ ORIGINAL = "_lora_fx_graph"
 _READS = "_lora_fx_reads"  # this module's forward is rewritten as a graph
 _FOLDED = "_lora_fx_folded"  # what unfolding this module needs
 _PRESERVED = "_user_preserved_attributes"  # in a GraphModule's meta: attributes that torch gives to its copies
+_CONVERSIONS = "_lora_fx_conversions"  # how transformers would have rewritten the model's keys on saving
 _SEPARATOR = "_lora_"
 
 
@@ -74,6 +75,19 @@ def is_reader(module: nn.Module) -> bool:
 
 def unmark(module: nn.Module) -> None:
     forget(module, _READS)
+
+
+def keep_conversions(module: nn.Module) -> None:
+    """Put aside how transformers would rewrite the model's keys on saving: they are saved as they are."""
+    if _CONVERSIONS not in module.__dict__:
+        remember(module, _CONVERSIONS, module.__dict__.get("_weight_conversions"))
+        module.__dict__["_weight_conversions"] = []
+
+
+def give_back_conversions(module: nn.Module) -> None:
+    """Undo `keep_conversions`."""
+    if _CONVERSIONS in module.__dict__:
+        module.__dict__["_weight_conversions"] = forget(module, _CONVERSIONS)  # None is transformers' default
 
 
 # ── the record of a fold ─────────────────────────────────────────────────────────────────────────────────────────────
