@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.kinds import KINDS, REQUIRED, Kind
+from lora_fx.deltas.registration import Registration
 from lora_fx.errors import KindError, LoraFxError, essence
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.views import View
@@ -26,22 +26,7 @@ _BIASES = (Layout("o", (5,)),)
 _WEIGHTS = Layout("oi", (5, 4)), Layout("io", (4, 5)), Layout("boi", (3, 5, 4))
 
 
-@dataclass(frozen=True)
-class KindRegistration(AbstractContextManager):
-    """A kind in the table. As a context manager it takes the kind out at the end."""
-
-    kind: Kind
-
-    def remove(self) -> None:
-        """Take it out. Models that have adapters of it keep them, and stay right."""
-        if KINDS.get(self.kind.name) is self.kind:
-            del KINDS[self.kind.name]
-
-    def __exit__(self, *raised: object) -> None:
-        self.remove()
-
-
-def register_kind(kind: Kind, **settings: Any) -> KindRegistration:
+def register_kind(kind: Kind, **settings: Any) -> Registration:
     """Teach lora_fx what an adapter can be, so that rules, plans, folds, checks, files and ONNX know it.
 
     A kind says which tensors θ has, how they start, and what it adds to a weight, over the canonical axes
@@ -63,7 +48,7 @@ def register_kind(kind: Kind, **settings: Any) -> KindRegistration:
             there.
 
     Returns:
-        The `KindRegistration`: call its `remove`, or use it in a ``with`` statement, to take the kind out again.
+        The `Registration`: call its `remove`, or use it in a ``with`` statement, to take the kind out again.
 
     Raises:
         KindError: the row is malformed, δ(W, θ₀) is not 0, or another part of the trial fails. The table is as it was.
@@ -76,7 +61,7 @@ def register_kind(kind: Kind, **settings: Any) -> KindRegistration:
         for rows in (None, (1, 2), (0, 3)):
             trial.judge(layout, rows)
     KINDS[kind.name] = kind
-    return KindRegistration(kind)
+    return Registration(kind, KINDS)
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,16 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Registration(AbstractContextManager):
-    """A form in the table. As a context manager it takes the form out at the end."""
+    """A row in a table: a form, or a kind. As a context manager it takes the row out at the end."""
 
-    form: Form
+    row: Any
+    table: dict[str, Any]
 
     def remove(self) -> None:
-        """Take it out. Models that were adapted stay right: their graphs keep the branch, any other use is dense."""
+        """Take it out. Models that were adapted stay right: what has a branch or an adapter of it keeps that."""
         with _lock:
-            for op in [op for op in self.form.ops if FORMS.get(op) is self.form]:
-                del FORMS[op]
+            for key in [key for key, row in self.table.items() if row is self.row]:
+                del self.table[key]
 
     def __exit__(self, *raised: object) -> None:
         self.remove()
@@ -98,7 +99,7 @@ def register_form(
             for op in form.ops:
                 del FORMS[op]
         FORMS.update(dict.fromkeys(form.ops, form))
-    return Registration(form)
+    return Registration(form, FORMS)
 
 
 @dataclass
