@@ -94,7 +94,7 @@ def check_here(options: argparse.Namespace) -> int:
             report.append(options.rows, row)
     text = report.report(rows, {name: _version(name) for name in ("torch", *packages)})
     if options.markdown:
-        options.markdown.write_text(text, encoding="utf-8")
+        report.write(options.markdown, text)
     print(f"\n{report.summary(rows)}\n{(time.monotonic() - start) / 60:.0f} minutes")
     return 0 if rows and not any(row.faults for row in rows) else 1
 

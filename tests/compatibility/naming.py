@@ -1,7 +1,8 @@
 """Roles by name: what the authors of a model call a weight, against what lora_fx reads off the dataflow.
 
 Names are a second opinion, of people who do not know lora_fx. Only names that mean one thing wherever they occur are
-here; what is not known to the table says nothing. `other` is no contradiction: the analysis abstains there.
+here; what is not known to the table says nothing. `other` is no contradiction: the analysis abstains there. Neither is
+`conv`, which says how a weight multiplies.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any
 
 QUERY, KEY, VALUE, OUT = "attention.query", "attention.key", "attention.value", "attention.output"
 UP, GATE, DOWN = "mlp.up", "mlp.gate", "mlp.down"
-OTHER = "other"
+SILENT = {"other", "conv"}
 
 #: pattern over the module's path → the roles that do not contradict the name; the first that matches counts
 NAMES: tuple[tuple[str, frozenset[str]], ...] = tuple(
     (pattern, frozenset(roles.split()))
     for pattern, roles in (
-        (r"(^|\.|_)(qkv|c_attn|query_key_value|Wqkv|in_proj|to_qkv|qkv_proj)$", f"{QUERY} {KEY} {VALUE}"),
+        (r"(^|\.|_)(qkv|c_attn|query_key_value|Wqkv|to_qkv|qkv_proj)$|attn\.in_proj_weight$", f"{QUERY} {KEY} {VALUE}"),
         (r"(^|\.|_)(kv|to_kv|kv_proj|key_value)$", f"{KEY} {VALUE}"),
         (r"(^|\.)(q_proj|query_proj|q_lin|to_q|wq|query|linear_q|q_linear)$", QUERY),
         (r"(^|\.)(k_proj|key_proj|k_lin|to_k|wk|linear_k|k_linear)$", KEY),
@@ -51,7 +52,7 @@ def contradictions(rows: Iterable[Any]) -> tuple[int, int, list[str]]:
         allowed = [roles for name in row.weight.names if (roles := meant(name))]
         if not allowed:
             continue
-        own = {*row.role.split(", ")} - {OTHER}
+        own = {*row.role.split(", ")} - SILENT
         if not own:
             abstained += 1
         elif any(own <= roles for roles in allowed):

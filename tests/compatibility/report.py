@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections import Counter, defaultdict
@@ -24,6 +25,15 @@ def append(file: Path, row: Row) -> None:
         out.write(json.dumps(asdict(row)) + "\n")
 
 
+MARK = "<!-- what follows is written by python -m tests.compatibility --markdown -->"
+
+
+def write(file: Path, text: str) -> None:
+    """Into the file: below the mark, where it has one."""
+    head, mark, _ = file.read_text(encoding="utf-8").partition(MARK) if file.exists() else ("", "", "")
+    file.write_text(f"{head}{mark}\n\n{text}" if mark else text, encoding="utf-8")
+
+
 def line(row: Row) -> str:
     said = row.idle or "; ".join((*row.raw, *row.wrong, *row.uncertified, *row.refused))
     return f"{row.package:16} {row.name:36} {row.verdict:13} {row.adapters:4} adapters {row.seconds:5.0f} s  {said}"
@@ -39,7 +49,8 @@ def summary(rows: Sequence[Row]) -> str:
 def report(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
     """Markdown: the table, then reasons, then which models."""
     packages = dict.fromkeys(row.package for row in rows)
-    parts = [_table(rows, packages, versions), f"torch {versions['torch']}. {summary(rows)}."]
+    said = f"{summary(rows)}. torch {versions['torch']}, {datetime.date.today():%d %B %Y}."
+    parts = ["## The table", _table(rows, packages, versions), said]
     parts += _reasons("What was refused", rows, lambda row: row.refused)
     parts += _reasons("What raised an error that is none of ours", rows, lambda row: row.raw)
     parts += _reasons("What was wrong", rows, lambda row: row.wrong)
