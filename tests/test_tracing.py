@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import cProfile
 import os
+import sys
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx import Rule
+from lora_fx import Rule, changes
 from lora_fx.passes import rewriting as tracing
 
 
@@ -77,3 +83,60 @@ def test_a_weight_that_is_also_read_whole_is_adapted_in_both_reads():
     certificate = lora_fx.certify(model, x)
     assert certificate, str(certificate)
     assert {row.realised for row in certificate.rows} == {"dispatch", "dense"}
+
+
+# ── beside profilers, debuggers and coverage ─────────────────────────────────────────────────────────────────────────
+
+
+def nothing(*_: Any) -> None:
+    """A tracer or a profiler that is a Python function."""
+
+
+PROFILERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no profiler": nullcontext,
+    "one in C": cProfile.Profile,
+    "one in Python": lambda: changes.PROFILER.set_for_now(nothing),
+}
+
+
+@pytest.mark.parametrize("profiler", PROFILERS)
+@pytest.mark.parametrize("tracer", [None, nothing], ids=["no tracer", "a tracer"])
+def test_calls_are_seen_beside_tracers_and_profilers_which_are_back_afterwards(tracer, profiler):
+    def called() -> None:
+        pass
+
+    def generator():
+        yield
+
+    def raises() -> None:
+        raise ValueError
+
+    seen: list[tuple[types.CodeType, str]] = []
+    with changes.TRACER.set_for_now(tracer), PROFILERS[profiler]():
+        tools = sys.gettrace(), sys.getprofile()
+        with changes.calls_seen_by(lambda frame, event, arg: seen.append((frame.f_code, event))):
+            called()
+            list(generator())
+            len(seen)
+            with suppress(ValueError):
+                raises()
+        assert (sys.gettrace(), sys.getprofile()) == tools
+        after = len(seen)
+        called()
+    assert len(seen) == after and {event for _, event in seen} == {"call", "return"}
+    for function, times in ((called, 1), (generator, 2), (raises, 1)):
+        own = [event for code, event in seen if code is function.__code__]
+        assert own == ["call", "return"] * times
+
+
+def test_a_profiler_in_c_goes_on_after_the_calls_were_seen():
+    def called() -> None:
+        pass
+
+    profiler = cProfile.Profile()
+    with profiler:
+        with changes.calls_seen_by(nothing):
+            called()
+        called()
+    counted = [entry.callcount for entry in profiler.getstats() if entry.code is called.__code__]
+    assert counted == [2]
