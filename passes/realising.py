@@ -79,7 +79,7 @@ def agree(here: Inventory) -> None:
 def demote(adapters: Iterable[Adapter]) -> None:
     """A rewritten forward is not the path that runs, or cannot be made: whoever reads the weight is served."""
     for adapter in adapters:
-        adapter.realised = Realisation.DISPATCH
+        adapter.change(realised=Realisation.DISPATCH)
 
 
 def reads_by_dispatch(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:

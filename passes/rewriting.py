@@ -89,10 +89,11 @@ class Tracer(fx.Tracer):
         """Of proxies; a kind without factors is called with the weight."""
         if not adapter.kind.low_rank:
             return Branch(adapter, Dense(adapter.layout, self._module(path)), None)
-        drop = self._module(f"{path}.dropout") if adapter.dropout.p else None
+        drop = self._module(f"{path}.dropout") if adapter.drops else None
         tensors = {name: self.attribute(f"{path}.{name}") for name in adapter._parameters}
         index = self.attribute(f"{path}.index") if hasattr(adapter, "index") else None
-        return Branch(adapter, adapter.low_rank(tensors, index), drop)
+        scale = self.attribute(f"{path}.scale")  # live: it may be set to another
+        return Branch(adapter, adapter.low_rank(tensors, index, scale), drop)
 
     def _module(self, path: str) -> Callable[[Any], fx.Proxy]:
         return lambda x: self.create_proxy("call_module", path, (x,), {})

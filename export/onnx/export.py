@@ -443,7 +443,7 @@ class Run(Pass):
         for name in ("", *job.adapters):
             with borrowed(model):
                 for adapter in every:
-                    adapter.active = adapter.name == name
+                    adapter.change(active=adapter.name == name)
                 wire(model)
                 fed, expected = switchable.factors_of(model, name) if name else {}, run_torch(model, job.call.inputs)
                 own = compare_runs(model, session, program, job.call, expected, fed)

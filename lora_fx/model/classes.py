@@ -301,7 +301,7 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     if parameter is None or is_shard(parameter):
         return parameter  # sharding code moves the parameter itself; it computes with the gathered one
     adapters = [getattr(owner, child) for child in children]
-    branches = [Branch(a, a.value(), a.dropout if a.dropout.p else None) for a in adapters]
+    branches = [Branch(a, a.value(), a.dropout if a.drops else None) for a in adapters]
     cast = any(a.dtype != parameter.dtype for a in adapters)
     adapted = AdaptedWeight(parameter, View.of(parameter.shape), branches, parameter, (), cast)
     return adapted if parameter.ndim > 1 else adapted.dense()  # nothing multiplies with a bias

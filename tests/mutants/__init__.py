@@ -119,7 +119,7 @@ MUTANTS = (
     ),
     Mutant(
         "scale_dropped", "algebra", "lora_fx/deltas/adapted_weight.py",
-        "if delta.scale != 1:", "if False:",
+        "delta.scaled(z), B)", "z, B)",
         "The branch is x·A·B, without its scale.",
     ),
     Mutant(
@@ -1565,7 +1565,7 @@ MUTANTS = (
     # ── files of other kinds ─────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "settings_of_a_kind_not_saved", "kinds", "export/adapters/files.py",
-        '"kind": a.kind.name, "settings": a.settings}',
+        '"kind": a.kind.name, "settings": dict(a.settings)}',
         '"kind": a.kind.name, "settings": {k: v for k, v in a.settings.items() if k == "rank"}}',
         "The scale of a saved DoRA is 1 after loading.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
@@ -1731,7 +1731,7 @@ MUTANTS = (
     ),
     Mutant(
         "settings_not_in_the_digest", "kinds", "export/onnx/weights.py",
-        "else [adapter.kind.name, adapter.settings]", "else adapter.kind.name",
+        "else [adapter.kind.name, dict(adapter.settings)]", "else adapter.kind.name",
         "DoRAs with other scales are one and the same to a folded file.",
         tests=of_kinds("a_file_knows_the_settings_of_a_dense_kind"),
     ),
