@@ -140,17 +140,3 @@ def test_a_profiler_in_c_goes_on_after_the_calls_were_seen():
         called()
     counted = [entry.callcount for entry in profiler.getstats() if entry.code is called.__code__]
     assert counted == [2]
-
-
-@pytest.mark.parametrize("verb", [lora_fx.fold, lora_fx.deactivate, lambda m: lora_fx.remove(m, "default")])
-def test_a_recurrent_layer_goes_on_with_the_weights_that_it_has_been_given(verb):
-    """torch keeps them in a list beside the parameters, in whose place a property stands while it is adapted."""
-    model, x = nn.GRU(6, 4).double(), torch.randn(3, 2, 6, dtype=torch.float64)
-    lora_fx.apply(model, Rule(where="*", rank=2), x)
-    halves = {name: p / 2 for name, p in model.state_dict().items() if "_lora_" not in name}
-    model.load_state_dict(halves, strict=False, assign=True)
-    plain = nn.GRU(6, 4).double()
-    plain.load_state_dict(halves)
-    assert torch.equal(model(x)[0], plain(x)[0])
-    verb(model)
-    assert torch.equal(model(x)[0], plain(x)[0])

@@ -106,8 +106,6 @@ def unwire(model: nn.Module) -> None:
         spec = spec_of(module)
         if spec is not None:
             module.__class__ = spec.base
-            if isinstance(module, nn.RNNBase):  # its list was not kept up while a property stood in its place
-                _set_flat_weights(module, [])
         if ORIGINAL in module.__dict__:
             module.graph = forget(module, ORIGINAL)
 
@@ -314,7 +312,7 @@ def _flat_weights(self: nn.RNNBase) -> list[Any]:
 
 
 def _set_flat_weights(self: nn.RNNBase, value: list[Any]) -> None:
-    self.__dict__["_flat_weights"] = [self._parameters.get(name) for name in self._flat_weights_names]
+    self.__dict__["_flat_weights"] = [self._parameters[name] for name in self._flat_weights_names]
 
 
 def _is_import(value: Any) -> bool:

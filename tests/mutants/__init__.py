@@ -458,12 +458,6 @@ MUTANTS = (
         tests=("tests/test_purity.py",),
     ),
     Mutant(
-        "recurrent_layer_keeps_old_weights", "wiring", "lora_fx/model/classes.py",
-        "                _set_flat_weights(module, [])", "                pass",
-        "A GRU that was loaded while adapted computes with its old weights when it is folded.",
-        tests=("tests/test_tracing.py",),
-    ),
-    Mutant(
         "attribute_under_a_derived_class", "wiring", "lora_fx/model/classes.py",
         "        if not is_generated(type(self)):\n            raise", "        if False:\n            raise",
         "An attribute set after another tool derived a class takes that class away.",
