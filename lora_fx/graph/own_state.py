@@ -78,8 +78,9 @@ class _Kept:
                 self.undo.append(partial(value.detach().copy_, value.detach().clone()))
             return ()
         if isinstance(value, dict):
-            self.undo.append(partial(_restore_dict, value, dict(value)))
-            return (*value.values(), *self._attributes(value))
+            was = dict(dict.items(value))  # a class of its own may make something up in `__getitem__`
+            self.undo.append(partial(_restore_dict, value, was))
+            return (*was.values(), *self._attributes(value))
         if isinstance(value, list | deque):
             self.undo.append(partial(_restore_list, value, list(value)))
             return (*value, *self._attributes(value))
@@ -150,7 +151,7 @@ class _Kept:
 
 def _restore_dict(value: dict, was: dict) -> None:
     if len(value) == len(was) and all(
-        k is j and v is w for (k, v), (j, w) in zip(value.items(), was.items(), strict=True)
+        k is j and v is w for (k, v), (j, w) in zip(dict.items(value), was.items(), strict=True)
     ):
         return
     value.clear()
