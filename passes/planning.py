@@ -25,6 +25,7 @@ from lora_fx.errors import PlanError
 from lora_fx.graph import layout
 from lora_fx.graph.capture import refuse_unready
 from lora_fx.graph.layout import Layout
+from lora_fx.graph.places import without_numbers
 from lora_fx.graph.program import Program, Use, Weight, capture, find_weights
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Inventory, inventory
@@ -478,7 +479,7 @@ def _notes(program: Program, rows: Sequence[Row]) -> tuple[str, ...]:
             "Without example inputs nothing was captured: roles are unknown, and the adapted model is not checked.",
         )
     notes = []
-    if any(row.weight.parameter.is_meta for row in rows):
+    if any(row.weight.parameter.is_meta for row in rows) and without_numbers(program.model):
         notes.append("On meta tensors the adapted model is not checked: lora_fx.verify it once it is materialised.")
     if program.unseen:
         names = [w.name for w in program.unseen]

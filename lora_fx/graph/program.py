@@ -18,6 +18,7 @@ from lora_fx.graph.capture import MODULE, Capture, capture_graph
 from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.nodes import first_operand, shape_of
+from lora_fx.graph.places import Stays, is_plain
 from lora_fx.graph.views import View, move
 
 
@@ -122,7 +123,7 @@ class Program:
     def rounding(self) -> dict[int, float]:
         """Storage → the coarsest rounding step of its uses."""
         seen = (w for w in self.weights if w.uses)
-        return {w.parameter.untyped_storage()._cdata: max(use.rounding for use in w.uses) for w in seen}
+        return {storage_of(w.parameter): max(use.rounding for use in w.uses) for w in seen}
 
     def weight(self, name: str) -> Weight:
         return next(w for w in self.weights if name in w.names)
@@ -148,9 +149,21 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     return Program(model, captured, _Reader(model, captured).weights())
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """Equal for tensors of one storage, on every device, `meta` too. What has none (sparse, or inside of a `vmap`) is
+    one with itself alone."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except RuntimeError:
+        return id(tensor)
+
+
 def storage_key(tensor: torch.Tensor) -> tuple:
-    """Equal for tensors that are the same elements of the same storage, on every device, `meta` too."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    """Equal for tensors that are the same elements of the same storage."""
+    storage = storage_of(tensor)
+    if storage == id(tensor):
+        return (storage,)
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def find_weights(model: nn.Module) -> dict[tuple, Weight]:
@@ -165,15 +178,24 @@ def find_weights(model: nn.Module) -> dict[tuple, Weight]:
     return found
 
 
-class Beside(nn.Module):
+class Beside(Stays):
     """Parameters that stand beside a weight of the model, and are none of its own: an adapter's."""
 
 
 def _unadaptable(parameter: nn.Parameter) -> str:
-    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-        return f"is quantised ({parameter.dtype}): a delta cannot be folded into it without loss"
     if parameter.layout is not torch.strided:
         return f"is stored as {parameter.layout}: only strided weights can be adapted"
+    if not is_plain(parameter):
+        kind = type(parameter)
+        return f"is a {kind.__module__}.{kind.__qualname__}, which is more than its numbers: no sum with a delta is one"
+    if parameter.is_complex():
+        return f"is complex ({parameter.dtype}): deltas are real"
+    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        return f"is quantised ({parameter.dtype}): a delta cannot be folded into it without loss"
+    if not parameter.numel():
+        return f"has no elements: its shape is {tuple(parameter.shape)}"
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        return "is expanded: several of its elements are one number in memory"
     return ""
 
 

@@ -5,7 +5,6 @@ for place in inventory(model).places: place.weight, place.adapter.name, place.ad
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,8 @@ from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import AdapterError, LoraFxError
+from lora_fx.graph.places import is_shard, loaded
+from lora_fx.graph.program import storage_of
 from lora_fx.model.marks import FoldRecord, attribute_of, child_name, fold_record
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -79,6 +80,11 @@ class Storage:
         parameter = owner._parameters[attribute]
         assert parameter is not None, self.names
         return parameter
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Its numbers, on the device on which the owners read them."""
+        return loaded(*self.owners[0])
 
     def replace(self, parameter: nn.Parameter) -> None:
         """Give these owners another parameter."""
@@ -153,7 +159,7 @@ class Inventory:
                 if own and is_shard(parameter):
                     raise _sharded(self.modules[module][0], attribute, parameter)
                 if parameter is not None:
-                    readers = storages.setdefault(parameter.untyped_storage()._cdata, {})
+                    readers = storages.setdefault(storage_of(parameter), {})
                     readers.setdefault(own, []).append((module, attribute))
         return [
             Storage(tuple(owners), own, len(readers) > 1, tuple(self._names(owners)))
@@ -224,13 +230,6 @@ def weight_name(path: str, attribute: str) -> str:
 def plain_path(path: str) -> str:
     """A module's path in the model that `torch.compile`, FSDP1 or `checkpoint_wrapper` have wrapped parts of."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
-def is_shard(parameter: torch.Tensor | None) -> bool:
-    """Whether this is one process's part of a parameter: of FSDP2, or of FSDP1, which makes it flat."""
-    if "torch.distributed.tensor" in sys.modules and isinstance(parameter, torch.distributed.tensor.DTensor):
-        return True
-    return parameter is not None and parameter.dim() == 1 and hasattr(parameter, "_fsdp_flattened")
 
 
 def _sharded(path: str, attribute: str, parameter: torch.Tensor | None) -> LoraFxError:
