@@ -185,7 +185,6 @@ class Capture(Pass):
     ensures = (given(Program),)
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        refuse_unready(model)
         with unwired(model):
             return Result(model, False, (read_program(model, self.example_inputs),))
 
@@ -303,7 +302,8 @@ def plan_rows(
 def read_program(model: nn.Module, example_inputs: Any) -> Program:
     """The program on these inputs; of a model that has none, its weights alone."""
     if example_inputs is None and getattr(model, "dummy_inputs", None) is None:
-        return Program(model, None, tuple(find_weights(model).values()))
+        refuse_unready(model)
+        return Program(model, None, tuple(dict.fromkeys(find_weights(model).values())))
     return capture(model, example_inputs)
 
 

@@ -263,6 +263,9 @@ def _copy(tracer: Tracer, module: fx.GraphModule, node: fx.Node, args: Any, kwar
 
 def _inline(tracer: Tracer, child: nn.Module, args: Any, kwargs: Any, reader: Reader) -> Any:
     """The child's forward, op by op, in the parent's graph."""
+    for below in child.modules():
+        if isinstance(below, Adapter):
+            below.inlined = True
     prefix = tracer.path_of(child)
     graph = trace_forward(child, plain=True, reader=reader)
     placeholders = iter(args)

@@ -476,7 +476,8 @@ class _Replay(fx.Interpreter):
         """The floating-point outputs with these weights in the place of the node's own, and without its branches."""
         value = self._value(reading.node, weights)
         for step in reading.between:
-            args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda n, value=value: self.env.get(n, value))
+            given = {**self.env, **{n: value for n in step.all_input_nodes if n not in self.env}}
+            args, kwargs = fx.node.map_arg((step.args, step.kwargs), given.__getitem__)
             value = call(step, args, kwargs)
         return [t.clone() for t in _floats(value)]
 

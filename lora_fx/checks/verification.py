@@ -24,7 +24,7 @@ from lora_fx.checks.oracles import delta
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import CaptureError, EquivalenceError, LoraFxError, essence
 from lora_fx.graph.capture import Inputs, does_not_run, normalize_inputs, output_tensors, undisturbed
-from lora_fx.graph.places import Instead, is_away, is_plain, loader, refuse_away, refuse_shards, without_numbers
+from lora_fx.graph.places import Instead, is_away, is_plain, loader, refuse_any_away, refuse_shards, without_numbers
 from lora_fx.graph.program import capture, storage_of
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Storage, inventory
@@ -137,10 +137,7 @@ def refuse_unmeasurable(model: nn.Module) -> None:
         CaptureError: they are on meta, put away by accelerate, or in parts.
     """
     refuse_shards(model)
-    for path, module in model.named_modules():
-        for attribute in module._parameters:
-            name = f"{path}.{attribute}" if path else attribute
-            refuse_away(module, attribute, name, "its uses cannot be measured", CaptureError)
+    refuse_any_away(model, "its uses cannot be measured", CaptureError)
     if without_numbers(model):
         raise CaptureError(
             "parameters are on meta: there is nothing to measure",

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, in_turn
 from lora_fx.errors import CaptureError
-from lora_fx.graph.places import buffers_away, hooks_aside, is_plain, refuse_shards
+from lora_fx.graph.places import buffers_away, hooks_aside, is_plain, refuse_preloaded, refuse_shards
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
 TRANSFORMED = "lora_fx_transformed"  # node.meta key: it ran inside of a transform of torch.func (vmap, grad, jvp)
@@ -337,11 +337,12 @@ def refuse_unready(model: nn.Module) -> None:
     """Raise for what no later step could get right: parameters that do not exist yet or are in parts, scripted and
     exported modules."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             remedy = "run the model once on real inputs before"
             raise CaptureError(f"the {kind} is lazy: it has no shape yet", place=name, remedy=remedy)
     refuse_shards(model)
+    refuse_preloaded(model)
     for name, module in model.named_modules():
         if isinstance(module, fx.GraphModule) and "eval" in module.__dict__:  # torch.export replaces train and eval
             raise CaptureError(

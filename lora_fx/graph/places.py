@@ -18,6 +18,7 @@ from torch import nn
 from lora_fx.errors import CaptureError, LoraFxError
 
 _PLAIN = (torch.Tensor, nn.Parameter)
+_MOVERS = frozenset({"accelerate", "torch.distributed.tensor"})
 _HOOK = "_hf_hook"
 _BACK = (
     "accelerate.hooks.remove_hook_from_submodules(model) brings the weights back; a model whose weights have never "
@@ -42,7 +43,7 @@ def is_shard(parameter: torch.Tensor | None) -> bool:
 
 
 def refuse_shards(model: nn.Module) -> None:
-    """Raise where a parameter is in parts: a capture would wait for the other processes, or see this one's part.
+    """Raise where a model is in parts: a capture would wait for the other processes, or see this one's part.
 
     Raises:
         CaptureError: one is.
@@ -52,18 +53,31 @@ def refuse_shards(model: nn.Module) -> None:
             raise CaptureError(
                 f"the parameter is sharded: this process has a part of it ({type(parameter).__name__})",
                 place=name,
-                remedy="apply, or load the adapter, before fully_shard, parallelize_module or a tp_plan: they shard "
-                "its factors too",
+                remedy="apply, or load the adapter, before fully_shard, which shards its factors too; tensor "
+                "parallelism (parallelize_module, a tp_plan) takes a folded model",
+            )
+    for name, module in model.named_modules():
+        if _is_fsdp(module):
+            raise CaptureError(
+                f"{type(module).__name__} is sharded by FSDP, which would neither shard nor reduce what comes later",
+                place=name or "the model",
+                remedy="apply, or load the adapter, before fully_shard or FullyShardedDataParallel",
             )
 
 
+def _is_fsdp(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
+
+
 def refuse_shard(module: nn.Module, name: str, parameter: torch.Tensor | None) -> None:
-    """Raise where tensor parallelism gives an adapted module a part of a parameter: it knows the base's call alone.
+    """Raise where tensor parallelism registers a part of a parameter, two calls above, with a module that has adapters:
+    it knows the base's call alone. FSDP sets it as an attribute.
 
     Raises:
         LoraFxError: it does.
     """
-    if parameter is not None and is_shard(parameter):
+    if parameter is not None and is_shard(parameter) and sys._getframe(2).f_code is not nn.Module.__setattr__.__code__:
         raise LoraFxError(
             f"{type(module).__name__} has adapters, and is to get a part of a parameter: a {type(parameter).__name__}",
             place=name,
@@ -107,16 +121,25 @@ def loaded(module: nn.Module, attribute: str) -> torch.Tensor:
     return hook.weights_map[attribute].detach().to(hook.execution_device, parameter.dtype)
 
 
+def in_memory(module: nn.Module, attribute: str) -> torch.Tensor | None:
+    """What a hook loads a parameter from, where that is memory: tied ones have one there."""
+    hook = loader(module)
+    one, again = (None if hook is None else hook.weights_map.get(attribute) for _ in range(2))
+    if one is None or again is None or one.data_ptr() != again.data_ptr():  # what is on disk is mapped anew each time
+        return None
+    return one
+
+
+def is_parted(module: nn.Module, attribute: str) -> bool:
+    """Whether accelerate has put away a parameter that was tied to another one, so that which one cannot be told."""
+    hook = loader(module)
+    return hook is not None and attribute in hook.tied_params_names and in_memory(module, attribute) is None
+
+
 def buffers_away(model: nn.Module) -> list[torch.Tensor]:
     """What hooks load buffers from that they have put away in memory: a forward on the same device writes there."""
-    found = []
-    for module in model.modules():
-        hook = loader(module)
-        for name in [] if hook is None or not hook.offload_buffers else module._buffers:
-            one, again = (hook.weights_map.get(name) for _ in range(2))
-            if one is not None and one.data_ptr() == again.data_ptr():  # what is on disk is mapped anew each time
-                found.append(one)
-    return found
+    found = (in_memory(module, name) for module in model.modules() if loader(module) for name in module._buffers)
+    return [buffer for buffer in found if buffer is not None]
 
 
 class Instead(Mapping[str, torch.Tensor]):
@@ -137,6 +160,22 @@ class Instead(Mapping[str, torch.Tensor]):
         return len(self.plain)
 
 
+def refuse_preloaded(model: nn.Module) -> None:
+    """Raise where a hook loads the parameters of all modules inside of its own: it would look for θ among them.
+
+    Raises:
+        CaptureError: one does.
+    """
+    for path, module in model.named_modules():
+        if any(hook.offload and hook.place_submodules for hook in _hooks(module)):
+            raise CaptureError(
+                f"{type(module).__name__} is offloaded by accelerate together with what is in it "
+                "(preload_module_classes): its hook would look for the factors among what it has put away",
+                place=path or "the model",
+                remedy="apply, or load the adapter, before the model is offloaded; or leave preload_module_classes out",
+            )
+
+
 def refuse_away(module: nn.Module, attribute: str, name: str, what: str, error: type[LoraFxError]) -> None:
     """Raise where accelerate has put a weight away that something wants to write or to measure.
 
@@ -152,11 +191,18 @@ def refuse_away(module: nn.Module, attribute: str, name: str, what: str, error: 
         )
 
 
-def accelerate_asks() -> bool:
-    """Whether who reads a parameter, two calls above the caller, is accelerate's own code: it moves what is there."""
-    if "accelerate" not in sys.modules or torch.compiler.is_compiling():
+def refuse_any_away(model: nn.Module, what: str, error: type[LoraFxError]) -> None:
+    """`refuse_away` for every parameter of a model."""
+    for path, module in model.named_modules():
+        for attribute in module._parameters:
+            refuse_away(module, attribute, f"{path}.{attribute}" if path else attribute, what, error)
+
+
+def is_moved() -> bool:
+    """Whether who reads a parameter, two calls above the caller, is code that moves it: it is to get what is there."""
+    if not (_MOVERS & sys.modules.keys()) or torch.compiler.is_compiling():
         return False
-    return sys._getframe(3).f_globals.get("__name__", "").startswith("accelerate.")
+    return sys._getframe(3).f_globals.get("__name__", "").startswith(("accelerate.", "torch.distributed.tensor."))
 
 
 @contextmanager
@@ -193,6 +239,9 @@ class _Others:
 class Stays(nn.Module):
     """A module whose parameters accelerate is not to put away: whoever reads them calls no forward of it."""
 
+    inlined = False
+    """A graph around reads them, and the weight, without a call of the module that holds both."""
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         refuse_shard(self, name, param)
         super().register_parameter(name, param)
@@ -207,6 +256,13 @@ class Stays(nn.Module):
     def _hf_hook(self, hook: Any) -> None:
         self.__dict__[_HOOK] = hook
         for own in _hooks(self):
+            if own.offload and self.inlined:
+                raise LoraFxError(
+                    "accelerate loads a weight when its module is called, and the graph of the GraphModule around it "
+                    "has the call inside, with the branch",
+                    place=type(self).__name__,
+                    remedy="accelerate.hooks.remove_hook_from_submodules(model); offload first and apply then",
+                )
             if own.offload:
                 own.pre_forward(self)
                 own.offload = False

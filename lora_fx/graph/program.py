@@ -18,7 +18,7 @@ from lora_fx.graph.capture import MODULE, Capture, capture_graph
 from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.nodes import first_operand, shape_of
-from lora_fx.graph.places import Stays, is_plain
+from lora_fx.graph.places import Stays, in_memory, is_parted, is_plain
 from lora_fx.graph.views import View, move
 
 
@@ -167,13 +167,23 @@ def storage_key(tensor: torch.Tensor) -> tuple:
 
 
 def find_weights(model: nn.Module) -> dict[tuple, Weight]:
-    """Every parameter of two or more dimensions by storage, with all names, before anything is known of its uses."""
+    """Every parameter of two or more dimensions by storage, with all names, before anything is known of its uses. One
+    that accelerate has put away under several names may have several storages."""
     found: dict[tuple, Weight] = {}
+    kept: dict[tuple, Weight] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.ndim < 2 or isinstance(model.get_submodule(name.rpartition(".")[0]), Beside):
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if parameter.ndim < 2 or isinstance(owner, Beside):
             continue
-        weight = found.setdefault(storage_key(parameter), Weight((), parameter, problem=_unadaptable(parameter)))
-        weight.names += (name,)
+        key = storage_key(parameter)
+        if key not in found:
+            own = in_memory(owner, attribute)
+            made = Weight((), parameter, problem=_unadaptable(parameter))
+            if is_parted(owner, attribute):
+                made.problem = made.problem or "is tied to another one, and accelerate has parted the two on disk"
+            found[key] = made if own is None else kept.setdefault(storage_key(own), made)
+        found[key].names += (name,)
     _mark_overlaps(found)
     return found
 
@@ -245,7 +255,7 @@ class _Reader:
         for node in self.graph.nodes:
             if node.op == "call_function":
                 self._read(node, op_name(node.target))
-        return tuple(self.found.values())
+        return tuple(dict.fromkeys(self.found.values()))
 
     def _ndim(self, operand: Any) -> int | None:
         return self.views[operand].view.ndim if isinstance(operand, fx.Node) and operand in self.views else None

@@ -27,7 +27,7 @@ from torch import fx, nn
 from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import LoraFxError
-from lora_fx.graph.places import accelerate_asks, is_shard, refuse_shard
+from lora_fx.graph.places import is_moved, is_shard, refuse_shard
 from lora_fx.graph.views import View
 from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import ORIGINAL, attribute_of, forget, remember
@@ -297,7 +297,7 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     if attribute not in owner._parameters:  # FSDP1 takes the parameter away before it puts another one there
         raise AttributeError(f"{type(owner).__name__!r} object has no attribute {attribute!r}")
     parameter = owner._parameters[attribute]
-    if parameter is None or is_shard(parameter) or accelerate_asks():
+    if parameter is None or is_shard(parameter) or is_moved():
         return parameter  # code that shards or loads moves the parameter itself; forwards compute with what it makes
     adapters = [getattr(owner, child) for child in children]
     branches = [Branch(a, a.value(), a.dropout if a.dropout.p else None) for a in adapters]

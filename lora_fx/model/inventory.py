@@ -149,7 +149,7 @@ class Inventory:
         """Every storage that an active adapter acts on, once for each set of adapters it is read with.
 
         Raises:
-            LoraFxError: an adapted weight is sharded.
+            LoraFxError: an adapted weight is sharded, or has another shape than when it was adapted.
         """
         storages: dict[int, dict[tuple[Adapter, ...], list[tuple[nn.Module, str]]]] = {}
         for module in self.modules:
@@ -158,6 +158,8 @@ class Inventory:
                 own = tuple(a for child, a in active.items() if attribute_of(child) == attribute)
                 if own and is_shard(parameter):
                     raise _sharded(self.modules[module][0], attribute, parameter)
+                if own and parameter is not None:
+                    _refuse_resized(weight_name(self.modules[module][0], attribute), parameter, own)
                 if parameter is not None:
                     readers = storages.setdefault(storage_of(parameter), {})
                     readers.setdefault(own, []).append((module, attribute))
@@ -230,6 +232,17 @@ def weight_name(path: str, attribute: str) -> str:
 def plain_path(path: str) -> str:
     """A module's path in the model that `torch.compile`, FSDP1 or `checkpoint_wrapper` have wrapped parts of."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def _refuse_resized(name: str, parameter: torch.Tensor, adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
+        shape, planned = tuple(parameter.shape), tuple(adapter.layout.shape)
+        if shape != planned:
+            raise LoraFxError(
+                f"its shape is {shape}, and was {planned} when it got its adapter {adapter.name!r}",
+                place=name,
+                remedy=f"lora_fx.remove(model, {adapter.name!r}), and apply again",
+            )
 
 
 def _sharded(path: str, attribute: str, parameter: torch.Tensor | None) -> LoraFxError:
