@@ -50,10 +50,10 @@ from lora_fx.graph.capture import (
     does_not_run,
     normalize_inputs,
     output_tensors,
-    undisturbed,
 )
 from lora_fx.graph.forms import FORMS, op_name
 from lora_fx.graph.nodes import base_name, call, first_operand, shape_of
+from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import without_numbers
 from lora_fx.graph.program import capture, storage_key
 from lora_fx.graph.views import COPIES, MOVES

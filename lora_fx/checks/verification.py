@@ -23,7 +23,8 @@ from lora_fx.changes import Undo, undone
 from lora_fx.checks.oracles import delta
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import CaptureError, EquivalenceError, LoraFxError, essence
-from lora_fx.graph.capture import Inputs, does_not_run, normalize_inputs, output_tensors, undisturbed
+from lora_fx.graph.capture import Inputs, does_not_run, normalize_inputs, output_tensors
+from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import Instead, is_away, is_plain, loader, refuse_any_away, refuse_shards, without_numbers
 from lora_fx.graph.program import capture, storage_of
 from lora_fx.model.classes import unwired

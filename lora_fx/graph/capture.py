@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, in_turn
 from lora_fx.errors import CaptureError
-from lora_fx.graph.places import buffers_away, hooks_aside, is_plain, refuse_preloaded, refuse_shards
+from lora_fx.graph.own_state import undisturbed
+from lora_fx.graph.places import hooks_aside, is_plain, refuse_preloaded, refuse_shards
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
 TRANSFORMED = "lora_fx_transformed"  # node.meta key: it ran inside of a transform of torch.func (vmap, grad, jvp)
@@ -102,32 +103,6 @@ def _without_cache(model: nn.Module) -> dict[str, Any]:
         if "use_cache" in inspect.signature(model.forward).parameters:
             return {"use_cache": False}
     return {}
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside leaves buffers, flags, random state and gradient mode of the model bitwise as they were.
-
-    Only buffers are copied (never a weight), so a model that fills its device can be run in here.
-    """
-    modules = list(model.modules())
-    flags = [(m, m.training) for m in modules]
-    tables: list[Any] = [table for m in modules for table in (m._buffers, m._parameters) if table]
-    held = [(table, dict(table)) for table in tables]  # accelerate's hooks leave other parameters there
-    saved = [(b, b.detach().clone()) for b in (*model.buffers(), *buffers_away(model))]
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
-        try:
-            yield
-        finally:
-            for table, own in held:
-                table.clear()
-                table.update(own)
-            with torch.no_grad():
-                for buffer, copy in saved:
-                    buffer.copy_(copy)  # batch norm moves its statistics without moving their version counter
-            for module, training in flags:
-                module.training = training
 
 
 def no_fast_paths() -> contextlib.AbstractContextManager[None]:
