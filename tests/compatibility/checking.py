@@ -406,12 +406,11 @@ def fill(model: nn.Module, seed: int) -> None:
 
 
 def matrix_of(tensor: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    """A weight's axes as (batch…, all out, all in)."""
+    """A weight's axes as (batch…, all out, all in), the batch as the factors have it."""
     sides, shape = adapter.layout.sides, adapter.layout.shape
     order = [k for side in "boi" for k, own in enumerate(sides) if own == side]
     out = math.prod(n for n, side in zip(shape, sides, strict=True) if side == "o")
-    batch = [n for n, side in zip(shape, sides, strict=True) if side == "b"]
-    return tensor.reshape(shape).permute(order).reshape(*batch, out, -1)
+    return tensor.reshape(shape).permute(order).reshape(*adapter.A.shape[:-2], out, -1)
 
 
 def weight_of(matrix: torch.Tensor, adapter: Adapter) -> torch.Tensor:
