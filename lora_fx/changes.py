@@ -170,27 +170,20 @@ TRACER = Switch(sys.gettrace, sys.settrace)
 PROFILER = Switch(sys.getprofile, sys.setprofile)
 
 
-def calls_seen_by(see: Callable[[FrameType, str, Any], Any]) -> AbstractContextManager[None]:
-    """Inside, `see(frame, event, arg)` gets each "call" and "return" of a Python function in this thread.
+def calls_seen_by(see: Callable[[FrameType], Any]) -> AbstractContextManager[None]:
+    """Inside, `see(frame)` gets each call of a Python function in this thread, before it runs.
 
     Python has two places for that. A profiler in C (cProfile, pyinstrument, VizTracer, yappi) cannot be put back into
     its own from Python, and need not be seen there; a tracer (a debugger, coverage) can. So the tracer's place is taken
     where it is free, and otherwise the profiler's, unless that has a profiler in C.
     """
 
-    def profile(frame: FrameType, event: str, arg: Any) -> None:
-        if event in ("call", "return"):
-            see(frame, event, arg)
-
-    def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        frame.f_trace_lines = False
-        profile(frame, event, arg)
-        return trace
+    def seen(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            see(frame)
 
     written_in_c = not (PROFILER.read() is None or callable(PROFILER.read()))
-    if TRACER.read() is None or written_in_c:
-        return TRACER.set_for_now(trace)
-    return PROFILER.set_for_now(profile)
+    return (TRACER if TRACER.read() is None or written_in_c else PROFILER).set_for_now(seen)
 
 
 class _Before:
