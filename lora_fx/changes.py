@@ -263,7 +263,7 @@ def foreign() -> Iterator[None]:
 
 def _wrap_handlers() -> None:
     for number in _NUMBERS:
-        handler = signal.getsignal(number)
+        handler: Any = signal.getsignal(number)
         if isinstance(handler, _Waiter):  # one that could not be taken out
             handler = handler.handler
         if callable(handler):

@@ -17,7 +17,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Rule, changes
-from lora_fx.passes import rewriting as tracing
+from lora_fx.passes import purity
 
 
 class Annotated(nn.Module):
@@ -52,21 +52,21 @@ SITE = os.path.join(STANDARD, "site-packages")
         (os.path.join(TORCH, "nn", "modules", "module.py"), False),
         (os.path.join(TORCH, "functional.py"), False),
         (os.path.join(STANDARD, "contextlib.py"), False),
-        ("<string>", False),
+        ("<string>", True),  # written by a dataclass, or in a notebook,
         ("<lora_fx Linear 1f>", True),
     ],
 )
 def test_whose_code_is_watched_for_decisions(file, watched):
-    assert tracing._is_model_file(file) is watched
+    assert purity.is_model_file(file) is watched
 
 
 def test_our_own_code_is_not_watched_wherever_it_is_installed(monkeypatch):
     """Installed from a wheel it lies in site-packages, as models do: then every module would have dispatched."""
-    assert all(map(os.path.isdir, tracing._OWN))
-    own = tuple(os.path.join(SITE, "lora_fx", os.path.basename(room[:-1]), "") for room in tracing._OWN)
-    monkeypatch.setattr(tracing, "_OWN", own)
-    tracing._is_model_file.cache_clear()
-    assert not any(tracing._is_model_file(os.path.join(room, "some.py")) for room in own)
+    assert all(map(os.path.isdir, purity._OWN))
+    own = tuple(os.path.join(SITE, "lora_fx", os.path.basename(room[:-1]), "") for room in purity._OWN)
+    monkeypatch.setattr(purity, "_OWN", own)
+    purity.is_model_file.cache_clear()
+    assert not any(purity.is_model_file(os.path.join(room, "some.py")) for room in own)
 
 
 def test_a_weight_that_is_also_read_whole_is_adapted_in_both_reads():

@@ -88,7 +88,7 @@ def of_kinds(*names: str) -> tuple[str, ...]:
     return tuple(f"{KINDS}::test_{name}" for name in names)
 
 
-INTERRUPTS = ("tests/test_interrupts.py",)
+INTERRUPTS = "tests/test_interrupts.py"
 
 AREAS = {
     "algebra": Area((GAPS, "tests/test_forms.py"), "native-chain", "l2"),
@@ -121,7 +121,7 @@ MUTANTS = (
     ),
     Mutant(
         "scale_dropped", "algebra", "lora_fx/deltas/adapted_weight.py",
-        "if delta.scale != 1:", "if False:",
+        "delta.scaled(z), B)", "z, B)",
         "The branch is x·A·B, without its scale.",
     ),
     Mutant(
@@ -337,16 +337,127 @@ MUTANTS = (
         "After a refused apply the adapters are still there.",
     ),
     Mutant(
-        "decisions_baked_in", "wiring", "passes/rewriting.py",
-        "if why := _decides(code):", "if why := '':",
-        "A forward that tests for None or for train mode is rewritten as the path it took once.",
-        tests=("tests/test_integration.py::test_a_plain_attribute_and_a_parameter_set_after_apply_take_effect", GAPS),
+        "decisions_baked_in", "wiring", "passes/purity.py",
+        "if step.opname not in _INSTRUCTIONS:", "if False:",
+        "A forward that tests for None, sets attributes or opens a `with` block is rewritten as what it did once.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "changes_in_place_taken_for_new_values", "wiring", "passes/purity.py",
+        'if step.opname == "BINARY_OP" and step.argrepr.endswith("="):', "if False:",
+        "`x += 1` in a forward leaves the caller's x as it was.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "closures_set_once", "wiring", "passes/purity.py",
+        'if step.opname == "STORE_DEREF" and step.argval in code.co_freevars:', "if False:",
+        "A forward that sets a variable of the function around it does so once, in the trace.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "dunders_read_once", "wiring", "passes/purity.py",
+        'if name.startswith("__")]', "if not name]",
+        "`self.__dict__[...]` in a forward is frozen.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "globals_baked_in", "wiring", "passes/purity.py",
+        "if not _may_be_named(value, path):", "if False:",
+        "Globals, os, random and numpy in a forward are frozen.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "globals_of_any_type", "wiring", "passes/purity.py",
+        "        return _is_known(value)\n    if isinstance(value, type):",
+        "        return True\n    if isinstance(value, type):",
+        "Whatever C function a forward names is taken for one without state: random.random, torch.is_grad_enabled.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "values_above_methods", "wiring", "passes/purity.py",
+        "if value is super and (found := _beside_methods(frame)):", "if False:",
+        "What `super()` gives in a forward is frozen.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "mutable_defaults", "wiring", "passes/purity.py",
+        '(not vars(function) or function.__module__.startswith("torch")) and all(map(_is_immutable, defaults))',
+        "True",
+        "A list as a default of a function is frozen.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "mode_baked_in", "wiring", "passes/purity.py",
+        'if name == "training":', "if False:",
+        "A forward that tests for train mode is rewritten as in the other one.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "containers_baked_in", "wiring", "passes/purity.py",
+        "if module is not self.root or not _is_immutable(own[name]):", "if module is not self.root:",
+        "Numbers in a dict, a list or a config of the module are frozen.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "attributes_of_children_baked_in", "wiring", "passes/purity.py",
+        "if module is not self.root or not _is_immutable(own[name]):", "if not _is_immutable(own[name]):",
+        "Numbers of a child are frozen: nobody notices when they are set.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "class_attributes_baked_in", "wiring", "passes/purity.py",
+        "if module is not self.root or not isinstance(function, types.FunctionType) or not _is_plain(function):",
+        "if found is None:",
+        "Class attributes and properties are frozen.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "foreign_functions_run_once", "wiring", "passes/purity.py",
+        "if code not in _torch_code() and not code.co_filename.startswith((*_OWN, _FX)):", "if False:",
+        "What a function of the standard library gave in the trace is frozen.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "attributes_not_noticed", "wiring", "passes/purity.py",
+        "            self.read.add(name)\n            return own[name]", "            return own[name]",
+        "A number of the module's own that is set after apply has no effect.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "methods_not_noticed", "wiring", "passes/purity.py",
+        "        self.read.add(name)\n        return object", "        return object",
+        "A method that is replaced on the instance after apply has no effect.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "factories_run_once", "wiring", "passes/rewriting.py",
+        "if symbolic or not self", "if True or not self",
+        "`torch.zeros(…)` and `torch.rand(…)` in a forward are one tensor for all calls.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "unused_calls_dropped", "wiring", "passes/rewriting.py",
+        'is_impure_node=lambda n: n.op != "get_attr"', "is_impure_node=lambda n: False",
+        "Draws and changes in place whose result nobody reads are left out.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "absent_bias_inlined", "wiring", "passes/rewriting.py",
+        "if not (traced.baked or traced.absent):", "if not traced.baked:",
+        "A Linear inside a GraphModule that gets a bias after apply goes on without.",
+        tests=("tests/test_purity.py",),
     ),
     Mutant(
         "attributes_baked_in", "wiring", "lora_fx/model/classes.py",
-        "if spec.baked:", "if False:",
+        'if (name in spec.baked or name == "forward") and', 'if name == "forward" and',
         "Stride, dilation or padding mode of a convolution set after apply have no effect.",
-        tests=("tests/test_integration.py::test_an_attribute_changed_after_apply_takes_effect", GAPS),
+        tests=("tests/test_integration.py::test_an_attribute_changed_after_apply_takes_effect", "tests/test_purity.py"),
+    ),
+    Mutant(
+        "replaced_forward_loses_the_branch", "wiring", "lora_fx/model/classes.py",
+        'if (name in spec.baked or name == "forward") and', "if name in spec.baked and",
+        "A forward that is set on the module after apply reads the weight without its branch.",
+        tests=("tests/test_purity.py",),
     ),
     Mutant(
         "attribute_under_a_derived_class", "wiring", "lora_fx/model/classes.py",
@@ -439,19 +550,49 @@ MUTANTS = (
     ),
     # ── capture ──────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
-        "capture_leaves_eval_mode", "capture", "lora_fx/graph/capture.py",
-        "                module.training = training", "                pass",
+        "capture_leaves_eval_mode", "capture", "lora_fx/graph/own_state.py",
+        "self._keep_all(modules)", "self._keep_all(p for m in modules for p in m.buffers())",
         "Capturing a model in train mode leaves it in eval mode.",
     ),
     Mutant(
-        "capture_moves_buffers", "capture", "lora_fx/graph/capture.py",
-        "                    buffer.copy_(copy)", "                    pass",
+        "capture_moves_buffers", "capture", "lora_fx/graph/own_state.py",
+        "self.undo.append(partial(value.detach().copy_, value.detach().clone()))", "pass",
         "Running a model to look at it moves its batch statistics.",
     ),
     Mutant(
-        "capture_draws_random_numbers", "capture", "lora_fx/graph/capture.py",
+        "capture_draws_random_numbers", "capture", "lora_fx/graph/own_state.py",
         "with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):", "with contextlib.nullcontext():",
         "Looking at a model changes the random numbers drawn after that.",
+    ),
+    Mutant(
+        "capture_fills_logs", "capture", "lora_fx/graph/own_state.py",
+        "self.undo.append(partial(_restore_list, value, list(value)))", "pass",
+        "Looking at a model appends to its lists.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_moves_objects", "capture", "lora_fx/graph/own_state.py",
+        "elif isinstance(value, nn.Module) or package not in _OTHERS:", "elif isinstance(value, nn.Module):",
+        "Looking at a model moves the counters of its meters.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_moves_globals", "capture", "lora_fx/graph/own_state.py",
+        "self.undo.append(partial(_restore_item, scope, name, value))", "pass",
+        "Looking at a model moves the globals that its code counts in.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_moves_class_attributes", "capture", "lora_fx/graph/own_state.py",
+        "self.undo.append(partial(_restore_attribute, cls, name, value))", "pass",
+        "Looking at a model moves what its class counts.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_moves_pythons_random_state", "capture", "lora_fx/graph/own_state.py",
+        "self.undo: list[Undo] = [partial(random.setstate, random.getstate())]", "self.undo: list[Undo] = []",
+        "Looking at a model draws from Python's random numbers.",
+        tests=("tests/test_purity.py",),
     ),
     Mutant(
         "computed_weight_accepted", "capture", "lora_fx/graph/program.py",
@@ -1426,7 +1567,7 @@ MUTANTS = (
     # ── files of other kinds ─────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "settings_of_a_kind_not_saved", "kinds", "export/adapters/files.py",
-        '"kind": a.kind.name, "settings": a.settings}',
+        '"kind": a.kind.name, "settings": dict(a.settings)}',
         '"kind": a.kind.name, "settings": {k: v for k, v in a.settings.items() if k == "rank"}}',
         "The scale of a saved DoRA is 1 after loading.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
@@ -1592,7 +1733,7 @@ MUTANTS = (
     ),
     Mutant(
         "settings_not_in_the_digest", "kinds", "export/onnx/weights.py",
-        "else [adapter.kind.name, adapter.settings]", "else adapter.kind.name",
+        "else [adapter.kind.name, dict(adapter.settings)]", "else adapter.kind.name",
         "DoRAs with other scales are one and the same to a folded file.",
         tests=of_kinds("a_file_knows_the_settings_of_a_dense_kind"),
     ),
@@ -1625,25 +1766,25 @@ MUTANTS = (
         "signals_do_not_wait", "changes", "lora_fx/changes.py",
         "        if not _signals.waits:\n            self.handler", "        if True:\n            self.handler",
         "Ctrl-C comes wherever a verb is, and leaves torch patched.",
-        tests=INTERRUPTS,
+        tests=(f"{INTERRUPTS}::test_signals_wait_for_the_end_of_the_outermost_block_and_come_in_their_order",),
     ),
     Mutant(
         "no_safe_point_while_recording", "changes", "lora_fx/graph/capture.py",
         "        safe_point()\n        return create", "        return create",
         "A capture cannot be stopped before it has run the model.",
-        tests=INTERRUPTS,
+        tests=(f"{INTERRUPTS}::test_what_a_handler_raises_is_not_taken_for_the_models_own_error",),
     ),
     Mutant(
         "a_later_signal_is_lost", "changes", "lora_fx/changes.py",
         "        _let_in(due[1:], frame)\n", "        pass\n",
         "Of two signals that wait the handler of one runs.",
-        tests=INTERRUPTS,
+        tests=(f"{INTERRUPTS}::test_no_exception_is_lost",),
     ),
     Mutant(
         "a_timeout_is_the_models_own_error", "changes", "lora_fx/changes.py",
         "            raise _Passing(error) from error\n", "            raise\n",
         "What a timer's handler raises in a capture is taken for an error of the model.",
-        tests=INTERRUPTS,
+        tests=(f"{INTERRUPTS}::test_what_a_handler_raises_is_not_taken_for_the_models_own_error",),
     ),
     Mutant(
         "profiler_in_c_taken_out", "changes", "lora_fx/changes.py",
