@@ -263,7 +263,7 @@ def foreign() -> Iterator[None]:
 
 def _wrap_handlers() -> None:
     for number in _NUMBERS:
-        handler: Any = signal.getsignal(number)
+        handler = signal.getsignal(number)
         if isinstance(handler, _Waiter):  # one that could not be taken out
             handler = handler.handler
         if callable(handler):
@@ -282,8 +282,9 @@ def _give_back_handlers() -> None:
 
 def _give_back() -> None:
     for number, waiter in _signals.wrapped.items():
+        handler = waiter.handler
         if signal.getsignal(number) is waiter:
-            signal.signal(number, waiter.handler)
+            signal.signal(number, handler)
 
 
 # ── what a model was ─────────────────────────────────────────────────────────────────────────────────────────────────
