@@ -139,3 +139,12 @@ def test_a_profiler_in_c_goes_on_after_the_calls_were_seen():
         called()
     counted = [entry.callcount for entry in profiler.getstats() if entry.code is called.__code__]
     assert counted == [2]
+
+
+@pytest.mark.parametrize("profiler", PROFILERS)
+def test_a_profiler_may_run_around_a_verb(profiler):
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.GELU()), torch.randn(5, 4)
+    with PROFILERS[profiler]():
+        lora_fx.apply(model, Rule(where="*", rank=2), x)
+        after = model(x)
+    assert model[0].weight_lora_default.realised == "graph" and torch.equal(model(x), after)

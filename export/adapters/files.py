@@ -33,6 +33,7 @@ from torch import nn
 
 from lora_fx.analysis.biases import Biases
 from lora_fx.analysis.rules import SETTINGS, Rule
+from lora_fx.changes import in_turn
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
 from lora_fx.deltas.low_rank import LowRank
@@ -163,10 +164,11 @@ def save_adapter(
         name = old
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
-    held = _held(model, name)
-    config, tensors, entries = _as_peft(model, held, name) if peft else _as_own(held)
-    header = {"version": VERSION, "name": name, "config": peft_format.meaning(config), "adapters": entries}
-    write_folder(Path(path), config, tensors, header)
+    with in_turn():
+        held = _held(model, name)
+        config, tensors, entries = _as_peft(model, held, name) if peft else _as_own(held)
+        header = {"version": VERSION, "name": name, "config": peft_format.meaning(config), "adapters": entries}
+        write_folder(Path(path), config, tensors, header)
 
 
 def _held(model: nn.Module, name: str) -> list[_Held]:

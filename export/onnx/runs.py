@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.changes import safe_point
 from lora_fx.checks.verification import Report, cast_inputs, compare, move_weights, relative_error, rounding_step
 from lora_fx.errors import CaptureError, essence
 from lora_fx.export.onnx.calls import Call, graph_inputs, resized, tensors_in
@@ -128,6 +129,7 @@ def _step(model: nn.Module, inputs: Inputs) -> float:
 
 def run_torch(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     """Every tensor the model returns, in order, integers too; complex ones as pairs of reals, as ONNX has them."""
+    safe_point()
     with undisturbed(model), torch.no_grad(), no_fast_paths():
         torch.manual_seed(0)
         model.eval()

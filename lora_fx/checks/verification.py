@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import Undo, undone
+from lora_fx.changes import Undo, in_turn, safe_point, undone
 from lora_fx.checks.oracles import delta
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import EquivalenceError
@@ -66,6 +66,7 @@ class Report:
         )
 
 
+@in_turn()
 def verify(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> Report:
     """Whether two models are the same function on these inputs, up to rounding.
 
@@ -143,6 +144,7 @@ def worst(reports: Sequence[Report]) -> Report:
 
 def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> list[torch.Tensor]:
     """The floating-point outputs, without gradients and without a trace; random draws start from `seed`."""
+    safe_point()
     with undisturbed(model), torch.no_grad():
         torch.manual_seed(seed)
         return [t.detach().clone() for t in output_tensors(inputs.call(model))]

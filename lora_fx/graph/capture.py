@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, in_turn
+from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, foreign, in_turn, safe_point
 from lora_fx.errors import CaptureError
 from lora_fx.graph.own_state import undisturbed
 
@@ -129,10 +129,11 @@ def capture_graph(model: nn.Module, example_inputs: Any = None) -> Capture:
     """
     refuse_unready(model)
     inputs = normalize_inputs(model, example_inputs)
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        return _capture(model, inputs)
-    with on_meta(model):
-        return _capture(model, inputs_on_meta(inputs))
+    with in_turn():  # tracing patches torch, here and in torch.fx
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            return _capture(model, inputs)
+        with on_meta(model):
+            return _capture(model, inputs_on_meta(inputs))
 
 
 def _capture(model: nn.Module, inputs: Inputs) -> Capture:
@@ -146,8 +147,7 @@ def _capture(model: nn.Module, inputs: Inputs) -> Capture:
         args, kwargs = pytree.tree_unflatten(traced, spec)
         return output_tensors(model(*args, **kwargs))
 
-    # In turn: tracing patches torch, here and in torch.fx.
-    with in_turn(), undisturbed(model), no_fast_paths(), recorded(), torch.no_grad():
+    with undisturbed(model), no_fast_paths(), recorded(), torch.no_grad(), stoppable():
         model.eval()
         module = _make_fx(model, run, state, leaves)
     tensors = dict(zip(module.graph.find_nodes(op="placeholder"), state, strict=False))
@@ -171,6 +171,19 @@ def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list) -> fx.Grap
         raise
     except Exception as error:
         raise does_not_run(model, error) from error
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, where torch traces, each node that is recorded is a safe point."""
+    create: Any = fx.proxy.TracerBase.create_node
+
+    def create_node(tracer: fx.Tracer, *args: Any, **kwargs: Any) -> fx.Node:
+        safe_point()
+        return create(tracer, *args, **kwargs)
+
+    with foreign(), _set_for_now(fx.proxy.TracerBase, "create_node", create_node):
+        yield
 
 
 def does_not_run(model: nn.Module, error: Exception) -> CaptureError:

@@ -88,6 +88,8 @@ def of_kinds(*names: str) -> tuple[str, ...]:
     return tuple(f"{KINDS}::test_{name}" for name in names)
 
 
+INTERRUPTS = "tests/test_interrupts.py"
+
 AREAS = {
     "algebra": Area((GAPS, "tests/test_forms.py"), "native-chain", "l2"),
     "layouts": Area((GAPS, "tests/test_views.py", "tests/test_forms.py"), "native-conv1d", "l2"),
@@ -1759,6 +1761,36 @@ MUTANTS = (
         "                _roll_back(undo)\n", "",
         "A fold that runs out of memory leaves the weights that it has written.",
         tests=("tests/test_faults.py::test_no_memory_at_any_operation_leaves_the_model_bitwise_what_it_was",),
+    ),
+    Mutant(
+        "signals_do_not_wait", "changes", "lora_fx/changes.py",
+        "        if not _signals.waits:\n            self.handler", "        if True:\n            self.handler",
+        "Ctrl-C comes wherever a verb is, and leaves torch patched.",
+        tests=(f"{INTERRUPTS}::test_signals_wait_for_the_end_of_the_outermost_block_and_come_in_their_order",),
+    ),
+    Mutant(
+        "no_safe_point_while_recording", "changes", "lora_fx/graph/capture.py",
+        "        safe_point()\n        return create", "        return create",
+        "A capture cannot be stopped before it has run the model.",
+        tests=(f"{INTERRUPTS}::test_what_a_handler_raises_is_not_taken_for_the_models_own_error",),
+    ),
+    Mutant(
+        "a_later_signal_is_lost", "changes", "lora_fx/changes.py",
+        "        _let_in(due[1:], frame)\n", "        pass\n",
+        "Of two signals that wait the handler of one runs.",
+        tests=(f"{INTERRUPTS}::test_no_exception_is_lost",),
+    ),
+    Mutant(
+        "a_timeout_is_the_models_own_error", "changes", "lora_fx/changes.py",
+        "            raise _Passing(error) from error\n", "            raise\n",
+        "What a timer's handler raises in a capture is taken for an error of the model.",
+        tests=(f"{INTERRUPTS}::test_what_a_handler_raises_is_not_taken_for_the_models_own_error",),
+    ),
+    Mutant(
+        "profiler_in_c_taken_out", "changes", "lora_fx/changes.py",
+        "    if TRACER.read() is None or written_in_c:\n        return TRACER.set_for_now(trace)\n", "",
+        "After an apply inside cProfile every call fails.",
+        tests=("tests/test_tracing.py::test_a_profiler_in_c_goes_on_after_the_calls_were_seen",),
     ),
     Mutant(
         "gradient_mode_left_off", "changes", "lora_fx/changes.py",
