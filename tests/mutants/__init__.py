@@ -303,13 +303,14 @@ MUTANTS = (
         "The last site of a plan with several gets no adapter.",
     ),
     Mutant(
-        "weights_left_trainable", "insert", "passes/insert.py",
+        "weights_left_trainable", "insert", "lora_fx/model/training.py",
         "parameter.requires_grad_(False)", "parameter.requires_grad_(parameter.requires_grad)",
         "The base weights train along with the adapters.",
     ),
     Mutant(
-        "adapters_not_trainable", "insert", "passes/insert.py",
-        "adapter.requires_grad_(True)", "adapter.requires_grad_(False)",
+        "adapters_not_trainable", "insert", "lora_fx/deltas/adapter.py",
+        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))",
+        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)",
         "Nothing trains.",
     ),
     Mutant(
@@ -377,8 +378,8 @@ MUTANTS = (
         tests=("tests/test_graph_module.py", "tests/test_fold.py", GAPS),
     ),
     Mutant(
-        "deactivated_adapter_trains", "wiring", "passes/activate.py",
-        "adapter.requires_grad_(adapter.active)", "pass",
+        "deactivated_adapter_trains", "wiring", "lora_fx/deltas/adapter.py",
+        "self.get_parameter(name).requires_grad_(whether)", "pass",
         "activate() leaves the adapters trainable that do not act, and frozen the ones that do.",
         tests=(GAPS,),
     ),
