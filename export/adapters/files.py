@@ -557,7 +557,7 @@ def _read_own(model: nn.Module, folder: Folder, header: dict[str, Any]) -> list[
         if modules.parameter(name) is None:
             near = difflib.get_close_matches(name, modules.parameters, 3)
             refuse(place, f"the model has no weight {name!r}", f"{ITS_BASE}; near: {', '.join(near) or 'none'}")
-    raw = [name for name in names if not own and modules.is_raw(name)]
+    raw = [] if own else list(config.get("target_parameters") or ())
     try:
         return [_entry(modules, entry, raw, folder) for entry in header["adapters"]]
     except KindError as error:
