@@ -45,7 +45,7 @@ class Thrice(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.again, self.last = nn.Linear(6, 6, bias=False), Bypass()
+        self.again, self.last = nn.Linear(6, 6), Bypass()
 
     def forward(self, x):
         return self.last(self.again(self.again(self.again(x))))
