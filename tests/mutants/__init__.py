@@ -94,6 +94,7 @@ AREAS = {
     "algebra": Area((GAPS, "tests/test_forms.py"), "native-chain", "l2"),
     "layouts": Area((GAPS, "tests/test_views.py", "tests/test_forms.py"), "native-conv1d", "l2"),
     "wiring": Area((GAPS, "tests/test_graph_module.py"), "native-two-names", "l2"),
+    "settings": Area(("tests/test_settings.py",)),
     "insert": Area((GAPS, "tests/test_refusals.py", "tests/test_rules.py"), "native-tied", "l6"),
     "capture": Area((GAPS, "tests/test_refusals.py"), "native-batchnorm", "l13"),
     "fold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l3"),
@@ -305,13 +306,14 @@ MUTANTS = (
         "The last site of a plan with several gets no adapter.",
     ),
     Mutant(
-        "weights_left_trainable", "insert", "passes/insert.py",
+        "weights_left_trainable", "insert", "lora_fx/model/training.py",
         "parameter.requires_grad_(False)", "parameter.requires_grad_(parameter.requires_grad)",
         "The base weights train along with the adapters.",
     ),
     Mutant(
-        "adapters_not_trainable", "insert", "passes/insert.py",
-        "adapter.requires_grad_(True)", "adapter.requires_grad_(False)",
+        "adapters_not_trainable", "insert", "lora_fx/deltas/adapter.py",
+        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))",
+        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)",
         "Nothing trains.",
     ),
     Mutant(
@@ -490,8 +492,8 @@ MUTANTS = (
         tests=("tests/test_graph_module.py", "tests/test_fold.py", GAPS),
     ),
     Mutant(
-        "deactivated_adapter_trains", "wiring", "passes/activate.py",
-        "adapter.requires_grad_(adapter.active)", "pass",
+        "deactivated_adapter_trains", "wiring", "lora_fx/deltas/adapter.py",
+        "self.get_parameter(name).requires_grad_(whether)", "pass",
         "activate() leaves the adapters trainable that do not act, and frozen the ones that do.",
         tests=(GAPS,),
     ),
@@ -1736,6 +1738,53 @@ MUTANTS = (
         "else [adapter.kind.name, dict(adapter.settings)]", "else adapter.kind.name",
         "DoRAs with other scales are one and the same to a folded file.",
         tests=of_kinds("a_file_knows_the_settings_of_a_dense_kind"),
+    ),
+    Mutant(
+        "scale_baked_into_forwards", "settings", "passes/rewriting.py",
+        'scale = self.attribute(f"{path}.scale")', "scale = adapter.scale",
+        "A generated forward goes on with the scale that the adapter had when it was made.",
+    ),
+    Mutant(
+        "scale_baked_by_a_pickle", "settings", "lora_fx/deltas/adapter.py",
+        "if is_fx_symbolic_tracing():", "if False:",
+        "A GraphModule out of a pickle goes on with the scale that it was pickled with.",
+    ),
+    Mutant(
+        "dropout_set_in_vain", "settings", "lora_fx/deltas/adapter.py",
+        "        if value != 0:", "        if False:",
+        "A dropout that no forward calls can be set, and nothing is dropped.",
+    ),
+    Mutant(
+        "frozen_again_by_each_apply", "settings", "lora_fx/model/training.py",
+        "if not inventory(model).adapters:", "if True:",
+        "A second adapter freezes the head that the user lets train.",
+    ),
+    Mutant(
+        "activated_all_of_it_trains", "settings", "lora_fx/deltas/adapter.py",
+        "names = self._trained if whether else", "names = tuple(self._parameters) if whether else",
+        "A frozen A trains after the adapter was deactivated and activated.",
+    ),
+    Mutant(
+        "refused_switch_half_done", "settings", "passes/activate.py",
+        "facts.undo.append(partial(adapter.act, adapter.active))", "pass",
+        "After a refused switch, other adapters are active than before.",
+    ),
+    Mutant(
+        "trained_beside_left_out", "settings", "lora_fx/model/training.py",
+        "if beside == IGNORE or not names:", "if True:",
+        "save_adapter leaves out a head that trains, without a word.",
+    ),
+    Mutant(
+        "branch_outside_of_a_forward", "settings", "export/adapters/peft.py",
+        "if owner not in _KNOWN and not", "if False and not",
+        "A Linear subclass with a forward of its own is saved as a module for PEFT, which adds the branch outside.",
+        tests=("tests/test_adapter_files.py",),
+    ),
+    Mutant(
+        "branch_outside_of_a_hook", "settings", "export/adapters/peft.py",
+        "if foreign is not None:", "if False:",
+        "A module with a hook is saved as a module for PEFT, which runs the hook around the base alone.",
+        tests=("tests/test_adapter_files.py",),
     ),
     Mutant(
         "kinds_not_drawn", "kinds", "lora_fx/testing/strategies.py",
