@@ -110,7 +110,7 @@ class Check(Pass):
             wire(model)
             missing, rewired = check_adapted(model, inputs, adapters, rounding, facts.undo), True
         plan = facts.get(Plan)
-        noted = () if plan is None else (replace(plan, notes=(*plan.notes, *map(str, missing))),)
+        noted = () if plan is None or not missing else (replace(plan, notes=(*plan.notes, *map(str, missing))),)
         return Result(model, rewired, noted)
 
 

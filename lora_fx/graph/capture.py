@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, in_turn
 from lora_fx.errors import CaptureError
 from lora_fx.graph.own_state import undisturbed
-from lora_fx.graph.places import hooks_aside, is_plain, refuse_preloaded, refuse_shards
+from lora_fx.graph.places import hooks_aside, is_torchs, refuse_preloaded, refuse_shards
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
 TRANSFORMED = "lora_fx_transformed"  # node.meta key: it ran inside of a transform of torch.func (vmap, grad, jvp)
@@ -211,13 +211,13 @@ def _runs(run: Any, tensors: list, leaves: list) -> bool:
 
 def _not_recorded(model: nn.Module, error: Exception) -> CaptureError:
     """What to raise where a model runs on its inputs, and not while it is recorded."""
-    odd = {name: p for name, p in (*model.named_parameters(), *model.named_buffers()) if not is_plain(p)}
-    kinds = ", ".join(f"{name} is a {type(p).__module__}.{type(p).__qualname__}" for name, p in [*odd.items()][:3])
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    odd = [f"{name} is a {type(t).__module__}.{type(t).__qualname__}" for name, t in tensors if not is_torchs(t)]
     return CaptureError(
         f"it runs on the example inputs, but not while torch's make_fx records it: {type(error).__name__}: {error}"
-        + (f" ({kinds}: no plain tensor)" if kinds else ""),
-        place=next(iter(odd), type(model).__name__),
-        remedy="make that a plain nn.Parameter first" if odd else "capture it on plain tensors of ordinary layout",
+        + (f" ({', '.join(odd[:3])}: no plain tensor)" if odd else ""),
+        place=type(model).__name__,
+        remedy="try it with plain tensors of ordinary layout, as parameters, buffers and inputs",
     )
 
 
