@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from lora_fx.analysis.rules import read_rules
 from lora_fx.changes import changing, in_turn
 from lora_fx.checks.certification import Certificate, certify_adapted
 from lora_fx.checks.oracles import misrounded
+from lora_fx.checks.verification import copied
 from lora_fx.errors import PipelineError
 from lora_fx.export.adapters.files import loading
 from lora_fx.export.onnx.export import exporting
@@ -209,7 +209,7 @@ def fold(model: nn.Module, *, copy: bool = False, final: bool = False) -> nn.Mod
     """
     if copy:
         with in_turn():
-            model = copying.deepcopy(model)
+            model = copied(model)
     return pipeline("fold", final)(model).model
 
 

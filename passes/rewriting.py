@@ -211,6 +211,9 @@ def _copy(tracer: Tracer, module: fx.GraphModule, node: fx.Node, args: Any, kwar
 
 def _inline(tracer: Tracer, child: nn.Module, graph: fx.Graph, args: Any, kwargs: Any) -> Any:
     """The child's forward, op by op, in the parent's graph."""
+    for below in child.modules():
+        if isinstance(below, Adapter):
+            below.inlined = True
     prefix = tracer.path_of(child)
     placeholders = iter(args)
     env: dict[fx.Node, Any] = {}

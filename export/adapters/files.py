@@ -54,9 +54,10 @@ from lora_fx.export.adapters.folder import (
 from lora_fx.export.adapters.peft import ITS_BASE, Layer, Modules, turned
 from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.layout import Layout
+from lora_fx.graph.places import is_shard
 from lora_fx.graph.program import Program, Use, Weight
 from lora_fx.model.classes import show, unwired
-from lora_fx.model.inventory import Place, inventory, is_shard, plain_path, weight_name
+from lora_fx.model.inventory import Place, inventory, plain_path, weight_name
 from lora_fx.model.marks import child_name, is_reader
 from lora_fx.model.training import REFUSE, why_not_alone
 from lora_fx.passes.base import Facts, Pass, Result, given

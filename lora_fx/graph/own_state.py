@@ -22,12 +22,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.graph.places import buffers_away
+
 _CODE = (type, types.ModuleType, FunctionType, types.BuiltinFunctionType, types.MethodType, property)
 _ATOMS = frozenset({
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, nn.Parameter,
 })  # fmt: skip
-_OTHERS = frozenset({"torch", "logging", "threading", "weakref", "functools", "abc", "typing", "_thread", "enum"})
-"""Packages whose objects are no state of a model's."""
+_OTHERS = frozenset({
+    "torch", "logging", "threading", "weakref", "functools", "abc", "typing", "_thread", "enum",
+    "accelerate",
+})  # fmt: skip
+"""Packages whose objects are no state of a model's: what accelerate has put away is the size of the model."""
 
 _HOOKS = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 
@@ -56,7 +61,7 @@ class _Kept:
         if (numpy := sys.modules.get("numpy.random")) is not None:
             self.undo.append(partial(numpy.set_state, numpy.get_state()))
         modules = [m for m in model.modules() if not type(m).__module__.startswith("lora_fx.")]
-        self._keep_all(modules)
+        self._keep_all([*modules, *buffers_away(model)])
         for cls in dict.fromkeys(base for m in modules for base in type(m).__mro__ if _is_users(base)):
             self._keep_class(cls)
 

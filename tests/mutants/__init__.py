@@ -110,6 +110,7 @@ AREAS = {
     "schedules": Area(("tests/test_schedules.py",)),
     "files": Area(("tests/test_adapter_files.py", GAPS)),
     "kinds": Area((KINDS,)),
+    "places": Area(("tests/test_places.py",)),
 }
 
 MUTANTS = (
@@ -1846,5 +1847,32 @@ MUTANTS = (
         "            switch.turn(was)\n", "            pass\n",
         "After Ctrl-C in a verb nothing has gradients any more.",
         tests=("tests/test_faults.py::test_ctrl_c_at_any_line_leaves_the_model_bitwise_what_it_was",),
+    ),
+    # ── where parameters live ────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "factors_put_away", "places", "lora_fx/graph/places.py",
+        "                own.pre_forward(self)\n                own.offload = False\n", "",
+        "accelerate puts the factors away until somebody calls their module, which nobody does: garbage.",
+    ),
+    Mutant(
+        "offloaded_unchecked", "places", "lora_fx/checks/verification.py",
+        "    total = weight.to(torch.float64) + delta(weight, *storage.adapters)\n    if step",
+        "    total = weight.to(torch.float64)\n    if step",
+        "The check of an offloaded model holds it against the plain weights.",
+    ),
+    Mutant(
+        "shards_captured", "places", "lora_fx/graph/capture.py",
+        "    refuse_shards(model)\n", "",
+        "A model in parts is captured, and waits for the other processes.",
+    ),
+    Mutant(
+        "real_part_alone", "places", "lora_fx/checks/verification.py",
+        "torch.view_as_real(tensor.resolve_conj()) if", "tensor.real if",
+        "Two models that differ in the imaginary part of an output are called one function.",
+    ),
+    Mutant(
+        "storages_by_luck", "places", "lora_fx/graph/program.py",
+        "    if storage == id(tensor):\n        return (storage,)\n", "",
+        "A tensor without a storage is asked for its strides.",
     ),
 )  # fmt: skip
