@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.compiler import is_dynamo_compiling
 
 from lora_fx.deltas import schedules
 from lora_fx.deltas.adapter import Adapter, Dense
@@ -82,7 +81,7 @@ class AdaptedWeight:
 
     @cached_property
     def branches(self) -> tuple[Branch, ...]:
-        return tuple(Branch(a, a.value(), a.dropout if a.dropout.p else None) for a in self.adapters)
+        return tuple(Branch(a, a.value(), a.dropout if a.drops else None) for a in self.adapters)
 
     @cached_property
     def cast(self) -> bool:
@@ -333,12 +332,12 @@ def _at_once(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     else:
         return None
     adapters, base = weight.adapters, weight.base
-    if not adapters or is_dynamo_compiling():
+    if not adapters:
         return None
-    key = (func, len(args), at, base.dim(), *kwargs)
-    if key not in _readings:
-        _readings[key] = _read_once(func, args, kwargs, at)
-    reading = _readings[key]
+    key = (func, len(args), at, base.dim(), *kwargs) if kwargs else (func, len(args), at, base.dim())
+    reading: Any = _readings.get(key, False)
+    if reading is False:
+        reading = _readings[key] = _read_once(func, args, kwargs, at)
     if reading is None:
         return None
     name, form, op, sides, x, bias = reading

@@ -181,7 +181,7 @@ class Adapter(Beside):
         own: Any = self._parameters
         A, B = (own["A"], own["B"]) if self.kind.factors is own_factors else self.kind.factors(self.theta)
         drop: Any = self._modules["dropout"]
-        return A, B, self.scale, self.rows[0] if self.rows else 0, drop if drop.p else None
+        return A, B, self._scale, self.rows[0] if self.rows else 0, drop if drop.p else None
 
     @property
     def rank(self) -> int:

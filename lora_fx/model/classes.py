@@ -264,6 +264,8 @@ def _adapted_property(attribute: str, children: tuple[str, ...]) -> property:
         if not plain or self._lora_fx_reader is not None or is_dynamo_compiling():
             return adapted_weight(self, attribute, children)
         own: Any = self._modules  # an adapter of a tied weight is a child of one of its owners
+        if len(children) == 1:
+            return AdaptedWeight.read(parameter, (own.get(children[0]) or getattr(self, children[0]),))
         return AdaptedWeight.read(parameter, tuple([own.get(child) or getattr(self, child) for child in children]))
 
     def write(self: nn.Module, value: Any) -> None:
