@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from lora_fx.deltas import schedules
-from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
+from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named, own_factors
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import AdapterError
@@ -180,6 +180,19 @@ class Adapter(Beside):
     def theta_of(self, tensors: dict[str, Any]) -> Theta:
         """These in the place of its own tensors."""
         return Theta(**self._settings, **tensors)
+
+    @property
+    def term(self) -> tuple[Any, Any, float, int, nn.Module | None] | None:
+        """A, B, their scale, the first output feature of those that B makes, and the dropout or None: as they are now.
+
+        None where there are no factors, or where B makes features that do not lie side by side.
+        """
+        if self.kind.factors is None or "index" in self._buffers:
+            return None
+        own: Any = self._parameters
+        A, B = (own["A"], own["B"]) if self.kind.factors is own_factors else self.kind.factors(self.theta)
+        drop: Any = self._modules["dropout"]
+        return A, B, self._scale, self.rows[0] if self.rows else 0, drop if drop.p else None
 
     @property
     def rank(self) -> int:
