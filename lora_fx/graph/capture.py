@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def _without_cache(model: nn.Module) -> dict[str, Any]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside leaves buffers, flags, random state and gradient mode of the model bitwise as they were.
 
+    So it does the casts that autocast keeps of trainable parameters, which hold other numbers while a check runs.
     Only buffers are copied (never a weight), so a model that fills its device can be run in here.
     """
     modules = list(model.modules())
@@ -108,8 +110,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
         try:
+            torch.clear_autocast_cache()
             yield
         finally:
+            torch.clear_autocast_cache()
             for module, own in buffers:
                 module._buffers.clear()
                 module._buffers.update(own)
@@ -123,6 +127,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def no_fast_paths() -> contextlib.AbstractContextManager[None]:
     """torch's fused encoder kernels read weights that no trace shows: switch them off."""
     return FAST_PATHS.set_for_now(False)
+
+
+def as_python() -> contextlib.AbstractContextManager[Any]:
+    """What `torch.compile` has made of modules and functions runs as Python: no trace sees into it."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing that takes a second
+        return contextlib.nullcontext()
+    return torch._dynamo.config.patch(error_on_nested_fx_trace=False)
 
 
 @contextlib.contextmanager
@@ -171,7 +182,7 @@ def _capture(model: nn.Module, inputs: Inputs) -> Capture:
         return output_tensors(model(*args, **kwargs))
 
     # In turn: tracing patches torch, here and in torch.fx.
-    with in_turn(), undisturbed(model), no_fast_paths(), recorded(), torch.no_grad():
+    with in_turn(), undisturbed(model), no_fast_paths(), as_python(), recorded(), torch.no_grad():
         model.eval()
         module = _make_fx(model, run, state, leaves)
     tensors = dict(zip(module.graph.find_nodes(op="placeholder"), state, strict=False))
