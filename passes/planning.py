@@ -50,6 +50,8 @@ class Row:
     """(path of the module, attribute): where the weight is read with the branch."""
     split: bool
     """Other uses of the same storage stay as they are; folding gives these uses a copy of their own."""
+    reason: str = ""
+    """Why a role is `other`."""
     realised: Realisation = Realisation.DISPATCH
     why: str = ""
     """Why it dispatches instead of being rewritten as a graph."""
@@ -147,7 +149,7 @@ class Plan:
             "weight", "role", "form", "shape", "kind", "rank", "trainable", "realised", "schedule", "folds",
             "shared storage",
         )  # fmt: skip
-        reasons = list(dict.fromkeys(row.why for row in self.rows if row.why))
+        reasons = list(dict.fromkeys(why for row in self.rows for why in (row.reason, row.why) if why))
         body = [self._cells(row, reasons) for row in self.rows]
         total = f"{len(self.rows)} adapters, {self.parameters:,} trainable parameters: "
         total += f"{self.share:.3%} of {self.model_parameters:,}"
@@ -161,9 +163,10 @@ class Plan:
         if row.split:
             shared += f"; split off, {row.copied_bytes / 2**20:.2f} MiB when folded"
         realised = f"{row.realised} ({reasons.index(row.why) + 1})" if row.why else row.realised
+        role = f"{row.role} ({reasons.index(row.reason) + 1})" if row.reason else row.role
         forms = ", ".join(dict.fromkeys(use.form for use in row.uses))
         return (
-            row.name + part, row.role or "?", forms, "×".join(map(str, row.weight.shape)), row.kind.name,
+            row.name + part, role or "?", forms, "×".join(map(str, row.weight.shape)), row.kind.name,
             str(row.rank or "–"), f"{row.parameters:,}", realised, row.schedule,
             "exactly" if row.kind.low_rank else "rounded once", shared,
         )  # fmt: skip
@@ -404,9 +407,10 @@ def _rows(program: Program, sites: Sequence[Site], chosen: dict[Site, Rule], ref
             covered = None
         role = ", ".join(dict.fromkeys(site.role for site in group))
         part = "_".join(dict.fromkeys(s.role.rpartition(".")[2] for s in group)) if covered is not None else ""
+        reason = "; ".join(dict.fromkeys(site.reason for site in group if site.reason))
         with refused.under(rule):
             owners, split = _owners(weight, covered, uses, rule)
-            rows.append(Row(weight, rule, role, part, covered, uses, owners, split))
+            rows.append(Row(weight, rule, role, part, covered, uses, owners, split, reason))
     return _on_biases(rows, program, refused) if any(row.kind.adapts == "bias" for row in rows) else rows
 
 

@@ -193,9 +193,9 @@ class _Labeller:
         reasons = (
             (not multiplies_plainly(node), f"{use.form} multiplies inside one op, where no role can be seen"),
             (node in self.unclear, "it belongs to a gated block of which either factor could be the gate"),
-            (bit & self.gates, "it gates the result of an attention, or of a product of activations that is none"),
             (bit & flow.positions, "it multiplies a table of positions, no activations"),
-            (bit & flow.mixed, f"it feeds {mix} (a linear attention, a state space)"),
+            (bit & flow.mixed, f"it feeds {mix} (a linear attention, a state space, an autocorrelation)"),
+            (bit & self.gates, "it gates the result of an attention, or of another product of activations"),
             (fact.frontier & MIX and not fact.stream, f"it multiplies what comes out of {mix}"),
             (not bit & (flow.used | flow.out), "its result reaches neither another weight nor the output"),
             (bit & flow.added, "it is added to the residual stream, and is part of no attention or MLP"),
