@@ -323,7 +323,7 @@ class Flow:
 
     @staticmethod
     def _is_pair(node: fx.Node, gate: Fact, up: Fact) -> bool:
-        """A product of two activations of which neither gates the other: f(gate) · up is none, nor is up · gate · f(gate)."""
+        """A product of two activations of which neither gates the other, as in f(gate) · up or up · gate · f(gate)."""
         of_both = bool(up.pair) and gate.origin in up.pair
         return base_name(node) == "div" or not gate.bent or bool(gate.pair) or (bool(up.pair) and not of_both)
 

@@ -360,6 +360,8 @@ class Flow:
 
     def _made_by(self, node: fx.Node) -> frozenset[int]:
         """The adapters with whose factors it multiplies, or whose product it moves or scales."""
+        if _is_add(node) and node not in self.factors:
+            return frozenset()  # a use with its branch, on a constant
         inputs = node.all_input_nodes
         made = frozenset().union(*(self.factors.get(n, frozenset()) for n in inputs))
         return self._made_by(inputs[0]) if not made and len(inputs) == 1 else made

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -102,11 +103,15 @@ def no_fast_paths() -> contextlib.AbstractContextManager[None]:
     return FAST_PATHS.set_for_now(False)
 
 
-def as_python() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def as_python() -> Iterator[None]:
     """What `torch.compile` has made of modules and functions runs as Python: no trace sees into it."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing that takes a second
-        return contextlib.nullcontext()
-    return torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+        yield
+        return
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+        yield
 
 
 @contextlib.contextmanager

@@ -216,7 +216,7 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _made_by_torch(model: nn.Module, weight: Weight) -> bool:
-    """It is what torch's own tools (weight_norm, spectral_norm, pruning) keep beside the weight that they make of it."""
+    """It is what torch's own tools (weight_norm, spectral_norm, pruning) make the weight of in each forward."""
     for owner in (model.get_submodule(name.rpartition(".")[0]) for name in weight.names):
         hooks = (type(hook).__module__ for hook in owner._forward_pre_hooks.values())
         if isinstance(owner, parametrize.ParametrizationList) or any(h.startswith("torch.nn.utils.") for h in hooks):
@@ -272,7 +272,9 @@ class _Reader:
 
     def _move(self, node: fx.Node, name: str, seen: _Seen) -> bool:
         assert seen.view is not None
-        moved = move(name, seen.view, node.args[1:], dict(node.kwargs)) or self._gather(node, name, seen.weight, seen.view)
+        moved = move(name, seen.view, node.args[1:], dict(node.kwargs)) or self._gather(
+            node, name, seen.weight, seen.view
+        )
         if isinstance(moved, tuple):
             self.tuples[node] = tuple(_Seen(seen.weight, view) for view in moved)
         elif moved is not None:
