@@ -56,6 +56,9 @@ class _Kept:
 
     def __init__(self, model: nn.Module) -> None:
         self.undo: list[Undo] = [partial(random.setstate, random.getstate())]
+        # Under autocast torch keeps the casts of trainable parameters, which hold other numbers while a check runs.
+        torch.clear_autocast_cache()
+        self.undo.append(torch.clear_autocast_cache)
         self.empty: list[dict] = []  # torch's tables of hooks: most of what modules have
         self.seen: dict[int, Any] = {}  # by id, held so that the id stays theirs
         if (numpy := sys.modules.get("numpy.random")) is not None:
