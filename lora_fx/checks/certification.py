@@ -52,7 +52,7 @@ from lora_fx.graph.capture import (
     output_tensors,
 )
 from lora_fx.graph.forms import DENSE_OPS, FORMS, op_name
-from lora_fx.graph.nodes import base_name, call, first_operand, shape_of, written_by
+from lora_fx.graph.nodes import base_name, call, first_operand, looked_into, shape_of, written_by
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import without_numbers
 from lora_fx.graph.program import capture, storage_key
@@ -313,6 +313,8 @@ class Flow:
             return True
         if pure:
             self._pure.add(node)
+        else:
+            self._write(node)
         if not carried:
             if made_of and (pure or _moves(node, self.factors)):
                 self.factors[node] = frozenset().union(*made_of)
@@ -335,6 +337,14 @@ class Flow:
             return False  # else a part of δ(W, θ) may multiply with factors
         inside = [n for n in node.all_input_nodes if n in self.factors or (n in self.mixed and not self._summed(n))]
         return not inside
+
+    def _write(self, node: fx.Node) -> None:
+        """What an activation is written into began as a constant, and is one no longer."""
+        for target in written_by(node):
+            below: fx.Node | None = target
+            while below is not None:
+                self._pure.discard(below)
+                below = looked_into(below)
 
     def _roots(self, node: fx.Node) -> tuple[fx.Node, ...]:
         return tuple(dict.fromkeys(root for n in node.all_input_nodes for root in self.carriers.get(n, ())))
@@ -496,15 +506,11 @@ class _Replay(fx.Interpreter):
         return [t.clone() for t in _floats(value)]
 
     def _value(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
-        written = written_by(node)
-
-        def operand(n: fx.Node) -> Any:
-            value = self._operand(n, weights)
-            return value.clone() if n in written else value  # the model itself will write into it
-
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        written = written_by(node)  # in copies: the model itself has yet to write there
+        operands = {n: self._operand(n, weights) for n in node.all_input_nodes}
+        given = {n: value.clone() if n in written else value for n, value in operands.items()}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+        return call(node, args, kwargs)
 
     def _operand(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
         if node in weights:

@@ -172,7 +172,7 @@ class _Kept:
 
 
 def _restore_dict(value: dict, was: dict) -> None:
-    same = len(value) == len(was) and all(map(operator.is_, value, was))
+    same = len(value) == len(was) and all(map(operator.is_, dict.keys(value), was))
     if not (same and all(map(operator.is_, dict.values(value), was.values()))):
         value.clear()
         value.update(was)
