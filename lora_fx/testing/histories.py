@@ -187,7 +187,7 @@ class Histories(RuleBasedStateMachine):
             life.model.requires_grad_(False)
         after = adapted.world
         for name, value in before.tree().items():
-            if name != "torch's random state":
+            if name != "torch_random_state":
                 problems = Comparison().differences(f"after apply, {name}", after.tree()[name], value, value)
                 _refuse(problems)
         expected = _draws(adapted.model, before)
@@ -538,10 +538,10 @@ def histories(
 
     Use its ``TestCase``, or `hypothesis.stateful.run_state_machine_as_test`. What is drawn: calls with each of the
     inputs, in train and eval mode, with and without gradients, in inference mode, with hooks, with inputs of a wrong
-    shape, with an interrupt; training steps; `load_state_dict`, casts, copies and pickles; `fold`, `unfold`, `activate`,
-    `remove` and a second adapter; your changes. After each step outputs, gradients, θ, buffers, attributes, containers
-    and random states must be those of the same model with W + δ written into its weights. A failure says what differs
-    where, and shows the history that leads there, as a program.
+    shape, with an interrupt; training steps; `load_state_dict`, casts, copies and pickles; `fold`, `unfold`,
+    `activate`, `remove` and a second adapter; your changes. After each step outputs, gradients, θ, buffers, attributes,
+    containers and random states must be those of the same model with W + δ written into its weights. A failure says
+    what differs where, and shows the history that leads there, as a program.
 
     Args:
         make: a new model, equal each time. It is cast to float64, and so are the inputs.

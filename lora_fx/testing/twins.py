@@ -60,9 +60,9 @@ class World:
     def tree(self) -> dict[str, Any]:
         numpy: Any = self.numpy
         return {
-            "torch's random state": hash(self.torch.numpy().tobytes()),
-            "Python's random state": hash(self.python),
-            "numpy's random state": hash((numpy[1].tobytes(), *numpy[2:])),
+            "torch_random_state": hash(self.torch.numpy().tobytes()),
+            "python_random_state": hash(self.python),
+            "numpy_random_state": hash((numpy[1].tobytes(), *numpy[2:])),
             "shared": [values for _, values in self.shared],
         }
 
