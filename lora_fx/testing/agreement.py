@@ -114,7 +114,7 @@ class Comparison:
         if (a.dtype, a.shape, a.requires_grad) != (b.dtype, b.shape, b.requires_grad):
             yield f"{path} is {_described(a)}, not {_described(b)}"
             return
-        untouched = isinstance(a, nn.Parameter) and not self.folded
+        untouched = isinstance(b, nn.Parameter) and not self.folded
         a, b = a.detach(), b.detach()
         if a.shape == b.shape and same_bits(a, b):
             return
