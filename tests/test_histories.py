@@ -156,7 +156,7 @@ def test_a_failing_history_is_printed_as_a_program_that_fails_again():
         model.scale = 2 if any(isinstance(m, Adapter) for m in model.modules()) else 5
 
     machine = histories(Recording, sequences(), [frozen])
-    quick = settings(max_examples=30, stateful_step_count=6, phases=[Phase.generate, Phase.shrink], database=None)
+    quick = settings(max_examples=20, stateful_step_count=4, phases=[Phase.generate], database=None)
     with pytest.raises(AssertionError, match=r"the model\.scale is 2, not 5") as caught:
         run_state_machine_as_test(machine, settings=settings(quick, derandomize=True))
     program = "\n".join(caught.value.__notes__)

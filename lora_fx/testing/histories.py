@@ -259,7 +259,7 @@ class Histories(RuleBasedStateMachine):
         """What a lower precision makes of the state stays with the copy."""
         given = cast_inputs(self._inputs(inputs), dtype)
         worlds, originals, kept = ([getattr(life, k) for life in self.lives] for k in ("world", "model", "kept"))
-        copied = self._live(lambda life: _nothing(setattr(life, "model", copy.deepcopy(life.model))))
+        copied = self._live(_deepcopy)
         if copied:
             for life in self.lives:
                 life.kept = deque(maxlen=2)
@@ -271,11 +271,10 @@ class Histories(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from(["deepcopy", "pickle"]), then=_THEN)
     def go_on_with_a_copy(self, how: str, then: int | None) -> None:
-        def copied(life: Life) -> None:
-            life.model = copy.deepcopy(life.model) if how == "deepcopy" else pickle.loads(pickle.dumps(life.model))
-
-        if how == "deepcopy" or _can_be_pickled(self.dense.model):
-            self._live(copied)
+        if how == "deepcopy":
+            self._live(_deepcopy)
+        elif _can_be_pickled(self.dense.model):
+            self._live(_pickle)
         self._then(then)
 
     @precondition(lambda self: not self.isfolded and self.active)
@@ -305,7 +304,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: not self.isfolded and "second" not in self.names)
     @rule(kind=st.sampled_from(["lora", "dora", "full", "bias"]), check=st.booleans(), seed=_SEED, then=_THEN)
     def apply_a_second(self, kind: str, check: bool, seed: int, then: int | None) -> None:
-        settings = {"rank": 1} if "rank" in kind_named(kind).settings else {}
+        settings: dict[str, Any] = {"rank": 1} if "rank" in kind_named(kind).settings else {}
         try:
             self._insert("second", Rule(when=EVERYTHING.when, kind=kind, **settings), check)
         except LoraFxError as error:
@@ -513,6 +512,14 @@ def _draws(model: nn.Module, before: World) -> torch.Tensor:
         for adapter, place in reversed(places.items()):
             copy.deepcopy(adapter).start(place.parameter)
         return torch.get_rng_state()
+
+
+def _deepcopy(life: Life) -> None:
+    life.model = copy.deepcopy(life.model)
+
+
+def _pickle(life: Life) -> None:
+    life.model = pickle.loads(pickle.dumps(life.model))
 
 
 def _can_be_pickled(model: nn.Module) -> bool:

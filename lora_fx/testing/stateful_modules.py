@@ -14,7 +14,7 @@ import random
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ class RotaryTable(Linear):
 class CounterBuffer(Linear):
     def __init__(self) -> None:
         super().__init__()
-        self.steps = nn.Buffer(torch.tensor(0))
+        self.steps: torch.Tensor = nn.Buffer(torch.tensor(0))
 
     def forward(self, x):
         self.steps += 1
@@ -124,7 +124,7 @@ class EmaReplaced(Linear):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mean = nn.Buffer(torch.zeros(4))
+        self.mean: torch.Tensor = nn.Buffer(torch.zeros(4))
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -244,6 +244,8 @@ class LaterScale(Linear):
 
 
 class LaterExtra(Linear):
+    extra: Any
+
     def forward(self, x):
         try:
             return F.linear(x, self.weight, self.bias) + self.extra
@@ -756,7 +758,7 @@ class ValueTest(Linear):
 
 
 class OptionalMask(Linear):
-    def forward(self, x, mask=None, *, scale=1.0, **extra):
+    def forward(self, x, mask=None, *, scale=1.0, **extra):  # type: ignore[override]
         y = F.linear(x, self.weight, self.bias) * scale
         if mask is not None:
             y = y.masked_fill(mask, 0.0)
@@ -800,7 +802,7 @@ class ShapeTest(Linear):
 # ── hooks, checkpoints, functions of one's own ───────────────────────────────────────────────────────────────────────
 
 
-def _doubled(module: nn.Module, args: Any, output: Any) -> Any:
+def _doubled(module: Any, args: Any, output: Any) -> Any:
     module.seen = getattr(module, "seen", 0) + 1
     return output * 2
 
@@ -1019,7 +1021,7 @@ class Lstm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rnn, self.hidden = nn.LSTM(6, 4, batch_first=True), None
+        self.rnn, self.hidden = nn.LSTM(6, 4, batch_first=True), cast(Any, None)
 
     def forward(self, x):
         if self.hidden is not None and self.hidden[0].shape[1] != x.shape[0]:
@@ -1164,7 +1166,7 @@ class LaterBiasInside(nn.Module):
         return self.outer(self.inner(x).tanh())
 
 
-def _replace_weight(model: nn.Module) -> None:
+def _replace_weight(model: Any) -> None:
     old = model.inner.weight
     model.inner.weight = nn.Parameter((old * 0.5 + 0.1).detach(), old.requires_grad)
 
