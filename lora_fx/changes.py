@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -166,6 +166,31 @@ class Switch:
 GRADIENTS = Switch(torch.is_grad_enabled, torch.set_grad_enabled)
 FAST_PATHS = Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
 ONEDNN = Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
+TRACER = Switch(sys.gettrace, sys.settrace)
+PROFILER = Switch(sys.getprofile, sys.setprofile)
+
+
+def calls_seen_by(see: Callable[[FrameType, str, Any], Any]) -> AbstractContextManager[None]:
+    """Inside, `see(frame, event, arg)` gets each "call" and "return" of a Python function in this thread.
+
+    Python has two places for that. A profiler in C (cProfile, pyinstrument, VizTracer, yappi) cannot be put back into
+    its own from Python, and need not be seen there; a tracer (a debugger, coverage) can. So the tracer's place is taken
+    where it is free, and otherwise the profiler's, unless that has a profiler in C.
+    """
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        if event in ("call", "return"):
+            see(frame, event, arg)
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        frame.f_trace_lines = False
+        profile(frame, event, arg)
+        return trace
+
+    written_in_c = not (PROFILER.read() is None or callable(PROFILER.read()))
+    if TRACER.read() is None or written_in_c:
+        return TRACER.set_for_now(trace)
+    return PROFILER.set_for_now(profile)
 
 
 class _Before:

@@ -39,7 +39,7 @@ class Activate(Pass):
         here = inventory(model)
         here.require(self.names)
         for adapter in here.adapters:
-            adapter.active = adapter.name in self.names
+            adapter.change(active=adapter.name in self.names)
             adapter.requires_grad_(adapter.active)
         return Result(model, True)
 

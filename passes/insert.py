@@ -132,9 +132,9 @@ def make_adapter(row: Row, name: str) -> Adapter:
         device="cpu" if stored and parameter.is_meta else parameter.device,
         **row.rule.chosen,
     )
-    adapter.realised = row.realised
     holders = {path for path, _ in row.owners}
-    adapter.read_outside = next((use.module or "the model" for use in row.uses if use.module not in holders), "")
+    outside = next((use.module or "the model" for use in row.uses if use.module not in holders), "")
+    adapter.change(realised=row.realised, read_outside=outside)
     if stored is None:
         try:
             adapter.start(parameter, row.rule.init)

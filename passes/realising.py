@@ -18,7 +18,8 @@ from lora_fx.deltas.realisation import Realisation
 from lora_fx.graph import layout
 from lora_fx.graph.program import Program, Use, Weight
 from lora_fx.model.inventory import Inventory
-from lora_fx.passes.rewriting import Untraceable, baked_attributes, trace_forward
+from lora_fx.passes.purity import Untraceable
+from lora_fx.passes.rewriting import trace_forward
 
 #: torch's modules whose fused fast path reads their children's weights, in eval, without calling the children
 _FUSED = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
@@ -78,7 +79,7 @@ def agree(here: Inventory) -> None:
 def demote(adapters: Iterable[Adapter]) -> None:
     """A rewritten forward is not the path that runs, or cannot be made: whoever reads the weight is served."""
     for adapter in adapters:
-        adapter.realised = Realisation.DISPATCH
+        adapter.change(realised=Realisation.DISPATCH)
 
 
 def reads_by_dispatch(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
@@ -118,10 +119,10 @@ def _traced(module: nn.Module) -> _Trace:
     if isinstance(module, fx.GraphModule):
         return _Trace("", frozenset(name for name, _ in module.named_parameters(remove_duplicate=False)))
     try:
-        graph = trace_forward(module)
+        traced = trace_forward(module)
     except Untraceable as why:
         return _Trace(str(why))
-    first = {id(p): name for name, p in module.named_parameters()}
-    reads = {n.target for n in graph.nodes if n.op == "get_attr"}
-    tied = {name for name, p in module.named_parameters(remove_duplicate=False) if first[id(p)] in reads}
-    return _Trace("", frozenset(tied), baked_attributes(module))
+    reads = {n.target for n in traced.graph.nodes if n.op == "get_attr"}
+    named = list(module.named_parameters(remove_duplicate=False))
+    read = {id(p) for name, p in named if name in reads}
+    return _Trace("", frozenset(name for name, p in named if id(p) in read), traced.baked)

@@ -3,50 +3,29 @@
 Tracing is a partial evaluation: `F.linear(x, self.weight)` meets an `AdaptedWeight` of proxies, which emits the base op
 and the branch. Nothing is matched and patched afterwards, so a second matmul can never read a stale, un-adapted value.
 
-A trace is only used where it cannot bake in a decision. Python code that tests `is None`, `isinstance`, `training` or
-the gradient mode could decide otherwise on the next call: such a forward is left alone, and dispatches at run time.
+A trace is only used where it is the forward, on every call and with its side effects: see `purity`. Any other forward
+is left alone, and dispatches at run time.
 """
 
 from __future__ import annotations
 
-import dis
-import os
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-from types import CodeType, FrameType
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lora_fx.deltas import schedules
 from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch, dispatch
 from lora_fx.deltas.adapter import Adapter, Dense
 from lora_fx.deltas.realisation import Realisation
-from lora_fx.graph import views
 from lora_fx.graph.forms import op_name
 from lora_fx.graph.views import View
-from lora_fx.model import classes
 from lora_fx.model.classes import Reader
-
-_TORCH = os.path.dirname(torch.__file__)
-_NN_MODULES = os.path.join(_TORCH, "nn", "modules")
-_STANDARD = os.path.dirname(os.__file__) + os.sep
-_ALGEBRA = tuple(os.path.dirname(file) + os.sep for file in (views.__file__, schedules.__file__))
-_OWN = (*_ALGEBRA, *(os.path.dirname(file) + os.sep for file in (classes.__file__, __file__)))  # they run meanwhile
-_DECIDES = frozenset({
-    "isinstance", "issubclass", "hasattr", "type", "training", "is_grad_enabled", "is_inference_mode_enabled",
-    "is_autocast_enabled", "is_tracing", "is_scripting", "is_compiling", "is_dynamo_compiling", "is_exporting",
-    "requires_grad", "is_contiguous", "is_cuda", "is_meta", "device_type", "get_device",
-})  # fmt: skip
-
-
-class Untraceable(Exception):
-    """Why a forward cannot be traced soundly."""
+from lora_fx.passes.purity import Untraceable, Watch
 
 
 class Tracer(fx.Tracer):
@@ -57,20 +36,20 @@ class Tracer(fx.Tracer):
         self.plain = plain
         """For a graph that people read: a branch is nodes of its own, unless its schedule is given."""
         self.paths: dict[nn.Module, str] = {}
+        self.tensors: dict[str, fx.Proxy] = {}
+        self.absent = False
         self.thread = threading.get_ident()  # forwards of other models may be running in others
 
     def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
         return True
 
-    # While fx traces, every module of the process calls these two: models that run in other threads go their own way.
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return super().call_module(m, forward, args, kwargs) if self._is_here() else forward(*args, **kwargs)
+        # While fx traces, every module of the process calls this: models that run in other threads go their own way.
+        here = threading.get_ident() == self.thread
+        return super().call_module(m, forward, args, kwargs) if here else forward(*args, **kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return super().getattr(attr, attr_val, parameter_proxy_cache) if self._is_here() else attr_val
-
-    def _is_here(self) -> bool:
-        return threading.get_ident() == self.thread
+        return attr_val  # what model code reads is seen by its watch
 
     def path_of(self, module: nn.Module) -> str:
         if not self.paths:
@@ -82,13 +61,21 @@ class Tracer(fx.Tracer):
     def attribute(self, path: str) -> fx.Proxy:
         return self.create_proxy("get_attr", path, (), {})
 
+    def tensor(self, owner: nn.Module, name: str) -> fx.Proxy:
+        """`owner.<name>`, a tensor, or the None in the place of one: one node for all reads."""
+        path = ".".join(filter(None, (self.path_of(owner), name)))
+        if path not in self.tensors:
+            self.tensors[path] = self.attribute(path)
+            self.absent |= vars(owner).get(name, owner._parameters.get(name, owner._buffers.get(name))) is None
+        return self.tensors[path]
+
     def read(self, owner: nn.Module, attribute: str, children: tuple[str, ...]) -> Any:
         """`owner.<attribute>` as an adapted weight of proxies."""
         prefix = self.path_of(owner)
         prefix = f"{prefix}." if prefix else ""
         parameter = owner._parameters[attribute]
         assert parameter is not None, attribute
-        base = self.attribute(prefix + attribute)
+        base = self.tensor(owner, attribute)
         dispatches = any(getattr(owner, child).realised == Realisation.DISPATCH for child in children)
         if dispatches and not isinstance(owner, fx.GraphModule):
             return base  # the attribute itself will read as an adapted weight when the rewritten forward runs
@@ -102,10 +89,11 @@ class Tracer(fx.Tracer):
         """Of proxies; a kind without factors is called with the weight."""
         if not adapter.kind.low_rank:
             return Branch(adapter, Dense(adapter.layout, self._module(path)), None)
-        drop = self._module(f"{path}.dropout") if adapter.dropout.p else None
+        drop = self._module(f"{path}.dropout") if adapter.drops else None
         tensors = {name: self.attribute(f"{path}.{name}") for name in adapter._parameters}
         index = self.attribute(f"{path}.index") if hasattr(adapter, "index") else None
-        return Branch(adapter, adapter.low_rank(tensors, index), drop)
+        scale = self.attribute(f"{path}.scale")  # live: it may be set to another
+        return Branch(adapter, adapter.low_rank(tensors, index, scale), drop)
 
     def _module(self, path: str) -> Callable[[Any], fx.Proxy]:
         return lambda x: self.create_proxy("call_module", path, (x,), {})
@@ -123,102 +111,59 @@ class Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, AdaptedWeight):
             raise Untraceable("it returns or stores a weight")
+        if isinstance(a, torch.Tensor):  # fx would make it an attribute of the module
+            raise Untraceable("it has a tensor that is no attribute")
         return super().create_arg(a)
 
 
-def trace_forward(module: nn.Module, plain: bool = False, reader: Reader | None = None) -> fx.Graph:
-    """The graph of `module.forward` with its children as leaves and its adapted weights as branches.
+@dataclass(frozen=True)
+class Traced:
+    """A forward as a graph."""
+
+    graph: fx.Graph
+    baked: frozenset[str]
+    """Immutable attributes and methods of the module that are in the graph."""
+    absent: bool = False
+    """It reads a None that stands in the place of a tensor."""
+
+
+class _EveryCall(TorchFunctionMode):
+    """Each call of torch that model code makes is a node, also one on no argument that is traced."""
+
+    def __init__(self, tracer: Tracer, watch: Watch) -> None:
+        super().__init__()
+        self.tracer, self.watch = tracer, watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        symbolic = any(isinstance(leaf, fx.Proxy | AdaptedWeight) for leaf in pytree.tree_leaves((args, kwargs)))
+        if symbolic or not self.watch.follows_torch(_EveryCall.__torch_function__.__code__):
+            return func(*args, **kwargs)
+        return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
+def trace_forward(module: nn.Module, plain: bool = False, reader: Reader | None = None) -> Traced:
+    """`module.forward` as a graph, with its children as leaves and its adapted weights as branches.
 
     Args:
         reader: what the model's adapted weights are read through; None where there are none.
 
     Raises:
-        Untraceable: the forward decides something in Python that a later call could decide otherwise.
+        Untraceable: the graph would not be the forward on every call.
     """
     if "forward" in module.__dict__:
         raise Untraceable("its forward is replaced on the instance (as accelerate does)")
     tracer = Tracer(plain)
-    with (reader or Reader()).by(tracer), _watch() as seen:
-        try:
-            graph = tracer.trace(module)
-        except Untraceable:
-            raise
-        except Exception as error:  # control flow on values, unpacking of unknown length, …: fx has many names for it
-            raise Untraceable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-    for code in seen:
-        if why := _decides(code):
-            raise Untraceable(f"{code.co_qualname} {why}")
-    graph.eliminate_dead_code(
-        is_impure_node=lambda n: n.op != "get_attr" and (n.op != "call_function" or n.is_impure())
-    )
-    return graph
-
-
-def baked_attributes(module: nn.Module) -> frozenset[str]:
-    """Plain attributes of the module that its traced code may have baked in."""
-    cls: Any = type(module)  # hashable: mypy takes modules' `__hash__` for the class's
-    own = {name for name in module.__dict__ if not name.startswith("_") and name != "training"}
-    return frozenset(own & _names(cls))
-
-
-@lru_cache(maxsize=1024)
-def _names(cls: type) -> frozenset[str]:
-    codes = [
-        function.__code__
-        for base in cls.__mro__
-        if base is not nn.Module and base is not object
-        for function in vars(base).values()
-        if hasattr(function, "__code__")
-    ]
-    return frozenset(name for code in codes for name in code.co_names)
-
-
-@contextmanager
-def _watch() -> Iterator[set[CodeType]]:
-    """The code objects of model code that run inside."""
-    seen: set[CodeType] = set()
-    depth = 0  # of calls below the algebra: a form's own functions, wherever they were written, are no model code
-
-    def profile(frame: FrameType, event: str, arg: Any) -> None:
-        nonlocal depth
-        if event == "call" and (depth or frame.f_code.co_filename.startswith(_ALGEBRA)):
-            depth += 1
-        elif event == "call":
-            seen.add(frame.f_code)
-        elif event == "return" and depth:
-            depth -= 1
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
+    watch = Watch(module, tracer.tensor)
     try:
-        yield seen
-    finally:
-        sys.setprofile(before)
-        seen -= {code for code in seen if not _is_model_file(code.co_filename)}
-
-
-@lru_cache(maxsize=4096)
-def _is_model_file(file: str) -> bool:
-    """Whether code of this file belongs to a model, and not to what runs it."""
-    if file.startswith(_NN_MODULES):
-        return not file.endswith(("module.py", "container.py", "dropout.py", "utils.py"))
-    if file.startswith("<lora_fx"):
-        return True
-    if file.startswith(("<", _TORCH + os.sep)) or file.startswith(_OWN):
-        return False
-    return not file.startswith(_STANDARD) or "site-packages" in file  # those lie inside the standard library's folder
-
-
-@lru_cache(maxsize=4096)
-def _decides(code: CodeType) -> str:
-    """What in this code could go another way on the next call; empty if nothing."""
-    named = sorted(_DECIDES & set(code.co_names))
-    if named:
-        return f"tests {named[0]}"
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "IS_OP" or instruction.opname.endswith("NONE"):
-            return "tests for None"
-    return ""
+        with (reader or Reader()).by(tracer), watch.following(), _EveryCall(tracer, watch):
+            graph = tracer.trace(module)
+    except Untraceable:
+        raise
+    except Exception as error:  # control flow on values, unpacking of unknown length, …: fx has many names for it
+        raise Untraceable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op != "get_attr")
+    return Traced(graph, frozenset(watch.read), tracer.absent)
 
 
 def rewrite_graph(module: fx.GraphModule, inlined: Callable[[nn.Module], bool], reader: Reader) -> fx.Graph:
@@ -238,9 +183,11 @@ def rewrite_graph(module: fx.GraphModule, inlined: Callable[[nn.Module], bool], 
             args = fx.node.map_arg(node.args, env.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
             if node.op == "call_module" and inlined(child := module.get_submodule(str(node.target))):
-                env[node] = _inline(tracer, child, args, kwargs, reader)
-            else:
-                env[node] = _copy(tracer, module, node, args, kwargs)
+                traced = trace_forward(child, plain=True, reader=reader)
+                if not (traced.baked or traced.absent):  # else the call stays: setting one would not be noticed in here
+                    env[node] = _inline(tracer, child, traced.graph, args, kwargs)
+                    continue
+            env[node] = _copy(tracer, module, node, args, kwargs)
     return tracer.graph
 
 
@@ -261,10 +208,9 @@ def _copy(tracer: Tracer, module: fx.GraphModule, node: fx.Node, args: Any, kwar
     return proxy
 
 
-def _inline(tracer: Tracer, child: nn.Module, args: Any, kwargs: Any, reader: Reader) -> Any:
+def _inline(tracer: Tracer, child: nn.Module, graph: fx.Graph, args: Any, kwargs: Any) -> Any:
     """The child's forward, op by op, in the parent's graph."""
     prefix = tracer.path_of(child)
-    graph = trace_forward(child, plain=True, reader=reader)
     placeholders = iter(args)
     env: dict[fx.Node, Any] = {}
     for node in graph.nodes:

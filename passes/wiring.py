@@ -7,8 +7,9 @@ from torch import fx, nn
 from lora_fx.model.classes import READER, Reader, give_class, give_forward, reads_of, unwire
 from lora_fx.model.inventory import Inventory, inventory
 from lora_fx.model.marks import give_back_conversions, is_reader, keep_conversions, unmark
+from lora_fx.passes.purity import Untraceable
 from lora_fx.passes.realising import agree, demote, reads_by_dispatch
-from lora_fx.passes.rewriting import Untraceable, baked_attributes, rewrite_graph, trace_forward
+from lora_fx.passes.rewriting import Traced, rewrite_graph, trace_forward
 
 
 def wire(model: nn.Module) -> None:
@@ -34,7 +35,7 @@ def _wire(model: nn.Module) -> list[nn.Module]:
     active = {module: own for module in here.modules if (own := here.of(module, active=True))}
     reader = Reader()
     failed: list[nn.Module] = []
-    graphs: list[tuple[nn.Module, fx.Graph]] = []
+    graphs: list[tuple[nn.Module, Traced]] = []
     for module, own in active.items():
         give_class(module, reads_of(own))
         module.__dict__[READER] = reader
@@ -50,14 +51,14 @@ def _wire(model: nn.Module) -> list[nn.Module]:
         give_class(module, reads_of({} if graph else reads_by_dispatch(own)))
     if not failed:
         for module, new in graphs:
-            give_forward(module, new, baked_attributes(module), reads_of(active.get(module, {})))
+            give_forward(module, new.graph, new.baked, reads_of(active.get(module, {})))
         keep_keys(model)
     return failed
 
 
-def _graph_of(module: nn.Module, here: Inventory, reader: Reader) -> fx.Graph:
+def _graph_of(module: nn.Module, here: Inventory, reader: Reader) -> Traced:
     if isinstance(module, fx.GraphModule):
-        return rewrite_graph(module, lambda child: _is_inlined(child, here), reader)
+        return Traced(rewrite_graph(module, lambda child: _is_inlined(child, here), reader), frozenset())
     return trace_forward(module, reader=reader)
 
 

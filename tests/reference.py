@@ -13,7 +13,8 @@ from lora_fx import Rule
 from lora_fx.analysis.biases import Biases
 from lora_fx.checks.oracles import delta as delta
 from lora_fx.checks.verification import cast_inputs, scatter
-from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, undisturbed
+from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors
+from lora_fx.graph.own_state import undisturbed
 from lora_fx.model.inventory import inventory
 from lora_fx.testing import comparing
 from lora_fx.testing.comparing import bits as bits

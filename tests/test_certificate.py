@@ -111,7 +111,7 @@ def broken(monkeypatch, change) -> lora_fx.Certificate:
     """The certificate of a model whose branches are computed otherwise; every use dispatches, so that it counts."""
     model = adapted()
     for adapter in reference.distinct_adapters(model):
-        adapter.realised, adapter.schedule = "dispatch", "branch"
+        adapter.change(realised="dispatch", schedule="branch")
     wire(model)
     assert lora_fx.certify(model, torch.arange(10)), "right before it is broken"
     honest = AdaptedWeight.branch

@@ -304,7 +304,7 @@ def drop_scale(adapter) -> None:
 
 
 def skip(adapter) -> None:
-    adapter.active = False
+    adapter.change(active=False)
 
 
 @pytest.mark.parametrize("defect", [swap_factors, drop_scale, skip])

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import cProfile
 import os
+import sys
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
-from lora_fx import Rule
-from lora_fx.passes import rewriting as tracing
+from lora_fx import Rule, changes
+from lora_fx.passes import purity
 
 
 class Annotated(nn.Module):
@@ -46,21 +52,21 @@ SITE = os.path.join(STANDARD, "site-packages")
         (os.path.join(TORCH, "nn", "modules", "module.py"), False),
         (os.path.join(TORCH, "functional.py"), False),
         (os.path.join(STANDARD, "contextlib.py"), False),
-        ("<string>", False),
+        ("<string>", True),  # written by a dataclass, or in a notebook,
         ("<lora_fx Linear 1f>", True),
     ],
 )
 def test_whose_code_is_watched_for_decisions(file, watched):
-    assert tracing._is_model_file(file) is watched
+    assert purity.is_model_file(file) is watched
 
 
 def test_our_own_code_is_not_watched_wherever_it_is_installed(monkeypatch):
     """Installed from a wheel it lies in site-packages, as models do: then every module would have dispatched."""
-    assert all(map(os.path.isdir, tracing._OWN))
-    own = tuple(os.path.join(SITE, "lora_fx", os.path.basename(room[:-1]), "") for room in tracing._OWN)
-    monkeypatch.setattr(tracing, "_OWN", own)
-    tracing._is_model_file.cache_clear()
-    assert not any(tracing._is_model_file(os.path.join(room, "some.py")) for room in own)
+    assert all(map(os.path.isdir, purity._OWN))
+    own = tuple(os.path.join(SITE, "lora_fx", os.path.basename(room[:-1]), "") for room in purity._OWN)
+    monkeypatch.setattr(purity, "_OWN", own)
+    purity.is_model_file.cache_clear()
+    assert not any(purity.is_model_file(os.path.join(room, "some.py")) for room in own)
 
 
 def test_a_weight_that_is_also_read_whole_is_adapted_in_both_reads():
@@ -77,3 +83,60 @@ def test_a_weight_that_is_also_read_whole_is_adapted_in_both_reads():
     certificate = lora_fx.certify(model, x)
     assert certificate, str(certificate)
     assert {row.realised for row in certificate.rows} == {"dispatch", "dense"}
+
+
+# ── beside profilers, debuggers and coverage ─────────────────────────────────────────────────────────────────────────
+
+
+def nothing(*_: Any) -> None:
+    """A tracer or a profiler that is a Python function."""
+
+
+PROFILERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no profiler": nullcontext,
+    "one in C": cProfile.Profile,
+    "one in Python": lambda: changes.PROFILER.set_for_now(nothing),
+}
+
+
+@pytest.mark.parametrize("profiler", PROFILERS)
+@pytest.mark.parametrize("tracer", [None, nothing], ids=["no tracer", "a tracer"])
+def test_calls_are_seen_beside_tracers_and_profilers_which_are_back_afterwards(tracer, profiler):
+    def called() -> None:
+        pass
+
+    def generator():
+        yield
+
+    def raises() -> None:
+        raise ValueError
+
+    seen: list[tuple[types.CodeType, str]] = []
+    with changes.TRACER.set_for_now(tracer), PROFILERS[profiler]():
+        tools = sys.gettrace(), sys.getprofile()
+        with changes.calls_seen_by(lambda frame, event, arg: seen.append((frame.f_code, event))):
+            called()
+            list(generator())
+            len(seen)
+            with suppress(ValueError):
+                raises()
+        assert (sys.gettrace(), sys.getprofile()) == tools
+        after = len(seen)
+        called()
+    assert len(seen) == after and {event for _, event in seen} == {"call", "return"}
+    for function, times in ((called, 1), (generator, 2), (raises, 1)):
+        own = [event for code, event in seen if code is function.__code__]
+        assert own == ["call", "return"] * times
+
+
+def test_a_profiler_in_c_goes_on_after_the_calls_were_seen():
+    def called() -> None:
+        pass
+
+    profiler = cProfile.Profile()
+    with profiler:
+        with changes.calls_seen_by(nothing):
+            called()
+        called()
+    counted = [entry.callcount for entry in profiler.getstats() if entry.code is called.__code__]
+    assert counted == [2]

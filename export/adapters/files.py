@@ -93,12 +93,15 @@ class _Held:
             "weights": list(self.weights), "part": self.part, "role": a.role, "sides": a.layout.sides,
             "rows": None if a.rows is None else _ranges(a.rows),
         }  # fmt: skip
+        if not 0 <= a.dropout.p < 1:
+            reason = f"its dropout has p={a.dropout.p!r}, which is no probability below 1"
+            refuse(self.weights[0], reason, "set dropout.p of the adapter to one")
         for key, value in a.settings.items():
             if not _is_sayable(value):
                 reason = f"{key}={value!r} of the kind {a.kind.name!r} does not come back out of JSON"
                 refuse(self.weights[0], reason, "let the kind take finite numbers, texts, and lists and tables of them")
         if a.kind.name != "lora":
-            return {**said, "kind": a.kind.name, "settings": a.settings}
+            return {**said, "kind": a.kind.name, "settings": dict(a.settings)}
         own = {"rank": a.rank, "alpha": a.alpha, "scaling": a.scaling, "dropout": a.dropout.p, "schedule": a.schedule}
         return {**said, **own}
 

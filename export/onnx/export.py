@@ -36,7 +36,8 @@ from lora_fx.export.onnx.runs import Comparison, compare_runs, open_session, run
 from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.export.onnx.tasks import GRAPH
 from lora_fx.export.onnx.weights import Checkpoint, Weights, adapter_digest, structure
-from lora_fx.graph.capture import inputs_on_meta, normalize_inputs, refuse_unready, undisturbed
+from lora_fx.graph.capture import inputs_on_meta, normalize_inputs, refuse_unready
+from lora_fx.graph.own_state import undisturbed
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory
 from lora_fx.passes.base import Facts, Pass, Result, given
@@ -442,7 +443,7 @@ class Run(Pass):
         for name in ("", *job.adapters):
             with borrowed(model):
                 for adapter in every:
-                    adapter.active = adapter.name == name
+                    adapter.change(active=adapter.name == name)
                 wire(model)
                 fed, expected = switchable.factors_of(model, name) if name else {}, run_torch(model, job.call.inputs)
                 own = compare_runs(model, session, program, job.call, expected, fed)

@@ -17,7 +17,8 @@ from lora_fx.checks.verification import Report, cast_inputs, compare, move_weigh
 from lora_fx.errors import CaptureError, essence
 from lora_fx.export.onnx.calls import Call, graph_inputs, resized, tensors_in
 from lora_fx.export.onnx.runtimes import CPU, quiet_options, refuse, refusing
-from lora_fx.graph.capture import Inputs, does_not_run, no_fast_paths, undisturbed
+from lora_fx.graph.capture import Inputs, does_not_run, no_fast_paths
+from lora_fx.graph.own_state import undisturbed
 
 _OTHER_SHAPES = 2
 

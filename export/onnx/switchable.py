@@ -80,7 +80,7 @@ def slots_in(model: nn.Module) -> Iterator[Slots]:
             slot = Adapter(
                 first.layout, rank=_TRACED, alpha=_TRACED, name=_SLOT, dtype=first.dtype, device=first.A.device
             ).eval()
-            slot.realised = first.realised
+            slot.change(realised=first.realised)
             slots[name] = slot
             attach(owner, child_name(places[0].attribute, _SLOT), slot)
         wire(model)

@@ -118,7 +118,7 @@ def adapter_digest(adapters: Mapping[str, Sequence[Adapter]]) -> str:
     digest = hashlib.sha256()
     for name in sorted(adapters):
         for adapter in adapters[name]:
-            said = adapter.scale if adapter.kind.low_rank else [adapter.kind.name, adapter.settings]
+            said = adapter.scale if adapter.kind.low_rank else [adapter.kind.name, dict(adapter.settings)]
             digest.update(json.dumps([name, adapter.name, said, adapter.rows]).encode())
             for factor in adapter.parameters():
                 digest.update(str((factor.dtype, tuple(factor.shape))).encode())

@@ -38,9 +38,10 @@ from lora_fx.checks.verification import (
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import CaptureError, EquivalenceError, PlanError
-from lora_fx.graph.capture import MODULE, Capture, Inputs, capture_graph, normalize_inputs, output_tensors, undisturbed
+from lora_fx.graph.capture import MODULE, Capture, Inputs, capture_graph, normalize_inputs, output_tensors
 from lora_fx.graph.forms import FORMS, op_name
 from lora_fx.graph.nodes import shape_of
+from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.program import capture, storage_key
 from lora_fx.graph.views import COPIES, MOVES
 from lora_fx.model.classes import unwired

@@ -23,7 +23,8 @@ from lora_fx.changes import Undo, undone
 from lora_fx.checks.oracles import delta
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import EquivalenceError
-from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, undisturbed
+from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors
+from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.program import capture
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory

@@ -38,7 +38,7 @@ class Branch:
     delta: LowRank | Dense
     """Of tensors, or of proxies; of some experts alone, where those were picked."""
     dropout: Callable[[Any], Any] | None
-    """None where nothing is dropped."""
+    """None where the rule had no dropout."""
 
 
 class AdaptedWeight:
@@ -68,7 +68,7 @@ class AdaptedWeight:
         """W + Σ δ as a plain tensor, differentiable in θ."""
         delta: Any = None
         for branch in self.branches:
-            if branch.dropout is not None and branch.adapter.training:
+            if branch.dropout is not None and branch.adapter.dropout.p and branch.adapter.training:
                 raise LoraFxError(
                     "this use is no matmul with a branch input, so dropout on the branch has no meaning there",
                     place=f"adapter {branch.adapter.name!r}",
@@ -144,9 +144,7 @@ class AdaptedWeight:
         z = call.form.down(call, x, A)
         if drop is not None and call.form.looks_up:
             z = z * drop(torch.ones_like(z[..., :1]))
-        if delta.scale != 1:
-            z = z * delta.scale
-        return call.form.up(call, z, B)
+        return call.form.up(call, delta.scaled(z), B)
 
     def _factors(self, delta: LowRank, placement: Placement) -> tuple[Any, Any]:
         """A and B as this use multiplies with them."""

@@ -5,18 +5,23 @@ W  →  W + δ(W, θ)        for the kind `lora`  δ = scale · B·A,  A: (…, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from lora_fx.deltas import schedules
 from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.realisation import Realisation
+from lora_fx.errors import AdapterError
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.program import Beside
 
@@ -35,8 +40,42 @@ class Dense:
         return Dense(self.layout, lambda weight: self.of(weight).detach(), None)
 
 
+_AGAIN = "remove it and apply again, with that in the rule"
+
+#: what generated code, plans and files have taken from an adapter: field → how to come to another one
+_FIXED = {
+    "active": "lora_fx.activate(model, …) says which adapters act, lora_fx.deactivate(model) that none does",
+    "realised": "lora_fx decides it, so that no use of the weight is left out",
+    "read_outside": "lora_fx finds it in the model",
+    "dropout": "set dropout.p",
+    "name": "save it, remove it, and load it under another name",
+    "layout": "it follows from how the model reads the weight",
+    **dict.fromkeys(("kind", "rows", "role", "rank", "scaling", "schedule", "settings"), _AGAIN),
+}
+
+
+class NoDropout(nn.Identity):
+    """In the place of a dropout that the rule did not ask for: forwards have no call of it."""
+
+    @property
+    def p(self) -> float:
+        return 0.0
+
+    @p.setter
+    def p(self, value: float) -> None:
+        if value != 0:
+            raise AdapterError(
+                f"p={value!r} would not act: the rule had dropout=0, so forwards were made without one",
+                place="adapter.dropout",
+                remedy="give the rule a dropout above 0; then p can be set to any other, and to 0 and back",
+            )
+
+
 class Adapter(Beside):
     """θ of one adapter on one weight, or on a part of one.
+
+    `alpha`, `scale` and ``dropout.p`` can be set at any time: the next forward has them, and so have folds, files,
+    exports and certificates. Everything else is fixed.
 
     Args:
         layout: which axes of the weight are in, out and batch.
@@ -52,10 +91,25 @@ class Adapter(Beside):
 
     Raises:
         KindError: there is no such kind, or it has no such setting, or needs one.
+        AdapterError: a field is set that is fixed; the message says what to do.
     """
 
     A: nn.Parameter  # of `lora`, and of what has factors of these names
     B: nn.Parameter
+    dropout: nn.Dropout | NoDropout
+    kind: Kind
+    layout: Layout
+    rows: tuple[int, ...] | None
+    name: str
+    role: str
+    active: bool
+    realised: Realisation
+    """How the weight is read: `GRAPH` (generated forwards) or `DISPATCH` (an `AdaptedWeight` property)."""
+    read_outside: str
+    """The module, if there is one, that multiplies with the weight though another holds it."""
+    schedule: str
+    _settings: Mapping[str, Any]
+    _scale: float
 
     def __init__(
         self,
@@ -70,27 +124,42 @@ class Adapter(Beside):
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.kind = kind_named(kind) if isinstance(kind, str) else kind
-        self.layout, self.rows, self.name, self.role = layout, rows, name, role
-        self.settings = self.kind.complete(settings)
-        self.settings.pop("init", None)  # for `start` alone
-        self.active = True
-        self.read_outside = ""
-        """The module, if there is one, that multiplies with the weight though another holds it."""
-        self.realised = Realisation.DISPATCH
-        """How the weight is read: `GRAPH` (generated forwards) or `DISPATCH` (an `AdaptedWeight` property)."""
-        self.dropout = nn.Dropout(self.settings.get("dropout", 0.0))
-        self.schedule: str = self.settings.get("schedule", schedules.BRANCH)
+        kind = kind_named(kind) if isinstance(kind, str) else kind
+        settings = kind.complete(settings)
+        settings.pop("init", None)  # for `start` alone
+        dropout = settings.get("dropout", 0.0)
+        self.add_module("dropout", nn.Dropout(dropout) if dropout else NoDropout())
+        self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings=settings)
+        self.change(active=True, realised=Realisation.DISPATCH, read_outside="")
+        self.change(schedule=settings.get("schedule", schedules.BRANCH))
+        if "rank" in settings and "alpha" in settings:
+            self.change(_scale=self.theta_of({}).scale)
         for tensor, shape in self.kind.shapes(self.space).items():
             self.register_parameter(tensor, nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device)))
         if rows is not None and rows[-1] - rows[0] + 1 != len(rows):
             self.register_buffer("index", torch.tensor(rows, dtype=torch.long, device=device), persistent=False)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED:
+            place = f"{name} of adapter {self.name!r}"
+            raise AdapterError(f"{value!r}: it cannot be set", place=place, remedy=_FIXED[name])
+        super().__setattr__(name, value)
+
+    def change(self, **fields: Any) -> None:
+        """Set what is fixed to others: for the passes, which see to it that everything follows."""
+        self.__dict__.update(fields)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Those of its kind, as they are now; read-only."""
+        now = {"dropout": self.dropout.p} if "dropout" in self._settings else {}
+        return MappingProxyType({**self._settings, **now})
+
     @property
     def space(self) -> Space:
         """What θ is for."""
         out = self.layout.size("o") if self.rows is None else len(self.rows)
-        return Space(self.layout.batch, out, self.layout.size("i"), Theta(**self.settings))
+        return Space(self.layout.batch, out, self.layout.size("i"), self.theta_of({}))
 
     @property
     def theta(self) -> Theta:
@@ -99,25 +168,55 @@ class Adapter(Beside):
 
     def theta_of(self, tensors: dict[str, Any]) -> Theta:
         """These in the place of its own tensors."""
-        return Theta(**self.settings, **tensors)
+        return Theta(**self._settings, **tensors)
 
     @property
     def rank(self) -> int:
         """Of its factors; KeyError for a kind that has none."""
-        return self.settings["rank"]
+        return self._settings["rank"]
 
     @property
     def alpha(self) -> float:
-        alpha = self.settings["alpha"]
+        """The scale times rank (times its root, for rsLoRA)."""
+        alpha = self._settings["alpha"]
         return float(self.rank if alpha is None else alpha)
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._set("alpha", value, 1)
+
+    @property
+    def drops(self) -> bool:
+        """Its rule had a dropout: branches call it, whatever p is now."""
+        return not isinstance(self.dropout, NoDropout)
 
     @property
     def scaling(self) -> str:
-        return self.settings.get("scaling", "standard")
+        return self._settings.get("scaling", "standard")
 
     @property
     def scale(self) -> float:
-        return Theta(**self.settings).scale
+        """What s·B·A is multiplied with. Setting it sets `alpha`, which is what is kept and saved."""
+        if is_fx_symbolic_tracing():  # as when a GraphModule is unpickled: its graph goes on reading it
+            first = getattr(self, next(iter(self._parameters)))
+            if type(first) is fx.Proxy:
+                path = str(first.node.target).rpartition(".")[0]
+                proxy: Any = first.tracer.create_proxy("get_attr", f"{path}.scale", (), {})
+                return proxy
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._set("scale", value, math.sqrt(self.rank) if self.scaling == "rslora" else self._settings.get("rank", 0))
+
+    def _set(self, what: str, value: float, times: float) -> None:
+        place = f"{what} of adapter {self.name!r}"
+        if "alpha" not in self._settings or "rank" not in self._settings:
+            raise AdapterError(f"the kind {self.kind.name!r} has none", place=place, remedy="change its θ")
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value * times):
+            raise AdapterError(f"{value!r} is no finite number", place=place, remedy="set one")
+        self.change(_settings={**self._settings, "alpha": float(value * times)})
+        self.change(_scale=self.theta_of({}).scale)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,12 +225,12 @@ class Adapter(Beside):
         assert first is not None
         return first.dtype
 
-    def low_rank(self, tensors: dict[str, Any] | None = None, index: Any = None) -> LowRank:
+    def low_rank(self, tensors: dict[str, Any] | None = None, index: Any = None, scale: Any = None) -> LowRank:
         """Its delta as a value, of a kind that has factors: of θ as it is now, or of these in its place."""
         assert self.kind.factors is not None, self.kind.name
         A, B = self.kind.factors(self.theta if tensors is None else self.theta_of(tensors))
         index = self._buffers.get("index") if tensors is None else index
-        return LowRank(self.layout, A, B, self.scale, self.rank, self.rows, index)
+        return LowRank(self.layout, A, B, self.scale if scale is None else scale, self.rank, self.rows, index)
 
     def exact(self) -> LowRank:
         """The same for a fold: factors that are computed, and are no tensors of θ themselves, in float64."""
@@ -180,6 +279,6 @@ class Adapter(Beside):
 
     def extra_repr(self) -> str:
         part = f", {self.role}: {len(self.rows)} of {self.layout.size('o')} features" if self.rows else ""
-        own = f"rank={self.rank}, scale={self.scale:g}" if "rank" in self.settings else ""
+        own = f"rank={self.rank}, scale={self.scale:g}" if "rank" in self._settings else ""
         kind = "" if self.kind.name == "lora" else f"{self.kind.name}{', ' if own else ''}"
         return f"{kind}{own}{part}"

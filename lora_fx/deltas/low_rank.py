@@ -22,7 +22,8 @@ class LowRank:
     """Which axes of the weight are in, out and batch."""
     A: Any
     B: Any
-    scale: float
+    scale: Any
+    """A number, or a proxy of one."""
     rank: int
     rows: tuple[int, ...] | None = None
     """The output features that B makes, in order; None for all."""
@@ -45,6 +46,10 @@ class LowRank:
         zeros = self.B.new_zeros((*self.layout.batch, out, self.rank))
         index = torch.tensor(self.rows, device=self.B.device) if self.index is None else self.index
         return zeros.index_copy(len(self.layout.batch), index, self.B)
+
+    def scaled(self, z: Any) -> Any:
+        """scale · z."""
+        return z if isinstance(self.scale, float) and self.scale == 1 else z * self.scale
 
     def delta(self) -> Any:
         """scale · B·A in the weight's own shape and the factors' dtype."""

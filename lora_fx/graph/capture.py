@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, in_turn
 from lora_fx.errors import CaptureError
+from lora_fx.graph.own_state import undisturbed
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
 
@@ -93,31 +94,6 @@ def _without_cache(model: nn.Module) -> dict[str, Any]:
         if "use_cache" in inspect.signature(model.forward).parameters:
             return {"use_cache": False}
     return {}
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside leaves buffers, flags, random state and gradient mode of the model bitwise as they were.
-
-    Only buffers are copied (never a weight), so a model that fills its device can be run in here.
-    """
-    modules = list(model.modules())
-    flags = [(m, m.training) for m in modules]
-    buffers = [(m, dict(m._buffers)) for m in modules if m._buffers]
-    saved = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
-        try:
-            yield
-        finally:
-            for module, own in buffers:
-                module._buffers.clear()
-                module._buffers.update(own)
-            with torch.no_grad():
-                for buffer, copy in saved:
-                    buffer.copy_(copy)  # batch norm moves its statistics without moving their version counter
-            for module, training in flags:
-                module.training = training
 
 
 def no_fast_paths() -> contextlib.AbstractContextManager[None]:

@@ -202,8 +202,7 @@ def generated_class(spec: Spec) -> type[nn.Module]:
         body["_flat_weights"] = property(_flat_weights, _set_flat_weights)
     if spec.source:
         body["forward"] = _forward(spec)
-    if spec.baked:
-        body["__setattr__"] = _guarded_setattr
+        body["__setattr__"], body["__delattr__"] = _guarded_setattr, _guarded_delattr
     metaclass: Any = type(base)
     cls: type[nn.Module] = metaclass(base.__name__, (base,), body)
     _classes[spec.key] = cls
@@ -225,9 +224,20 @@ def _remake(spec: Spec) -> nn.Module:
 
 
 def _guarded_setattr(self: nn.Module, name: str, value: Any) -> None:
+    spec = _leave_for(self, name, value)
+    spec.base.__setattr__(self, name, value)  # the class may have become another's base, as in torch.export
+
+
+def _guarded_delattr(self: nn.Module, name: str) -> None:
+    spec = _leave_for(self, name, _differ)  # differs from all that was there
+    spec.base.__delattr__(self, name)
+
+
+def _leave_for(self: nn.Module, name: str, value: Any) -> Spec:
+    """The module's spec, when an attribute is set: a generated forward that has another value in it goes."""
     spec = spec_of(self)
     assert spec is not None, "only generated classes have this method"
-    if name in spec.baked and _differ(self.__dict__.get(name), value):
+    if (name in spec.baked or name == "forward") and _differ(self.__dict__.get(name), value):
         if not is_generated(type(self)):
             raise LoraFxError(
                 f"the generated forward has {name}={self.__dict__.get(name)!r} in it, and cannot be left for another: "
@@ -237,7 +247,7 @@ def _guarded_setattr(self: nn.Module, name: str, value: Any) -> None:
             )
         # The generated forward assumes the old value; the base forward, which dispatches, reads the new one.
         self.__class__ = generated_class(Spec(spec.base, spec.fallback))
-    spec.base.__setattr__(self, name, value)  # the class may have become another's base, as in torch.export
+    return spec
 
 
 def _differ(old: Any, new: Any) -> bool:
@@ -291,7 +301,7 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     if parameter is None or is_shard(parameter):
         return parameter  # sharding code moves the parameter itself; it computes with the gathered one
     adapters = [getattr(owner, child) for child in children]
-    branches = [Branch(a, a.value(), a.dropout if a.dropout.p else None) for a in adapters]
+    branches = [Branch(a, a.value(), a.dropout if a.drops else None) for a in adapters]
     cast = any(a.dtype != parameter.dtype for a in adapters)
     adapted = AdaptedWeight(parameter, View.of(parameter.shape), branches, parameter, (), cast)
     return adapted if parameter.ndim > 1 else adapted.dense()  # nothing multiplies with a bias

@@ -15,7 +15,8 @@ from torch import fx, nn
 
 from lora_fx.checks.certification import Flow, Reading
 from lora_fx.checks.verification import Report, compare, in_float64, move_weights, relative_error, rounding_step
-from lora_fx.graph.capture import Inputs, capture_graph, no_fast_paths, normalize_inputs, undisturbed
+from lora_fx.graph.capture import Inputs, capture_graph, no_fast_paths, normalize_inputs
+from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.program import find_weights, storage_key
 from lora_fx.model.classes import unwire
 from lora_fx.model.inventory import Storage, base_parameters, inventory

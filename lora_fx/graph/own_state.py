@@ -1,0 +1,219 @@
+"""What a model's own code keeps from call to call, so that a run to look at it can leave no trace.
+
+That is more than buffers: counters, logs and caches in attributes, lists, dicts and objects of the model's own; globals
+and class attributes that its code names; Python's, numpy's and torch's random state. What is found is put back in
+place, since others may hold the same list. Out of reach are iterators (`itertools.count`), files, and what other
+libraries keep for themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+_CODE = (type, types.ModuleType, FunctionType, types.BuiltinFunctionType, types.MethodType, property)
+_ATOMS = frozenset({
+    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, nn.Parameter,
+})  # fmt: skip
+_OTHERS = frozenset({"torch", "logging", "threading", "weakref", "functools", "abc", "typing", "_thread", "enum"})
+"""Packages whose objects are no state of a model's."""
+
+Undo = Callable[[], Any]
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside leaves all that the model's code keeps bitwise as it was; weights are not copied."""
+    kept = _Kept(model)
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
+        try:
+            yield
+        finally:
+            kept.restore()
+
+
+class _Kept:
+    """References to everything, and copies of numbers: how to put each back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.undo: list[Undo] = [partial(random.setstate, random.getstate())]
+        self.seen: dict[int, Any] = {}  # by id, held so that the id stays theirs
+        if (numpy := sys.modules.get("numpy.random")) is not None:
+            self.undo.append(partial(numpy.set_state, numpy.get_state()))
+        modules = list(model.modules())
+        self._keep_all(modules)
+        for cls in dict.fromkeys(base for m in modules for base in type(m).__mro__ if _is_users(base)):
+            self._keep_class(cls)
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for undo in reversed(self.undo):
+                undo()
+
+    def _keep_all(self, values: Iterable[Any]) -> None:
+        todo = list(values)
+        while todo:
+            value = todo.pop()
+            if type(value) in _ATOMS or id(value) in self.seen or isinstance(value, _CODE):
+                continue
+            self.seen[id(value)] = value
+            todo += self._keep(value)
+
+    def _keep(self, value: Any) -> Iterable[Any]:
+        """Keep one value; what is in it comes back."""
+        if isinstance(value, torch.Tensor):
+            if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference()):
+                # Whether it moved cannot be asked: batch norm moves its statistics without moving their version.
+                self.undo.append(partial(value.detach().copy_, value.detach().clone()))
+            return ()
+        if isinstance(value, dict):
+            self.undo.append(partial(_restore_dict, value, dict(value)))
+            return (*value.values(), *self._attributes(value))
+        if isinstance(value, list | deque):
+            self.undo.append(partial(_restore_list, value, list(value)))
+            return (*value, *self._attributes(value))
+        if isinstance(value, set):
+            self.undo.append(partial(_restore_set, value, set(value)))
+            return ()
+        if isinstance(value, tuple):
+            return value
+        return self._keep_object(value)
+
+    def _keep_object(self, value: Any) -> Iterable[Any]:
+        package = type(value).__module__.partition(".")[0]
+        if isinstance(value, random.Random):
+            self.undo.append(partial(value.setstate, value.getstate()))
+        elif isinstance(value, torch.Generator):
+            self.undo.append(partial(value.set_state, value.get_state()))
+        elif package == "numpy":
+            _keep_numpy(value, self.undo)
+        elif isinstance(value, nn.Module) or package not in _OTHERS:
+            return self._attributes(value)
+        return ()
+
+    def _attributes(self, value: Any) -> list[Any]:
+        """What an object has in its attributes."""
+        found: list[Any] = []
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict):
+            self.undo.append(partial(_restore_dict, own, dict(own)))
+            found += own.values()
+        for name in _slots(type(value).__mro__):
+            if (inner := getattr(value, name, _EMPTY)) is not _EMPTY:
+                self.undo.append(partial(_restore_attribute, value, name, inner))
+                found.append(inner)
+        return found
+
+    def _keep_class(self, cls: type) -> None:
+        """Its attributes, and the globals and closures that its methods name."""
+        for name, value in list(vars(cls).items()):
+            function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if isinstance(function, FunctionType):
+                self._keep_names(function)
+            elif not (name.startswith("__") or isinstance(value, _CODE) or hasattr(value, "__get__")):
+                self.undo.append(partial(_restore_attribute, cls, name, value))
+                self._keep_all([value])
+
+    def _keep_names(self, function: FunctionType) -> None:
+        if id(function) in self.seen:
+            return
+        self.seen[id(function)] = function
+        scope = function.__globals__
+        for name in _names(function.__code__):
+            value = scope.get(name)
+            if isinstance(value, FunctionType) and value.__globals__ is scope:
+                self._keep_names(value)
+            elif name in scope and not isinstance(value, _CODE):
+                self.undo.append(partial(_restore_item, scope, name, value))
+                self._keep_all([value])
+        for cell in function.__closure__ or ():
+            if (value := _content(cell)) is not _EMPTY and not isinstance(value, _CODE):
+                self.undo.append(partial(setattr, cell, "cell_contents", value))
+                self._keep_all([value])
+        self._keep_all((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), vars(function)))
+
+
+# ── how each is put back ─────────────────────────────────────────────────────────────────────────────────────────────
+# Only where it has changed: other threads may be reading the same containers.
+
+
+def _restore_dict(value: dict, was: dict) -> None:
+    if len(value) == len(was) and all(
+        k is j and v is w for (k, v), (j, w) in zip(value.items(), was.items(), strict=True)
+    ):
+        return
+    value.clear()
+    value.update(was)
+
+
+def _restore_list(value: Any, was: list) -> None:
+    if len(value) != len(was) or any(v is not w for v, w in zip(value, was, strict=True)):
+        value.clear()
+        value.extend(was)
+
+
+def _restore_set(value: set, was: set) -> None:
+    if value != was:
+        value.clear()
+        value.update(was)
+
+
+def _restore_attribute(owner: Any, name: str, was: Any) -> None:
+    if getattr(owner, name, _EMPTY) is not was:
+        setattr(owner, name, was)
+
+
+def _restore_item(scope: dict, name: str, was: Any) -> None:
+    if scope.get(name, _EMPTY) is not was:
+        scope[name] = was
+
+
+def _keep_numpy(value: Any, undo: list[Undo]) -> None:
+    numpy = sys.modules["numpy"]
+    if isinstance(value, numpy.ndarray) and value.flags.writeable:
+        undo.append(partial(numpy.copyto, value, value.copy()))
+    elif isinstance(value, numpy.random.Generator):
+        undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+    elif isinstance(value, numpy.random.RandomState):
+        undo.append(partial(value.set_state, value.get_state()))
+
+
+# ── what there is ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_EMPTY = object()
+
+
+@lru_cache(maxsize=4096)
+def _slots(bases: tuple[type, ...]) -> tuple[str, ...]:
+    found = (getattr(base, "__slots__", ()) for base in bases)
+    names = (name for names in found for name in ((names,) if isinstance(names, str) else names))
+    return tuple(name for name in names if not name.startswith("__"))
+
+
+def _is_users(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] not in ("builtins", "torch", "lora_fx")
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was put in yet
+        return _EMPTY
+
+
+@lru_cache(maxsize=4096)
+def _names(code: CodeType) -> frozenset[str]:
+    """What the code names, with the functions written inside it."""
+    inner = (_names(const) for const in code.co_consts if isinstance(const, CodeType))
+    return frozenset(code.co_names).union(*inner)
