@@ -157,12 +157,12 @@ def test_a_failing_history_is_printed_as_a_program_that_fails_again():
 
     machine = histories(Recording, sequences(), [frozen])
     quick = settings(max_examples=20, stateful_step_count=4, phases=[Phase.generate], database=None)
-    with pytest.raises(AssertionError, match="the model.settings.shift is 'old', not 'new'") as caught:
+    with pytest.raises(AssertionError, match=r"the model\.settings\.shift is 'old', not 'new'") as caught:
         run_state_machine_as_test(machine, settings=settings(quick, derandomize=True))
     program = "\n".join(caught.value.__notes__)
     assert "state = RecordingHistories()" in program and "state.change(" in program and "frozen" in program
     lines = [line for line in program.splitlines() if line.startswith("state")]
-    with pytest.raises(AssertionError, match="the model.settings.shift is 'old', not 'new'"):
+    with pytest.raises(AssertionError, match=r"the model\.settings\.shift is 'old', not 'new'"):
         exec("\n".join(lines), {"RecordingHistories": machine, "torch": torch})
 
 
