@@ -200,9 +200,7 @@ class Histories(RuleBasedStateMachine):
         for life in (self.dense, self.nudged):
             life.world = adapted.world
         self._agree({"after apply, the model": [life.model for life in self.lives]})
-        Filling(seed, 0.5)(adapted.model)
-        for life in (self.dense, self.nudged):
-            life.adopt(adapted.model)
+        self._start("default", seed)
         self._end()
 
     @rule(inputs=_WHICH, gradients=st.sampled_from(["on", "off", "inference"]))
@@ -310,10 +308,21 @@ class Histories(RuleBasedStateMachine):
         except LoraFxError as error:
             self._refused("apply", error)
         else:
-            Filling(seed, 0.5)(self.lives[0].model)
-            for life in (self.dense, self.nudged):
-                life.adopt(self.lives[0].model)
-                life.world.torch = self.lives[0].world.torch
+            self._start("second", seed)
+            self._twins(lambda life: setattr(life.world, "torch", self.lives[0].world.torch))
+        self._then(then)
+
+    @precondition(lambda self: not self.isfolded and self.names)
+    @rule(tensor=st.sampled_from(["A", "B"]), frozen=st.booleans(), then=_THEN)
+    def freeze(self, tensor: str, frozen: bool, then: int | None) -> None:
+        self._live(lambda life: life.freeze(tensor, frozen))
+        self._then(then)
+
+    @precondition(lambda self: not self.isfolded and self.names)
+    @rule(factor=st.sampled_from([0.5, -1.25]), then=_THEN)
+    def scale(self, factor: float, then: int | None) -> None:
+        """Set alpha of every adapter that has one."""
+        self._live(lambda life: life.scale(factor))
         self._then(then)
 
     @precondition(lambda self: not self.isfolded and self.names)
@@ -411,6 +420,17 @@ class Histories(RuleBasedStateMachine):
         finally:
             adapted.world = World(self.shared)
             self.outside.restore()
+
+    def _start(self, name: str, seed: int) -> None:
+        """An adapter's θ ≠ θ₀, in all lives."""
+        model = self.lives[0].model
+        others = [p for a in inventory(model).adapters if a.name != name for p in a.parameters()]
+        before = [p.detach().clone() for p in others]
+        Filling(seed, 0.5)(model)
+        with torch.no_grad():
+            for p, numbers in zip(others, before, strict=True):
+                p.copy_(numbers)
+        self._twins(lambda life: life.adopt(model, name))
 
     def _verb(self, verb: Callable[..., Any], *arguments: Any) -> bool:
         """Whether lora_fx did it; where it refused, nothing may have changed."""

@@ -136,6 +136,17 @@ class Life:
         for p in self.theta().values():
             p.grad = None
 
+    def freeze(self, tensor: str, frozen: bool) -> None:
+        """What the user says of each tensor of θ of this name, where it acts."""
+        for adapter in inventory(self.model).adapters:
+            if adapter.active and tensor in adapter._parameters:
+                adapter.get_parameter(tensor).requires_grad_(not frozen)
+
+    def scale(self, factor: float) -> None:
+        for adapter in inventory(self.model).adapters:
+            if "alpha" in adapter.settings:
+                adapter.alpha *= factor
+
     def convert(self, dtype: torch.dtype) -> None:
         self.model.to(dtype)
 
@@ -166,19 +177,32 @@ class _Record:
     other: Adapter | None
     """Of a kind that is no product of factors: a copy, asked for what its kind says δ is."""
     active: bool = True
+    trained: tuple[str, ...] = ()
+    """While it does not act: which tensors did train, and will."""
 
     @classmethod
     def of(cls, adapter: Adapter, owners: list[tuple[nn.Module, str]]) -> _Record:
-        tensors = {name: p.detach().clone().requires_grad_(adapter.active) for name, p in adapter.named_parameters()}
+        tensors = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
         factors = adapter.kind.name == "lora"
         scale = (
             adapter.alpha / (math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank) if factors else 1
         )
         other = None if factors else copy.deepcopy(adapter)
-        return cls(
-            adapter.name, owners, (adapter.layout.sides, adapter.layout.shape), adapter.rows, scale, tensors, other,
-            adapter.active,
-        )  # fmt: skip
+        layout = adapter.layout.sides, adapter.layout.shape
+        return cls(adapter.name, owners, layout, adapter.rows, scale, tensors, other)
+
+    def act(self, whether: bool) -> None:
+        """θ of what does not act does not train; of what acts again it trains as it did."""
+        if whether != self.active:
+            self.active = whether
+            names = self.trained if whether else tuple(n for n, t in self.tensors.items() if t.requires_grad)
+            for name in names:
+                self.tensors[name].requires_grad_(whether)
+            self.trained = names
+
+    def renew(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Other numbers, or numbers of another dtype; what trains is the same."""
+        self.tensors = {n: change(t.detach()).requires_grad_(t.requires_grad) for n, t in self.tensors.items()}
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         """In the weight's own axes; differentiable in θ."""
@@ -219,19 +243,29 @@ class Dense(Life):
         found = self.model.__dict__.setdefault(_RECORDS, [])
         return [record for record in found if any(owner in here for owner, _ in record.owners)]
 
-    def adopt(self, adapted: nn.Module) -> None:
-        """Take over the adapters as they are now."""
+    def adopt(self, adapted: nn.Module, name: str) -> None:
+        """Take over an adapter as it starts."""
         self.model.requires_grad_(False)
         owners: dict[Adapter, list[tuple[nn.Module, str]]] = {}
         for place in inventory(adapted).places:
-            owners.setdefault(place.adapter, []).append((self.model.get_submodule(place.path), place.attribute))
-        self.model.__dict__[_RECORDS] = [_Record.of(adapter, own) for adapter, own in owners.items()]
+            if place.adapter.name == name:
+                owners.setdefault(place.adapter, []).append((self.model.get_submodule(place.path), place.attribute))
+        self.model.__dict__[_RECORDS] = [*self.records, *(_Record.of(adapter, own) for adapter, own in owners.items())]
 
     def activate(self, names: Sequence[str]) -> None:
         for record in self.records:
-            record.active = record.name in names
-            for tensor in record.tensors.values():
-                tensor.requires_grad_(record.active)
+            record.act(record.name in names)
+
+    def freeze(self, tensor: str, frozen: bool) -> None:
+        for record in self.records:
+            if record.active and tensor in record.tensors:
+                record.tensors[tensor].requires_grad_(not frozen)
+
+    def scale(self, factor: float) -> None:
+        for record in self.records:
+            record.scale *= factor
+            if record.other is not None and "alpha" in record.other.settings:
+                record.other.alpha *= factor
 
     def remove(self, name: str) -> None:
         self.model.__dict__[_RECORDS] = [record for record in self.records if record.name != name]
@@ -311,7 +345,9 @@ class Dense(Life):
             own = [p.grad for p in parameters if p.grad is not None]
             (base,) = [base for p, base in self._bases if p is parameters[0]]
             for record in acting if own else ():
-                tensors = list(record.tensors.values())
+                tensors = [tensor for tensor in record.tensors.values() if tensor.requires_grad]
+                if not tensors:
+                    continue
                 with torch.enable_grad():
                     delta = record.delta(base)
                 grads = torch.autograd.grad(
@@ -334,14 +370,14 @@ class Dense(Life):
         for record in self.records:
             if record.other is not None:
                 record.other.to(dtype)
-            record.tensors = {n: t.detach().to(dtype).requires_grad_(record.active) for n, t in record.tensors.items()}
+            record.renew(lambda tensor: tensor.to(dtype))
 
     def load(self, share: float, theta: bool, assign: bool) -> None:
         state = {name: _shared_out(value, share) for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(state, assign=assign)
         self.model.requires_grad_(False)
         for record in self.records if theta else ():
-            record.tensors = {n: (t.detach() * share).requires_grad_(record.active) for n, t in record.tensors.items()}
+            record.renew(lambda tensor: tensor * share)
 
     def fold(self) -> None:
         for parameters, acting in self._weights():
