@@ -139,7 +139,8 @@ def _parts(module: nn.Module) -> dict[str, dict[str, Any]]:
     own = {k: v for k, v in vars(module).items() if not k.startswith(MARK) and not isinstance(v, Adapter)}
     children = {k: v for k, v in own.pop("_modules").items() if not isinstance(v, Adapter)}
     hooks = {k: len(own.pop(k)) for k in list(own) if "_hooks" in k and isinstance(own[k], Mapping)}
-    own.pop("_flat_weight_refs", None)  # weak references
+    for name in ("_flat_weights", "_flat_weight_refs"):  # of recurrent layers: the same parameters
+        own.pop(name, None)
     tables = {k: own.pop(k) for k in ("_parameters", "_buffers")}
     return {"children": children, "hooks": hooks, **tables, "attributes": own}
 

@@ -110,8 +110,9 @@ def _train_step(life: Life, inputs: Inputs) -> Any:
 
 
 def _loss(y: torch.Tensor) -> torch.Tensor:
+    """Its gradient is bounded: no history of training steps leads out of what float64 can hold."""
     share = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype)
-    return (y * share).sum() + y.square().mean()
+    return (y.atan() * share).sum()
 
 
 def _double_output(module: nn.Module, args: Any, output: Any) -> Any:

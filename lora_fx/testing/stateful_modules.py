@@ -1167,8 +1167,8 @@ class LaterBiasInside(nn.Module):
 
 
 def _replace_weight(model: Any) -> None:
-    old = model.inner.weight
-    model.inner.weight = nn.Parameter((old * 0.5 + 0.1).detach(), old.requires_grad)
+    new = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(5, 6).sin()
+    model.inner.weight = nn.Parameter(new, requires_grad=False)
 
 
 def _number_of_the_file(value: float) -> Callable[[nn.Module], None]:

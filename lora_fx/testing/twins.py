@@ -353,7 +353,9 @@ class Dense(Life):
                 grads = torch.autograd.grad(
                     delta, tensors, sum(own[1:], start=own[0]).to(delta.dtype), allow_unused=True
                 )
-                found.update({names[id(t)]: g for t, g in zip(tensors, grads, strict=True)})
+                for tensor, gradient in zip(tensors, grads, strict=True):
+                    before = found[names[id(tensor)]]  # of a weight that it was tied to
+                    found[names[id(tensor)]] = gradient if before is None else before + gradient
         for parameter in self.model.parameters():
             parameter.grad = None
         return found
