@@ -22,10 +22,10 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.testing import STATEFUL, histories
+from lora_fx.testing import histories
 from lora_fx.testing.agreement import Comparison
-from lora_fx.testing.stateful_modules import sequences
 from lora_fx.testing.twins import World
+from tests.stateful_modules import STATEFUL, sequences
 
 DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
 EVERYTHING = Rule(when=lambda site: min(site.in_features, site.out_features) > 1, rank=2, alpha=3)

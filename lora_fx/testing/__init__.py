@@ -18,19 +18,17 @@ from lora_fx.testing.comparing import Difference, first_difference
 from lora_fx.testing.histories import Histories, histories
 from lora_fx.testing.kind_laws import assert_kind
 from lora_fx.testing.random_models import BLOCKS, DTYPES, RandomModel
-from lora_fx.testing.stateful_modules import STATEFUL, Shared, Stateful
 from lora_fx.testing.strategies import Filling, adapters, models, rules_for
+from lora_fx.testing.twins import Shared
 
 __all__ = [
     "BLOCKS",
     "DTYPES",
-    "STATEFUL",
     "Difference",
     "Filling",
     "Histories",
     "RandomModel",
     "Shared",
-    "Stateful",
     "adapters",
     "assert_equivalent",
     "assert_folds_exactly",

@@ -31,9 +31,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.graph.capture import Inputs, normalize_inputs
 from lora_fx.model.inventory import inventory
 from lora_fx.testing.agreement import Comparison
-from lora_fx.testing.stateful_modules import Shared
 from lora_fx.testing.strategies import Filling
-from lora_fx.testing.twins import NUDGE, Dense, Life, World, mapped
+from lora_fx.testing.twins import NUDGE, Dense, Life, Shared, World, mapped
 
 try:
     from hypothesis import strategies as st

@@ -27,7 +27,6 @@ from lora_fx.checks.verification import dither
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.graph.capture import Inputs
 from lora_fx.model.inventory import inventory
-from lora_fx.testing.stateful_modules import Shared
 
 #: How many rounding steps the third life is moved by. One would do for tensors; a number that is a small sum of large
 #: ones (a mean in a log) may by accident move by much less than it is uncertain. A lost branch, a frozen scale or a
@@ -41,6 +40,16 @@ _RATE = 1e-2
 
 
 # ── the world outside of a model ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A state outside of the model that its forward reads or writes."""
+
+    owner: Any
+    """A list, a mapping, or an object with attributes."""
+    names: tuple[str, ...] = ()
+    """Which keys or attributes; not for a list."""
 
 
 class World:
@@ -305,10 +314,11 @@ class Dense(Life):
         self._bases = []
         for parameters, acting in self._weights():
             base = parameters[0].detach().clone()
+            trains = any(tensor.requires_grad for record in acting for tensor in record.tensors.values())
             for parameter in parameters:
                 self._bases.append((parameter, base))
                 parameter.data.copy_(self._sum(base, acting))
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(trains)
         try:
             yield
         finally:

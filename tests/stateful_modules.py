@@ -22,15 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
-@dataclass(frozen=True)
-class Shared:
-    """A state outside of the model that its forward reads or writes."""
-
-    owner: Any
-    """A list, a mapping, or an object with attributes."""
-    names: tuple[str, ...] = ()
-    """Which keys or attributes; not for a list."""
+from lora_fx.testing import Shared
 
 
 def sequences() -> tuple[Any, ...]:
