@@ -66,6 +66,36 @@ def test_what_cannot_be_adapted_is_refused_and_left_as_it_was(row):
     assert World(row.shared).tree() == world.tree()
 
 
+def test_every_kind_of_step_in_one_history():
+    state = histories(Recording, sequences(), ["model.t.mul_(2)", "model.log.clear()"])()
+    state.apply(check=True, training=True, seed=1)
+    state.train_step(inputs=0)
+    state.change("model.t.mul_(2)", then=1)
+    state.load_state_dict(share=0.5, theta=True, assign=True, then=2)
+    state.train_two_steps(inputs=1)
+    state.apply_a_second(kind="dora", check=False, seed=2, then=0)
+    state.train_step(inputs=2)
+    state.scale(factor=-1.25, then=0)
+    state.cast_and_back(dtype=torch.bfloat16, then=0)
+    state.call_a_copy_in(dtype=torch.bfloat16, inputs=1)
+    state.go_on_with_a_copy(how="deepcopy", then=0)
+    state.go_on_with_a_copy(how="pickle", then=0)
+    state.mode(module="", training=False, then=0)
+    state.activate(names=["second"], then=0)
+    state.train_step(inputs=0)
+    state.activate(names=["default", "second"], then=0)
+    state.fold(then=0)
+    state.interrupt(module="", inputs=0)
+    state.unfold(then=0)
+    state.call_with_a_hook(module="", kind="full_backward", inputs=1)
+    state.call_with_a_wrong_shape(inputs=0)
+    state.remove(name="default", then=0)
+    state.change_and_train("model.log.clear()", inputs=2)
+    state.call(inputs=0, gradients="inference")
+    state.teardown()
+    assert state.counts == {"steps": 25, "histories": 1}
+
+
 # ── power ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
