@@ -93,7 +93,7 @@ def test_every_kind_of_step_in_one_history():
     state.change_and_train("model.log.clear()", inputs=2)
     state.call(inputs=0, gradients="inference")
     state.teardown()
-    assert state.counts == {"steps": 25, "histories": 1}
+    assert state.counts == {"steps": 24, "histories": 1}
 
 
 # ── power ────────────────────────────────────────────────────────────────────────────────────────────────────────────
