@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.changes import in_turn
 from lora_fx.graph import layout
 from lora_fx.graph.capture import MODULE, Capture, capture_graph
 from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.nodes import first_operand, shape_of
+from lora_fx.graph.places import Stays, in_memory, is_parted, is_plain
 from lora_fx.graph.views import View, move
 
 
@@ -122,7 +124,7 @@ class Program:
     def rounding(self) -> dict[int, float]:
         """Storage → the coarsest rounding step of its uses."""
         seen = (w for w in self.weights if w.uses)
-        return {w.parameter.untyped_storage()._cdata: max(use.rounding for use in w.uses) for w in seen}
+        return {storage_of(w.parameter): max(use.rounding for use in w.uses) for w in seen}
 
     def weight(self, name: str) -> Weight:
         return next(w for w in self.weights if name in w.names)
@@ -135,6 +137,7 @@ class Program:
         return "\n".join(lines)
 
 
+@in_turn()
 def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     """The program of `model` on these inputs: its `torch.fx` graph (`.graph`) and every weight with its uses.
 
@@ -148,32 +151,63 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     return Program(model, captured, _Reader(model, captured).weights())
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """Equal for tensors of one storage, on every device, `meta` too. What has none (sparse, or inside of a `vmap`) is
+    one with itself alone."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except RuntimeError:
+        return id(tensor)
+
+
 def storage_key(tensor: torch.Tensor) -> tuple:
-    """Equal for tensors that are the same elements of the same storage, on every device, `meta` too."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    """Equal for tensors that are the same elements of the same storage."""
+    storage = storage_of(tensor)
+    if storage == id(tensor):
+        return (storage,)
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def find_weights(model: nn.Module) -> dict[tuple, Weight]:
-    """Every parameter of two or more dimensions by storage, with all names, before anything is known of its uses."""
+    """Every parameter of two or more dimensions by storage, with all names, before anything is known of its uses. One
+    that accelerate has put away under several names may have several storages."""
     found: dict[tuple, Weight] = {}
+    kept: dict[tuple, Weight] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.ndim < 2 or isinstance(model.get_submodule(name.rpartition(".")[0]), Beside):
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if parameter.ndim < 2 or isinstance(owner, Beside):
             continue
-        weight = found.setdefault(storage_key(parameter), Weight((), parameter, problem=_unadaptable(parameter)))
-        weight.names += (name,)
+        key = storage_key(parameter)
+        if key not in found:
+            own = in_memory(owner, attribute)
+            made = Weight((), parameter, problem=_unadaptable(parameter))
+            if is_parted(owner, attribute):
+                made.problem = made.problem or "is tied to another one, and accelerate has parted the two on disk"
+            found[key] = made if own is None else kept.setdefault(storage_key(own), made)
+        found[key].names += (name,)
     _mark_overlaps(found)
     return found
 
 
-class Beside(nn.Module):
+class Beside(Stays):
     """Parameters that stand beside a weight of the model, and are none of its own: an adapter's."""
 
 
 def _unadaptable(parameter: nn.Parameter) -> str:
-    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-        return f"is quantised ({parameter.dtype}): a delta cannot be folded into it without loss"
     if parameter.layout is not torch.strided:
         return f"is stored as {parameter.layout}: only strided weights can be adapted"
+    if not is_plain(parameter):
+        kind = type(parameter)
+        return f"is a {kind.__module__}.{kind.__qualname__}, which is more than its numbers: no sum with a delta is one"
+    if parameter.is_complex():
+        return f"is complex ({parameter.dtype}): deltas are real"
+    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        return f"is quantised ({parameter.dtype}): a delta cannot be folded into it without loss"
+    if not parameter.numel():
+        return f"has no elements: its shape is {tuple(parameter.shape)}"
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        return "is expanded: several of its elements are one number in memory"
     return ""
 
 
@@ -223,7 +257,7 @@ class _Reader:
         for node in self.graph.nodes:
             if node.op == "call_function":
                 self._read(node, op_name(node.target))
-        return tuple(self.found.values())
+        return tuple(dict.fromkeys(self.found.values()))
 
     def _ndim(self, operand: Any) -> int | None:
         return self.views[operand].view.ndim if isinstance(operand, fx.Node) and operand in self.views else None
