@@ -124,7 +124,10 @@ def test_a_model_that_accelerate_offloads_is_adapted_before_and_after(how, order
     lora_fx.activate(model, "default")
     lora_fx.save_adapter(model, tmp_path / "saved", peft=False)
     again = lora_fx.load_adapter(_offload("cpu", _untied(built()), tmp_path), tmp_path / "saved", IDS)
-    assert torch.equal(again(IDS), model(IDS))
+    expected = model(IDS)
+    assert torch.equal(again(IDS), expected)
+    pytest.importorskip("accelerate").hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model(IDS), expected)  # the factors are those that were trained
 
 
 def test_what_is_offloaded_is_refused_by_name_where_its_numbers_are_needed(tmp_path):
@@ -441,7 +444,9 @@ def test_a_weight_that_is_no_plain_numbers_is_refused_by_name_and_the_others_are
 def test_a_weight_that_torch_cannot_record_is_named_and_not_the_inputs():
     model = built(Two)
     model.up.weight = nn.Parameter(torch.ones(8, 6).as_subclass(Marked))
-    with pytest.raises(CaptureError, match=r"^up.weight: it runs on the example inputs, but .*Marked: no plain tensor"):
+    with pytest.raises(
+        CaptureError, match=r"^Two: it runs on the example inputs, but .*up\.weight is a .*Marked: no plain"
+    ):
         lora_fx.apply(model, EVERYTHING, X)
 
 

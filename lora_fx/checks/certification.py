@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import Undo
+from lora_fx.changes import Undo, safe_point
 from lora_fx.checks.oracles import delta
 from lora_fx.checks.verification import (
     NotRun,
@@ -51,7 +51,7 @@ from lora_fx.graph.capture import (
     normalize_inputs,
     output_tensors,
 )
-from lora_fx.graph.forms import FORMS, op_name
+from lora_fx.graph.forms import DENSE_OPS, FORMS, op_name
 from lora_fx.graph.nodes import base_name, call, first_operand, looked_into, shape_of, written_by
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import without_numbers
@@ -307,12 +307,14 @@ class Flow:
         """Whether the node makes an activation from a weight; notes what it carries where it does not."""
         inputs = node.all_input_nodes
         pure = all(n in self._pure for n in inputs)
+        carried = [n for n in inputs if n in self.carriers]
+        made_of = [own for n in inputs if (own := self.factors.get(n) or self.mixed.get(n))]
+        if pure and carried and self._multiplies(node):
+            return True
         if pure:
             self._pure.add(node)
         else:
             self._write(node)
-        carried = [n for n in inputs if n in self.carriers]
-        made_of = [own for n in inputs if (own := self.factors.get(n) or self.mixed.get(n))]
         if not carried:
             if made_of and (pure or _moves(node, self.factors)):
                 self.factors[node] = frozenset().union(*made_of)
@@ -320,12 +322,21 @@ class Flow:
         if pure and made_of:
             self.mixed[node] = frozenset().union(*made_of)
             branch = any(n in self.factors for n in inputs)
-            if _is_add(node) and (branch or any(shape_of(node) == shape_of(root) for root in self._roots(node))):
+            plain = any(n not in self.mixed for n in carried)  # W + δ; where neither is W, two sums are added
+            if plain and _is_add(node) and (branch or any(shape_of(node) == shape_of(r) for r in self._roots(node))):
                 self.sums[node] = self.mixed[node]
         elif not (pure or _moves(node, self.carriers)):
             return True
         self.carriers[node] = self._roots(node)
         return False
+
+    def _multiplies(self, node: fx.Node) -> bool:
+        """A product of a weight, or of W + Σ δ, with a constant or with another one: a use that no input reaches."""
+        name = base_name(node)
+        if not (name in FORMS or name in DENSE_OPS or name.startswith("conv")):
+            return False  # else a part of δ(W, θ) may multiply with factors
+        inside = [n for n in node.all_input_nodes if n in self.factors or (n in self.mixed and not self._summed(n))]
+        return not inside
 
     def _write(self, node: fx.Node) -> None:
         """What an activation is written into began as a constant, and is one no longer."""
@@ -402,6 +413,8 @@ class Flow:
 
     def _made_by(self, node: fx.Node) -> frozenset[int]:
         """The adapters with whose factors it multiplies, or whose product it moves or scales."""
+        if _is_add(node) and node not in self.factors:
+            return frozenset()  # a use with its branch, on a constant
         inputs = node.all_input_nodes
         made = frozenset().union(*(self.factors.get(n, frozenset()) for n in inputs))
         return self._made_by(inputs[0]) if not made and len(inputs) == 1 else made
@@ -461,6 +474,7 @@ class _Replay(fx.Interpreter):
             self.user_to_last_uses[last] = [n for n in freed if n not in kept]
 
     def run_node(self, node: fx.Node) -> Any:
+        safe_point()
         if node in self._readings:
             reading = self._readings[node]
             self._judges[reading.end].append(self._judge_of(reading))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,10 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, in_turn
+from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, foreign, in_turn, safe_point
 from lora_fx.errors import CaptureError
 from lora_fx.graph.own_state import undisturbed
-from lora_fx.graph.places import hooks_aside, is_plain, refuse_preloaded, refuse_shards
+from lora_fx.graph.places import hooks_aside, is_torchs, refuse_preloaded, refuse_shards
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
 TRANSFORMED = "lora_fx_transformed"  # node.meta key: it ran inside of a transform of torch.func (vmap, grad, jvp)
@@ -111,6 +113,17 @@ def no_fast_paths() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
+def as_python() -> Iterator[None]:
+    """What `torch.compile` has made of modules and functions runs as Python: no trace sees into it."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing that takes a second
+        yield
+        return
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+        yield
+
+
+@contextlib.contextmanager
 def on_meta(model: nn.Module) -> Iterator[None]:
     """Inside, all of a model that is partly on meta is there: buffers, and factors that a file gave numbers."""
     tables: list[dict[str, Any]] = [table for m in model.modules() for table in (m._parameters, m._buffers)]
@@ -143,12 +156,13 @@ def capture_graph(model: nn.Module, example_inputs: Any = None, lowered: bool = 
     """
     refuse_unready(model)
     inputs = normalize_inputs(model, example_inputs)
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        return _capture(model, inputs, lowered)
-    own = _state(model)
-    with on_meta(model):
-        made = dict(zip(map(id, _state(model)), own, strict=True))
-        found = _capture(model, inputs_on_meta(inputs), lowered)
+    with in_turn():  # tracing patches torch, here and in torch.fx
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            return _capture(model, inputs, lowered)
+        own = _state(model)
+        with on_meta(model):
+            made = dict(zip(map(id, _state(model)), own, strict=True))
+            found = _capture(model, inputs_on_meta(inputs), lowered)
     tensors = {node: made.get(id(tensor), tensor) for node, tensor in found.tensors.items()}
     return replace(found, tensors=tensors, inputs=inputs)
 
@@ -168,8 +182,7 @@ def _capture(model: nn.Module, inputs: Inputs, lowered: bool) -> Capture:
         args, kwargs = pytree.tree_unflatten(traced, spec)
         return output_tensors(model(*args, **kwargs))
 
-    # In turn: tracing patches torch, here and in torch.fx.
-    with in_turn(), undisturbed(model), no_fast_paths(), recorded(), torch.no_grad():
+    with undisturbed(model), no_fast_paths(), as_python(), recorded(), torch.no_grad(), stoppable():
         model.eval()
         module = _make_fx(model, run, state, leaves, lowered)
     tensors = dict(zip(module.graph.find_nodes(op="placeholder"), state, strict=False))
@@ -211,14 +224,27 @@ def _runs(run: Any, tensors: list, leaves: list) -> bool:
 
 def _not_recorded(model: nn.Module, error: Exception) -> CaptureError:
     """What to raise where a model runs on its inputs, and not while it is recorded."""
-    odd = {name: p for name, p in (*model.named_parameters(), *model.named_buffers()) if not is_plain(p)}
-    kinds = ", ".join(f"{name} is a {type(p).__module__}.{type(p).__qualname__}" for name, p in [*odd.items()][:3])
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    odd = [f"{name} is a {type(t).__module__}.{type(t).__qualname__}" for name, t in tensors if not is_torchs(t)]
     return CaptureError(
         f"it runs on the example inputs, but not while torch's make_fx records it: {type(error).__name__}: {error}"
-        + (f" ({kinds}: no plain tensor)" if kinds else ""),
-        place=next(iter(odd), type(model).__name__),
-        remedy="make that a plain nn.Parameter first" if odd else "capture it on plain tensors of ordinary layout",
+        + (f" ({', '.join(odd[:3])}: no plain tensor)" if odd else ""),
+        place=type(model).__name__,
+        remedy="try it with plain tensors of ordinary layout, as parameters, buffers and inputs",
     )
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, where torch traces, each node that is recorded is a safe point."""
+    create: Any = fx.proxy.TracerBase.create_node
+
+    def create_node(tracer: fx.Tracer, *args: Any, **kwargs: Any) -> fx.Node:
+        safe_point()
+        return create(tracer, *args, **kwargs)
+
+    with foreign(), _set_for_now(fx.proxy.TracerBase, "create_node", create_node):
+        yield
 
 
 def does_not_run(model: nn.Module, error: Exception) -> CaptureError:

@@ -17,7 +17,6 @@ from torch import nn
 
 from lora_fx.errors import CaptureError, LoraFxError
 
-_PLAIN = (torch.Tensor, nn.Parameter)
 _MOVERS = frozenset({"accelerate", "torch.distributed.tensor"})
 _HOOK = "_hf_hook"
 _BACK = (
@@ -28,7 +27,12 @@ _BACK = (
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether it is no more than strided numbers, and its class is torch's own."""
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+    return is_torchs(tensor) and tensor.layout is torch.strided
+
+
+def is_torchs(tensor: torch.Tensor) -> bool:
+    """Whether its class is torch's own, and no library's or user's."""
+    return type(tensor) in (torch.Tensor, nn.Parameter)
 
 
 # ── in parts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,10 +118,11 @@ def without_numbers(model: nn.Module) -> bool:
 
 def loaded(module: nn.Module, attribute: str) -> torch.Tensor:
     """A parameter as the module's next forward reads it, on the device that this runs on."""
-    parameter, hook = module._parameters[attribute], loader(module)
+    parameter = module._parameters[attribute]
     assert parameter is not None, attribute
-    if hook is None:
+    if not is_away(module, attribute):
         return parameter.detach()
+    hook = loader(module)
     return hook.weights_map[attribute].detach().to(hook.execution_device, parameter.dtype)
 
 
@@ -181,7 +186,7 @@ def refuse_away(module: nn.Module, attribute: str, name: str, what: str, error: 
 
     Args:
         name: of the weight.
-        what: it cannot be done: ``fold``.
+        what: why that cannot be: ``a fold would be lost``.
     """
     if is_away(module, attribute):
         raise error(
