@@ -45,7 +45,7 @@ class PlanError(LoraFxError):
 
 
 class AdapterError(LoraFxError):
-    """There is no adapter of that name."""
+    """There is no adapter of that name, or what is set on one cannot be set."""
 
 
 class PipelineError(LoraFxError):

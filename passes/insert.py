@@ -19,6 +19,7 @@ from lora_fx.graph.program import Program
 from lora_fx.model.classes import is_wired
 from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import attach, child_name, mark_reader
+from lora_fx.model.training import freeze
 from lora_fx.passes.base import Condition, Facts, Pass, Result, given
 from lora_fx.passes.planning import Plan, Row
 from lora_fx.passes.realising import demote
@@ -46,7 +47,7 @@ OF_THIS_MODEL = Condition("a plan of this model", _why_other, "make the plan of 
 
 @dataclass(frozen=True)
 class Insert(Pass):
-    """Put the adapters of a plan beside their weights, and freeze everything else. Nothing reads them yet."""
+    """Put the adapters of a plan beside their weights; the first ones freeze the model. Nothing reads them yet."""
 
     name = "insert"
     requires = (given(Program), given(Plan), OF_THIS_MODEL)
@@ -54,8 +55,8 @@ class Insert(Pass):
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         plan = facts[Plan]
+        freeze(model)
         adapters = tuple(_insert(model, row, plan.name) for row in plan.rows)
-        _freeze(model)
         for row in plan.rows:
             if row.realised == Realisation.GRAPH:
                 for use in row.weight.uses:
@@ -156,12 +157,3 @@ def make_adapter(row: Row, name: str, owner: nn.Module) -> Adapter:
                 remedy="load the base model it was made for",
             )
     return adapter
-
-
-def _freeze(model: nn.Module) -> None:
-    """Exactly the active adapters are trainable."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for adapter in inventory(model).adapters:
-        if adapter.active:
-            adapter.requires_grad_(True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from lora_fx.changes import safe_point
 from lora_fx.model.classes import READER, Reader, give_class, give_forward, reads_of, unwire
 from lora_fx.model.inventory import Inventory, inventory
 from lora_fx.model.marks import give_back_conversions, hold_size, is_reader, keep_conversions, release_size, unmark
@@ -45,6 +46,7 @@ def _wire(model: nn.Module) -> list[nn.Module]:
         give_class(module, reads_of(own))
         module.__dict__[READER] = reader
     for module in here.modules:
+        safe_point()
         if _is_rewritten(module, here) or _calls_rewritten(module, here):
             try:
                 graphs.append((module, _graph_of(module, here, reader)))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.changes import safe_point
 from lora_fx.checks.verification import (
     Report,
     cast_inputs,
@@ -135,6 +136,7 @@ def _step(model: nn.Module, inputs: Inputs) -> float:
 
 def run_torch(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     """Every tensor the model returns, in order, integers too; complex ones as pairs of reals, as ONNX has them."""
+    safe_point()
     with undisturbed(model), torch.no_grad(), no_fast_paths():
         torch.manual_seed(0)
         model.eval()

@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import Undo
+from lora_fx.changes import Undo, safe_point
 from lora_fx.checks.oracles import delta
 from lora_fx.checks.verification import (
     NotRun,
@@ -451,6 +451,7 @@ class _Replay(fx.Interpreter):
             self.user_to_last_uses[last] = [n for n in freed if n not in kept]
 
     def run_node(self, node: fx.Node) -> Any:
+        safe_point()
         if node in self._readings:
             reading = self._readings[node]
             self._judges[reading.end].append(self._judge_of(reading))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import Undo, undone
+from lora_fx.changes import Undo, in_turn, safe_point, undone
 from lora_fx.checks.oracles import delta
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import CaptureError, EquivalenceError, LoraFxError, essence
@@ -67,6 +67,7 @@ class Report:
         )
 
 
+@in_turn()
 def verify(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> Report:
     """Whether two models are the same function on these inputs, up to rounding.
 
@@ -192,6 +193,7 @@ def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> list[torch.Tensor]:
     Raises:
         CaptureError: the model does not run on these inputs in its mode, or returns no such tensor.
     """
+    safe_point()
     with undisturbed(model), torch.no_grad():
         torch.manual_seed(seed)
         return [as_real(t.detach()).clone() for t in output_tensors(called(model, inputs))]

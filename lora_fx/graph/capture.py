@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, in_turn
+from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, foreign, in_turn, safe_point
 from lora_fx.errors import CaptureError
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import hooks_aside, is_torchs, refuse_preloaded, refuse_shards
@@ -143,12 +143,13 @@ def capture_graph(model: nn.Module, example_inputs: Any = None, lowered: bool = 
     """
     refuse_unready(model)
     inputs = normalize_inputs(model, example_inputs)
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        return _capture(model, inputs, lowered)
-    own = _state(model)
-    with on_meta(model):
-        made = dict(zip(map(id, _state(model)), own, strict=True))
-        found = _capture(model, inputs_on_meta(inputs), lowered)
+    with in_turn():  # tracing patches torch, here and in torch.fx
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            return _capture(model, inputs, lowered)
+        own = _state(model)
+        with on_meta(model):
+            made = dict(zip(map(id, _state(model)), own, strict=True))
+            found = _capture(model, inputs_on_meta(inputs), lowered)
     tensors = {node: made.get(id(tensor), tensor) for node, tensor in found.tensors.items()}
     return replace(found, tensors=tensors, inputs=inputs)
 
@@ -168,8 +169,7 @@ def _capture(model: nn.Module, inputs: Inputs, lowered: bool) -> Capture:
         args, kwargs = pytree.tree_unflatten(traced, spec)
         return output_tensors(model(*args, **kwargs))
 
-    # In turn: tracing patches torch, here and in torch.fx.
-    with in_turn(), undisturbed(model), no_fast_paths(), recorded(), torch.no_grad():
+    with undisturbed(model), no_fast_paths(), recorded(), torch.no_grad(), stoppable():
         model.eval()
         module = _make_fx(model, run, state, leaves, lowered)
     tensors = dict(zip(module.graph.find_nodes(op="placeholder"), state, strict=False))
@@ -219,6 +219,19 @@ def _not_recorded(model: nn.Module, error: Exception) -> CaptureError:
         place=type(model).__name__,
         remedy="try it with plain tensors of ordinary layout, as parameters, buffers and inputs",
     )
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, where torch traces, each node that is recorded is a safe point."""
+    create: Any = fx.proxy.TracerBase.create_node
+
+    def create_node(tracer: fx.Tracer, *args: Any, **kwargs: Any) -> fx.Node:
+        safe_point()
+        return create(tracer, *args, **kwargs)
+
+    with foreign(), _set_for_now(fx.proxy.TracerBase, "create_node", create_node):
+        yield
 
 
 def does_not_run(model: nn.Module, error: Exception) -> CaptureError:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.changes import in_turn
 from lora_fx.graph import layout
 from lora_fx.graph.capture import MODULE, Capture, capture_graph
 from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
@@ -136,6 +137,7 @@ class Program:
         return "\n".join(lines)
 
 
+@in_turn()
 def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     """The program of `model` on these inputs: its `torch.fx` graph (`.graph`) and every weight with its uses.
 

@@ -23,9 +23,11 @@ from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from torch import fx, nn
+from torch.compiler import is_dynamo_compiling
 
 from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.compiled_schedules import ORDINARY
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.places import is_moved, is_shard, refuse_shard
 from lora_fx.graph.views import View
@@ -266,7 +268,14 @@ def _differ(old: Any, new: Any) -> bool:
 
 def _adapted_property(attribute: str, children: tuple[str, ...]) -> property:
     def read(self: nn.Module) -> Any:
-        return adapted_weight(self, attribute, children)
+        parameter: Any = self._parameters.get(attribute)
+        plain = type(parameter) in ORDINARY and parameter.dim() > 1
+        if not plain or self._lora_fx_reader is not None or is_dynamo_compiling():
+            return adapted_weight(self, attribute, children)
+        own: Any = self._modules  # an adapter of a tied weight is a child of one of its owners
+        if len(children) == 1:
+            return AdaptedWeight.read(parameter, (own.get(children[0]) or getattr(self, children[0]),))
+        return AdaptedWeight.read(parameter, tuple([own.get(child) or getattr(self, child) for child in children]))
 
     def write(self: nn.Module, value: Any) -> None:
         self._parameters[attribute] = value  # a plain tensor: FSDP1 puts one there for as long as a forward lasts

@@ -88,10 +88,13 @@ def of_kinds(*names: str) -> tuple[str, ...]:
     return tuple(f"{KINDS}::test_{name}" for name in names)
 
 
+INTERRUPTS = "tests/test_interrupts.py"
+
 AREAS = {
     "algebra": Area((GAPS, "tests/test_forms.py"), "native-chain", "l2"),
     "layouts": Area((GAPS, "tests/test_views.py", "tests/test_forms.py"), "native-conv1d", "l2"),
     "wiring": Area((GAPS, "tests/test_graph_module.py"), "native-two-names", "l2"),
+    "settings": Area(("tests/test_settings.py",)),
     "insert": Area((GAPS, "tests/test_refusals.py", "tests/test_rules.py"), "native-tied", "l6"),
     "capture": Area((GAPS, "tests/test_refusals.py"), "native-batchnorm", "l13"),
     "fold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l3"),
@@ -304,13 +307,14 @@ MUTANTS = (
         "The last site of a plan with several gets no adapter.",
     ),
     Mutant(
-        "weights_left_trainable", "insert", "passes/insert.py",
+        "weights_left_trainable", "insert", "lora_fx/model/training.py",
         "parameter.requires_grad_(False)", "parameter.requires_grad_(parameter.requires_grad)",
         "The base weights train along with the adapters.",
     ),
     Mutant(
-        "adapters_not_trainable", "insert", "passes/insert.py",
-        "adapter.requires_grad_(True)", "adapter.requires_grad_(False)",
+        "adapters_not_trainable", "insert", "lora_fx/deltas/adapter.py",
+        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))",
+        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)",
         "Nothing trains.",
     ),
     Mutant(
@@ -489,8 +493,8 @@ MUTANTS = (
         tests=("tests/test_graph_module.py", "tests/test_fold.py", GAPS),
     ),
     Mutant(
-        "deactivated_adapter_trains", "wiring", "passes/activate.py",
-        "adapter.requires_grad_(adapter.active)", "pass",
+        "deactivated_adapter_trains", "wiring", "lora_fx/deltas/adapter.py",
+        "self.get_parameter(name).requires_grad_(whether)", "pass",
         "activate() leaves the adapters trainable that do not act, and frozen the ones that do.",
         tests=(GAPS,),
     ),
@@ -1737,6 +1741,53 @@ MUTANTS = (
         tests=of_kinds("a_file_knows_the_settings_of_a_dense_kind"),
     ),
     Mutant(
+        "scale_baked_into_forwards", "settings", "passes/rewriting.py",
+        'scale = self.attribute(f"{path}.scale")', "scale = adapter.scale",
+        "A generated forward goes on with the scale that the adapter had when it was made.",
+    ),
+    Mutant(
+        "scale_baked_by_a_pickle", "settings", "lora_fx/deltas/adapter.py",
+        "if is_fx_symbolic_tracing():", "if False:",
+        "A GraphModule out of a pickle goes on with the scale that it was pickled with.",
+    ),
+    Mutant(
+        "dropout_set_in_vain", "settings", "lora_fx/deltas/adapter.py",
+        "        if value != 0:", "        if False:",
+        "A dropout that no forward calls can be set, and nothing is dropped.",
+    ),
+    Mutant(
+        "frozen_again_by_each_apply", "settings", "lora_fx/model/training.py",
+        "if not inventory(model).adapters:", "if True:",
+        "A second adapter freezes the head that the user lets train.",
+    ),
+    Mutant(
+        "activated_all_of_it_trains", "settings", "lora_fx/deltas/adapter.py",
+        "names = self._trained if whether else", "names = tuple(self._parameters) if whether else",
+        "A frozen A trains after the adapter was deactivated and activated.",
+    ),
+    Mutant(
+        "refused_switch_half_done", "settings", "passes/activate.py",
+        "facts.undo.append(partial(adapter.act, adapter.active))", "pass",
+        "After a refused switch, other adapters are active than before.",
+    ),
+    Mutant(
+        "trained_beside_left_out", "settings", "lora_fx/model/training.py",
+        "if beside == IGNORE or not names:", "if True:",
+        "save_adapter leaves out a head that trains, without a word.",
+    ),
+    Mutant(
+        "branch_outside_of_a_forward", "settings", "export/adapters/peft.py",
+        "if owner not in _KNOWN and not", "if False and not",
+        "A Linear subclass with a forward of its own is saved as a module for PEFT, which adds the branch outside.",
+        tests=("tests/test_adapter_files.py",),
+    ),
+    Mutant(
+        "branch_outside_of_a_hook", "settings", "export/adapters/peft.py",
+        "if foreign is not None:", "if False:",
+        "A module with a hook is saved as a module for PEFT, which runs the hook around the base alone.",
+        tests=("tests/test_adapter_files.py",),
+    ),
+    Mutant(
         "kinds_not_drawn", "kinds", "lora_fx/testing/strategies.py",
         "        kind = draw(st.sampled_from(kinds))\n        fitting", '        kind = "lora"\n        fitting',
         "The laws of a kind are laws of `lora`.",
@@ -1760,6 +1811,36 @@ MUTANTS = (
         "                _roll_back(undo)\n", "",
         "A fold that runs out of memory leaves the weights that it has written.",
         tests=("tests/test_faults.py::test_no_memory_at_any_operation_leaves_the_model_bitwise_what_it_was",),
+    ),
+    Mutant(
+        "signals_do_not_wait", "changes", "lora_fx/changes.py",
+        "        if not _signals.waits:\n            self.handler", "        if True:\n            self.handler",
+        "Ctrl-C comes wherever a verb is, and leaves torch patched.",
+        tests=(f"{INTERRUPTS}::test_signals_wait_for_the_end_of_the_outermost_block_and_come_in_their_order",),
+    ),
+    Mutant(
+        "no_safe_point_while_recording", "changes", "lora_fx/graph/capture.py",
+        "        safe_point()\n        return create", "        return create",
+        "A capture cannot be stopped before it has run the model.",
+        tests=(f"{INTERRUPTS}::test_what_a_handler_raises_is_not_taken_for_the_models_own_error",),
+    ),
+    Mutant(
+        "a_later_signal_is_lost", "changes", "lora_fx/changes.py",
+        "        _let_in(due[1:], frame)\n", "        pass\n",
+        "Of two signals that wait the handler of one runs.",
+        tests=(f"{INTERRUPTS}::test_no_exception_is_lost",),
+    ),
+    Mutant(
+        "a_timeout_is_the_models_own_error", "changes", "lora_fx/changes.py",
+        "            raise _Passing(error) from error\n", "            raise\n",
+        "What a timer's handler raises in a capture is taken for an error of the model.",
+        tests=(f"{INTERRUPTS}::test_what_a_handler_raises_is_not_taken_for_the_models_own_error",),
+    ),
+    Mutant(
+        "profiler_in_c_taken_out", "changes", "lora_fx/changes.py",
+        "    if TRACER.read() is None or written_in_c:\n        return TRACER.set_for_now(trace)\n", "",
+        "After an apply inside cProfile every call fails.",
+        tests=("tests/test_tracing.py::test_a_profiler_in_c_goes_on_after_the_calls_were_seen",),
     ),
     Mutant(
         "gradient_mode_left_off", "changes", "lora_fx/changes.py",
