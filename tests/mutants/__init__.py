@@ -109,6 +109,7 @@ AREAS = {
     "verification": Area((GAPS, "tests/test_refusals.py"), "native-tied", "l1"),
     "export": Area(("tests/test_onnx.py",), laws="l10"),
     "schedules": Area(("tests/test_schedules.py",)),
+    "dispatch": Area(("tests/test_dispatch.py",)),
     "files": Area(("tests/test_adapter_files.py", GAPS)),
     "kinds": Area((KINDS,)),
     "histories": Area((HISTORIES,)),
@@ -792,8 +793,54 @@ MUTANTS = (
     ),
     Mutant(
         "schedule_in_place_under_vmap", "schedules", "lora_fx/deltas/schedules.py",
-        "        or torch._C._are_functorch_transforms_active()\n        or torch._C._is_tracing()\n", "",
+        "        or _transforms()\n        or _traces()\n", "",
         "Accumulating in place meets a transformed call.",
+    ),
+    Mutant(
+        "output_is_a_view", "schedules", "lora_fx/deltas/kernels.py",
+        "return _unsafe_view(y, y.shape) if y._is_view() else y", "return y",
+        "What comes after a matmul must not write into what it gets.",
+    ),
+    Mutant(
+        "in_place_without_scale", "schedules", "lora_fx/deltas/kernels.py",
+        "part.addmm_(z, B.t(), alpha=scale)", "part.addmm_(z, B.t())",
+        "A small call computes x·A·B, without its scale.",
+    ),
+    Mutant(
+        "in_place_part_at_the_front", "schedules", "lora_fx/deltas/kernels.py",
+        "y.narrow(1, first, B.size(0))", "y.narrow(1, 0, B.size(0))",
+        "In a small call an adapter of the value rows of a fused weight acts on its first rows.",
+    ),
+    Mutant(
+        "in_place_under_a_mode", "schedules", "lora_fx/deltas/schedules.py",
+        "        or _modes()", "        or False",
+        "Selective checkpointing finds that what it kept has been written to.",
+    ),
+    Mutant(
+        "bias_first_where_torch_adds_it_last", "schedules", "lora_fx/deltas/kernels.py",
+        "if x.dim() != 2 and bias is not None and not x.is_contiguous():", "if False:",
+        "A fresh adapter changes the last bits where x does not lie in order.",
+    ),
+    # ── dispatch ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "second_adapter_lost_at_once", "dispatch", "lora_fx/deltas/adapted_weight.py",
+        "    for adapter in adapters:\n        term", "    for adapter in adapters[:1]:\n        term",
+        "Of two adapters on a weight that is read by dispatch only the first acts.",
+    ),
+    Mutant(
+        "view_forgotten_at_once", "dispatch", "lora_fx/deltas/adapted_weight.py",
+        "if weight.chain or adapter.layout.sides != sides:", "if adapter.layout.sides != sides:",
+        "A slice of a weight is adapted as if it were the whole.",
+    ),
+    Mutant(
+        "bias_of_the_first_call", "dispatch", "lora_fx/deltas/adapted_weight.py",
+        "stands = [object() for _ in values]", "stands = [None if v is None else object() for v in values]",
+        "Whether a linear adds its bias is what it did when one like it was first called.",
+    ),
+    Mutant(
+        "row_of_the_table_kept", "dispatch", "lora_fx/deltas/adapted_weight.py",
+        "if FORMS.get(name) is not form or type(x) not in ORDINARY:", "if type(x) not in ORDINARY:",
+        "A form that is taken out of the table goes on deciding.",
     ),
     # ── unfold ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
