@@ -81,8 +81,9 @@ class _Kept:
                 self.undo.append(partial(value.detach().copy_, value.detach().clone()))
             return ()
         if isinstance(value, dict):
-            self.undo.append(partial(_restore_dict, value, dict(value)))
-            return (*value.values(), *self._attributes(value))
+            kept = dict(dict.items(value))  # a subclass may make something of what it is asked for
+            self.undo.append(partial(_restore_dict, value, kept))
+            return (*kept.values(), *self._attributes(value))
         if isinstance(value, list | deque):
             self.undo.append(partial(_restore_list, value, list(value)))
             return (*value, *self._attributes(value))
