@@ -105,6 +105,7 @@ AREAS = {
     "changes": Area(("tests/test_concurrency.py",)),
     "passes": Area(("tests/test_pipeline.py",)),
     "roles": Area(("tests/test_roles.py",)),
+    "sites": Area(("tests/test_sites.py", "tests/test_refusals.py")),
     "rules": Area(("tests/test_rules.py", GAPS)),
     "plan": Area(("tests/test_rules.py", "tests/test_refusals.py", GAPS)),
     "verification": Area((GAPS, "tests/test_refusals.py"), "native-tied", "l1"),
