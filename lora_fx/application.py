@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from lora_fx.analysis.rules import read_rules
 from lora_fx.changes import changing, in_turn
 from lora_fx.checks.certification import Certificate, certify_adapted
 from lora_fx.checks.oracles import misrounded
+from lora_fx.checks.verification import copied
 from lora_fx.errors import PipelineError
 from lora_fx.export.adapters.files import loading
 from lora_fx.export.onnx.export import exporting
@@ -87,7 +87,7 @@ def plan(model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str 
 def apply(
     model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str = "default", check: bool = True
 ) -> nn.Module:
-    """Insert trainable low-rank branches where the rules say, in place, and freeze everything else.
+    """Insert trainable adapters where the rules say, in place; the first ones freeze the model's own parameters.
 
     The model keeps its class, its `state_dict` keys and its outputs (B = 0: bit for bit). Adapter parameters stand
     beside the weights they belong to: ``q_proj.weight`` gains ``q_proj.weight_lora_default.A`` and ``.B``.
@@ -160,7 +160,10 @@ def adapters(model: nn.Module) -> dict[str, list[str]]:
 
 
 def activate(model: nn.Module, *names: str) -> nn.Module:
-    """Make exactly these adapters act (and train); all others stay, and do nothing. No name: the base model.
+    """Make exactly these adapters act; all others stay, and do nothing. No name: the base model.
+
+    An adapter that ceases to act does not train; when it acts again, what trained of it before does. Every other
+    ``requires_grad`` stays what it is: see `lora_fx.model.training`.
 
     Returns:
         The same model.
@@ -206,7 +209,7 @@ def fold(model: nn.Module, *, copy: bool = False, final: bool = False) -> nn.Mod
     """
     if copy:
         with in_turn():
-            model = copying.deepcopy(model)
+            model = copied(model)
     return pipeline("fold", final)(model).model
 
 

@@ -7,7 +7,12 @@ Every verb that changes a model (apply, load_adapter, activate, switch, remove, 
   hook of one. It looks at the threads' stacks once, when it starts, so a forward costs nothing. The limit: a forward
   that another thread *starts* while a verb runs is not seen; whoever shares a model among threads keeps them apart;
 * **wholly or not at all:** whatever ends a verb early (an error, no memory, Ctrl-C) leaves the model bitwise what it
-  was: classes, graphs, adapters, marks, flags, and every weight. The gradient mode, too, is what it was.
+  was: classes, graphs, adapters, marks, flags, and every weight. The gradient mode, too, is what it was;
+* **stopped where it can stop:** a verb patches torch for a while, in many places. So signals that Python code handles
+  (Ctrl-C, a timer's) wait, and their handlers run at the next `safe_point`: between two passes, two modules, two blocks
+  of a weight, two nodes that are recorded. A third Ctrl-C, while two wait, is let in where it comes, and may leave
+  torch patched; undoing a change, and a large final fold, let in none. What another thread throws into this one
+  (`PyThreadState_SetAsyncExc`) is no signal, and does not wait: the model is undone, but torch may be left patched.
 """
 
 from __future__ import annotations
@@ -32,18 +37,27 @@ Undo = Callable[[], Any]
 _RUNS = frozenset({"_call_impl", "forward", "generate"})  # functions that run a model, given as their first argument
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
+_LOOK = 0.1  # seconds after which who waits for its turn looks for signals
+_INSISTS = 3  # how many Ctrl-C it takes to stop a verb that comes to no safe point
+_NUMBERS = tuple(sorted(signal.valid_signals()))
+
 _lock = threading.RLock()
 _open: list[tuple[nn.Module, list[Undo]]] = []  # the changes in progress, outermost first, of the thread with the lock
 
 
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """Inside, no other thread's verb runs."""
-    inner = _lock._is_owned()  # type: ignore[attr-defined]  # not in its stub
-    with _lock:
-        if not inner:
-            _open.clear()
-        yield
+    """Inside, no other thread's verb runs, and signals wait for a safe point."""
+    with signals_wait():
+        inner = _lock._is_owned()  # type: ignore[attr-defined]  # not in its stub
+        while not _lock.acquire(timeout=_LOOK):
+            safe_point()
+        try:
+            if not inner:
+                _open.clear()
+            yield
+        finally:
+            _lock.release()
 
 
 @contextmanager
@@ -76,6 +90,7 @@ def changing(model: nn.Module, verb: str) -> Iterator[list[Undo]]:
         _open.append((model, undo))
         try:
             yield undo
+            safe_point()  # the last from which there is a way back
         except BaseException as error:
             if isinstance(error, MemoryError | RuntimeError):
                 traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
@@ -106,28 +121,9 @@ def undone(undo: list[Undo]) -> Iterator[None]:
     try:
         yield
     finally:
-        while len(undo) > outer:  # Ctrl-C may come in here
+        while len(undo) > outer:  # an exception of another thread may come in here
             undo[-1]()
             undo.pop()
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Signals that Python code handles (Ctrl-C is one) wait until the block has run."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python runs signal handlers in the main thread alone
-        return
-    arrived: list[int] = []
-    handlers = {s: h for s in signal.valid_signals() if callable(h := signal.getsignal(s))}
-    try:
-        for number in handlers:
-            signal.signal(number, lambda n, frame: arrived.append(n))
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for late in dict.fromkeys(arrived):
-            signal.raise_signal(late)
 
 
 def _roll_back(undo: list[Undo]) -> None:
@@ -141,6 +137,154 @@ def _roll_back(undo: list[Undo]) -> None:
                 remedy="its weights are no longer what they were: load them again",
             ) from error
         undo.pop()
+
+
+# ── signals ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Signals(threading.local):
+    """Python runs signal handlers in the main thread, and in no other."""
+
+    def __init__(self) -> None:
+        self.waits = 0
+        """How many blocks are open in which signals wait: while there is one, handlers run at safe points."""
+        self.shut = 0
+        """How many of them have no safe points."""
+        self.foreign = 0
+        """How many blocks of code are open that may catch an `Exception` for its own."""
+        self.wrapped: dict[int, _Waiter] = {}
+        self.arrived: list[_Waiter] = []
+
+
+_signals = _Signals()
+
+
+@dataclass(eq=False)
+class _Waiter:
+    """Stands in the place of a signal's handler. One check tells whether it waits, so it may be put there, and taken
+    out, while signals come."""
+
+    number: int
+    handler: Callable[[int, FrameType | None], Any]
+    times: int = 0
+    """How often the signal has come since it was let in."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not _signals.waits:
+            self.handler(number, frame)
+            return
+        self.times += 1
+        if self.times == 1:
+            _signals.arrived.append(self)
+        if self.times >= _INSISTS and number == signal.SIGINT and not _signals.shut:
+            self._insist(frame)
+
+    def _insist(self, frame: FrameType | None) -> None:
+        _signals.arrived.remove(self)
+        self.times = 0
+        try:
+            self.handler(self.number, frame)
+        except BaseException as error:
+            error.add_note("lora_fx was not at a safe point: torch may be left patched, so start a new process.")
+            raise
+
+
+@contextmanager
+def signals_wait(safe_points: bool = True) -> Iterator[None]:
+    """Inside, signals that Python code handles wait for the next safe point, or the end of the outermost block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    shut = not safe_points
+    _signals.waits += 1
+    _signals.shut += shut
+    try:
+        if _signals.waits == 1:
+            _wrap_handlers()
+        yield
+    finally:
+        _signals.shut -= shut
+        try:
+            if _signals.waits == 1:
+                _give_back_handlers()
+        finally:
+            _signals.waits -= 1
+            if not _signals.waits:
+                safe_point()
+
+
+def uninterrupted() -> AbstractContextManager[None]:
+    """Inside, signals that Python code handles wait for the end, whatever safe points there are."""
+    return signals_wait(safe_points=False)
+
+
+def safe_point() -> None:
+    """Here a verb can be stopped: run the handlers of the signals that wait. What one raises ends the verb."""
+    if _signals.arrived and not _signals.shut:
+        due, _signals.arrived = _signals.arrived, []
+        _let_in(due, sys._getframe(1))
+
+
+def _let_in(due: list[_Waiter], frame: FrameType) -> None:
+    """In their order, each of them; an exception is the context of a later one's."""
+    if not due:
+        return
+    due[0].times = 0
+    try:
+        due[0].handler(due[0].number, frame)
+    except Exception as error:
+        if _signals.foreign:
+            raise _Passing(error) from error
+        raise
+    finally:
+        _let_in(due[1:], frame)
+
+
+class _Passing(BaseException):
+    """Carries an `Exception` of a handler through code that would take it for its own."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+@contextmanager
+def foreign() -> Iterator[None]:
+    """Inside runs code that may catch an `Exception`, torch's or a model's: one of a signal's handler goes through."""
+    _signals.foreign += 1
+    try:
+        yield
+    except _Passing as passing:
+        if _signals.foreign > 1:
+            raise
+        raise passing.error from passing.error.__cause__
+    finally:
+        _signals.foreign -= 1
+
+
+def _wrap_handlers() -> None:
+    for number in _NUMBERS:
+        handler = signal.getsignal(number)
+        if isinstance(handler, _Waiter):  # one that could not be taken out
+            handler = handler.handler
+        if callable(handler):
+            _signals.wrapped[number] = _Waiter(number, handler)
+            signal.signal(number, _signals.wrapped[number])
+
+
+def _give_back_handlers() -> None:
+    """But for those that were set in the meantime. One that is back may raise before the others are: then once more."""
+    try:
+        _give_back()
+    finally:
+        _give_back()
+        _signals.wrapped.clear()
+
+
+def _give_back() -> None:
+    for number, waiter in _signals.wrapped.items():
+        handler = waiter.handler
+        if signal.getsignal(number) is waiter:
+            signal.signal(number, handler)
 
 
 # ── what a model was ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -170,33 +314,26 @@ TRACER = Switch(sys.gettrace, sys.settrace)
 PROFILER = Switch(sys.getprofile, sys.setprofile)
 
 
-def calls_seen_by(see: Callable[[FrameType, str, Any], Any]) -> AbstractContextManager[None]:
-    """Inside, `see(frame, event, arg)` gets each "call" and "return" of a Python function in this thread.
+def calls_seen_by(see: Callable[[FrameType], Any]) -> AbstractContextManager[None]:
+    """Inside, `see(frame)` gets each call of a Python function in this thread, before it runs.
 
     Python has two places for that. A profiler in C (cProfile, pyinstrument, VizTracer, yappi) cannot be put back into
     its own from Python, and need not be seen there; a tracer (a debugger, coverage) can. So the tracer's place is taken
     where it is free, and otherwise the profiler's, unless that has a profiler in C.
     """
 
-    def profile(frame: FrameType, event: str, arg: Any) -> None:
-        if event in ("call", "return"):
-            see(frame, event, arg)
-
-    def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        frame.f_trace_lines = False
-        profile(frame, event, arg)
-        return trace
+    def seen(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            see(frame)
 
     written_in_c = not (PROFILER.read() is None or callable(PROFILER.read()))
-    if TRACER.read() is None or written_in_c:
-        return TRACER.set_for_now(trace)
-    return PROFILER.set_for_now(profile)
+    return (TRACER if TRACER.read() is None or written_in_c else PROFILER).set_for_now(seen)
 
 
 class _Before:
     """What the modules of a model are and hold: references alone, no number is copied. And torch's own switches.
 
-    Ctrl-C in the `__exit__` of a `torch.no_grad()` leaves gradients off, for whatever runs next.
+    An exception in the `__exit__` of a `torch.no_grad()` leaves gradients off, for whatever runs next.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -94,7 +94,7 @@ def few(names: Sequence[str], most: int) -> str:
 
 
 class AdapterError(LoraFxError):
-    """There is no adapter of that name."""
+    """There is no adapter of that name, or what is set on one cannot be set."""
 
 
 class PipelineError(LoraFxError):

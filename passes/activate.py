@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -28,7 +29,7 @@ class Require(Pass):
 
 @dataclass(frozen=True)
 class Activate(Pass):
-    """Make exactly these adapters act, and train; all others stay, and do nothing."""
+    """Make exactly these adapters act, and train as they did; all others stay, and do nothing."""
 
     names: tuple[str, ...]
 
@@ -39,8 +40,8 @@ class Activate(Pass):
         here = inventory(model)
         here.require(self.names)
         for adapter in here.adapters:
-            adapter.change(active=adapter.name in self.names)
-            adapter.requires_grad_(adapter.active)
+            facts.undo.append(partial(adapter.act, adapter.active))  # a fold may have put it away
+            adapter.act(adapter.name in self.names)
         return Result(model, True)
 
 

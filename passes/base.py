@@ -26,7 +26,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from lora_fx.changes import Undo, changing
+from lora_fx.changes import Undo, changing, safe_point
 from lora_fx.errors import LoraFxError, PipelineError, PlanError
 from lora_fx.model.inventory import inventory
 
@@ -157,6 +157,7 @@ class Pass(ABC):
 
     def checked(self, model: nn.Module, facts: Facts) -> Result:
         """`call` between its conditions, inside a change of the model that is open already."""
+        safe_point()
         for condition in self.requires:
             condition.check(model, facts, self.name)
         result = self.call(model, facts)

@@ -26,6 +26,7 @@ from lora_fx.changes import Undo, uninterrupted
 from lora_fx.deltas.exact_sum import ExactSum, Way, check_foldable, kept, scratches
 from lora_fx.deltas.rounded_sum import KeptWeight, RoundedSum, rounded_sum
 from lora_fx.errors import FoldError
+from lora_fx.graph.places import refuse_away
 from lora_fx.model import marks
 from lora_fx.model.classes import is_wired, unwire
 from lora_fx.model.inventory import Inventory, Storage, inventory, weight_name
@@ -141,9 +142,11 @@ def foldable(storage: Storage) -> ExactSum | RoundedSum:
     """The sum that is to be folded, refused before anything is written.
 
     Raises:
-        FoldError: the weight is on meta, a number is not finite, or a sum does not fit into the dtype.
+        FoldError: the weight is on meta or put away by accelerate, a number is not finite, or a sum does not fit into
+            the dtype.
     """
     weight, adapters, name = storage.parameter, storage.adapters, storage.names[0]
+    refuse_away(*storage.owners[0], name, "a fold would be lost with the next forward", FoldError)
     if all(adapter.kind.low_rank for adapter in adapters):
         deltas = [kept(adapter.exact()) for adapter in adapters]
         return check_foldable(weight, deltas, name, [adapter.name for adapter in adapters])
@@ -192,10 +195,12 @@ def _take_back(model: nn.Module, undo: list[Undo]) -> None:
 def _way(here: Inventory, module: nn.Module, attribute: str) -> tuple[torch.Tensor, Way | KeptWeight]:
     """A weight that is still what the fold has made it, and its way back."""
     weight, way = module._parameters[attribute], here.records[module].ways[attribute]
+    name = weight_name(here.modules[module][0], attribute)
+    refuse_away(module, attribute, name, "what unfolds it would be lost with the next forward", FoldError)
     if weight is None or not way.starts_at(weight):
         raise FoldError(
             "the folded weight has been written to or cast since it was folded",
-            place=weight_name(here.modules[module][0], attribute),
+            place=name,
             remedy="unfold before training, loading or casting; or keep the model as it is: it cannot be unfolded",
         )
     return weight.detach(), way

@@ -5,7 +5,7 @@ Insert  the adapters beside their weights  →  Rewrite  the forwards that read 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,10 +14,12 @@ from lora_fx.checks.certification import check_adapted
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import EquivalenceError, KindError, PlanError
+from lora_fx.graph.places import loaded
 from lora_fx.graph.program import Program
 from lora_fx.model.classes import is_wired
 from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import attach, child_name, mark_reader
+from lora_fx.model.training import freeze
 from lora_fx.passes.base import Condition, Facts, Pass, Result, given
 from lora_fx.passes.planning import Plan, Row
 from lora_fx.passes.realising import demote
@@ -45,7 +47,7 @@ OF_THIS_MODEL = Condition("a plan of this model", _why_other, "make the plan of 
 
 @dataclass(frozen=True)
 class Insert(Pass):
-    """Put the adapters of a plan beside their weights, and freeze everything else. Nothing reads them yet."""
+    """Put the adapters of a plan beside their weights; the first ones freeze the model. Nothing reads them yet."""
 
     name = "insert"
     requires = (given(Program), given(Plan), OF_THIS_MODEL)
@@ -53,8 +55,8 @@ class Insert(Pass):
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         plan = facts[Plan]
+        freeze(model)
         adapters = tuple(_insert(model, row, plan.name) for row in plan.rows)
-        _freeze(model)
         for row in plan.rows:
             if row.realised == Realisation.GRAPH:
                 for use in row.weight.uses:
@@ -87,7 +89,8 @@ class Rewrite(Pass):
 class Check(Pass):
     """Hold every use of what was inserted against the use of W + δ, in train and in eval mode.
 
-    A rewritten forward that is not the path that ran is given up first: then whoever reads the weight is served.
+    A rewritten forward that is not the path that ran is given up first: then whoever reads the weight is served. Where
+    the model itself does not run in train mode on these inputs, the plan gets a note of it, and eval mode decides.
     """
 
     name = "check"
@@ -98,20 +101,23 @@ class Check(Pass):
         if program.capture is None:
             return Result(model, False)
         inputs, rounding = program.capture.inputs, program.rounding()
+        rewired = False
         try:
-            check_adapted(model, inputs, adapters, rounding, facts.undo)
+            missing = check_adapted(model, inputs, adapters, rounding, facts.undo)
         except EquivalenceError:
             if all(adapter.realised != Realisation.GRAPH for adapter in adapters):
                 raise
             demote(adapters)
             wire(model)
-            check_adapted(model, inputs, adapters, rounding, facts.undo)
-            return Result(model, True)
-        return Result(model, False)
+            missing, rewired = check_adapted(model, inputs, adapters, rounding, facts.undo), True
+        plan = facts.get(Plan)
+        noted = () if plan is None or not missing else (replace(plan, notes=(*plan.notes, *map(str, missing))),)
+        return Result(model, rewired, noted)
 
 
 def _insert(model: nn.Module, row: Row, name: str) -> Adapter:
-    adapter = make_adapter(row, name)
+    path, attribute = row.owners[0]
+    adapter = make_adapter(row, name, model.get_submodule(path))
     for n, (path, attribute) in enumerate(row.owners):
         owner = model.get_submodule(path)
         adapter.train(owner.training)
@@ -119,9 +125,9 @@ def _insert(model: nn.Module, row: Row, name: str) -> Adapter:
     return adapter
 
 
-def make_adapter(row: Row, name: str) -> Adapter:
-    """A fresh adapter for a row of the plan, on the weight's own device."""
-    parameter, stored = row.weight.parameter, row.stored
+def make_adapter(row: Row, name: str, owner: nn.Module) -> Adapter:
+    """A fresh adapter for a row of the plan, on the device on which `owner`, which holds the weight, reads it."""
+    parameter, stored = loaded(owner, row.owners[0][1]), row.stored
     adapter = Adapter(
         row.layout,
         kind=row.kind,
@@ -151,12 +157,3 @@ def make_adapter(row: Row, name: str) -> Adapter:
                 remedy="load the base model it was made for",
             )
     return adapter
-
-
-def _freeze(model: nn.Module) -> None:
-    """Exactly the active adapters are trainable."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for adapter in inventory(model).adapters:
-        if adapter.active:
-            adapter.requires_grad_(True)

@@ -26,6 +26,7 @@ from lora_fx.errors import PlanError, by_reason, few
 from lora_fx.graph import layout
 from lora_fx.graph.capture import refuse_unready
 from lora_fx.graph.layout import Layout
+from lora_fx.graph.places import without_numbers
 from lora_fx.graph.program import Program, Use, Weight, capture, find_weights
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Inventory, inventory
@@ -191,7 +192,6 @@ class Capture(Pass):
     ensures = (given(Program),)
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        refuse_unready(model)
         with unwired(model):
             return Result(model, False, (read_program(model, self.example_inputs),))
 
@@ -359,7 +359,8 @@ def plan_rows(
 def read_program(model: nn.Module, example_inputs: Any) -> Program:
     """The program on these inputs; of a model that has none, its weights alone."""
     if example_inputs is None and getattr(model, "dummy_inputs", None) is None:
-        return Program(model, None, tuple(find_weights(model).values()))
+        refuse_unready(model)
+        return Program(model, None, tuple(dict.fromkeys(find_weights(model).values())))
     return capture(model, example_inputs)
 
 
@@ -539,7 +540,7 @@ def _notes(program: Program, rows: Sequence[Row]) -> tuple[str, ...]:
             "Without example inputs nothing was captured: roles are unknown, and the adapted model is not checked.",
         )
     notes = []
-    if any(row.weight.parameter.is_meta for row in rows):
+    if any(row.weight.parameter.is_meta for row in rows) and without_numbers(program.model):
         notes.append("On meta tensors the adapted model is not checked: lora_fx.verify it once it is materialised.")
     if program.unseen:
         notes.append(f"Unseen by the example inputs: {few([w.name for w in program.unseen], 5)}")

@@ -19,7 +19,7 @@ import inspect
 import math
 import operator
 import os
-import threading
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,11 +111,8 @@ class Watch:
         self.read: set[str] = set()
         """Immutable attributes and methods of the module, which the trace has baked in."""
         self.why = ""
-        self._calls: list[bool] = []  # in progress, outermost first: whether it is one of model code
-        self._models = 0
-        self._entry: CodeType | None = None  # what model code has called that is none, just now
+        self._frames: list[FrameType] = []  # of model code, also those that have ended
         self._inner: set[Any] = set()  # code of functions that model code makes
-        self._thread = threading.get_ident()
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -124,7 +121,7 @@ class Watch:
         modules: Any = nn.Module
         modules.__getattribute__ = self._reader()
         try:
-            with calls_seen_by(self._step):
+            with calls_seen_by(self._see):
                 yield
         finally:
             del modules.__getattribute__
@@ -135,39 +132,33 @@ class Watch:
         self.why = self.why or why
         raise Untraceable(self.why)
 
-    def follows_torch(self, heard: CodeType) -> bool:
-        """Whether model code itself has called torch, of which this code, of a mode, has heard."""
-        return self._models > 0 and (self._entry is heard or self._entry in _torch_code())
+    def follows_torch(self, frame: FrameType) -> bool:
+        """Whether this frame, of a mode, hears of a call of torch that model code itself has made."""
+        heard, entry = frame.f_code, frame
+        while entry.f_back not in self._frames:
+            if entry.f_back is None:
+                return False
+            entry = entry.f_back
+        return entry.f_code is heard or entry.f_code in _torch_code()
 
-    def _step(self, frame: FrameType, event: str, arg: Any) -> None:
-        if event == "call":
-            model = self._is_models(frame)
-            self._calls.append(model)
-            self._models += model
-        elif self._calls:
-            self._models -= self._calls.pop()
-
-    def _is_models(self, frame: FrameType) -> bool:
-        """Whether this call runs code of the model; what such code calls is none of it any more."""
+    def _see(self, frame: FrameType) -> None:
+        """Follow a call: of code of the model, or by it. What such code calls is none of it any more."""
         code = frame.f_code
-        by_model = bool(self._calls) and self._calls[-1]
-        if not (by_model if self._models else _place(code) == self._first):
-            return False
+        by_model = frame.f_back in self._frames
+        if not (by_model or (not self._frames and _place(code) == self._first)):
+            return
         if is_model_file(code.co_filename):
             if why := _why_not(frame, code in self._inner):
                 self.refuse(f"{code.co_qualname} {why}")
             self._inner.update(inner for inner in code.co_consts if isinstance(inner, CodeType))
-            return True
-        if by_model:
-            self._entry = code
-            if code not in _torch_code() and not code.co_filename.startswith((*_OWN, _FX)):
-                self.refuse(f"it calls {code.co_qualname}")
-        return False
+            self._frames.append(frame)
+        elif code not in _torch_code() and not code.co_filename.startswith((*_OWN, _FX)):
+            self.refuse(f"it calls {code.co_qualname}")
 
     def _reader(self) -> Callable[[nn.Module, str], Any]:
         def __getattribute__(module: nn.Module, name: str) -> Any:
-            if self._calls[-2:] == [True, False] and threading.get_ident() == self._thread:
-                return self._value(module, name)  # this function is what model code has called
+            if sys._getframe(1) in self._frames:
+                return self._value(module, name)
             return object.__getattribute__(module, name)
 
         return __getattribute__

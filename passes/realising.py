@@ -16,7 +16,7 @@ from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.graph import layout
-from lora_fx.graph.program import Program, Use, Weight
+from lora_fx.graph.program import Program, Use, Weight, storage_of
 from lora_fx.model.inventory import Inventory
 from lora_fx.passes.purity import Untraceable
 from lora_fx.passes.rewriting import trace_forward
@@ -70,7 +70,7 @@ def agree(here: Inventory) -> None:
     """All adapters of one weight are read in the same way, under whichever of its names."""
     by_storage: dict[int, list[Adapter]] = {}
     for place in here.places:
-        by_storage.setdefault(place.parameter.untyped_storage()._cdata, []).append(place.adapter)
+        by_storage.setdefault(storage_of(place.parameter), []).append(place.adapter)
     for group in by_storage.values():
         if any(adapter.realised == Realisation.DISPATCH for adapter in group):
             demote(group)

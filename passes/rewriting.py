@@ -9,6 +9,7 @@ is left alone, and dispatches at run time.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ class _EveryCall(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         symbolic = any(isinstance(leaf, fx.Proxy | AdaptedWeight) for leaf in pytree.tree_leaves((args, kwargs)))
-        if symbolic or not self.watch.follows_torch(_EveryCall.__torch_function__.__code__):
+        if symbolic or not self.watch.follows_torch(sys._getframe()):
             return func(*args, **kwargs)
         return self.tracer.create_proxy("call_function", func, args, kwargs)
 
@@ -210,6 +211,9 @@ def _copy(tracer: Tracer, module: fx.GraphModule, node: fx.Node, args: Any, kwar
 
 def _inline(tracer: Tracer, child: nn.Module, graph: fx.Graph, args: Any, kwargs: Any) -> Any:
     """The child's forward, op by op, in the parent's graph."""
+    for below in child.modules():
+        if isinstance(below, Adapter):
+            below.inlined = True
     prefix = tracer.path_of(child)
     placeholders = iter(args)
     env: dict[fx.Node, Any] = {}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any
+
 from torch import fx, nn
 
+from lora_fx.changes import safe_point
 from lora_fx.model.classes import READER, Reader, give_class, give_forward, reads_of, unwire
 from lora_fx.model.inventory import Inventory, inventory
-from lora_fx.model.marks import give_back_conversions, is_reader, keep_conversions, unmark
+from lora_fx.model.marks import give_back_conversions, hold_size, is_reader, keep_conversions, release_size, unmark
 from lora_fx.passes.purity import Untraceable
 from lora_fx.passes.realising import agree, demote, reads_by_dispatch
 from lora_fx.passes.rewriting import Traced, rewrite_graph, trace_forward
@@ -32,6 +36,8 @@ def _wire(model: nn.Module) -> list[nn.Module]:
     unwire(model)
     here = inventory(model)
     agree(here)
+    for adapter in here.adapters:
+        adapter.inlined = False
     active = {module: own for module in here.modules if (own := here.of(module, active=True))}
     reader = Reader()
     failed: list[nn.Module] = []
@@ -40,6 +46,7 @@ def _wire(model: nn.Module) -> list[nn.Module]:
         give_class(module, reads_of(own))
         module.__dict__[READER] = reader
     for module in here.modules:
+        safe_point()
         if _is_rewritten(module, here) or _calls_rewritten(module, here):
             try:
                 graphs.append((module, _graph_of(module, here, reader)))
@@ -90,7 +97,21 @@ def keep_keys(model: nn.Module) -> None:
     for module in model.modules():
         if not hasattr(module, "save_pretrained"):
             continue
-        if inventory(module).places:
+        places = inventory(module).places
+        if places:
             keep_conversions(module)
         else:
             give_back_conversions(module)
+        if {place.owner for place in places} & _embeddings(module):
+            hold_size(module)
+        else:
+            release_size(module)
+
+
+def _embeddings(module: Any) -> set[nn.Module]:
+    """The modules that `resize_token_embeddings` of a transformers model changes or replaces."""
+    found = set()
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(Exception):  # many a model has none, and says so in its own way
+            found.add(getattr(module, ask)())
+    return {own for own in found if isinstance(own, nn.Module)}

@@ -1,5 +1,6 @@
 """Adapter files: PEFT reads what we save, we read what PEFT saves, and every damaged file is refused."""
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -23,7 +24,16 @@ from lora_fx.export.adapters.folder import CONFIG, TENSORS
 from lora_fx.model.inventory import inventory
 
 peft = pytest.importorskip("peft")
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    FalconConfig,
+    FalconForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's
@@ -112,6 +122,78 @@ class Tied(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.head(self.mix(self.table(ids)).tanh())
+
+
+class Warm(nn.Linear):
+    """PEFT would add its branch behind the temperature."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__(*shape)
+        self.register_buffer("t", torch.tensor(0.7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight) * self.t.exp() + self.bias
+
+
+class Next(nn.Embedding):
+    """PEFT would look its branch up with the ids as they come."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids + 1)
+
+
+def doubled(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    return 2 * out
+
+
+class OwnForwards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.warm, self.hooked = Next(11, 6), Warm(6, 9), nn.Linear(9, 8)
+        self.replaced, self.plain = nn.Linear(8, 7), nn.Linear(7, 4)
+        self.hooked.register_forward_hook(doubled)
+        self.replaced.forward = functools.partial(nn.Linear.forward, self.replaced)  # as good as any other
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.plain(self.replaced(self.hooked(self.warm(self.table(ids)).tanh())).tanh())
+
+
+class Padded(nn.Conv1d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.pad(x, (1, 1)))
+
+
+class Cast(nn.Conv1d):
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+        return super()._conv_forward(x * 2, weight, bias)
+
+
+class Looking(nn.MultiheadAttention):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.tanh(), x, x, need_weights=False)[0]
+
+
+class OwnConvs(nn.Module):
+    """Their weights are no raw parameters either that PEFT could take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.padded, self.cast, self.hooked = Padded(6, 5, 3), Cast(5, 4, 1), nn.Conv1d(4, 8, 1)
+        self.looking = Looking(8, 2, batch_first=True)
+        self.hooked.register_forward_pre_hook(lambda module, args: (args[0].tanh(),))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.looking(self.hooked(self.cast(self.padded(x))).transpose(1, 2))
+
+
+def falcon() -> nn.Module:
+    size = dict(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, vocab_size=17)
+    return FalconForCausalLM(FalconConfig(**size, hidden_dropout=0.0, attention_dropout=0.0, bias=True))
+
+
+def gemma() -> nn.Module:
+    size = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    return GemmaForCausalLM(GemmaConfig(**size, head_dim=4, vocab_size=17, tie_word_embeddings=False))
 
 
 def gpt2() -> nn.Module:
@@ -266,6 +348,18 @@ CASES = {
         gpt2, {"input_ids": IDS},
         [Rule(role="attention.query", rank=1, alpha=3), Rule(role="attention.value", rank=2, alpha=3)],
     ),
+    "own forwards": Case(
+        OwnForwards, IDS, [Rule(where="plain", rank=3), Rule(where="*", **TWO)],
+        dict(target_modules=["plain"], target_parameters=["warm.weight", "table.weight"]),
+    ),
+    "falcon": Case(
+        falcon, {"input_ids": IDS}, [Rule(where="*query_key_value", dropout=0.1, **TWO)],
+        dict(target_modules=["query_key_value", "dense"], lora_dropout=0.1),
+    ),
+    "gemma": Case(
+        gemma, {"input_ids": IDS}, [Rule(where="*embed_tokens", rank=3), Rule(where="*q_proj", **TWO)],
+        dict(target_modules=["embed_tokens", "v_proj"]),
+    ),
     "mixtral": Case(
         mixtral, {"input_ids": IDS}, [Rule(where="*experts*", **TWO), Rule(where="*_proj", rank=3)],
         dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
@@ -371,6 +465,64 @@ def test_what_peft_cannot_say(where: str, reason: str, tmp_path: Path) -> None:
     assert_same(ours, load_adapter(fresh(Odd), tmp_path / "a", x))
     with pytest.raises(KeyError, match="LORA_FX"):
         peft.PeftModel.from_pretrained(fresh(Odd), tmp_path / "a")
+
+
+OUTSIDE = {
+    "padded": "Padded has a forward of its own", "cast": "Cast has a _conv_forward of its own",
+    "hooked": "it has the hook OwnConvs", "looking.in_proj*": "Looking has a forward of its own",
+    "looking.out_proj": "Looking has a forward of its own",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where, reason", OUTSIDE.items())
+def test_what_peft_would_add_outside_of_a_forward(where: str, reason: str, tmp_path: Path) -> None:
+    x = numbers(2, 6, 4)
+    ours = adapted(OwnConvs, [Rule(where=where, rank=2, alpha=3)], x)
+    refused(lambda: save_adapter(ours, tmp_path / "a"), reason, why="PEFT adds the branch outside", remedy="peft=False")
+    save_adapter(ours, tmp_path / "a", peft=False)
+    assert_same(ours, load_adapter(fresh(OwnConvs), tmp_path / "a", x))
+
+
+@pytest.mark.parametrize(
+    "make, x, target, reason",
+    [
+        (OwnForwards, IDS, "warm", "Warm has a forward of its own"),
+        (OwnForwards, IDS, "table", "Next has a forward of its own"),
+        (OwnForwards, IDS, "hooked", "it has the hook doubled"),
+        (OwnForwards, IDS, "replaced", "its forward is replaced on the instance"),
+        (OwnConvs, numbers(2, 6, 4), "padded", "Padded has a forward of its own"),
+        (OwnConvs, numbers(2, 6, 4), "looking", "Looking has a forward of its own"),
+    ],
+)
+def test_what_peft_adds_outside_of_a_forward_is_not_read(
+    make: Any, x: Any, target: str, reason: str, tmp_path: Path
+) -> None:
+    peft.get_peft_model(fresh(make), peft.LoraConfig(r=2, target_modules=[target])).save_pretrained(tmp_path)
+    model = fresh(make)
+    before = state(model)
+    refused(lambda: load_adapter(model, tmp_path, x), reason, "target_modules", "PEFT adds the branch outside")
+    assert_untouched(model, before)
+
+
+def test_accelerates_hooks_change_nothing_that_peft_adds_to(tmp_path: Path) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    def make() -> nn.Module:
+        model = Linears()
+        hooks.add_hook_to_module(model.lin, hooks.SequentialHook(hooks.AlignDevicesHook(execution_device="cpu")))
+        return model
+
+    ours = adapted(make, [Rule(where="lin", **TWO)], numbers(4, 6))
+    save_adapter(ours, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == "lin"
+    assert lora_fx.verify(ours, peft.PeftModel.from_pretrained(fresh(make), tmp_path).eval(), numbers(4, 6))
+
+
+def test_a_weight_that_is_computed_takes_no_file_of_pefts(tmp_path: Path) -> None:
+    peft.get_peft_model(fresh(Linears), peft.LoraConfig(r=2, target_modules=["head"])).save_pretrained(tmp_path)
+    model = fresh(Linears)
+    nn.utils.parametrizations.weight_norm(model.head)
+    refused(lambda: load_adapter(model, tmp_path, numbers(4, 6)), "something computes it", "head.weight")
 
 
 MIXED = {

@@ -185,6 +185,11 @@ FILES = {
 }  # fmt: skip
 
 
+#: Python looks for signals, and for what other threads throw, at calls and jumps: not between two lines in here, which
+#: take a lock and put handlers in their places
+UNTOUCHED = {changes.in_turn.__wrapped__.__code__, changes.signals_wait.__wrapped__.__code__}
+
+
 class Lines:
     """Watch the lines of the library that run, and do something at one of them."""
 
@@ -200,9 +205,7 @@ class Lines:
         sys.settrace(self.before)
 
     def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
-        # No signal arrives between the end of `with _lock:` and the lock's __exit__, where a trace function is called.
-        watched = frame.f_code.co_filename in FILES and frame.f_code is not changes.in_turn.__wrapped__.__code__
-        return self._line if watched else None
+        return self._line if frame.f_code.co_filename in FILES and frame.f_code not in UNTOUCHED else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line":

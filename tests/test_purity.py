@@ -169,6 +169,11 @@ class Above(Base):
         return super().helped(x)
 
 
+def globals_of_a_function(self, x):
+    function = doubled
+    return self.product(x) * function.__globals__["SCALE"]
+
+
 def draws_for_nothing(self, x):
     torch.rand(3)
     return self.product(x)
@@ -281,6 +286,7 @@ CASES = {
     "Python's random": Forward(lambda self, x: self.product(x) * random.random(), "uses random.random"),
     "numpy's random": Forward(lambda self, x: self.product(x) * np.random.rand(), "uses np.random.rand"),
     "its dict": Forward(lambda self, x: self.product(x) * self.__dict__["scale"], "reads __dict__", set_("scale", 3.0)),
+    "the globals of a function": Forward(globals_of_a_function, "reads __globals__"),
     "vars": Forward(lambda self, x: self.product(x) * vars(self)["scale"], "uses vars", set_("scale", 3.0)),
     # decisions
     "train mode": Forward(

@@ -527,7 +527,7 @@ def test_a_pattern_that_returns_several_values_is_refused(model):
 def test_a_weight_with_dropout_cannot_be_read_whole():
     model = lora_fx.apply(nn.Linear(5, 4), Rule(where="*", rank=2, dropout=0.5), torch.randn(2, 5))
     (adapter,) = reference.distinct_adapters(model)
-    adapter.realised = "dispatch"
+    adapter.change(realised="dispatch")
     wire(model)
     with pytest.raises(LoraFxError, match="dropout on the branch has no meaning") as caught:
         model.train().weight.square()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import re
 
@@ -324,3 +325,95 @@ def test_an_unknown_schedule_is_refused():
     with pytest.raises(RuleError, match="schedule='fast' is unknown") as caught:
         Rule(where="*", rank=2, schedule="fast")
     assert "auto, branch, fused, dense" in caught.value.remedy
+
+
+# ── what comes after may write into the output ───────────────────────────────────────────────────────────────────────
+
+WRITES = {
+    "relu": lambda y: y.relu_(),
+    "add": lambda y: y.add_(1.5),
+    "mul": lambda y: y.mul_(2.5),
+    "silu": lambda y: nn.functional.silu(y, inplace=True),
+    "dropout": lambda y: nn.functional.dropout(y, 0.5, inplace=True),
+    "elements": lambda y: y.__setitem__((..., slice(0, 3)), 0.25) or y,
+    "through a view": lambda y: y.view(-1).mul_(y.detach().view(-1).sign()) is None or y,
+}
+
+
+@pytest.mark.parametrize(("schedule", "large"), [(name, 2**16) for name in schedules.SCHEDULES] + [("fused", 0)])
+@pytest.mark.parametrize(("op", "parts", "dropped", "shape"), [c for c in CASES if c[1] in ("whole", "parts")])
+def test_the_model_may_write_into_what_it_gets(monkeypatch, schedule, large, op, parts, dropped, shape):
+    """Outputs and gradients are the bits of a model that writes into a copy."""
+    monkeypatch.setattr(kernels, "LARGE", large)
+    case = Case(op, parts, dropped, shape)
+    inputs = (case.x, *case.factors)
+    for write in WRITES.values():
+        both = []
+        for first in (torch.Tensor.clone, lambda y: y):
+            torch.manual_seed(0)
+            y = write(first(case(schedule, *inputs)))
+            both.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+        assert all(map(torch.equal, *both))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 4, 8), (2, 3, 4, 8)])
+@pytest.mark.parametrize("shown", [True, False], ids=["as a graph", "dispatched"])
+def test_an_activation_in_place_after_a_linear_trains(kind, shape, shown):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True)), torch.randn(shape)
+    expected = model(x)
+    model = lora_fx.apply(model, Rule(where="0", rank=2, kind=kind), x if shown else None)
+    assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        before = model(x)
+    before.mul_(model[0].weight_lora_default.B.sum())  # with the gradient that comes after
+    model(x).sum().backward()
+    assert model[0].weight_lora_default.B.grad is not None
+
+
+def test_the_compiled_op_gives_what_may_be_written_to():
+    case = Case("linear", "whole", False, "tokens")
+    A, B = case.factors
+    y, *_ = torch.ops.lora_fx.fused_matmul("linear", case.x, case.weight, case.bias, [A], [B], [1.5], [0], [])
+    expected = torch.autograd.grad(y.clone().relu_().sum(), (case.x, A, B), retain_graph=True)
+    assert all(map(torch.equal, torch.autograd.grad(y.relu_().sum(), (case.x, A, B)), expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "order"), [((40, 1024, 8), (0, 2, 1)), ((600, 1024, 3), (2, 0, 1)), ((1024,), (0,)), ((3, 1024), (0, 1))]
+)
+def test_a_fresh_adapter_is_invisible_however_x_lies(shape, order, dtype):
+    """torch's linear goes another way where x of several axes does not lie in order, and rounds in other places."""
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype).permute(order)
+    model = nn.Linear(1024, 24).to(dtype)
+    expected = model(x)
+    model = lora_fx.apply(model, Rule(where="*", rank=2), x, check=False)
+    assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+def test_small_calls_leave_the_gradients_to_autograd():
+    case = Case("linear", "two", False, "tokens")
+    small = case(schedules.AUTO, case.x, *case.factors)
+    assert "_Scheduled" not in str(small.grad_fn)
+    expected = case(schedules.FUSED, case.x, *case.factors)
+    assert_same(small, expected, case.magnitudes())
+    inputs = (case.x, *case.factors)
+    assert torch.autograd.gradcheck(lambda *args: case(schedules.AUTO, *args), inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *args: case(schedules.AUTO, *args), inputs, fast_mode=True)
+
+
+def test_what_keeps_the_results_of_ops_sees_none_written_to():
+    """Selective checkpointing gives a second run what a matmul gave the first."""
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    case = Case("linear", "whole", False, "rows")
+    inputs = (case.x, *case.factors)
+    keeps = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    for schedule in schedules.SCHEDULES:
+        expected = torch.autograd.grad(case(schedules.BRANCH, *inputs).square().sum(), inputs)
+        y = checkpoint(lambda *a, how=schedule: case(how, *a), *inputs, use_reentrant=False, context_fn=keeps)
+        assert all(map(torch.equal, torch.autograd.grad(y.square().sum(), inputs), expected))

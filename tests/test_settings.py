@@ -231,3 +231,151 @@ def test_the_settings_cannot_be_written_into():
     adapter = adapters(adapted("graph")[1])[0]
     with pytest.raises(TypeError, match="does not support item assignment"):
         adapter.settings["alpha"] = 5
+
+
+# ── what trains ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tower() -> nn.Module:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+FIRST, SECOND = Rule(where="0.weight", rank=2, alpha=3), Rule(where="2.weight | 0.weight", rank=1)
+
+
+def trains(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def chosen() -> nn.Module:
+    """An adapter with a frozen A, beside a head and a norm that train."""
+    model = lora_fx.apply(tower(), FIRST, X)
+    reference.fill(model)
+    model[0].weight_lora_default.A.requires_grad_(False)
+    for part in (model[1], model[4]):
+        part.requires_grad_(True)
+    return model
+
+
+BESIDE = {"1.weight", "1.bias", "4.weight", "4.bias"}
+MINE = BESIDE | {"0.weight_lora_default.B"}
+OTHERS = {f"{k}.weight_lora_other.{factor}" for k in (0, 2) for factor in "AB"}
+
+
+def test_the_first_adapter_freezes_the_model_once():
+    model = tower()
+    model[4].requires_grad_(False)
+    lora_fx.apply(model, FIRST, X)
+    assert trains(model) == {"0.weight_lora_default.A", "0.weight_lora_default.B"}
+    lora_fx.remove(model, "default")
+    assert trains(model) == set()
+
+
+def test_what_the_user_says_of_requires_grad_stays():
+    model = chosen()
+    assert trains(model) == MINE
+    lora_fx.apply(model, SECOND, X, name="other")
+    assert trains(model) == MINE | OTHERS
+    both = ("default", "other")
+    for names in [("default",), (), ("other",), both, both, (), ("default",), both]:
+        lora_fx.activate(model, *names)
+        own = (MINE - BESIDE if "default" in names else set()) | (OTHERS if "other" in names else set())
+        assert trains(model) == BESIDE | own, names
+    lora_fx.deactivate(model)
+    lora_fx.activate(model, "default", "other")
+    assert trains(model) == MINE | OTHERS
+    lora_fx.remove(model, "other")
+    assert trains(model) == MINE
+    lora_fx.remove(model, "default")
+    assert trains(model) == BESIDE
+
+
+def test_folds_and_switches_keep_what_trains():
+    model = lora_fx.apply(chosen(), SECOND, X, name="other")
+    lora_fx.fold(model)
+    assert trains(model) == BESIDE
+    lora_fx.unfold(model)
+    assert trains(model) == MINE | OTHERS
+    lora_fx.switch(model, "default")
+    lora_fx.switch(model, "other")
+    lora_fx.unfold(model)
+    assert trains(model) == BESIDE | OTHERS
+    lora_fx.activate(model, "default")
+    assert trains(model) == MINE
+
+
+@pytest.mark.parametrize("twin", [copied, pickled])
+def test_a_copy_of_a_deactivated_model_knows_what_trained(twin):
+    model = twin(lora_fx.deactivate(chosen()))
+    assert trains(model) == BESIDE
+    assert trains(lora_fx.activate(model, "default")) == MINE
+
+
+def test_a_loaded_adapter_leaves_the_others_alone(tmp_path):
+    lora_fx.save_adapter(lora_fx.apply(tower(), SECOND, X, name="other"), tmp_path, name="other")
+    assert trains(lora_fx.load_adapter(tower(), tmp_path, X)) == OTHERS
+    assert trains(lora_fx.load_adapter(chosen(), tmp_path, X)) == MINE | OTHERS
+
+
+def test_exactly_what_has_requires_grad_gets_a_gradient():
+    model = lora_fx.activate(lora_fx.deactivate(chosen()), "default")
+    model(X).square().sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == MINE
+
+
+def test_a_refused_switch_leaves_the_adapters_that_are_folded_as_they_were():
+    model = lora_fx.apply(chosen(), SECOND, X, name="other")
+    with torch.no_grad():
+        model[2].weight_lora_other.A[0, 0] = torch.nan
+    lora_fx.switch(model, "default")
+    with pytest.raises(lora_fx.LoraFxError, match="NaN"):
+        lora_fx.switch(model, "other")
+    lora_fx.unfold(model)
+    assert [a.active for a in adapters(model)] == [a.name == "default" for a in adapters(model)]
+    assert trains(model) == MINE
+
+
+# ── what was trained beside ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def saves(model: nn.Module, path: Any, how: str, **options: Any) -> None:
+    if how == "onnx":
+        pytest.importorskip("onnxruntime")
+        lora_fx.save_onnx_adapter(model, path / "adapter.onnx_adapter", **options)
+    else:
+        lora_fx.save_adapter(model, path / "adapter", peft=how == "peft", **options)
+
+
+@pytest.mark.parametrize("how", ["peft", "own", "onnx"])
+def test_what_trains_beside_an_adapter_is_not_left_out_in_silence(how, tmp_path):
+    model = chosen().float()
+    reason = r"^1\.weight: it has requires_grad.*so have 1\.bias, 4\.weight, 4\.bias\n"
+    with pytest.raises(lora_fx.LoraFxError, match=rf"{reason}[\s\S]*kind=\"full\".*beside=\"ignore\""):
+        saves(model, tmp_path, how)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(lora_fx.LoraFxError, match=r"beside: 'save' is unknown\n.*'refuse', 'ignore'"):
+        saves(model, tmp_path, how, beside="save")
+    saves(model, tmp_path, how, beside="ignore")
+    (made,) = tmp_path.iterdir()
+    model.requires_grad_(False)
+    saves(model, tmp_path / "frozen", how) if how != "onnx" else None
+    assert made.exists()
+
+
+def test_the_remedy_of_what_trains_beside_holds(tmp_path):
+    model = lora_fx.apply(tower(), [FIRST, Rule(where="4.weight", kind="full")], X)
+    lora_fx.apply(model, Rule(where="2.weight | 4.weight", kind="bias"), X, name="biases")
+    reference.fill(model)
+    other = tower()
+    for name in ("default", "biases"):
+        lora_fx.save_adapter(model, tmp_path / name, name=name, peft=False)
+        lora_fx.load_adapter(other, tmp_path / name, X)
+    assert torch.equal(output(other), output(model))
+
+
+def test_another_adapter_is_nothing_that_trains_beside(tmp_path):
+    model = lora_fx.apply(lora_fx.apply(tower(), FIRST, X), SECOND, X, name="other")
+    lora_fx.save_adapter(model, tmp_path, name="other")
+    assert adapters(lora_fx.load_adapter(tower(), tmp_path, X))[0].name == "other"

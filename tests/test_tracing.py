@@ -114,7 +114,7 @@ def test_calls_are_seen_beside_tracers_and_profilers_which_are_back_afterwards(t
     seen: list[tuple[types.CodeType, str]] = []
     with changes.TRACER.set_for_now(tracer), PROFILERS[profiler]():
         tools = sys.gettrace(), sys.getprofile()
-        with changes.calls_seen_by(lambda frame, event, arg: seen.append((frame.f_code, event))):
+        with changes.calls_seen_by(lambda frame: seen.append(frame.f_code)):
             called()
             list(generator())
             len(seen)
@@ -123,10 +123,9 @@ def test_calls_are_seen_beside_tracers_and_profilers_which_are_back_afterwards(t
         assert (sys.gettrace(), sys.getprofile()) == tools
         after = len(seen)
         called()
-    assert len(seen) == after and {event for _, event in seen} == {"call", "return"}
+    assert len(seen) == after
     for function, times in ((called, 1), (generator, 2), (raises, 1)):
-        own = [event for code, event in seen if code is function.__code__]
-        assert own == ["call", "return"] * times
+        assert seen.count(function.__code__) == times
 
 
 def test_a_profiler_in_c_goes_on_after_the_calls_were_seen():
@@ -140,3 +139,12 @@ def test_a_profiler_in_c_goes_on_after_the_calls_were_seen():
         called()
     counted = [entry.callcount for entry in profiler.getstats() if entry.code is called.__code__]
     assert counted == [2]
+
+
+@pytest.mark.parametrize("profiler", PROFILERS)
+def test_a_profiler_may_run_around_a_verb(profiler):
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.GELU()), torch.randn(5, 4)
+    with PROFILERS[profiler]():
+        lora_fx.apply(model, Rule(where="*", rank=2), x)
+        after = model(x)
+    assert model[0].weight_lora_default.realised == "graph" and torch.equal(model(x), after)

@@ -33,6 +33,7 @@ from torch import nn
 
 from lora_fx.analysis.biases import Biases
 from lora_fx.analysis.rules import SETTINGS, Rule
+from lora_fx.changes import in_turn
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
 from lora_fx.deltas.low_rank import LowRank
@@ -53,10 +54,12 @@ from lora_fx.export.adapters.folder import (
 from lora_fx.export.adapters.peft import ITS_BASE, Layer, Modules, turned
 from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.layout import Layout
+from lora_fx.graph.places import is_shard
 from lora_fx.graph.program import Program, Use, Weight
 from lora_fx.model.classes import show, unwired
-from lora_fx.model.inventory import Place, inventory, is_shard, plain_path, weight_name
+from lora_fx.model.inventory import Place, inventory, plain_path, weight_name
 from lora_fx.model.marks import child_name, is_reader
+from lora_fx.model.training import REFUSE, why_not_alone
 from lora_fx.passes.base import Facts, Pass, Result, given
 from lora_fx.passes.insert import Check, Insert, Rewrite
 from lora_fx.passes.pipeline import Pipeline
@@ -139,7 +142,13 @@ _Files = tuple[dict[str, Any], dict[str, torch.Tensor], list[dict[str, Any]]]
 
 
 def save_adapter(
-    model: nn.Module, path: str | os.PathLike, old: str | None = None, *, name: str = "default", peft: bool = True
+    model: nn.Module,
+    path: str | os.PathLike,
+    old: str | None = None,
+    *,
+    name: str = "default",
+    peft: bool = True,
+    beside: str = REFUSE,
 ) -> None:
     """Write the adapter of this name into a folder that PEFT and `load_adapter` read.
 
@@ -152,21 +161,26 @@ def save_adapter(
         name: the adapter's name in the model.
         peft: write PEFT's format, and refuse what it cannot say. ``False`` writes any adapter in lora_fx's own, which
             PEFT refuses to read.
+        beside: what to do about parameters of the model that have ``requires_grad``, which the file does not hold:
+            ``"refuse"`` to save, naming them, or ``"ignore"`` them.
 
     Raises:
         AdapterError: there is no such adapter.
-        FileError: it is folded, a factor is not finite, or PEFT would compute something else; nothing has been written
-            then.
+        FileError: it is folded, a factor is not finite, PEFT would compute something else, or more than adapters
+            trains; nothing has been written then.
     """
     if old is not None:
         warnings.warn("write save_adapter(model, path, name=…)", DeprecationWarning, stacklevel=2)
         name = old
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
-    held = _held(model, name)
-    config, tensors, entries = _as_peft(model, held, name) if peft else _as_own(held)
-    header = {"version": VERSION, "name": name, "config": peft_format.meaning(config), "adapters": entries}
-    write_folder(Path(path), config, tensors, header)
+    with in_turn():
+        held = _held(model, name)
+        if any(why := why_not_alone(model, beside)):
+            refuse(*why)
+        config, tensors, entries = _as_peft(model, held, name) if peft else _as_own(held)
+        header = {"version": VERSION, "name": name, "config": peft_format.meaning(config), "adapters": entries}
+        write_folder(Path(path), config, tensors, header)
 
 
 def _held(model: nn.Module, name: str) -> list[_Held]:
@@ -546,7 +560,7 @@ def _read_own(model: nn.Module, folder: Folder, header: dict[str, Any]) -> list[
         if modules.parameter(name) is None:
             near = difflib.get_close_matches(name, modules.parameters, 3)
             refuse(place, f"the model has no weight {name!r}", f"{ITS_BASE}; near: {', '.join(near) or 'none'}")
-    raw = [name for name in names if not own and modules.is_raw(name)]
+    raw = [] if own else list(config.get("target_parameters") or ())
     try:
         return [_entry(modules, entry, raw, folder) for entry in header["adapters"]]
     except KindError as error:

@@ -1,7 +1,8 @@
 """PEFT's format: which weights of a model its config names, and where and in which axes it keeps their factors.
 
 `Layer` is a weight as PEFT sees it, `Modules` a model. Read off PEFT 0.21, and nothing of PEFT is imported; where PEFT
-computes something else than W + s·B·A, `Modules.why_not` says so.
+computes something else than W + s·B·A, `Modules.why_not` says so. PEFT has two ways: around a module, base(x) + s·B·A·x
+(`target_modules`), and inside it, where a parameter reads as W + s·B·A (`target_parameters`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.export.adapters.folder import Folder, refuse
 from lora_fx.graph.layout import Layout
+from lora_fx.model.classes import spec_of
 from lora_fx.model.inventory import inventory, plain_path, weight_name
 
 ITS_BASE = "load the base model it was made for"
@@ -140,6 +142,47 @@ def known_kind(module: nn.Module, attribute: str) -> str:
     return kind if attribute == (ATTENTION[0] if kind == "attention" else "weight") else ""
 
 
+#: whose forwards are known to be what PEFT takes them for, a call of W that its branch can be added to
+_KNOWN = frozenset({
+    nn.Module, nn.Linear, nn.Embedding, nn.MultiheadAttention,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.conv._ConvNd,
+})  # fmt: skip
+_KNOWN_NAMES = re.compile(r"Conv1D|FalconLinear|(?!T5Gemma2)\w+ScaledWordEmbedding")  # those of transformers
+
+
+def why_not_beside(module: nn.Module) -> str:
+    """Why base(x) + s·B·A·x, as PEFT has it, may not be the module with W + s·B·A in it; empty where it is.
+
+    PEFT puts its layer around the module: what the module does to x before W, or to the product after it, the branch
+    goes without. Unknown means no.
+    """
+    spec = spec_of(module)
+    cls = spec.base if spec else type(module)
+    for method in ("forward", "__call__", "_conv_forward"):
+        owner = next((c for c in cls.__mro__ if method in vars(c)), nn.Module)
+        if owner not in _KNOWN and not (
+            owner.__module__.startswith("transformers.") and _KNOWN_NAMES.fullmatch(owner.__name__)
+        ):
+            return f"{owner.__name__} has a {method} of its own"
+    scaled = "ScaledWordEmbedding" in "".join(c.__name__ for c in cls.__mro__)
+    if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale") and not scaled:
+        return "it has an embed_scale, with which PEFT multiplies the branch"
+    if "forward" in vars(module) and not _only_moves(module):
+        return "its forward is replaced on the instance"
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    foreign = next((hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch.")), None)
+    if foreign is not None:
+        return f"it has the hook {getattr(foreign, '__qualname__', type(foreign).__name__)}"
+    return ""
+
+
+def _only_moves(module: Any) -> bool:
+    """Its forward is accelerate's, which moves tensors between devices."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])
+    return all(type(own).__module__.startswith("accelerate.") for own in hooks)
+
+
 class Modules:
     """A model as PEFT sees it: its modules by name, and the layer for each weight."""
 
@@ -162,8 +205,16 @@ class Modules:
         return self.by_path[path]._parameters.get(attribute) if path in self.by_path else None
 
     def is_raw(self, name: str) -> bool:
-        """Whether PEFT has to be given the parameter itself (`target_parameters`): it knows no such module."""
-        return not known_kind(self.parent(name), name.rpartition(".")[2])
+        """Whether PEFT has to be given the parameter itself (`target_parameters`), which then reads as W + s·B·A in
+        the module: it knows no such module, or would add the branch outside of what this one does."""
+        path, _, attribute = name.rpartition(".")
+        module, kind = self.by_path[path], known_kind(self.by_path[path], attribute)
+        may_be = kind in ("linear", "conv1d", "embedding") and not self._is_inside(path)
+        return not kind or (may_be and bool(why_not_beside(module)))
+
+    def _is_inside(self, path: str) -> bool:
+        """Inside a MultiheadAttention, which calls no module inside it, and which PEFT takes as one."""
+        return isinstance(self.parent(path), nn.MultiheadAttention)
 
     def why_not(self, name: str, raw: bool) -> str:
         """Why PEFT would not compute W + s·B·A for this weight; empty where it does."""
@@ -181,6 +232,8 @@ class Modules:
         if raw:
             return _why_not_raw(module, attribute)
         kind = known_kind(module, attribute)
+        if beside := why_not_beside(module) or (why_not_beside(self.parent(path)) if self._is_inside(path) else ""):
+            return f"{beside}, and PEFT adds the branch outside of that"
         if kind == "conv" and (module.groups != 1 or set(module.dilation) != {1} or module.padding_mode != "zeros"):
             plain = "one group, no dilation and zero padding"
             return f"PEFT's branch of a convolution has {plain}, not {module.extra_repr()}"
@@ -197,7 +250,7 @@ class Modules:
         assert weight is not None
         shape = tuple(weight.shape)
         kind = "" if name in raw else known_kind(module, attribute)
-        if kind == "linear" and isinstance(self.parent(path), nn.MultiheadAttention):
+        if kind == "linear" and self._is_inside(path):
             above, _, child = path.rpartition(".")
             return Layer(above, f"{above}.base_layer.{child}", Layout("oi", shape), "attention", times=2)
         if kind:
@@ -306,6 +359,8 @@ def targeted_layers(modules: Modules, folder: Folder) -> Iterator[tuple[str, Lay
 
 
 def _loadable(modules: Modules, name: str, raw: Sequence[str], place: str) -> tuple[str, Layer]:
+    if modules.parameter(name) is None:
+        refuse(f"{place}: {name}", "it is no parameter here: something computes it", ITS_BASE)
     why = modules.why_not(name, name in raw)
     if why and why != _FUSED:  # such a layer PEFT trains well, and is wrong only in eval
         refuse(f"{place}: {name}", why, TRAIN)

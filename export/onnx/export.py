@@ -26,6 +26,7 @@ from torch import nn
 from lora_fx.changes import borrowed
 from lora_fx.checks.certification import Certificate, certify_adapted
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.errors import ExportError
 from lora_fx.export.onnx import switchable
 from lora_fx.export.onnx.calls import Call, flat_caches
 from lora_fx.export.onnx.files import INLINE, check_file, folder_beside, move_files, save_model, writable
@@ -38,6 +39,7 @@ from lora_fx.export.onnx.tasks import GRAPH
 from lora_fx.export.onnx.weights import Checkpoint, Weights, adapter_digest, structure
 from lora_fx.graph.capture import inputs_on_meta, normalize_inputs, refuse_unready
 from lora_fx.graph.own_state import undisturbed
+from lora_fx.graph.places import refuse_any_away
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory
 from lora_fx.passes.base import Facts, Pass, Result, given
@@ -296,6 +298,7 @@ class Prepare(Pass):
         return Result(model, False, (Job(target, form, acting, call, checkpoint, expected),))
 
     def _checkpoint(self, model: nn.Module) -> Checkpoint | None:
+        refuse_any_away(model, "an exported file holds its numbers", ExportError)
         meta = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
         if meta and self.weights is None:
             reason = "the tensor is on meta: it has no numbers"

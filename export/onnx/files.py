@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_fx.changes import foreign, signals_wait
 from lora_fx.errors import LoraFxError
 from lora_fx.export.onnx.runtimes import refuse, refusing
 
@@ -40,11 +41,12 @@ def writable(path: str | os.PathLike[str]) -> Path:
 @contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
     """A folder on the disk of the target, gone in the end with all that was not moved out of it."""
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            yield Path(folder)
-    except OSError as error:
-        refuse(str(target), f"the file cannot be written: {error}", "make room, or pass another path", error)
+    with signals_wait(), foreign():
+        try:
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+                yield Path(folder)
+        except OSError as error:
+            refuse(str(target), f"the file cannot be written: {error}", "make room, or pass another path", error)
 
 
 def load_model(path: Path, remedy: str) -> Any:
@@ -54,6 +56,7 @@ def load_model(path: Path, remedy: str) -> Any:
         return onnx_ir.load(path)
 
 
+@foreign()
 def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]:
     """The model's file, and its data file if it has one. The model names its data file without a folder."""
     import onnx_ir

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.export.onnx.calls import Call, axis_names, cache_names, is_flat_cache
 from lora_fx.export.onnx.runtimes import refuse, refusing
-from lora_fx.graph.capture import no_fast_paths
+from lora_fx.graph.capture import no_fast_paths, stoppable
 
 
 def translate(model: nn.Module, call: Call, opset: int) -> Any:
@@ -29,7 +29,7 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
     if hasattr(model, "set_experts_implementation"):
         remedy = 'if the model is a mixture of experts, call model.set_experts_implementation("batched_mm") before'
     ours = refusing("torch.onnx.export refuses the model", type(model).__name__, remedy)
-    with ours, torch.no_grad(), no_fast_paths(), redirect_stderr(shown):
+    with stoppable(), ours, torch.no_grad(), no_fast_paths(), redirect_stderr(shown):
         program = torch.onnx.export(
             model.eval(),
             inputs.args,

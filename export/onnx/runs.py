@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.checks.verification import Report, cast_inputs, compare, move_weights, relative_error, rounding_step
+from lora_fx.changes import safe_point
+from lora_fx.checks.verification import (
+    Report,
+    cast_inputs,
+    compare,
+    copied,
+    move_weights,
+    relative_error,
+    rounding_step,
+)
 from lora_fx.errors import CaptureError, essence
 from lora_fx.export.onnx.calls import Call, graph_inputs, resized, tensors_in
 from lora_fx.export.onnx.runtimes import CPU, quiet_options, refuse, refusing
@@ -84,7 +92,7 @@ def compare_runs(
     """
     runs = [(call.inputs, expected), *_other_shapes(model, program, call)]
     actual = [run_session(session, program, inputs, factors or {}) for inputs, _ in runs]
-    reference = copy.deepcopy(model).to(torch.float64)
+    reference = copied(model).to(torch.float64)
     wide = [run_torch(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
     move_weights(reference, _step(model, call.inputs))
     moved = [run_torch(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
@@ -128,6 +136,7 @@ def _step(model: nn.Module, inputs: Inputs) -> float:
 
 def run_torch(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     """Every tensor the model returns, in order, integers too; complex ones as pairs of reals, as ONNX has them."""
+    safe_point()
     with undisturbed(model), torch.no_grad(), no_fast_paths():
         torch.manual_seed(0)
         model.eval()

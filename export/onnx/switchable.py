@@ -31,6 +31,7 @@ from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.export.onnx.weights import Weights, tensor_bytes
 from lora_fx.model.inventory import Place, base_parameters, inventory
 from lora_fx.model.marks import attach, child_name, detach
+from lora_fx.model.training import REFUSE, why_not_alone
 from lora_fx.passes.wiring import wire
 
 SWITCHABLE = "switchable"
@@ -196,7 +197,12 @@ def manifest(model: nn.Module, slots: dict[str, dict[str, Any]], graph: str, wei
 
 
 def save_onnx_adapter(
-    model: nn.Module, path: str | os.PathLike[str], old: str | os.PathLike[str] | None = None, *, name: str = "default"
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    old: str | os.PathLike[str] | None = None,
+    *,
+    name: str = "default",
+    beside: str = REFUSE,
 ) -> Path:
     """Write one adapter of a model as an ``.onnx_adapter`` file, for the switchable graphs of the same base model.
 
@@ -206,16 +212,19 @@ def save_onnx_adapter(
         path: the file. It is replaced in one step.
         old: the path, where the name stands before it; deprecated.
         name: the adapter's name, as in `apply`.
+        beside: as in `save_adapter`, what to do about parameters of the model that have ``requires_grad``.
 
     Raises:
         AdapterError: there is no such adapter.
-        ExportError: it is folded, it holds NaN or Inf, or the path cannot be written.
+        ExportError: more than adapters trains, it is folded, it holds NaN or Inf, or the path cannot be written.
     """
     if old is not None:
         warnings.warn("write save_onnx_adapter(model, path, name=…)", DeprecationWarning, stacklevel=2)
         name, path = str(path), old
     onnxruntime = require("onnxruntime")
     target = writable(path)
+    if any(why := why_not_alone(model, beside)):
+        refuse(*why)
     with changing(model, "save_onnx_adapter"):
         factors, version = factors_of(model, name), base_version(model)
     for key, factor in factors.items():

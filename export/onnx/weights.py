@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from lora_fx.changes import safe_point
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.exact_sum import folded_weight
 from lora_fx.deltas.rounded_sum import rounded_sum
@@ -48,6 +49,7 @@ class Weight:
 
     def numbers(self) -> torch.Tensor:
         """round(W + Σ δ), or W."""
+        safe_point()
         loaded = self.load()
         if not self.adapters:
             return loaded.to(self.dtype)

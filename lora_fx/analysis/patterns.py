@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import fx
 
+from lora_fx.changes import in_turn
 from lora_fx.errors import RuleError
 from lora_fx.graph.forms import FORMS, Call, find, op_name
 from lora_fx.graph.nodes import operands
@@ -46,7 +47,8 @@ def find_pattern(program: Program, pattern: Callable[..., Any], place: str) -> l
 def _trace(pattern: Callable[..., Any], place: str) -> tuple[fx.Graph, dict[fx.Node, Call]]:
     """The pattern's graph, and its matmuls with a weight."""
     try:
-        graph = fx.Tracer().trace(pattern)
+        with in_turn():  # it patches torch
+            graph = fx.Tracer().trace(pattern)
     except Exception as error:
         raise RuleError(
             f"the pattern cannot be traced: {error}",

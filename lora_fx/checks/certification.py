@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,26 +22,39 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import Undo
+from lora_fx.changes import Undo, safe_point
 from lora_fx.checks.oracles import delta
 from lora_fx.checks.verification import (
+    NotRun,
     Report,
+    as_real,
+    called,
     check_once,
     compare_all,
     dither,
     filled,
     in_mode,
+    refuse_unmeasurable,
     relative_error,
     with_dense_weights,
     worst,
 )
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.realisation import Realisation
-from lora_fx.errors import CaptureError, EquivalenceError, PlanError
-from lora_fx.graph.capture import MODULE, Capture, Inputs, capture_graph, normalize_inputs, output_tensors
+from lora_fx.errors import CaptureError, EquivalenceError, PlanError, essence
+from lora_fx.graph.capture import (
+    MODULE,
+    Capture,
+    Inputs,
+    capture_graph,
+    does_not_run,
+    normalize_inputs,
+    output_tensors,
+)
 from lora_fx.graph.forms import DENSE_OPS, FORMS, op_name
-from lora_fx.graph.nodes import base_name, shape_of, written_by
+from lora_fx.graph.nodes import base_name, call, first_operand, looked_into, shape_of, written_by
 from lora_fx.graph.own_state import undisturbed
+from lora_fx.graph.places import without_numbers
 from lora_fx.graph.program import capture, storage_key
 from lora_fx.graph.views import COPIES, MOVES
 from lora_fx.model.classes import unwired
@@ -88,6 +101,8 @@ class Certificate:
     """Names of adapters that are in the model and do not act."""
     folded: Mapping[str, int] = field(default_factory=dict)
     """Of a folded model: weight → how many of its elements are not W + δ rounded once. All must be 0."""
+    notes: tuple[str, ...] = ()
+    """What could not be measured, and why: a mode in which the model does not run on the inputs."""
 
     @property
     def unseen(self) -> tuple[Coverage, ...]:
@@ -115,6 +130,7 @@ class Certificate:
             lines.append(f"no gradient reaches {', '.join(self.gradient_free)}")
         if self.inactive:
             lines.append(f"inactive: {', '.join(self.inactive)}")
+        lines += self.notes
         right = sum(row.covered for row in self.rows)
         verdict = "certified" if self else "NOT certified"
         return "\n".join([*lines, f"{verdict}: {right} of {len(self.rows)} uses are covered"])
@@ -141,32 +157,36 @@ def certify_adapted(
         raise PlanError(
             "the model has no active adapter", place=type(model).__name__, remedy="apply or activate one first"
         )
-    if any(t.is_meta for t in model.parameters()):
-        raise CaptureError(
-            "parameters are on meta: there is nothing to measure",
-            place=type(model).__name__,
-            remedy="materialise the model first",
-        )
+    refuse_unmeasurable(model)
     active = [adapter for storage in storages for adapter in storage.adapters]
     with filled(model, active, 0, undo):
         # The base model takes the adapted one's path with the adapted one's numbers.
         with unwired(model), with_dense_weights(model, undo):
             program = capture(model, inputs)
             assert program.capture is not None
-            base = Flow(program.capture, storages, found.modules).counts()
-        flow = Flow(capture_graph(model, inputs), storages, found.modules)
+            # What ran inside of a vmap cannot be run again outside of it; what is left below it can.
+            lowered = program.capture.transformed
+            recorded = capture_graph(model, inputs, lowered) if lowered else program.capture
+            base = Flow(recorded, storages, found.modules).counts()
+        flow = Flow(capture_graph(model, inputs, lowered), storages, found.modules)
         rows = tuple(_measure(model, flow, storages, base))
         modes = (False, True) if whole else ()
-        reports = tuple(check_once(model, inputs, training, program.rounding(), undo) for training in modes)
-        free = tuple(_without_gradient(model, inputs, storages)) if gradients else ()
+        reports = [check_once(model, inputs, training, program.rounding(), undo) for training in modes]
+        free, without = _without_gradient(model, inputs, storages) if gradients else ((), ())
+    notes = (*(str(report) for report in reports if isinstance(report, NotRun)), *without)
+    measured = tuple(report for report in reports if isinstance(report, Report))
+    if lowered and measured and all(measured):
+        why = "inside of a transform of torch.func it cannot be measured by itself"
+        rows = tuple(replace(row, problem=why) if row.problem else row for row in rows)
     idle = {place.adapter.name for place in found.places if not place.adapter.active}
-    return Certificate(rows, reports, free, tuple(sorted(idle)))
+    return Certificate(rows, measured, free, tuple(sorted(idle)), notes=notes)
 
 
 def check_adapted(
     model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
-) -> None:
-    """The self-check of `apply`: the adapted model must be the model with W + δ in its weights.
+) -> tuple[NotRun, ...]:
+    """The self-check of `apply`: the adapted model must be the model with W + δ in its weights. What comes back says in
+    which mode the model itself does not run.
 
     B is nonzero while this runs; what is kept to undo that is bounded: of large weights only some output features are
     adapted. Afterwards A and B are what they were, and every weight.
@@ -174,14 +194,15 @@ def check_adapted(
     Raises:
         EquivalenceError: it is not, in train or in eval mode; the error names the first use that is not covered.
     """
-    if any(t.is_meta for t in model.parameters()):
-        return
+    if without_numbers(model):
+        return ()
     reports: list[Report] = []
     for seed in range(3):  # rounding can flip a router's choice: such an error goes away with other numbers
         with filled(model, adapters, seed, undo):
-            reports = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
+            found = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
+        reports = [report for report in found if isinstance(report, Report)]
         if all(reports):
-            return
+            return tuple(report for report in found if isinstance(report, NotRun))
     raise EquivalenceError(
         f"the adapted model is not the model with W + δ: {worst(reports)}",
         place=_suspect(model, inputs, adapters, rounding, undo),
@@ -222,6 +243,8 @@ class Reading:
     """It is handed the sum W + δ."""
     bypass: str
     """Who reads the node's output before the branch is added."""
+    between: tuple[fx.Node, ...] = ()
+    """What a lowered program does to the node's output before it adds the branch: views, and a plain bias."""
 
     @property
     def module(self) -> str:
@@ -290,6 +313,8 @@ class Flow:
             return True
         if pure:
             self._pure.add(node)
+        else:
+            self._write(node)
         if not carried:
             if made_of and (pure or _moves(node, self.factors)):
                 self.factors[node] = frozenset().union(*made_of)
@@ -312,6 +337,14 @@ class Flow:
         inside = [n for n in node.all_input_nodes if n in self.factors or (n in self.mixed and not self._summed(n))]
         return not inside
 
+    def _write(self, node: fx.Node) -> None:
+        """What an activation is written into began as a constant, and is one no longer."""
+        for target in written_by(node):
+            below: fx.Node | None = target
+            while below is not None:
+                self._pure.discard(below)
+                below = looked_into(below)
+
     def _roots(self, node: fx.Node) -> tuple[fx.Node, ...]:
         return tuple(dict.fromkeys(root for n in node.all_input_nodes for root in self.carriers.get(n, ())))
 
@@ -319,9 +352,9 @@ class Flow:
         roots = self._roots(node)
         carried = [n for n in node.all_input_nodes if n in self.carriers]
         summed = [self._summed(n) for n in carried]
-        end, added, bypass = self._end(node, roots)
+        end, added, bypass, between = self._end(node, roots)
         acting = {root: self._acting(node, root, added.union(*summed)) for root in roots}
-        return Reading(node, acting, end, all(summed), bypass)
+        return Reading(node, acting, end, all(summed), bypass, between)
 
     def _acting(self, node: fx.Node, root: fx.Node, adapters: frozenset[int]) -> Storage | None:
         """Adapters: the ids of those whose branches, or sums, were found here."""
@@ -340,18 +373,38 @@ class Flow:
             *(self._summed(n) for n in node.all_input_nodes if n in self.carriers)
         )
 
-    def _end(self, node: fx.Node, roots: tuple[fx.Node, ...]) -> tuple[fx.Node, frozenset[int], str]:
-        """The last of the adds that put branches of these weights onto the node's output, and whose branches."""
+    def _end(
+        self, node: fx.Node, roots: tuple[fx.Node, ...]
+    ) -> tuple[fx.Node, frozenset[int], str, tuple[fx.Node, ...]]:
+        """The last of the adds that put branches of these weights onto the node's output, whose branches, who reads it
+        before that, and what stands between."""
         own = frozenset(id(a) for root in roots for storage in self.storages[root] for a in storage.adapters)
         added: frozenset[int] = frozenset()
+        end, between, passed = node, list[fx.Node](), list[fx.Node]()
         while True:
             adds = [(u, made) for u in node.users if _is_add(u) and (made := self._branch(u, node) & own)]
-            if not adds:
-                return node, added, ""
-            (add, made), added = adds[0], added | adds[0][1]
-            if others := [u for u in node.users if u is not add]:
-                return add, added, f"{others[0].name} in {others[0].meta.get(MODULE, '') or 'the model'}"
-            node = add
+            if adds:
+                (end, made), added = adds[0], added | adds[0][1]
+                between, passed = between + passed, []
+                if others := [u for u in node.users if u is not end]:
+                    bypass = f"{others[0].name} in {others[0].meta.get(MODULE, '') or 'the model'}"
+                    return end, added, bypass, tuple(between)
+                node = end
+            elif self.captured.lowered and (step := self._step(node)) is not None:
+                passed.append(step)
+                node = step
+            else:
+                return end, added, "", tuple(between)
+
+    def _step(self, node: fx.Node) -> fx.Node | None:
+        """The one user of a node, where it moves what the node gives, or adds a plain tensor of the model."""
+        if len(node.users) != 1:
+            return None
+        (user,) = node.users
+        moves = first_operand(user) is node and (base_name(user) in MOVES or base_name(user) in COPIES)
+        others = [n for n in user.all_input_nodes if n is not node]
+        plain = all(n in self.captured.tensors and n not in self.carriers and n not in self.factors for n in others)
+        return user if (moves and not others) or (_is_add(user) and plain) else None
 
     def _branch(self, add: fx.Node, node: fx.Node) -> frozenset[int]:
         """The adapters of the branch that is added to `node`."""
@@ -420,6 +473,7 @@ class _Replay(fx.Interpreter):
             self.user_to_last_uses[last] = [n for n in freed if n not in kept]
 
     def run_node(self, node: fx.Node) -> Any:
+        safe_point()
         if node in self._readings:
             reading = self._readings[node]
             self._judges[reading.end].append(self._judge_of(reading))
@@ -430,7 +484,7 @@ class _Replay(fx.Interpreter):
 
     def _judge_of(self, reading: Reading) -> Callable[[list[torch.Tensor]], None]:
         """Runs the use with the dense sums: before the model does, since it may write into its operands."""
-        node, plain = reading.node, {root: self.flow.captured.tensors[root] for root in reading.acting}
+        plain = {root: self.flow.captured.tensors[root] for root in reading.acting}
         whole, moved = dict(plain), dict(plain)  # W + Σ δ in W's dtype, and the same moved by one rounding step
         adapted = {root: storage for root, storage in reading.acting.items() if storage is not None}
         for root, storage in adapted.items():
@@ -438,23 +492,24 @@ class _Replay(fx.Interpreter):
             total = weight.to(torch.float64) + delta(weight, *storage.adapters).to(weight.device)
             step = dither(weight, torch.finfo(weight.dtype).eps / 2, torch.Generator().manual_seed(0))
             whole[root], moved[root] = total.to(weight.dtype), (total * step).to(weight.dtype)
-        without = {root: self._call(node, whole | {root: plain[root]}) for root in adapted}
-        return partial(self._judge, reading, self._call(node, whole), self._call(node, moved), without)
+        without = {root: self._call(reading, whole | {root: plain[root]}) for root in adapted}
+        return partial(self._judge, reading, self._call(reading, whole), self._call(reading, moved), without)
 
-    def _call(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
-        """The node's floating-point outputs with these weights in the place of its own."""
-        return [t.clone() for t in _floats(self._value(node, weights))]
+    def _call(self, reading: Reading, weights: Mapping[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
+        """The floating-point outputs with these weights in the place of the node's own, and without its branches."""
+        value = self._value(reading.node, weights)
+        for step in reading.between:
+            given = {**self.env, **{n: value for n in step.all_input_nodes if n not in self.env}}
+            args, kwargs = fx.node.map_arg((step.args, step.kwargs), given.__getitem__)
+            value = call(step, args, kwargs)
+        return [t.clone() for t in _floats(value)]
 
     def _value(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
-        written = written_by(node)
-
-        def operand(n: fx.Node) -> Any:
-            value = self._operand(n, weights)
-            return value.clone() if n in written else value  # the model itself will write into it
-
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        written = written_by(node)  # in copies: the model itself has yet to write there
+        operands = {n: self._operand(n, weights) for n in node.all_input_nodes}
+        given = {n: value.clone() if n in written else value for n, value in operands.items()}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+        return call(node, args, kwargs)
 
     def _operand(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
         if node in weights:
@@ -504,17 +559,46 @@ def _problem(reading: Reading, effect: float, report: Report) -> str:
 
 
 def _floats(value: Any) -> list[torch.Tensor]:
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    found = (as_real(t) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
+    return [t for t in found if t.is_floating_point()]
 
 
-def _without_gradient(model: nn.Module, inputs: Inputs, storages: Sequence[Storage]) -> list[str]:
-    """The adapters, as ``weight (name)``, that no gradient of the model's outputs reaches, in train mode."""
+def _without_gradient(
+    model: nn.Module, inputs: Inputs, storages: Sequence[Storage]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The adapters, as ``weight (name)``, that no gradient of the model's outputs reaches, in train mode or, where it
+    does not run in that, in eval mode; and a note where it cannot be told."""
     labels = {a: f"{_name(storage)} ({a.name})" for storage in storages for a in storage.adapters}
     factors = [(a, t) for a in labels for t in a.parameters() if t.requires_grad]
-    with undisturbed(model), in_mode(model, True), torch.enable_grad():
+    why = ""
+    for training in (True, False):
+        try:
+            found = _gradients(model, inputs, training, [t for _, t in factors])
+        except CaptureError as error:
+            why = essence(error).partition("\n")[0]
+            continue
+        reached = {a for (a, _), g in zip(factors, found, strict=False) if g is not None and bool((g != 0).any())}
+        return tuple(label for a, label in labels.items() if a not in reached), ()
+    return (), (f"Backward does not run on the example inputs ({why}): which adapters it reaches is not known.",)
+
+
+def _gradients(
+    model: nn.Module, inputs: Inputs, training: bool, factors: list[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
+    """Of all outputs, for random cotangents; nothing where no output has any.
+
+    Raises:
+        CaptureError: the model does not run on the inputs in this mode, or not backward.
+    """
+    with undisturbed(model), in_mode(model, training), torch.enable_grad():
         torch.manual_seed(0)
-        outputs = [t for t in output_tensors(inputs.call(model)) if t.requires_grad]
-        cotangents = [torch.randn_like(t) for t in outputs]
-        found = torch.autograd.grad(outputs, [t for _, t in factors], cotangents, allow_unused=True) if outputs else ()
-    reached = {a for (a, _), g in zip(factors, found, strict=False) if g is not None and bool((g != 0).any())}
-    return [label for a, label in labels.items() if a not in reached]
+        outputs = [t for t in output_tensors(called(model, inputs)) if t.requires_grad]
+        if not outputs:
+            return ()
+        try:
+            cotangents = [torch.randn_like(t) for t in outputs]
+            return torch.autograd.grad(outputs, factors, cotangents, allow_unused=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise does_not_run(model, error) from error

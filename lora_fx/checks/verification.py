@@ -19,15 +19,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import Undo, undone
+from lora_fx.changes import Undo, in_turn, safe_point, undone
 from lora_fx.checks.oracles import delta
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.errors import EquivalenceError
-from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors
+from lora_fx.errors import CaptureError, EquivalenceError, LoraFxError, essence
+from lora_fx.graph.capture import Inputs, does_not_run, normalize_inputs, output_tensors
 from lora_fx.graph.own_state import undisturbed
-from lora_fx.graph.program import capture
+from lora_fx.graph.places import Instead, is_away, is_plain, loader, refuse_any_away, refuse_shards, without_numbers
+from lora_fx.graph.program import capture, storage_of
 from lora_fx.model.classes import unwired
-from lora_fx.model.inventory import inventory
+from lora_fx.model.inventory import Storage, inventory
 
 #: How many times the noise floor an error may be. Two computations of one function differ by a sum of as many
 #: rounding errors as there are terms. On every architecture of the zoo a lost branch is more than ten times the bound
@@ -66,6 +67,7 @@ class Report:
         )
 
 
+@in_turn()
 def verify(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> Report:
     """Whether two models are the same function on these inputs, up to rounding.
 
@@ -74,9 +76,11 @@ def verify(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> R
 
     Raises:
         EquivalenceError: they return different numbers or shapes of tensors.
-        CaptureError: a model does not run on the inputs.
+        CaptureError: a model does not run on the inputs, cannot be copied, or has weights that are not here as a whole.
     """
     inputs = normalize_inputs(before, example_inputs)
+    for model in (before, after):
+        refuse_unmeasurable(model)
     a, b = run(before, inputs), run(after, inputs)
     _same_structure(a, b)
     floors = noise_floors(before, inputs, a)
@@ -101,22 +105,64 @@ def noise_floors(model: nn.Module, inputs: Inputs, outputs: Sequence[torch.Tenso
 
 def in_float64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, list[torch.Tensor]]:
     """A float64 copy, its inputs and its outputs; in the own dtype where a kernel takes no float64 (`grouped_mm`)."""
-    wide, wide_inputs = copy.deepcopy(model).to(torch.float64), cast_inputs(inputs, torch.float64)
+    wide, wide_inputs = copied(model), cast_inputs(inputs, torch.float64)
+    wide._apply(partial(_cast, torch.float64))
     try:
         return wide, wide_inputs, run(wide, wide_inputs)
-    except (RuntimeError, NotImplementedError):
-        wide = copy.deepcopy(model)
+    except CaptureError:
+        wide = copied(model)
         return wide, inputs, run(wide, inputs)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing.
+
+    Raises:
+        CaptureError: some part of the model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied: {essence(error)}",
+            place="copy.deepcopy(model)",
+            remedy="do it in place, without a copy; verify needs one",
+        ) from error
+
+
+def refuse_unmeasurable(model: nn.Module) -> None:
+    """Raise where some of a model's weights are not here as a whole.
+
+    Raises:
+        CaptureError: they are on meta, put away by accelerate, or in parts.
+    """
+    refuse_shards(model)
+    refuse_any_away(model, "its uses cannot be measured", CaptureError)
+    if without_numbers(model):
+        raise CaptureError(
+            "parameters are on meta: there is nothing to measure",
+            place=type(model).__name__,
+            remedy="materialise the model first",
+        )
+
+
+def _cast(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 @torch.no_grad()
 def move_weights(model: nn.Module, step: float) -> None:
-    """Every parameter by one rounding step, in place; below float64 by a whole one, which is not rounded away again."""
+    """Every plain parameter by one rounding step, in place; below float64 by a whole one, which is not rounded away."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and is_plain(parameter):
             least = 0.0 if parameter.dtype == torch.float64 else torch.finfo(parameter.dtype).eps
-            parameter.mul_(dither(parameter, max(step, least), generator))
+            moved = parameter.to(torch.float64) * dither(parameter, max(step, least), generator)
+            parameter.copy_(moved.to(parameter.dtype))
 
 
 def compare(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor, noise: float, dtype: torch.dtype) -> Report:
@@ -142,10 +188,30 @@ def worst(reports: Sequence[Report]) -> Report:
 
 
 def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> list[torch.Tensor]:
-    """The floating-point outputs, without gradients and without a trace; random draws start from `seed`."""
+    """The floating-point outputs, without gradients and without a trace; random draws start from `seed`.
+
+    Raises:
+        CaptureError: the model does not run on these inputs in its mode, or returns no such tensor.
+    """
+    safe_point()
     with undisturbed(model), torch.no_grad():
         torch.manual_seed(seed)
-        return [t.detach().clone() for t in output_tensors(inputs.call(model))]
+        return [as_real(t.detach()).clone() for t in output_tensors(called(model, inputs))]
+
+
+def called(model: nn.Module, inputs: Inputs) -> Any:
+    """What the model returns; what it raises, but for want of memory, as a `CaptureError`."""
+    try:
+        return inputs.call(model)
+    except (MemoryError, torch.OutOfMemoryError, LoraFxError):
+        raise
+    except Exception as error:
+        raise does_not_run(model, error) from error
+
+
+def as_real(tensor: torch.Tensor) -> torch.Tensor:
+    """Real and imaginary parts side by side, of a complex one."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor) -> float:
@@ -170,10 +236,8 @@ def _same_structure(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 
 
 def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
-
-    args, kwargs = pytree.tree_map(cast, (inputs.args, inputs.kwargs))
+    """Floating-point ones in this dtype, complex ones in the complex dtype of it."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, partial(_cast, dtype), (inputs.args, inputs.kwargs))
     return Inputs(args, kwargs)
 
 
@@ -192,9 +256,19 @@ def dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> tor
 # ── against the dense sums ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+@dataclass(frozen=True)
+class NotRun:
+    """The model itself does not run in train mode on these inputs: nothing was compared there."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return f"In train mode the model does not run on the example inputs ({self.why}): checked in eval mode alone."
+
+
 def check_once(
     model: nn.Module, inputs: Inputs, training: bool, rounding: Mapping[int, float], undo: list[Undo]
-) -> Report:
+) -> Report | NotRun:
     """The adapted model, with the factors it has, against the one with the dense W + δ in place of each weight.
 
     The sums are written into the base weights, and taken out again bit for bit.
@@ -203,14 +277,29 @@ def check_once(
         training: train mode, or eval mode.
         rounding: storage → one rounding step of the weight where the model multiplies with it (`Program.rounding`).
         undo: the list of the change that this is a part of: a check that is interrupted is undone with it.
+
+    Raises:
+        EquivalenceError: the adapted model returns other tensors, or does not run where the other one does.
     """
     with in_mode(model, training):
-        adapted = run(model, inputs)
         with unwired(model):
             with with_dense_weights(model, undo):
-                dense = run(model, inputs)
+                try:
+                    dense = run(model, inputs)
+                except CaptureError as error:
+                    if not training:
+                        raise
+                    return NotRun(essence(error).partition("\n")[0])
             with with_dense_weights(model, undo, rounding):
                 moved = run(model, inputs)
+        try:
+            adapted = run(model, inputs)
+        except CaptureError as error:
+            raise EquivalenceError(
+                f"the adapted model does not run where the model with W + δ does: {essence(error)}",
+                place=type(model).__name__,
+                remedy="leave out what its forward reads in another way, with a rule without a rank",
+            ) from error
     _same_structure(adapted, dense)
     return compare_all(adapted, dense, moved)
 
@@ -234,13 +323,13 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 @contextmanager
 def filled(model: nn.Module, adapters: Sequence[Adapter], seed: int, undo: list[Undo]) -> Iterator[None]:
     """Random factors, with a delta half as large as its weight; then the old ones again."""
-    weights = {a: storage.parameter for storage in inventory(model).storages() for a in storage.adapters}
+    storages = {a: storage for storage in inventory(model).storages() for a in storage.adapters}
     generator = torch.Generator().manual_seed(seed)
     with undone(undo):
         for adapter in dict.fromkeys(adapters):
             for parameter in adapter.parameters():
                 undo.append(partial(parameter.detach().copy_, parameter.detach().clone()))
-            _fill(adapter, weights.get(adapter), generator)
+            _fill(adapter, storages[adapter].weight if adapter in storages else None, generator)
         yield
 
 
@@ -310,6 +399,14 @@ def with_dense_weights(
     with undone(undo):
         for storage in inventory(model).storages():
             parameter = storage.parameter
+            least = torch.finfo(parameter.dtype).eps / 2
+            step = None if rounding is None else max(rounding.get(storage_of(parameter), 0.0), least)
+            if is_away(*storage.owners[0]):
+                for owner, attribute in storage.owners:
+                    hook = loader(owner)
+                    undo.append(partial(setattr, hook, "weights_map", hook.weights_map))
+                    hook.weights_map = Instead(hook.weights_map, attribute, partial(_dense, storage, step, generator))
+                continue
             weight = parameter.detach()
             own = delta(weight, *storage.adapters).to(parameter.device)
             changed = own != 0
@@ -320,11 +417,19 @@ def with_dense_weights(
             else:
                 undo.append(partial(_put_back, weight, changed, weight[changed].clone()))
             new = weight.to(torch.float64) + own
-            if rounding is not None:
-                step = rounding.get(parameter.untyped_storage()._cdata, 0.0)
-                new *= dither(weight, max(step, torch.finfo(weight.dtype).eps / 2), generator)
+            if step is not None:
+                new *= dither(weight, step, generator)
             weight[changed] = new.to(weight.dtype)[changed]
         yield
+
+
+def _dense(storage: Storage, step: float | None, generator: torch.Generator, weight: torch.Tensor) -> torch.Tensor:
+    """W + Σ δ of a weight that is loaded for a forward."""
+    weight = weight.to(next(storage.adapters[0].parameters()).device)
+    total = weight.to(torch.float64) + delta(weight, *storage.adapters)
+    if step is not None:
+        total *= dither(weight, step, generator)
+    return total.to(weight.dtype)
 
 
 def _put_back(weight: torch.Tensor, changed: torch.Tensor, old: torch.Tensor) -> None:

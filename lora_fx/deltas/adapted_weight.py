@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,13 @@ from torch import fx
 
 from lora_fx.deltas import schedules
 from lora_fx.deltas.adapter import Adapter, Dense
+from lora_fx.deltas.compiled_schedules import ORDINARY
 from lora_fx.deltas.kernels import Term
 from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.capture import recording
-from lora_fx.graph.forms import FORMS, Call, find, op_name
+from lora_fx.graph.forms import FORMS, Call, Form, find, op_name
 from lora_fx.graph.layout import Placement, place
 from lora_fx.graph.views import CASTS, View, move
 
@@ -58,11 +59,40 @@ class AdaptedWeight:
     ) -> None:
         self.base, self.window, self.branches, self.root, self.chain = base, view, tuple(branches), root, chain
         self.cast = cast
+
+    adapters: tuple[Adapter, ...] = ()
+    """Whose factors are read when it is used, if it is one that a module has read."""
+
+    @classmethod
+    def read(cls, parameter: torch.Tensor, adapters: tuple[Adapter, ...]) -> AdaptedWeight:
+        """What a module reads in the place of a parameter.
+
+        Made anew each time, so that nothing of it is kept that could be stale, or shared with a copy; and of a few
+        references alone, since a call reads it often and asks it little.
+        """
+        weight = cls.__new__(cls)
+        weight.base, weight.root, weight.chain, weight.adapters = parameter, parameter, (), adapters
+        return weight
+
+    @cached_property
+    def window(self) -> View:
+        """What it sees of the parameter."""
+        return _whole(self.root.shape)
+
+    @cached_property
+    def branches(self) -> tuple[Branch, ...]:
+        return tuple(Branch(a, a.value(), a.dropout if a.drops else None) for a in self.adapters)
+
+    @cached_property
+    def cast(self) -> bool:
         """The factors are kept in another dtype than the weight: each use casts them."""
+        return any(a.dtype != self.root.dtype for a in self.adapters)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return dispatch(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        out = _at_once(func, args, kwargs)
+        return dispatch(func, args, kwargs) if out is None else out
 
     def dense(self) -> Any:
         """W + Σ δ as a plain tensor, differentiable in θ."""
@@ -88,7 +118,10 @@ class AdaptedWeight:
         branches = self.branches
         if detach:
             branches = tuple(replace(branch, delta=branch.delta.detached()) for branch in branches)
-        return AdaptedWeight(base, view, branches, self.root, (*self.chain, step), self.cast or cast)
+        moved = AdaptedWeight(base, view, branches, self.root, (*self.chain, step), self.cast or cast)
+        if not detach:
+            moved.adapters = self.adapters
+        return moved
 
     def parted(self, call: Call) -> tuple[list[tuple[Branch, Placement]], list[Branch]]:
         """What this use computes beside the matmul, with where it reads the factors; and what only W + δ serves."""
@@ -157,7 +190,7 @@ class AdaptedWeight:
     @property
     def schedule(self) -> str:
         """Of all its branches."""
-        found = {branch.adapter.schedule for branch in self.branches}
+        found = {adapter.schedule for adapter in self.adapters or [branch.adapter for branch in self.branches]}
         return found.pop() if len(found) == 1 else schedules.AUTO
 
     def scheduled(self, call: Call, placed: Sequence[tuple[Branch, Placement]]) -> Any:
@@ -268,8 +301,89 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return _call_with(func, args, kwargs, AdaptedWeight.dense)
 
 
+class Reading(NamedTuple):
+    """What a call that can be scheduled says, whichever tensors it is made with: operands by their positions among the
+    values of its arguments."""
+
+    name: str
+    form: Form
+    op: str
+    """One of `kernels.OPS`."""
+    sides: str
+    x: int
+    bias: int | None
+
+
+#: by function and signature: number of arguments, position and axes of the weight, names of what is given by name
+_readings: dict[tuple[Any, ...], Reading | None] = {}
+
+
+def _at_once(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A matmul with its branches, read as its like was before; None for what is not known, or out of the ordinary.
+
+    Each line of it is a part of what a call costs.
+    """
+    values = (*args, *kwargs.values()) if kwargs else args
+    at = 0
+    for weight in values:
+        if type(weight) is AdaptedWeight:
+            break
+        at += 1
+    else:
+        return None
+    adapters, base = weight.adapters, weight.base
+    if not adapters:
+        return None
+    key = (func, len(args), at, base.dim(), *kwargs) if kwargs else (func, len(args), at, base.dim())
+    reading: Any = _readings.get(key, False)
+    if reading is False:
+        reading = _readings[key] = _read_once(func, args, kwargs, at)
+    if reading is None:
+        return None
+    name, form, op, sides, x, bias = reading
+    x = values[x]
+    if FORMS.get(name) is not form or type(x) not in ORDINARY:
+        return None
+    terms = []
+    for adapter in adapters:
+        term = adapter.term
+        if term is None:
+            return None
+        A, B, scale, first, drop = term
+        if weight.chain or adapter.layout.sides != sides:
+            placement = place(adapter.layout, weight.window, sides)
+            if placement is None or not (placement.is_whole or adapter.rows is None):
+                return None
+            A, B = placement.down(A, B), placement.up(A, B)
+        if A.dtype is not base.dtype:
+            A, B = A.to(base.dtype), B.to(base.dtype)
+        terms.append((A, B, scale, first, drop and drop(x)))
+    schedule = adapters[0].schedule if len(adapters) == 1 else weight.schedule
+    return schedules.matmul(op, x, base, None if bias is None else values[bias], terms, schedule)
+
+
+def _read_once(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], at: int) -> Reading | None:
+    """How calls of this signature are read, with the weight at this position; None where more than that decides."""
+    name = op_name(func)
+    if name not in FORMS or FORMS[name].name not in _SCHEDULED:
+        return None
+    values = (*args, *kwargs.values())
+    stands = [object() for _ in values]  # for the operands of whichever call comes next
+    named = dict(zip(kwargs, stands[len(args) :], strict=True))
+    axes = values[at].base.dim()
+    call = find(func, stands[: len(args)], named, lambda operand: axes if operand is stands[at] else None)
+    op, bias = schedulable(call) if call is not None else ("", None)
+    if call is None or not op or len(values) != (2 if bias is None else 3):
+        return None
+    where = None if bias is None else stands.index(bias)
+    return Reading(name, call.form, op, call.sides, stands.index(call.x), where)
+
+
 def _call_with(func: Any, args: Sequence[Any], kwargs: dict[str, Any], how: Callable[[AdaptedWeight], Any]) -> Any:
     return _call(func, [_read(a, how) for a in args], {k: _read(v, how) for k, v in kwargs.items()})
+
+
+_whole = lru_cache(maxsize=4096)(View.of)
 
 
 def _call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -386,6 +500,9 @@ class Product:
 
     def _shaped(self, values: Any) -> Any:
         return values.reshape(-1, *[1] * (-self.call.out_dims[0] - 1))
+
+
+_SCHEDULED = ("linear", "matmul", "addmm")
 
 
 def schedulable(call: Call) -> tuple[str, Any]:

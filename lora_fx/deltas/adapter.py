@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from lora_fx.deltas import schedules
-from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
+from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named, own_factors
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import AdapterError
@@ -110,6 +110,8 @@ class Adapter(Beside):
     schedule: str
     _settings: Mapping[str, Any]
     _scale: float
+    _trained: tuple[str, ...]
+    """What of θ trained when it was last deactivated."""
 
     def __init__(
         self,
@@ -130,7 +132,7 @@ class Adapter(Beside):
         dropout = settings.get("dropout", 0.0)
         self.add_module("dropout", nn.Dropout(dropout) if dropout else NoDropout())
         self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings=settings)
-        self.change(active=True, realised=Realisation.DISPATCH, read_outside="")
+        self.change(active=True, realised=Realisation.DISPATCH, read_outside="", _trained=())
         self.change(schedule=settings.get("schedule", schedules.BRANCH))
         if "rank" in settings and "alpha" in settings:
             self.change(_scale=self.theta_of({}).scale)
@@ -148,6 +150,15 @@ class Adapter(Beside):
     def change(self, **fields: Any) -> None:
         """Set what is fixed to others: for the passes, which see to it that everything follows."""
         self.__dict__.update(fields)
+
+    def act(self, whether: bool) -> None:
+        """Become active, or cease to be: then θ does not train. `requires_grad` comes back as it was."""
+        if whether == self.active:
+            return
+        names = self._trained if whether else tuple(name for name, p in self.named_parameters() if p.requires_grad)
+        for name in names:
+            self.get_parameter(name).requires_grad_(whether)
+        self.change(active=whether, _trained=names)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -169,6 +180,19 @@ class Adapter(Beside):
     def theta_of(self, tensors: dict[str, Any]) -> Theta:
         """These in the place of its own tensors."""
         return Theta(**self._settings, **tensors)
+
+    @property
+    def term(self) -> tuple[Any, Any, float, int, nn.Module | None] | None:
+        """A, B, their scale, the first output feature of those that B makes, and the dropout or None: as they are now.
+
+        None where there are no factors, or where B makes features that do not lie side by side.
+        """
+        if self.kind.factors is None or "index" in self._buffers:
+            return None
+        own: Any = self._parameters
+        A, B = (own["A"], own["B"]) if self.kind.factors is own_factors else self.kind.factors(self.theta)
+        drop: Any = self._modules["dropout"]
+        return A, B, self._scale, self.rows[0] if self.rows else 0, drop if drop.p else None
 
     @property
     def rank(self) -> int:

@@ -55,7 +55,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, scale: float, x: Any, weight: Any, bias: Any, A: Any, B: Any, magnitude: Any) -> Any:
         own = torch.addmm(weight, B, A, alpha=scale)
         c = magnitude / torch.linalg.vector_norm(own, dim=-1, keepdim=True)
-        y = F.linear(x, own.mul_(c), bias)
+        y = kernels.no_view(F.linear(x, own.mul_(c), bias))
         if any(ctx.needs_input_grad):
             plain = y.clone() if bias is None else y - bias  # what comes after may write into y
             saved, ctx.recipes = rematerialization.pack([x], x)

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from lora_fx.changes import Undo
+from lora_fx.changes import Undo, safe_point
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.rounding import Remainder, Scratch, between, checksum, nearest, remember, round_once
 from lora_fx.errors import FoldError
@@ -218,6 +218,7 @@ class ExactSum:
     def blocks(self) -> Iterator[ExactSum]:
         """Rows that are few enough to compute with, from the first to the last."""
         for start, stop in _blocks(self.weight):
+            safe_point()
             yield self.rows(start, stop)
 
     def delta(self, scratch: Scratch) -> torch.Tensor:

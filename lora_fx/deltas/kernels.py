@@ -11,6 +11,7 @@ rank is the first axis (on a CPU up to five times as fast as the other).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -74,24 +75,50 @@ def _linear(x: Any, weight: Any) -> Any:
     return F.linear(x, weight) if weight.dim() == 2 else torch.matmul(x, weight.mT)
 
 
+_unsafe_view: Any = torch.ops.aten._unsafe_view.default
+"""A view that autograd takes for a tensor of its own, as torch's matmul uses it where nobody else has the elements.
+
+A view that an autograd function gives must not be written to, and the model may do so: `nn.ReLU(inplace=True)`."""
+
+
+def no_view(y: torch.Tensor) -> torch.Tensor:
+    """The same elements, which nobody else has, as a tensor that is no view."""
+    return _unsafe_view(y, y.shape) if y._is_view() else y
+
+
+def in_place(op: str, x: Any, weight: Any, bias: Any, terms: Terms) -> Any:
+    """y, with the branches accumulated onto it as autograd follows it. W is a matrix."""
+    shape = x.shape
+    if len(shape) != 2:
+        if not x.is_contiguous():  # torch's own linear goes another way, to other bits
+            return branch(op, x, weight, bias, terms)
+        x = x.view(math.prod(shape[:-1]), shape[-1])
+    y = OPS[op](x, weight, bias)
+    for A, B, scale, first, dropped in terms:
+        z = F.linear(x if dropped is None else dropped.view(x.shape), A)
+        part = y if B.size(0) == y.size(1) else y.narrow(1, first, B.size(0))
+        part.addmm_(z, B.t(), alpha=scale)
+    return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.size(1)))
+
+
 LARGE = 2**16
 """From so many elements of x on, a pass over y takes longer than what a call of torch costs."""
 
 
 def forward(op: str, dense: bool, x: Any, weight: Any, bias: Any, terms: Terms, kept: list[torch.Tensor]) -> Any:
-    """y, with the branches accumulated in place or, if `dense`, in the weight.
+    """y, with the branches accumulated in place or, if `dense`, in the weight. It is no view.
 
     Args:
         kept: x·Aᵀ of each term is appended, where backward needs it.
     """
     if dense:
-        return OPS[op](x, weight_sum(op, weight, terms), bias)
+        return no_view(OPS[op](x, weight_sum(op, weight, terms), bias))
     experts = weight.dim() == 3
     for A, _, _, _, dropped in terms:
         own = x if dropped is None else dropped
         z = torch.bmm(own, A.mT) if experts else F.linear(own, A)
         kept.append(z if experts or z.dim() == 2 else z.reshape(-1, z.size(-1)))
-    if x.numel() >= LARGE and _starts_with_the_branch(op, x, weight, terms):
+    if x.numel() >= LARGE and _starts_with_the_branch(op, x, weight, bias, terms):
         # A large product that adds to what is there costs what one that overwrites it does.
         (_, B, scale, _, _), *others = terms
         y = x.new_empty(*x.shape[:-1], B.size(0))
@@ -105,7 +132,7 @@ def forward(op: str, dense: bool, x: Any, weight: Any, bias: Any, terms: Terms, 
     else:
         y = rows = OPS[op](x, weight, bias)
         if y.dim() != 2 and not experts:
-            y = y.contiguous()
+            y = no_view(y.contiguous())
             rows = y.view(-1, y.size(-1))
         left = zip(terms, kept, strict=True)
     for (_, B, scale, first, _), z in left:
@@ -113,7 +140,9 @@ def forward(op: str, dense: bool, x: Any, weight: Any, bias: Any, terms: Terms, 
     return y
 
 
-def _starts_with_the_branch(op: str, x: Any, weight: Any, terms: Terms) -> bool:
+def _starts_with_the_branch(op: str, x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
+    if x.dim() != 2 and bias is not None and not x.is_contiguous():
+        return False  # torch's own linear adds the bias last there: in other places it rounds
     _, B, *_ = terms[0]
     whole = weight.dim() == 2 and B.size(0) == weight.size(0 if op == "linear" else -1)
     return whole and x.is_cpu and x.dim() > 1 and loses_nothing(x.dtype)

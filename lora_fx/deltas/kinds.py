@@ -148,6 +148,11 @@ def start_factors(theta: Theta, weight: torch.Tensor) -> None:
         theta.A.zero_()
 
 
+def own_factors(theta: Theta) -> tuple[Any, Any]:
+    """A and B, which are tensors of θ."""
+    return theta.A, theta.B
+
+
 _FACTORED = {"rank": REQUIRED, "alpha": None, "scaling": "standard", "dropout": 0.0, "init": "kaiming"}
 
 #: Hu et al., ICLR 2022
@@ -155,7 +160,7 @@ LORA = Kind(
     "lora",
     shapes=factor_shapes,
     start=start_factors,
-    factors=lambda theta: (theta.A, theta.B),
+    factors=own_factors,
     settings={**_FACTORED, "schedule": "auto"},
 )
 

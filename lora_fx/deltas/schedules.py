@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd import forward_ad
 
 from lora_fx.deltas import kernels, rematerialization
 from lora_fx.deltas.compiled_schedules import ORDINARY, compiled, may_compile
@@ -25,6 +26,9 @@ from lora_fx.graph.capture import recording
 
 AUTO, BRANCH, FUSED, DENSE = "auto", "branch", "fused", "dense"
 SCHEDULES = (AUTO, BRANCH, FUSED, DENSE)
+
+_transforms, _traces = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+_autocasts, _modes = torch._C._is_any_autocast_enabled, torch._C._len_torch_dispatch_stack
 
 _CACHED = 4096
 """Tokens up to which x and y of a site lie in a CPU's caches, so that passes over them are cheap: measured from 256 to
@@ -57,7 +61,11 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Terms, schedule: str)
         return weight.tracer.create_proxy("call_function", matmul, (op, x, weight, bias, terms, schedule), {})
     if schedule == BRANCH or not may_schedule(x, weight, bias, terms):
         return kernels.branch(op, x, weight, bias, terms)
+    if schedule == AUTO and weight.dim() == 2 and x.numel() < _CACHED:
+        return kernels.in_place(op, x, weight, bias, terms)
     dense = schedule != FUSED and _takes_dense(x, weight, terms, schedule)
+    if schedule == AUTO and not dense and weight.dim() == 2 and x.numel() < kernels.LARGE:
+        return kernels.in_place(op, x, weight, bias, terms)
     if not torch.is_grad_enabled():
         return kernels.forward(op, dense, x, weight, bias, terms, [])
     tensors: list[Any] = []
@@ -84,10 +92,11 @@ def may_schedule(x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
     """Whether all are ordinary tensors of one dtype, with W frozen, and nothing transforms or records the call."""
     if (
         recording.on
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
+        or _transforms()
+        or _traces()
+        or forward_ad._current_level >= 0
+        or _autocasts()
+        or _modes()  # what records or counts ops, or keeps what they give, as selective checkpointing does
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
@@ -97,11 +106,12 @@ def may_schedule(x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
         if x.dim() != 3 or any(t.shape[:-2] != x.shape[:1] for t in (weight, A, B)):
             return False  # one of them is broadcast
     dtype = x.dtype
-    for t in (x, weight) if bias is None else (x, weight, bias):
-        if type(t) not in ORDINARY or t.dtype != dtype:
-            return False
+    if type(x) not in ORDINARY or type(weight) not in ORDINARY or weight.dtype is not dtype:
+        return False
+    if bias is not None and (type(bias) not in ORDINARY or bias.dtype is not dtype):
+        return False
     for A, B, _, _, _ in terms:
-        if type(A) not in ORDINARY or type(B) not in ORDINARY or A.dtype != dtype or B.dtype != dtype:
+        if type(A) not in ORDINARY or type(B) not in ORDINARY or A.dtype is not dtype or B.dtype is not dtype:
             return False
     return True
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,11 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, in_turn
+from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, foreign, in_turn, safe_point
 from lora_fx.errors import CaptureError
 from lora_fx.graph.own_state import undisturbed
+from lora_fx.graph.places import hooks_aside, is_torchs, refuse_preloaded, refuse_shards
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
+TRANSFORMED = "lora_fx_transformed"  # node.meta key: it ran inside of a transform of torch.func (vmap, grad, jvp)
 
 
 class _Recording(threading.local):
@@ -68,6 +70,13 @@ class Capture:
     tensors: dict[fx.Node, torch.Tensor]
     """Each node that stands for a parameter, buffer or constant of the model → that tensor."""
     inputs: Inputs
+    lowered: bool = False
+    """It was recorded below transforms and autograd."""
+
+    @property
+    def transformed(self) -> bool:
+        """Some of it ran inside of a transform of torch.func, where values are none that the graph can be given."""
+        return any(node.meta.get(TRANSFORMED) for node in self.graph.nodes)
 
 
 def normalize_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
@@ -119,11 +128,13 @@ def on_meta(model: nn.Module) -> Iterator[None]:
     """Inside, all of a model that is partly on meta is there: buffers, and factors that a file gave numbers."""
     tables: list[dict[str, Any]] = [table for m in model.modules() for table in (m._parameters, m._buffers)]
     places = [(t, name, old) for t in tables for name, old in t.items() if old is not None and not old.is_meta]
+    made: dict[int, torch.Tensor] = {}  # one for each: tied ones stay tied
     try:
         for table, name, old in places:
             new = old.detach().to("meta")
-            table[name] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
-        yield
+            table[name] = made.setdefault(id(old), nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new)
+        with hooks_aside(model):
+            yield
     finally:
         for table, name, old in places:
             table[name] = old
@@ -134,22 +145,34 @@ def inputs_on_meta(inputs: Inputs) -> Inputs:
     return Inputs(args, kwargs)
 
 
-def capture_graph(model: nn.Module, example_inputs: Any = None) -> Capture:
+def capture_graph(model: nn.Module, example_inputs: Any = None, lowered: bool = False) -> Capture:
     """Run `model` once, in eval mode, and record the concrete graph of what it did. A model on meta runs there.
+
+    Args:
+        lowered: record what is left below transforms and autograd: in other ops, each of which can be run again.
 
     Raises:
         CaptureError: the model rejects the inputs, is scripted, or returns no tensor.
     """
     refuse_unready(model)
     inputs = normalize_inputs(model, example_inputs)
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        return _capture(model, inputs)
-    with on_meta(model):
-        return _capture(model, inputs_on_meta(inputs))
+    with in_turn():  # tracing patches torch, here and in torch.fx
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            return _capture(model, inputs, lowered)
+        own = _state(model)
+        with on_meta(model):
+            made = dict(zip(map(id, _state(model)), own, strict=True))
+            found = _capture(model, inputs_on_meta(inputs), lowered)
+    tensors = {node: made.get(id(tensor), tensor) for node, tensor in found.tensors.items()}
+    return replace(found, tensors=tensors, inputs=inputs)
 
 
-def _capture(model: nn.Module, inputs: Inputs) -> Capture:
-    state = [*model.parameters(), *model.buffers()]
+def _state(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _capture(model: nn.Module, inputs: Inputs, lowered: bool) -> Capture:
+    state = _state(model)
     flat, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
     leaves = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
 
@@ -159,22 +182,25 @@ def _capture(model: nn.Module, inputs: Inputs) -> Capture:
         args, kwargs = pytree.tree_unflatten(traced, spec)
         return output_tensors(model(*args, **kwargs))
 
-    # In turn: tracing patches torch, here and in torch.fx.
-    with in_turn(), undisturbed(model), no_fast_paths(), as_python(), recorded(), torch.no_grad():
+    with undisturbed(model), no_fast_paths(), as_python(), recorded(), torch.no_grad(), stoppable():
         model.eval()
-        module = _make_fx(model, run, state, leaves)
+        module = _make_fx(model, run, state, leaves, lowered)
     tensors = dict(zip(module.graph.find_nodes(op="placeholder"), state, strict=False))
     for node in module.graph.find_nodes(op="get_attr"):
         if isinstance(value := getattr(module, node.target, None), torch.Tensor):
             tensors[node] = value
-    return Capture(module.graph, module, tensors, inputs)
+    return Capture(module.graph, module, tensors, inputs, lowered)
 
 
-def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list) -> fx.GraphModule:
+def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list, lowered: bool) -> fx.GraphModule:
     # Without data, only fake tensors let a model see that it is being traced and leave its data-dependent checks out.
     mode: Literal["fake", "real"] = "fake" if any(t.is_meta for t in tensors) else "real"
     trace = proxy_tensor.make_fx(
-        run, tracing_mode=mode, pre_dispatch=True, _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False
+        run,
+        tracing_mode=mode,
+        pre_dispatch=not lowered,
+        _allow_non_fake_inputs=True,
+        _error_on_data_dependent_ops=False,
     )
     try:
         # While it traces, torch hands a bfloat16 LSTM to oneDNN on CPUs whose oneDNN has none; eager mode does not.
@@ -183,7 +209,42 @@ def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list) -> fx.Grap
     except CaptureError:
         raise
     except Exception as error:
-        raise does_not_run(model, error) from error
+        runs = mode == "real" and _runs(run, tensors, leaves)
+        raise (_not_recorded(model, error) if runs else does_not_run(model, error)) from error
+
+
+def _runs(run: Any, tensors: list, leaves: list) -> bool:
+    """Whether the model runs on these inputs where nobody records it."""
+    try:
+        run(tensors, leaves)
+    except Exception:
+        return False
+    return True
+
+
+def _not_recorded(model: nn.Module, error: Exception) -> CaptureError:
+    """What to raise where a model runs on its inputs, and not while it is recorded."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    odd = [f"{name} is a {type(t).__module__}.{type(t).__qualname__}" for name, t in tensors if not is_torchs(t)]
+    return CaptureError(
+        f"it runs on the example inputs, but not while torch's make_fx records it: {type(error).__name__}: {error}"
+        + (f" ({', '.join(odd[:3])}: no plain tensor)" if odd else ""),
+        place=type(model).__name__,
+        remedy="try it with plain tensors of ordinary layout, as parameters, buffers and inputs",
+    )
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, where torch traces, each node that is recorded is a safe point."""
+    create: Any = fx.proxy.TracerBase.create_node
+
+    def create_node(tracer: fx.Tracer, *args: Any, **kwargs: Any) -> fx.Node:
+        safe_point()
+        return create(tracer, *args, **kwargs)
+
+    with foreign(), _set_for_now(fx.proxy.TracerBase, "create_node", create_node):
+        yield
 
 
 def does_not_run(model: nn.Module, error: Exception) -> CaptureError:
@@ -203,10 +264,11 @@ def _described_in_one_mode() -> Iterator[None]:
     describe: Any = proxy_tensor.extract_val
 
     def described(value: Any, *args: Any, **options: Any) -> Any:
-        real = isinstance(value, torch.Tensor) and not is_fake(value) and value.layout == torch.strided
-        if not real or threading.get_ident() != here:
+        if not isinstance(value, torch.Tensor) or is_fake(value) or threading.get_ident() != here:
             return describe(value, *args, **options)
         with mode:
+            if value.layout != torch.strided:  # it has no strides
+                return torch.empty(value.shape, device=value.device, dtype=value.dtype)
             return torch.empty_strided(value.shape, value.stride(), device=value.device, dtype=value.dtype)
 
     with _set_for_now(proxy_tensor, "extract_val", described):
@@ -232,6 +294,8 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
     def create_node(tracer: fx.Tracer, *args: Any, **kwargs: Any) -> fx.Node:
         node = create(tracer, *args, **kwargs)
         node.meta[MODULE] = stack[-1] if stack else ""
+        if torch._C._are_functorch_transforms_active():
+            node.meta[TRANSFORMED] = True
         return node
 
     hooks = nn.modules.module
@@ -271,11 +335,15 @@ def _plain(output: Any) -> Any:
 
 
 def refuse_unready(model: nn.Module) -> None:
-    """Raise for what no later step could get right: scripted and exported modules, parameters that do not exist yet."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
+    """Raise for what no later step could get right: parameters that do not exist yet or are in parts, scripted and
+    exported modules."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             remedy = "run the model once on real inputs before"
-            raise CaptureError("the parameter is lazy: it has no shape yet", place=name, remedy=remedy)
+            raise CaptureError(f"the {kind} is lazy: it has no shape yet", place=name, remedy=remedy)
+    refuse_shards(model)
+    refuse_preloaded(model)
     for name, module in model.named_modules():
         if isinstance(module, fx.GraphModule) and "eval" in module.__dict__:  # torch.export replaces train and eval
             raise CaptureError(

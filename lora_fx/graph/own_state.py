@@ -9,6 +9,7 @@ libraries keep for themselves.
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 import sys
 import types
@@ -21,12 +22,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.graph.places import buffers_away
+
 _CODE = (type, types.ModuleType, FunctionType, types.BuiltinFunctionType, types.MethodType, property)
 _ATOMS = frozenset({
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, nn.Parameter,
 })  # fmt: skip
-_OTHERS = frozenset({"torch", "logging", "threading", "weakref", "functools", "abc", "typing", "_thread", "enum"})
-"""Packages whose objects are no state of a model's."""
+_OTHERS = frozenset({
+    "torch", "logging", "threading", "weakref", "functools", "abc", "typing", "_thread", "enum",
+    "accelerate",
+})  # fmt: skip
+"""Packages whose objects are no state of a model's: what accelerate has put away is the size of the model."""
+
+_HOOKS = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 
 Undo = Callable[[], Any]
 
@@ -51,11 +59,12 @@ class _Kept:
         # Under autocast torch keeps the casts of trainable parameters, which hold other numbers while a check runs.
         torch.clear_autocast_cache()
         self.undo.append(torch.clear_autocast_cache)
+        self.empty: list[dict] = []  # torch's tables of hooks: most of what modules have
         self.seen: dict[int, Any] = {}  # by id, held so that the id stays theirs
         if (numpy := sys.modules.get("numpy.random")) is not None:
             self.undo.append(partial(numpy.set_state, numpy.get_state()))
-        modules = list(model.modules())
-        self._keep_all(modules)
+        modules = [m for m in model.modules() if not type(m).__module__.startswith("lora_fx.")]
+        self._keep_all([*modules, *buffers_away(model)])
         for cls in dict.fromkeys(base for m in modules for base in type(m).__mro__ if _is_users(base)):
             self._keep_class(cls)
 
@@ -63,6 +72,8 @@ class _Kept:
         with torch.no_grad():
             for undo in reversed(self.undo):
                 undo()
+        for hooks in filter(None, self.empty):
+            hooks.clear()
 
     def _keep_all(self, values: Iterable[Any]) -> None:
         todo = list(values)
@@ -81,12 +92,12 @@ class _Kept:
                 self.undo.append(partial(value.detach().copy_, value.detach().clone()))
             return ()
         if isinstance(value, dict):
-            kept = dict(dict.items(value))  # a subclass may make something of what it is asked for
-            self.undo.append(partial(_restore_dict, value, kept))
-            return (*kept.values(), *self._attributes(value))
+            was = dict(dict.items(value))  # a class of its own may make something up in `__getitem__`
+            self.undo.append(partial(_restore_dict, value, was))
+            return was.values() if type(value) is dict else (*was.values(), *self._attributes(value))
         if isinstance(value, list | deque):
             self.undo.append(partial(_restore_list, value, list(value)))
-            return (*value, *self._attributes(value))
+            return value if type(value) is list else (*value, *self._attributes(value))
         if isinstance(value, set):
             self.undo.append(partial(_restore_set, value, set(value)))
             return ()
@@ -102,9 +113,17 @@ class _Kept:
             self.undo.append(partial(value.set_state, value.get_state()))
         elif package == "numpy":
             _keep_numpy(value, self.undo)
-        elif isinstance(value, nn.Module) or package not in _OTHERS:
+        elif isinstance(value, nn.Module):
+            return self._keep_module(value)
+        elif package not in _OTHERS:
             return self._attributes(value)
         return ()
+
+    def _keep_module(self, module: nn.Module) -> Iterable[Any]:
+        own = vars(module)
+        self.undo.append(partial(_restore_dict, own, dict(own)))
+        self.empty += [value for key, value in own.items() if key in _HOOKS and not value]
+        return [value for key, value in own.items() if key not in _HOOKS or value]
 
     def _attributes(self, value: Any) -> list[Any]:
         """What an object has in its attributes."""
@@ -153,12 +172,10 @@ class _Kept:
 
 
 def _restore_dict(value: dict, was: dict) -> None:
-    if len(value) == len(was) and all(
-        k is j and v is w for (k, v), (j, w) in zip(value.items(), was.items(), strict=True)
-    ):
-        return
-    value.clear()
-    value.update(was)
+    same = len(value) == len(was) and all(map(operator.is_, dict.keys(value), was))
+    if not (same and all(map(operator.is_, dict.values(value), was.values()))):
+        value.clear()
+        value.update(was)
 
 
 def _restore_list(value: Any, was: list) -> None:

@@ -14,11 +14,13 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from lora_fx.changes import in_turn
 from lora_fx.graph import layout
 from lora_fx.graph.capture import MODULE, Capture, capture_graph
 from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.nodes import base_name, first_operand, operands, shape_of
+from lora_fx.graph.places import Stays, in_memory, is_parted, is_plain
 from lora_fx.graph.views import COPIES, MOVES, View, move
 
 
@@ -135,7 +137,7 @@ class Program:
     def rounding(self) -> dict[int, float]:
         """Storage → the coarsest rounding step of its uses."""
         seen = (w for w in self.weights if w.uses)
-        return {w.parameter.untyped_storage()._cdata: max(use.rounding for use in w.uses) for w in seen}
+        return {storage_of(w.parameter): max(use.rounding for use in w.uses) for w in seen}
 
     def weight(self, name: str) -> Weight:
         return next(w for w in self.weights if name in w.names)
@@ -148,6 +150,7 @@ class Program:
         return "\n".join(lines)
 
 
+@in_turn()
 def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     """The program of `model` on these inputs: its `torch.fx` graph (`.graph`) and every weight with its uses.
 
@@ -161,35 +164,67 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     return Program(model, captured, _Reader(model, captured).weights())
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """Equal for tensors of one storage, on every device, `meta` too. What has none (sparse, or inside of a `vmap`) is
+    one with itself alone."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except RuntimeError:
+        return id(tensor)
+
+
 def storage_key(tensor: torch.Tensor) -> tuple:
-    """Equal for tensors that are the same elements of the same storage, on every device, `meta` too."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    """Equal for tensors that are the same elements of the same storage."""
+    storage = storage_of(tensor)
+    if storage == id(tensor):
+        return (storage,)
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def find_weights(model: nn.Module) -> dict[tuple, Weight]:
-    """Every parameter of two or more dimensions by storage, with all names, before anything is known of its uses."""
+    """Every parameter of two or more dimensions by storage, with all names, before anything is known of its uses. One
+    that accelerate has put away under several names may have several storages."""
     found: dict[tuple, Weight] = {}
+    kept: dict[tuple, Weight] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.ndim < 2 or isinstance(model.get_submodule(name.rpartition(".")[0]), Beside):
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if parameter.ndim < 2 or isinstance(owner, Beside):
             continue
-        weight = found.setdefault(storage_key(parameter), Weight((), parameter))
-        weight.problem, weight.remedy = _unadaptable(parameter)
-        weight.names += (name,)
+        key = storage_key(parameter)
+        if key not in found:
+            own = in_memory(owner, attribute)
+            made = Weight((), parameter)
+            made.problem, made.remedy = _unadaptable(parameter)
+            if is_parted(owner, attribute) and not made.problem:
+                made.problem = "is tied to another one, and accelerate has parted the two on disk"
+            found[key] = made if own is None else kept.setdefault(storage_key(own), made)
+        found[key].names += (name,)
     _mark_overlaps(found)
     return found
 
 
-class Beside(nn.Module):
+class Beside(Stays):
     """Parameters that stand beside a weight of the model, and are none of its own: an adapter's."""
 
 
 def _unadaptable(parameter: nn.Parameter) -> tuple[str, str]:
     """Problem and remedy."""
+    if parameter.layout is not torch.strided:
+        return f"is stored as {parameter.layout}: only strided weights can be adapted", "make it dense: to_dense()"
+    if not is_plain(parameter):
+        kind = type(parameter)
+        own = f"{kind.__module__}.{kind.__qualname__}"
+        return f"is a {own}, which is more than its numbers: no sum with a delta is one", ""
+    if parameter.is_complex():
+        return f"is complex ({parameter.dtype}): deltas are real", ""
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         problem = f"is quantised ({parameter.dtype}): a delta cannot be folded into it without loss"
         return problem, "load the model in a floating-point dtype"
-    if parameter.layout is not torch.strided:
-        return f"is stored as {parameter.layout}: only strided weights can be adapted", "make it dense: to_dense()"
+    if not parameter.numel():
+        return f"has no elements: its shape is {tuple(parameter.shape)}", ""
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        return "is expanded: several of its elements are one number in memory", "clone it"
     return "", ""
 
 
@@ -260,7 +295,7 @@ class _Reader:
                 if all(n in self.fixed for n in node.all_input_nodes):
                     self.fixed.add(node)
                 self._read(node, op_name(node.target))
-        return tuple(self.found.values())
+        return tuple(dict.fromkeys(self.found.values()))
 
     def _read(self, node: fx.Node, name: str) -> None:
         first = first_operand(node)

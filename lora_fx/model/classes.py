@@ -23,12 +23,15 @@ from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from torch import fx, nn
+from torch.compiler import is_dynamo_compiling
 
 from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.compiled_schedules import ORDINARY
 from lora_fx.errors import LoraFxError
+from lora_fx.graph.places import is_moved, is_shard, refuse_shard
 from lora_fx.graph.views import View
-from lora_fx.model.inventory import inventory, is_shard
+from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import ORIGINAL, attribute_of, forget, remember
 
 _IMPORT = "import "
@@ -200,6 +203,7 @@ def generated_class(spec: Spec) -> type[nn.Module]:
         body[attribute] = _adapted_property(attribute, children)
     if spec.reads and issubclass(base, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _set_flat_weights)
+    body["register_parameter"] = _register_parameter
     if spec.source:
         body["forward"] = _forward(spec)
         body["__setattr__"], body["__delattr__"] = _guarded_setattr, _guarded_delattr
@@ -221,6 +225,13 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 def _remake(spec: Spec) -> nn.Module:
     cls = generated_class(spec)
     return nn.Module.__new__(cls)
+
+
+def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    spec = spec_of(self)
+    assert spec is not None, "only generated classes have this method"
+    refuse_shard(self, name, param)
+    spec.base.register_parameter(self, name, param)
 
 
 def _guarded_setattr(self: nn.Module, name: str, value: Any) -> None:
@@ -257,7 +268,14 @@ def _differ(old: Any, new: Any) -> bool:
 
 def _adapted_property(attribute: str, children: tuple[str, ...]) -> property:
     def read(self: nn.Module) -> Any:
-        return adapted_weight(self, attribute, children)
+        parameter: Any = self._parameters.get(attribute)
+        plain = type(parameter) in ORDINARY and parameter.dim() > 1
+        if not plain or self._lora_fx_reader is not None or is_dynamo_compiling():
+            return adapted_weight(self, attribute, children)
+        own: Any = self._modules  # an adapter of a tied weight is a child of one of its owners
+        if len(children) == 1:
+            return AdaptedWeight.read(parameter, (own.get(children[0]) or getattr(self, children[0]),))
+        return AdaptedWeight.read(parameter, tuple([own.get(child) or getattr(self, child) for child in children]))
 
     def write(self: nn.Module, value: Any) -> None:
         self._parameters[attribute] = value  # a plain tensor: FSDP1 puts one there for as long as a forward lasts
@@ -298,8 +316,8 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     if attribute not in owner._parameters:  # FSDP1 takes the parameter away before it puts another one there
         raise AttributeError(f"{type(owner).__name__!r} object has no attribute {attribute!r}")
     parameter = owner._parameters[attribute]
-    if parameter is None or is_shard(parameter):
-        return parameter  # sharding code moves the parameter itself; it computes with the gathered one
+    if parameter is None or is_shard(parameter) or is_moved():
+        return parameter  # code that shards or loads moves the parameter itself; forwards compute with what it makes
     adapters = [getattr(owner, child) for child in children]
     branches = [Branch(a, a.value(), a.dropout if a.drops else None) for a in adapters]
     cast = any(a.dtype != parameter.dtype for a in adapters)

@@ -5,7 +5,6 @@ for place in inventory(model).places: place.weight, place.adapter.name, place.ad
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,8 @@ from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import AdapterError, LoraFxError
+from lora_fx.graph.places import is_shard, loaded
+from lora_fx.graph.program import storage_of
 from lora_fx.model.marks import FoldRecord, attribute_of, child_name, fold_record
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -80,6 +81,11 @@ class Storage:
         assert parameter is not None, self.names
         return parameter
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Its numbers, on the device on which the owners read them."""
+        return loaded(*self.owners[0])
+
     def replace(self, parameter: nn.Parameter) -> None:
         """Give these owners another parameter."""
         for owner, attribute in self.owners:
@@ -143,7 +149,7 @@ class Inventory:
         """Every storage that an active adapter acts on, once for each set of adapters it is read with.
 
         Raises:
-            LoraFxError: an adapted weight is sharded.
+            LoraFxError: an adapted weight is sharded, or has another shape than when it was adapted.
         """
         storages: dict[int, dict[tuple[Adapter, ...], list[tuple[nn.Module, str]]]] = {}
         for module in self.modules:
@@ -152,8 +158,10 @@ class Inventory:
                 own = tuple(a for child, a in active.items() if attribute_of(child) == attribute)
                 if own and is_shard(parameter):
                     raise _sharded(self.modules[module][0], attribute, parameter)
+                if own and parameter is not None:
+                    _refuse_resized(weight_name(self.modules[module][0], attribute), parameter, own)
                 if parameter is not None:
-                    readers = storages.setdefault(parameter.untyped_storage()._cdata, {})
+                    readers = storages.setdefault(storage_of(parameter), {})
                     readers.setdefault(own, []).append((module, attribute))
         return [
             Storage(tuple(owners), own, len(readers) > 1, tuple(self._names(owners)))
@@ -226,11 +234,15 @@ def plain_path(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
-def is_shard(parameter: torch.Tensor | None) -> bool:
-    """Whether this is one process's part of a parameter: of FSDP2, or of FSDP1, which makes it flat."""
-    if "torch.distributed.tensor" in sys.modules and isinstance(parameter, torch.distributed.tensor.DTensor):
-        return True
-    return parameter is not None and parameter.dim() == 1 and hasattr(parameter, "_fsdp_flattened")
+def _refuse_resized(name: str, parameter: torch.Tensor, adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
+        shape, planned = tuple(parameter.shape), tuple(adapter.layout.shape)
+        if shape != planned:
+            raise LoraFxError(
+                f"its shape is {shape}, and was {planned} when it got its adapter {adapter.name!r}",
+                place=name,
+                remedy=f"lora_fx.remove(model, {adapter.name!r}), and apply again",
+            )
 
 
 def _sharded(path: str, attribute: str, parameter: torch.Tensor | None) -> LoraFxError:

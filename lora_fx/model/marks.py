@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -14,6 +15,7 @@ from torch import fx, nn
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.exact_sum import Way
 from lora_fx.deltas.rounded_sum import KeptWeight
+from lora_fx.errors import LoraFxError
 
 ORIGINAL = "_lora_fx_graph"
 """The graph that a GraphModule had before."""
@@ -21,6 +23,7 @@ _READS = "_lora_fx_reads"  # this module's forward is rewritten as a graph
 _FOLDED = "_lora_fx_folded"  # what unfolding this module needs
 _PRESERVED = "_user_preserved_attributes"  # in a GraphModule's meta: attributes that torch gives to its copies
 _CONVERSIONS = "_lora_fx_conversions"  # how transformers would have rewritten the model's keys on saving
+_RESIZE = "resize_token_embeddings"
 _SEPARATOR = "_lora_"
 
 
@@ -88,6 +91,30 @@ def give_back_conversions(module: nn.Module) -> None:
     """Undo `keep_conversions`."""
     if _CONVERSIONS in module.__dict__:
         module.__dict__["_weight_conversions"] = forget(module, _CONVERSIONS)  # None is transformers' default
+
+
+def hold_size(module: nn.Module) -> None:
+    """Refuse `resize_token_embeddings` of a transformers model for as long as its embedding or its head is adapted."""
+    module.__dict__[_RESIZE] = partial(_resize, module)
+
+
+def release_size(module: nn.Module) -> None:
+    """Undo `hold_size`."""
+    if getattr(module.__dict__.get(_RESIZE), "func", None) is _resize:
+        del module.__dict__[_RESIZE]
+
+
+def _resize(self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any) -> Any:
+    now, wanted = self.get_input_embeddings().weight.shape[0], new_num_tokens
+    if pad_to_multiple_of:
+        wanted = -(-(now if wanted is None else wanted) // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted in (None, now):
+        return type(self).resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, **options)
+    raise LoraFxError(
+        f"the embedding or the head has an adapter for {now} tokens, and is to have {wanted}",
+        place=f"{type(self).__name__}.{_RESIZE}",
+        remedy="resize first and apply then; or fold(model, final=True), resize, and apply again",
+    )
 
 
 # ── the record of a fold ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,22 +15,27 @@ bounds are those of `lora_fx.verify`. Needs ``pip install "lora-fx[testing]"``.
 
 from lora_fx.testing.assertions import assert_equivalent, assert_folds_exactly, assert_onnx_equivalent
 from lora_fx.testing.comparing import Difference, first_difference
+from lora_fx.testing.histories import Histories, histories
 from lora_fx.testing.kind_laws import assert_kind
 from lora_fx.testing.random_models import BLOCKS, DTYPES, RandomModel
 from lora_fx.testing.strategies import Filling, adapters, models, rules_for
+from lora_fx.testing.twins import Shared
 
 __all__ = [
     "BLOCKS",
     "DTYPES",
     "Difference",
     "Filling",
+    "Histories",
     "RandomModel",
+    "Shared",
     "adapters",
     "assert_equivalent",
     "assert_folds_exactly",
     "assert_kind",
     "assert_onnx_equivalent",
     "first_difference",
+    "histories",
     "models",
     "rules_for",
 ]

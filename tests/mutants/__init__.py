@@ -93,10 +93,14 @@ def of_kinds(*names: str) -> tuple[str, ...]:
     return tuple(f"{KINDS}::test_{name}" for name in names)
 
 
+HISTORIES = "tests/test_histories.py"
+INTERRUPTS = "tests/test_interrupts.py"
+
 AREAS = {
     "algebra": Area((GAPS, "tests/test_forms.py"), "native-chain", "l2"),
     "layouts": Area((GAPS, "tests/test_views.py", "tests/test_forms.py"), "native-conv1d", "l2"),
     "wiring": Area((GAPS, "tests/test_graph_module.py"), "native-two-names", "l2"),
+    "settings": Area(("tests/test_settings.py",)),
     "insert": Area((GAPS, "tests/test_refusals.py", "tests/test_rules.py"), "native-tied", "l6"),
     "capture": Area((GAPS, "tests/test_refusals.py"), "native-batchnorm", "l13"),
     "fold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l3"),
@@ -113,6 +117,8 @@ AREAS = {
     "schedules": Area(("tests/test_schedules.py",)),
     "files": Area(("tests/test_adapter_files.py", GAPS)),
     "kinds": Area((KINDS,)),
+    "histories": Area((HISTORIES,)),
+    "places": Area(("tests/test_places.py",)),
 }
 
 MUTANTS = (
@@ -309,13 +315,14 @@ MUTANTS = (
         "The last site of a plan with several gets no adapter.",
     ),
     Mutant(
-        "weights_left_trainable", "insert", "passes/insert.py",
+        "weights_left_trainable", "insert", "lora_fx/model/training.py",
         "parameter.requires_grad_(False)", "parameter.requires_grad_(parameter.requires_grad)",
         "The base weights train along with the adapters.",
     ),
     Mutant(
-        "adapters_not_trainable", "insert", "passes/insert.py",
-        "adapter.requires_grad_(True)", "adapter.requires_grad_(False)",
+        "adapters_not_trainable", "insert", "lora_fx/deltas/adapter.py",
+        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))",
+        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)",
         "Nothing trains.",
     ),
     Mutant(
@@ -494,8 +501,8 @@ MUTANTS = (
         tests=("tests/test_graph_module.py", "tests/test_fold.py", GAPS),
     ),
     Mutant(
-        "deactivated_adapter_trains", "wiring", "passes/activate.py",
-        "adapter.requires_grad_(adapter.active)", "pass",
+        "deactivated_adapter_trains", "wiring", "lora_fx/deltas/adapter.py",
+        "self.get_parameter(name).requires_grad_(whether)", "pass",
         "activate() leaves the adapters trainable that do not act, and frozen the ones that do.",
         tests=(GAPS,),
     ),
@@ -1794,6 +1801,53 @@ MUTANTS = (
         tests=of_kinds("a_file_knows_the_settings_of_a_dense_kind"),
     ),
     Mutant(
+        "scale_baked_into_forwards", "settings", "passes/rewriting.py",
+        'scale = self.attribute(f"{path}.scale")', "scale = adapter.scale",
+        "A generated forward goes on with the scale that the adapter had when it was made.",
+    ),
+    Mutant(
+        "scale_baked_by_a_pickle", "settings", "lora_fx/deltas/adapter.py",
+        "if is_fx_symbolic_tracing():", "if False:",
+        "A GraphModule out of a pickle goes on with the scale that it was pickled with.",
+    ),
+    Mutant(
+        "dropout_set_in_vain", "settings", "lora_fx/deltas/adapter.py",
+        "        if value != 0:", "        if False:",
+        "A dropout that no forward calls can be set, and nothing is dropped.",
+    ),
+    Mutant(
+        "frozen_again_by_each_apply", "settings", "lora_fx/model/training.py",
+        "if not inventory(model).adapters:", "if True:",
+        "A second adapter freezes the head that the user lets train.",
+    ),
+    Mutant(
+        "activated_all_of_it_trains", "settings", "lora_fx/deltas/adapter.py",
+        "names = self._trained if whether else", "names = tuple(self._parameters) if whether else",
+        "A frozen A trains after the adapter was deactivated and activated.",
+    ),
+    Mutant(
+        "refused_switch_half_done", "settings", "passes/activate.py",
+        "facts.undo.append(partial(adapter.act, adapter.active))", "pass",
+        "After a refused switch, other adapters are active than before.",
+    ),
+    Mutant(
+        "trained_beside_left_out", "settings", "lora_fx/model/training.py",
+        "if beside == IGNORE or not names:", "if True:",
+        "save_adapter leaves out a head that trains, without a word.",
+    ),
+    Mutant(
+        "branch_outside_of_a_forward", "settings", "export/adapters/peft.py",
+        "if owner not in _KNOWN and not", "if False and not",
+        "A Linear subclass with a forward of its own is saved as a module for PEFT, which adds the branch outside.",
+        tests=("tests/test_adapter_files.py",),
+    ),
+    Mutant(
+        "branch_outside_of_a_hook", "settings", "export/adapters/peft.py",
+        "if foreign is not None:", "if False:",
+        "A module with a hook is saved as a module for PEFT, which runs the hook around the base alone.",
+        tests=("tests/test_adapter_files.py",),
+    ),
+    Mutant(
         "kinds_not_drawn", "kinds", "lora_fx/testing/strategies.py",
         "        kind = draw(st.sampled_from(kinds))\n        fitting", '        kind = "lora"\n        fitting',
         "The laws of a kind are laws of `lora`.",
@@ -1805,6 +1859,44 @@ MUTANTS = (
         "                continue",
         "The laws of a kind are tried where its δ is 0.",
         tests=of_kinds("rules_and_theta_are_drawn_for_the_kind"),
+    ),
+    # ── histories: what holds a model against its dense twin ─────────────────────────────────────────────────────────
+    Mutant(
+        "histories_forgive", "histories", "lora_fx/testing/agreement.py",
+        "        return SLACK * max(relative_error(moved, b, b), least)\n", "        return 1.0\n",
+        "A history may be off by as much as there is.",
+        tests=(f"{HISTORIES}::test_a_defect_in_a_history_is_found_and_named[a buffer]",),
+    ),
+    Mutant(
+        "histories_weights_give_way", "histories", "lora_fx/testing/agreement.py",
+        "untouched = isinstance(b, nn.Parameter) and not self.folded", "untouched = False",
+        "A base weight may move by rounding.",
+        tests=(f"{HISTORIES}::test_a_defect_in_a_history_is_found_and_named[a changed weight]",),
+    ),
+    Mutant(
+        "histories_gradients_unasked", "histories", "lora_fx/testing/agreement.py",
+        "(a.dtype, a.shape, a.requires_grad) != (b.dtype, b.shape, b.requires_grad)",
+        "(a.dtype, a.shape) != (b.dtype, b.shape)",
+        "Whether a tensor has a gradient is not compared.",
+        tests=(f"{HISTORIES}::test_a_defect_in_a_history_is_found_and_named[a lost gradient]",),
+    ),
+    Mutant(
+        "histories_outputs_forgotten", "histories", "lora_fx/testing/histories.py",
+        "    life.kept.append(output)\n", "",
+        "What an earlier call returned may be written to.",
+        tests=(f"{HISTORIES}::test_an_output_that_a_later_call_writes_to_is_found",),
+    ),
+    Mutant(
+        "dense_twin_is_the_base", "histories", "lora_fx/testing/twins.py",
+        "                total = total + record.delta(base).to(torch.float64)\n", "                pass\n",
+        "The dense twin has no δ in its weights.",
+        tests=(f"{HISTORIES}::test_l15_an_adapted_model_is_its_dense_twin_after_any_history[Linear]",),
+    ),
+    Mutant(
+        "dense_twin_trains_nothing", "histories", "lora_fx/testing/twins.py",
+        "                    tensor -= _RATE * gradient\n", "                    pass\n",
+        "θ of the dense twin stays where it is.",
+        tests=(f"{HISTORIES}::test_every_kind_of_step_in_one_history",),
     ),
     # ── changes: wholly or not at all, while the model rests ─────────────────────────────────────────────────────────
     Mutant(
@@ -1819,9 +1911,66 @@ MUTANTS = (
         tests=("tests/test_faults.py::test_no_memory_at_any_operation_leaves_the_model_bitwise_what_it_was",),
     ),
     Mutant(
+        "signals_do_not_wait", "changes", "lora_fx/changes.py",
+        "        if not _signals.waits:\n            self.handler", "        if True:\n            self.handler",
+        "Ctrl-C comes wherever a verb is, and leaves torch patched.",
+        tests=(f"{INTERRUPTS}::test_signals_wait_for_the_end_of_the_outermost_block_and_come_in_their_order",),
+    ),
+    Mutant(
+        "no_safe_point_while_recording", "changes", "lora_fx/graph/capture.py",
+        "        safe_point()\n        return create", "        return create",
+        "A capture cannot be stopped before it has run the model.",
+        tests=(f"{INTERRUPTS}::test_what_a_handler_raises_is_not_taken_for_the_models_own_error",),
+    ),
+    Mutant(
+        "a_later_signal_is_lost", "changes", "lora_fx/changes.py",
+        "        _let_in(due[1:], frame)\n", "        pass\n",
+        "Of two signals that wait the handler of one runs.",
+        tests=(f"{INTERRUPTS}::test_no_exception_is_lost",),
+    ),
+    Mutant(
+        "a_timeout_is_the_models_own_error", "changes", "lora_fx/changes.py",
+        "            raise _Passing(error) from error\n", "            raise\n",
+        "What a timer's handler raises in a capture is taken for an error of the model.",
+        tests=(f"{INTERRUPTS}::test_what_a_handler_raises_is_not_taken_for_the_models_own_error",),
+    ),
+    Mutant(
+        "profiler_in_c_taken_out", "changes", "lora_fx/changes.py",
+        "    if TRACER.read() is None or written_in_c:\n        return TRACER.set_for_now(trace)\n", "",
+        "After an apply inside cProfile every call fails.",
+        tests=("tests/test_tracing.py::test_a_profiler_in_c_goes_on_after_the_calls_were_seen",),
+    ),
+    Mutant(
         "gradient_mode_left_off", "changes", "lora_fx/changes.py",
         "            switch.turn(was)\n", "            pass\n",
         "After Ctrl-C in a verb nothing has gradients any more.",
         tests=("tests/test_faults.py::test_ctrl_c_at_any_line_leaves_the_model_bitwise_what_it_was",),
+    ),
+    # ── where parameters live ────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "factors_put_away", "places", "lora_fx/graph/places.py",
+        "                own.pre_forward(self)\n                own.offload = False\n", "",
+        "accelerate puts the factors away until somebody calls their module, which nobody does: garbage.",
+    ),
+    Mutant(
+        "offloaded_unchecked", "places", "lora_fx/checks/verification.py",
+        "    total = weight.to(torch.float64) + delta(weight, *storage.adapters)\n    if step",
+        "    total = weight.to(torch.float64)\n    if step",
+        "The check of an offloaded model holds it against the plain weights.",
+    ),
+    Mutant(
+        "shards_captured", "places", "lora_fx/graph/capture.py",
+        "    refuse_shards(model)\n", "",
+        "A model in parts is captured, and waits for the other processes.",
+    ),
+    Mutant(
+        "real_part_alone", "places", "lora_fx/checks/verification.py",
+        "torch.view_as_real(tensor.resolve_conj()) if", "tensor.real if",
+        "Two models that differ in the imaginary part of an output are called one function.",
+    ),
+    Mutant(
+        "storages_by_luck", "places", "lora_fx/graph/program.py",
+        "    if storage == id(tensor):\n        return (storage,)\n", "",
+        "A tensor without a storage is asked for its strides.",
     ),
 )  # fmt: skip
