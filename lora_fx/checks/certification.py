@@ -321,9 +321,8 @@ class Flow:
             return False
         if pure and made_of:
             self.mixed[node] = frozenset().union(*made_of)
-            branch = any(n in self.factors for n in inputs)
             plain = any(n not in self.mixed for n in carried)  # W + δ; where neither is W, two sums are added
-            if plain and _is_add(node) and (branch or any(shape_of(node) == shape_of(r) for r in self._roots(node))):
+            if plain and _is_add(node) and any(shape_of(node) == shape_of(root) for root in self._roots(node)):
                 self.sums[node] = self.mixed[node]
         elif not (pure or _moves(node, self.carriers)):
             return True
