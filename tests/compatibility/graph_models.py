@@ -18,7 +18,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "GCNConv": {}, "SAGEConv": {}, "GraphConv": {}, "GATConv": dict(heads=2), "GATv2Conv": dict(heads=2),
     "TransformerConv": dict(heads=2), "TAGConv": {}, "ARMAConv": dict(num_stacks=2, num_layers=2), "SGConv": dict(K=2),
     "ChebConv": dict(K=3), "LEConv": {}, "ClusterGCNConv": {}, "FiLMConv": {}, "SuperGATConv": dict(heads=2),
-    "ResGatedGraphConv": {}, "GENConv": {}, "MFConv": {}, "GeneralConv": {}, "FeaStConv": dict(heads=2),
+    "ResGatedGraphConv": {}, "GENConv": {}, "MFConv": dict(max_degree=2), "GeneralConv": {}, "FeaStConv": dict(heads=2),
     "EGConv": dict(num_heads=2), "WLConvContinuous": {}, "AntiSymmetricConv": {}, "FAConv": {}, "LGConv": {},
     "SSGConv": dict(alpha=0.1), "GatedGraphConv": {},
 }  # fmt: skip
