@@ -203,11 +203,13 @@ def refuse_any_away(model: nn.Module, what: str, error: type[LoraFxError]) -> No
             refuse_away(module, attribute, f"{path}.{attribute}" if path else attribute, what, error)
 
 
-def is_moved() -> bool:
-    """Whether who reads a parameter, two calls above the caller, is code that moves it: it is to get what is there."""
+def is_moved(above: int = 2) -> bool:
+    """Whether who reads a parameter, so many calls above the caller, is code that moves it: it gets what is there."""
     if not (_MOVERS & sys.modules.keys()) or torch.compiler.is_compiling():
         return False
-    return sys._getframe(3).f_globals.get("__name__", "").startswith(("accelerate.", "torch.distributed.tensor."))
+    return (
+        sys._getframe(above + 1).f_globals.get("__name__", "").startswith(("accelerate.", "torch.distributed.tensor."))
+    )
 
 
 @contextmanager

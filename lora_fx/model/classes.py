@@ -270,7 +270,7 @@ def _adapted_property(attribute: str, children: tuple[str, ...]) -> property:
     def read(self: nn.Module) -> Any:
         parameter: Any = self._parameters.get(attribute)
         plain = type(parameter) in ORDINARY and parameter.dim() > 1
-        if not plain or self._lora_fx_reader is not None or is_dynamo_compiling():
+        if not plain or self._lora_fx_reader is not None or is_dynamo_compiling() or is_moved(1):
             return adapted_weight(self, attribute, children)
         own: Any = self._modules  # an adapter of a tied weight is a child of one of its owners
         if len(children) == 1:
