@@ -227,11 +227,18 @@ class _Life:
         _same(called(self.model, self.inputs[0], training=True), wanted, noise)
 
     def _certify(self) -> None:
+        """It must say yes, but of a weight that the oracle's outputs do not depend on either."""
         certificate = lora_fx.certify(self.model, self.inputs[0])
-        if not certificate:
-            lines = [f"{row.weight} in {row.module}: {row.problem}" for row in certificate.rows if row.problem]
-            lines += [f"whole model, {report}" for report in certificate.whole if not report]
+        if certificate:
+            return
+        idle = Oracle(self.base, self.model).without_effect(self.inputs[0])
+        problems = [row for row in certificate.rows if row.problem]
+        lines = [f"{r.weight} in {r.module}: {r.problem}" for r in problems if not idle & {*r.weight.split(" = ")}]
+        lines += [f"whole model, {report}" for report in certificate.whole if not report]
+        if lines or not problems:
             self.row.uncertified.append("; ".join(lines[:3])[:500])
+        else:
+            self.row.notes.append("certify: nothing to measure of a weight that the outputs do not depend on")
 
     def _fold(self) -> None:
         _until_right(self._compare_folded)
@@ -501,21 +508,31 @@ class Oracle:
             noise = [max(pair) for pair in zip(noise, exact, strict=True)] if all(map(math.isfinite, exact)) else noise
         return wanted, noise
 
-    def gradients(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """Of every factor, by the chain rule from the gradient of the dense sum:  s·Bᵀ·G  and  s·G·Aᵀ."""
-        for one in self.sums:
-            one.parameter.requires_grad_(True)
+    def dense_gradients(self, inputs: Inputs) -> list[torch.Tensor]:
+        """Of each sum, in float64."""
         parameters = [one.parameter for one in self.sums]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
         try:
             _, found = _loss(self.model, inputs, parameters)
         finally:
             self.model.requires_grad_(False)
+        pairs = zip(self.sums, found, strict=True)
+        return [torch.zeros_like(one.total) if g is None else g.double() for one, g in pairs]
+
+    def without_effect(self, inputs: Inputs) -> set[str]:
+        """The names of those weights that these outputs do not depend on."""
+        pairs = zip(self.sums, self.dense_gradients(inputs), strict=True)
+        return {name for one, gradient in pairs if not gradient.any() for name in one.names}
+
+    def gradients(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """Of every factor, by the chain rule from the gradient of the dense sum:  s·Bᵀ·G  and  s·G·Aᵀ."""
         totals: dict[str, torch.Tensor] = {}
         number = {adapter: k for k, adapter in enumerate(self.adapters)}
-        for one, gradient in zip(self.sums, found, strict=True):
+        for one, gradient in zip(self.sums, self.dense_gradients(inputs), strict=True):
             for adapter in one.adapters:
                 A, B = factors(adapter)
-                G = matrix_of(torch.zeros_like(one.total) if gradient is None else gradient.double(), adapter)
+                G = matrix_of(gradient, adapter)
                 rows = slice(None) if adapter.rows is None else list(adapter.rows)
                 for label, own in (("A", SCALE * B.mT @ G), ("B", (SCALE * G @ A.mT)[..., rows, :])):
                     label = f"{label} of {number[adapter]}"

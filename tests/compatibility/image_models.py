@@ -59,7 +59,7 @@ VIT_PYTORCH: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     ),
     "crossformer": (
         "CrossFormer",
-        dict(num_classes=5, dim=(16, 32, 32, 64), depth=(1, 1, 1, 1), global_window_size=(4, 2, 2, 1),
+        dict(num_classes=5, dim=(32, 32, 64, 64), depth=(1, 1, 1, 1), global_window_size=(4, 2, 2, 1),
              local_window_size=2),
         (2, 3, 64, 64),
     ),
