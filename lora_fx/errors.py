@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+_NAMES, _REASONS = 5, 5  # shown: places of each reason, reasons of each error
+_Error = TypeVar("_Error", bound="LoraFxError")
+
 
 class LoraFxError(Exception):
     """Something lora_fx refuses to do. The model and the files are bitwise what they were before the call.
@@ -24,6 +30,10 @@ def _restore(cls: type[LoraFxError], reason: str, place: str, remedy: str) -> Lo
     return cls(reason, place=place, remedy=remedy)
 
 
+def _restore_plan_error(cls: type[PlanError], reason: str, place: str, remedy: str, refusals: Any) -> PlanError:
+    return cls(reason, place=place, remedy=remedy, refusals=refusals)
+
+
 class CaptureError(LoraFxError):
     """The model could not be captured on the example inputs."""
 
@@ -41,7 +51,46 @@ class KindError(LoraFxError):
 
 
 class PlanError(LoraFxError):
-    """A site that a rule asks for cannot be adapted."""
+    """Sites that rules ask for cannot be adapted. One message names each of them, grouped by reason.
+
+    `refusals` holds an error for each; of one alone that is the error itself.
+    """
+
+    def __init__(self, reason: str, *, place: str, remedy: str, refusals: Sequence[PlanError] = ()) -> None:
+        super().__init__(reason, place=place, remedy=remedy)
+        self.refusals = tuple(refusals) or (self,)
+
+    def __reduce__(self) -> tuple:
+        own = self.refusals if self.refusals != (self,) else ()
+        return _restore_plan_error, (type(self), self.reason, self.place, self.remedy, own)
+
+    @classmethod
+    def of(cls, refusals: Sequence[PlanError]) -> PlanError:
+        """All of them in one."""
+        if len(refusals) == 1:
+            return refusals[0]
+        groups = by_reason(refusals)
+        lines = [f"\n  {names}: {error.reason}\n    → {error.remedy}" for names, error in groups[:_REASONS]]
+        more = [f"\n  … {len(groups) - _REASONS} more reasons"] if len(groups) > _REASONS else []
+        return cls(
+            f"{len(refusals)} sites cannot be adapted{''.join([*lines, *more])}",
+            place="the plan",
+            remedy="mend each of them, or leave it out: a rule without a rank before, or otherwise='skip' in its rule",
+            refusals=refusals,
+        )
+
+
+def by_reason(errors: Sequence[_Error]) -> list[tuple[str, _Error]]:
+    """For each reason: the first few of its places, and one of its errors."""
+    groups: dict[str, list[_Error]] = {}
+    for error in errors:
+        groups.setdefault(error.reason, []).append(error)
+    return [(few([error.place for error in group], _NAMES), group[0]) for group in groups.values()]
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(names[:most]) + (f", … {len(names) - most} more" if len(names) > most else "")
 
 
 class AdapterError(LoraFxError):

@@ -6,7 +6,8 @@ plan  =  Capture → Analyse → Select → Schedule
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,13 +16,13 @@ from torch import nn
 
 from lora_fx.analysis.biases import Biases
 from lora_fx.analysis.patterns import find_pattern
-from lora_fx.analysis.rules import Rule, read_rules, select
+from lora_fx.analysis.rules import SKIP, Rule, read_rules, select
 from lora_fx.analysis.sites import Site, find_sites
 from lora_fx.deltas import schedules
 from lora_fx.deltas.adapted_weight import has_product, schedulable
 from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
 from lora_fx.deltas.realisation import Realisation
-from lora_fx.errors import PlanError
+from lora_fx.errors import PlanError, by_reason, few
 from lora_fx.graph import layout
 from lora_fx.graph.capture import refuse_unready
 from lora_fx.graph.layout import Layout
@@ -50,6 +51,8 @@ class Row:
     """(path of the module, attribute): where the weight is read with the branch."""
     split: bool
     """Other uses of the same storage stay as they are; folding gives these uses a copy of their own."""
+    reason: str = ""
+    """Why a role is `other`."""
     realised: Realisation = Realisation.DISPATCH
     why: str = ""
     """Why it dispatches instead of being rewritten as a graph."""
@@ -126,6 +129,8 @@ class Plan:
     rows: tuple[Row, ...]
     sites: tuple[Site, ...]
     notes: tuple[str, ...] = field(default=())
+    left_out: tuple[PlanError, ...] = field(default=())
+    """Why each site is left out that a rule with ``otherwise="skip"`` decides and that cannot be adapted."""
 
     @property
     def parameters(self) -> int:
@@ -145,12 +150,13 @@ class Plan:
             "weight", "role", "form", "shape", "kind", "rank", "trainable", "realised", "schedule", "folds",
             "shared storage",
         )  # fmt: skip
-        reasons = list(dict.fromkeys(row.why for row in self.rows if row.why))
+        reasons = list(dict.fromkeys(why for row in self.rows for why in (row.reason, row.why) if why))
         body = [self._cells(row, reasons) for row in self.rows]
         total = f"{len(self.rows)} adapters, {self.parameters:,} trainable parameters: "
         total += f"{self.share:.3%} of {self.model_parameters:,}"
         footnotes = [f"({n}) {why}" for n, why in enumerate(reasons, 1)]
-        return "\n".join([table(header, body, right=(5, 6)), *footnotes, total, *self.notes])
+        left_out = [f"Left out: {names}: {error.reason}" for names, error in by_reason(self.left_out)]
+        return "\n".join([table(header, body, right=(5, 6)), *footnotes, total, *left_out, *self.notes])
 
     def _cells(self, row: Row, reasons: list[str]) -> tuple[str, ...]:
         part = f"[{len(row.rows)} rows]" if row.rows is not None else ""
@@ -158,9 +164,10 @@ class Plan:
         if row.split:
             shared += f"; split off, {row.copied_bytes / 2**20:.2f} MiB when folded"
         realised = f"{row.realised} ({reasons.index(row.why) + 1})" if row.why else row.realised
+        role = f"{row.role} ({reasons.index(row.reason) + 1})" if row.reason else row.role
         forms = ", ".join(dict.fromkeys(use.form for use in row.uses))
         return (
-            row.name + part, row.role or "?", forms, "×".join(map(str, row.weight.shape)), row.kind.name,
+            row.name + part, role or "?", forms, "×".join(map(str, row.weight.shape)), row.kind.name,
             str(row.rank or "–"), f"{row.parameters:,}", realised, row.schedule,
             "exactly" if row.kind.low_rank else "rounded once", shared,
         )  # fmt: skip
@@ -241,10 +248,9 @@ class Select(Pass):
                 rule: frozenset(_pattern_weights(program, rule)) for rule in rules if rule.pattern and program.capture
             }
             chosen = select(rules, sites, patterns, seen=program.capture is not None)
-            rows = _rows(program, sites, chosen)
-            found = plan_rows(program, rules, self.adapter, rows, sites)
-        for row in rows:
-            _check_rank(row)
+            refused = Refused()
+            rows = [row for row in _rows(program, sites, chosen, refused) if refused.allows(row.rule, _check_rank, row)]
+            found = plan_rows(program, rules, self.adapter, rows, sites, refused)
         return Result(model, False, (found,))
 
 
@@ -257,15 +263,21 @@ class Schedule(Pass):
     ensures = (given(Plan),)
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        for row in facts[Plan].rows:
-            if why := row.why_not(row.rule.schedule):
-                raise PlanError(
-                    f"schedule={row.rule.schedule!r}: {why}",
-                    place=row.weight.name,
-                    remedy="leave the schedule out: auto takes what fits",
-                )
+        plan, refused = facts[Plan], Refused()
+        plan.rows = tuple(row for row in plan.rows if refused.allows(row.rule, _check_schedule, row))
+        plan.left_out += refused.left_out(plan.rows)
+        for row in plan.rows:
             row.schedule = _schedule(row)
-        return Result(model, False, (facts[Plan],))
+        return Result(model, False, (plan,))
+
+
+def _check_schedule(row: Row) -> None:
+    if why := row.why_not(row.rule.schedule):
+        raise PlanError(
+            f"schedule={row.rule.schedule!r}: {why}",
+            place=row.weight.name,
+            remedy="leave the schedule out: auto takes what fits",
+        )
 
 
 def _schedule(row: Row) -> str:
@@ -284,19 +296,64 @@ def _schedule(row: Row) -> str:
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Refused:
+    """What turned out to be impossible on the way to a plan, and whose rules leave it out.
+
+    All of it is looked at before the plan is refused, so that one message names everything.
+    """
+
+    def __init__(self) -> None:
+        self._errors: dict[PlanError, Rule] = {}
+
+    @contextmanager
+    def under(self, rule: Rule) -> Iterator[None]:
+        """A refusal of what is done inside is noted."""
+        try:
+            yield
+        except PlanError as error:
+            self._errors[error] = rule
+
+    def allows(self, rule: Rule, check: Callable[..., None], *arguments: Any) -> bool:
+        """Whether the check, called with these arguments, raises nothing."""
+        before = len(self._errors)
+        with self.under(rule):
+            check(*arguments)
+        return len(self._errors) == before
+
+    def left_out(self, rows: Sequence[Row]) -> tuple[PlanError, ...]:
+        """Why each of them is left out, where these rows are what is left.
+
+        Raises:
+            PlanError: not everything may be left out, or nothing is left of a rule.
+        """
+        left = {row.rule for row in rows}
+        refusals = [error for error, rule in self._errors.items() if rule.otherwise != SKIP or rule not in left]
+        if refusals:
+            raise PlanError.of(refusals)
+        return tuple(self._errors)
+
+
 def plan_rows(
-    program: Program, rules: tuple[Rule, ...], name: str, rows: list[Row], sites: tuple[Site, ...] = ()
+    program: Program,
+    rules: tuple[Rule, ...],
+    name: str,
+    rows: Sequence[Row],
+    sites: tuple[Site, ...] = (),
+    refused: Refused | None = None,
 ) -> Plan:
     """The plan of these rows: each is checked, and it is decided how each is realised.
 
+    Args:
+        refused: what was refused before; everything that cannot be adapted is refused together.
+
     Raises:
-        PlanError: a row cannot be adapted.
+        PlanError: rows cannot be adapted, and their rules do not leave them out.
     """
-    here = inventory(program.model)
-    for row in rows:
-        _check(row, program.model, name, here)
+    here, refused = inventory(program.model), refused or Refused()
+    rows = [row for row in rows if refused.allows(row.rule, _check, row, program.model, name, here)]
+    left_out = refused.left_out(rows)
     _realise(rows, program)
-    return Plan(program, rules, name, tuple(rows), sites, _notes(program, rows))
+    return Plan(program, rules, name, tuple(rows), sites, _notes(program, rows), left_out)
 
 
 def read_program(model: nn.Module, example_inputs: Any) -> Program:
@@ -331,7 +388,7 @@ def _pattern_weights(program: Program, rule: Rule) -> list[int]:
     return [id(w) for bound in found for name, w in bound.items() if wanted is None or name in wanted]
 
 
-def _rows(program: Program, sites: Sequence[Site], chosen: dict[Site, Rule]) -> list[Row]:
+def _rows(program: Program, sites: Sequence[Site], chosen: dict[Site, Rule], refused: Refused) -> list[Row]:
     """Sites of one weight under one rule become one row, unless the rule asks for parts by their role."""
     groups: dict[tuple[Weight, Rule, Any], list[Site]] = {}
     for site in sites:
@@ -351,33 +408,38 @@ def _rows(program: Program, sites: Sequence[Site], chosen: dict[Site, Rule]) -> 
             covered = None
         role = ", ".join(dict.fromkeys(site.role for site in group))
         part = "_".join(dict.fromkeys(s.role.rpartition(".")[2] for s in group)) if covered is not None else ""
-        owners, split = _owners(weight, covered, uses, rule)
-        rows.append(Row(weight, rule, role, part, covered, uses, owners, split))
-    return _on_biases(rows, program) if any(row.kind.adapts == "bias" for row in rows) else rows
+        reason = "; ".join(dict.fromkeys(site.reason for site in group if site.reason))
+        with refused.under(rule):
+            owners, split = _owners(weight, covered, uses, rule)
+            rows.append(Row(weight, rule, role, part, covered, uses, owners, split, reason))
+    return _on_biases(rows, program, refused) if any(row.kind.adapts == "bias" for row in rows) else rows
 
 
-def _on_biases(rows: Sequence[Row], program: Program) -> list[Row]:
+def _on_biases(rows: Sequence[Row], program: Program, refused: Refused) -> list[Row]:
     """Those of a kind that adapts biases become rows for these: one for each, whichever weights it belongs to."""
     biases, found = Biases(program), dict[Any, Row]()
     for row in rows:
         if row.kind.adapts != "bias":
             found[row] = row
             continue
-        bias = _bias_of(row, biases)
-        owners = tuple((path, attribute) for path, _, attribute in (name.rpartition(".") for name in bias.names))
-        key = bias, row.rule, row.rows
-        uses = (*found[key].uses, *row.uses) if key in found else row.uses
-        found[key] = replace(row, weight=bias, uses=uses, owners=owners, split=False)
-    for row in found.values():
-        others = [use for use in row.weight.uses if use not in row.uses] if row.kind.adapts == "bias" else []
-        if others:
-            raise PlanError(
-                f"{row.rule.label} adapts {len(row.uses)} of the uses of this bias, and {others[0].form} in "
-                f"{others[0].module or 'the model'} reads it too",
-                place=row.weight.name,
-                remedy="match that one as well, or give the use a bias of its own",
-            )
-    return list(found.values())
+        with refused.under(row.rule):
+            bias = _bias_of(row, biases)
+            owners = tuple((path, attribute) for path, _, attribute in (name.rpartition(".") for name in bias.names))
+            key = bias, row.rule, row.rows
+            uses = (*found[key].uses, *row.uses) if key in found else row.uses
+            found[key] = replace(row, weight=bias, uses=uses, owners=owners, split=False)
+    return [row for row in found.values() if refused.allows(row.rule, _check_readers, row)]
+
+
+def _check_readers(row: Row) -> None:
+    others = [use for use in row.weight.uses if use not in row.uses] if row.kind.adapts == "bias" else []
+    if others:
+        raise PlanError(
+            f"{row.rule.label} adapts {len(row.uses)} of the uses of this bias, and {others[0].form} in "
+            f"{others[0].module or 'the model'} reads it too",
+            place=row.weight.name,
+            remedy="match that one as well, or give the use a bias of its own",
+        )
 
 
 def _bias_of(row: Row, biases: Biases) -> Weight:
@@ -448,8 +510,7 @@ def _check(row: Row, model: nn.Module, name: str, here: Inventory) -> None:
         raise PlanError(
             f"the weight {weight.problem}",
             place=weight.name,
-            remedy=f"exclude it with a rule before {rule.label}: Rule(where={weight.name!r}); a computed weight can "
-            "be made a plain one first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)",
+            remedy=f"{weight.remedy}; or leave it out: a rule without a rank before, or otherwise='skip' in this one",
         )
     whole = [u.form for u in row.uses if is_dense(u) or not (row.kind.low_rank or _has_product(u, row.kind))]
     if rule.dropout and whole:
@@ -482,7 +543,5 @@ def _notes(program: Program, rows: Sequence[Row]) -> tuple[str, ...]:
     if any(row.weight.parameter.is_meta for row in rows) and without_numbers(program.model):
         notes.append("On meta tensors the adapted model is not checked: lora_fx.verify it once it is materialised.")
     if program.unseen:
-        names = [w.name for w in program.unseen]
-        shown = ", ".join(names[:5]) + (f", … {len(names) - 5} more" if len(names) > 5 else "")
-        notes.append(f"Unseen by the example inputs: {shown}")
+        notes.append(f"Unseen by the example inputs: {few([w.name for w in program.unseen], 5)}")
     return tuple(notes)

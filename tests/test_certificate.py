@@ -157,6 +157,43 @@ def test_an_effect_that_rounding_could_hide_is_not_certified():
     assert lora_fx.certify(model.float(), x.float())
 
 
+class Positions(nn.Module):
+    """A table is added in place: running the use again must not add it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(11, 6), nn.Embedding(8, 6)
+
+    def forward(self, i):
+        x = self.words(i)
+        x += self.places(torch.arange(8))
+        return x
+
+
+class Buffered(nn.Module):
+    """Experts in a loop: what each gives is written into a buffer, from which the next layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(2, 5, 6)), nn.Parameter(torch.randn(2, 6, 4))
+
+    def layer(self, x, weight):
+        out = torch.zeros(4, weight.shape[-1])
+        for k in range(2):
+            out[2 * k : 2 * k + 2] = x[2 * k : 2 * k + 2] @ weight[k]
+        return out
+
+    def forward(self, x):
+        return self.layer(self.layer(x, self.first).relu(), self.second)
+
+
+@pytest.mark.parametrize(("make", "inputs", "uses"), [(Positions, IDS, 2), (Buffered, torch.randn(4, 5), 4)])
+def test_what_writes_in_place_is_measured_as_it_is(make, inputs, uses):
+    torch.manual_seed(0)
+    certificate = lora_fx.certify(lora_fx.apply(make(), EVERYTHING, inputs), inputs)
+    assert certificate and len(certificate.rows) == uses, str(certificate)
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

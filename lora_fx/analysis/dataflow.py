@@ -37,6 +37,7 @@ _RELAYS = frozenset({  # what moves axes or elements to other places
     "transpose", "permute", "t", "mT", "movedim", "swapaxes", "gather", "index", "index_select", "flip", "roll",
     "as_strided", "index_put", "take_along_dim", "scatter", "copy",
 })  # fmt: skip
+_REDUCES = frozenset({"sum", "mean", "cumsum", "nansum", "nanmean", "logsumexp", "logcumsumexp", "cumprod", "prod"})
 _RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"})
 _DENSE_PRODUCTS = PRODUCTS | {"mv", "inner", "addmv", "chain_matmul", "linalg_multi_dot"}
 
@@ -77,6 +78,8 @@ class Fact:
     softmax: fx.Node | None = None  # it is this softmax, perhaps masked, scaled or sliced
     origin: fx.Node | None = None  # the node that it is an elementwise function of
     acts: tuple[_Act, ...] = ()
+    pair: frozenset[fx.Node] = frozenset()  # the origins of two activations of which it is the plain product
+    spectral: bool = False  # it has been through a Fourier transform: what comes from one token is everywhere
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,12 @@ class Flow:
         indices = (user for user in node.users if base_name(user) == "getitem" and user.args[1] == 1 and user.users)
         if name in _CHOICES or (name == "max" and any(indices)):  # of the stream or of a product it only sorts
             told = [f for f in reads if not f.stream and not f.frontier & (MIX | CORE)]
-            self.chosen |= union(f.frontier for f in told)
+            self.chosen |= union(f.frontier for f in told if not f.pair and not f.spectral)
+            self.mixed |= union(f.frontier for f in told if f.pair or f.spectral)
         if not is_float(node.meta.get("val")):
             return Fact(live=after.live, origin=node)
         found = None
-        if name in PRODUCTS:
+        if name in PRODUCTS or name == "linear":  # which is no use: its weight is an activation
             found = self._attention(node, name, after) or self._mix(node, name, after)
         return found or self._plain(node, name, after)
 
@@ -170,6 +174,7 @@ class Flow:
             fact = core  # a weight inside the second product: p, v and W in one einsum
         self.inputs[node] = fact
         self.used |= fact.frontier
+        self.mixed |= fact.frontier if fact.pair and not fact.stream else 0
         after.frontier = self.bit[node]
         if self.is_depthwise(node) and not fact.stream:  # features stay apart: it is seen through
             after.frontier |= fact.frontier
@@ -213,11 +218,16 @@ class Flow:
         factors = self.factors(node, name)
         if len(factors) < 2:
             return None
-        self.mixed |= union(self.fact(n).frontier for n in factors)
+        self.mixed |= union(self.fact(n).frontier for n in factors if not self.fact(n).stream)
         fact = self._plain(node, name, after)
-        fact.frontier |= MIX
-        fact.bent, fact.acts, fact.origin, fact.softmax = False, (), node, None
+        self._mixes(fact, node)
         return fact
+
+    def _mixes(self, fact: Fact, node: fx.Node) -> None:
+        """From here on it is made of tokens."""
+        self.mixed |= 0 if fact.stream else fact.frontier
+        fact.frontier |= MIX
+        fact.bent, fact.acts, fact.origin, fact.softmax, fact.pair = False, (), node, None, frozenset()
 
     def _plain(self, node: fx.Node, name: str, after: Fact) -> Fact:
         sources = [n for n in node.all_input_nodes[: 1 if name in _LIKE else None] if self.fact(n).frontier]
@@ -237,6 +247,9 @@ class Flow:
             self._add(fact, sources)
         elif name in ("mul", "div") and len(sources) == 2 and not fact.stream:
             self._multiply(fact, node, *sources)
+        elif name in _REDUCES and any(act.up for act in fact.acts) and not _normalizes(node):
+            self._mixes(fact, node)  # a gated product over tokens, as linear attention sums f(k)·v
+        fact.spectral |= name.startswith("fft_")
         if self._bends(node, name) and sources:
             self._bend(fact, node, name, sources[0])
         if fact.stream:
@@ -245,6 +258,7 @@ class Flow:
 
     def _add(self, fact: Fact, sources: list[fx.Node]) -> None:
         """A sum with something that lies before the uses of the other summand is the residual stream."""
+        self._recur(fact, sources)
         for a in sources:
             for b in sources:
                 older, branch = self.fact(a), self.fact(b)
@@ -253,6 +267,13 @@ class Flow:
                 if at & branch.above and not at & branch.frontier & -FIRST_USE:
                     fact.stream = True
                     self.added |= 0 if branch.stream else branch.frontier
+
+    def _recur(self, fact: Fact, sources: list[fx.Node]) -> None:
+        """A sum of gated products of the same uses that are other tokens': state = decay · state + f(k) · v."""
+        facts = [self.fact(n) for n in sources]
+        shared = reduce(operator.and_, (f.frontier for f in facts)) & -FIRST_USE
+        if shared and len({f.origin for f in facts}) > 1 and any(act.up for f in facts for act in f.acts):
+            self._mixes(fact, sources[0])
 
     @staticmethod
     def _bends(node: fx.Node, name: str) -> bool:
@@ -265,6 +286,9 @@ class Flow:
         if fact.stream or fact.frontier < FIRST_USE:
             return
         self.bending |= fact.frontier
+        if fact.pair:
+            self._mixes(fact, node)
+            return
         fact.bent = True
         if name == "glu":
             dim, half = dim_of(node), shape_of(node)[dim_of(node)]
@@ -281,20 +305,37 @@ class Flow:
             kept, scale = (right, left) if scales[0] else (left, right)
             self.used |= scale.frontier & ~kept.frontier
             fact.frontier, fact.acts, fact.bent = kept.frontier, kept.acts, kept.bent
-            fact.origin, fact.weighs, fact.softmax = kept.origin, kept.weighs, kept.softmax
+            fact.origin, fact.weighs, fact.softmax, fact.pair = kept.origin, kept.weighs, kept.softmax, kept.pair
             return
         features = left.frontier >= FIRST_USE and right.frontier >= FIRST_USE
-        if left.origin is right.origin or not features or not (left.bent or right.bent):
+        if left.origin is right.origin or not features:
             return
         gate, up = (a, b) if left.bent else (b, a)
+        if self._is_pair(node, self.fact(gate), self.fact(up)):
+            if left.pair or right.pair or base_name(node) == "div":
+                self._mixes(fact, node)
+            else:
+                fact.pair = frozenset(f.origin for f in (left, right) if f.origin is not None)
+                fact.weighs = False
+            return
         acts = self.fact(gate).acts
         clear = left.bent != right.bent and all(act.up is None for act in acts)
         fact.acts = (_Act(Target(node, gate), Target(node, up), fact.frontier, clear),)
 
+    @staticmethod
+    def _is_pair(node: fx.Node, gate: Fact, up: Fact) -> bool:
+        """A product of two activations of which neither gates the other, as in f(gate) · up or up · gate · f(gate)."""
+        of_both = bool(up.pair) and gate.origin in up.pair
+        return base_name(node) == "div" or not gate.bent or bool(gate.pair) or (bool(up.pair) and not of_both)
+
     def _scales(self, node: fx.Node, other: fx.Node) -> bool:
-        """It weighs the other's features, all alike: a routing weight, a gate with one value a token."""
+        """It weighs the other's features, all alike: a routing weight, a gate with one value a token.
+
+        No outer product: that has features of both.
+        """
         mine, theirs = shape_of(node), shape_of(other)
         one = mine[-1:] == (1,) and theirs[-1:] != (1,) and len(theirs) > 0
+        one = one and all(k in (1, n) for k, n in zip(mine[::-1], theirs[::-1], strict=False))
         return one or (self.fact(node).weighs and self.fact(node).softmax is None and not self.fact(other).weighs)
 
     # Tensors written in place.
@@ -323,6 +364,12 @@ class Flow:
         return [w for w in writes if first < self.order[w] < last]
 
 
+def _normalizes(node: fx.Node) -> bool:
+    """It reduces each token's features to one number beside them, as a norm does."""
+    (read,) = node.all_input_nodes[:1]
+    return shape_of(node) == (*shape_of(read)[:-1], 1)
+
+
 def _join(facts: list[Fact]) -> Fact:
     """What is known of a value computed from all of these."""
     joined = Fact()
@@ -333,6 +380,8 @@ def _join(facts: list[Fact]) -> Fact:
         joined.stream |= f.stream
         joined.bent |= f.bent
         joined.weighs |= f.weighs
+        joined.pair |= f.pair
+        joined.spectral |= f.spectral
     made_of = [f for f in facts if f.frontier]
     softmaxes, origins = {f.softmax for f in made_of}, {f.origin for f in made_of}
     joined.softmax = softmaxes.pop() if len(softmaxes) == 1 else None

@@ -19,6 +19,7 @@ from torch import fx
 
 from lora_fx.analysis.dataflow import CORE, FIRST_USE, MIX, Fact, Flow, multiplies_plainly, union
 from lora_fx.analysis.feature_split import Target, Undecided
+from lora_fx.graph.forms import FORMS
 from lora_fx.graph.layout import place
 from lora_fx.graph.program import Program, Use
 
@@ -67,7 +68,8 @@ class _Labeller:
             self._mlp(node, fact)
 
     def labels(self) -> dict[Use, tuple[Label, ...]]:
-        found = {use: self._use_labels(node, use) for node, uses in self.flow.uses.items() for use in uses}
+        uses = [(node, use) for node, uses in self.flow.uses.items() for use in uses if not use.weight.problem]
+        found = {use: self._use_labels(node, use) for node, use in uses}
         self._share_with_positions(found)
         return found
 
@@ -81,10 +83,10 @@ class _Labeller:
 
     def _mlp(self, node: fx.Node, fact: Fact) -> None:
         flow, bit, origins = self.flow, self.flow.bit[node], union(act.origins for act in fact.acts)
-        if fact.stream or not fact.acts or not multiplies_plainly(node):
+        if fact.stream or not fact.acts or not multiplies_plainly(node) or bit & flow.mixed:
             return
         if fact.frontier & (CORE | MIX):
-            self.gates |= origins if fact.frontier & CORE else 0
+            self.gates |= origins
             return
         other = [n for n in flow.uses_in(origins) if not multiplies_plainly(n)]
         if bit & flow.added:
@@ -106,10 +108,14 @@ class _Labeller:
                 self._aim(UP, act.up, but=gate if up & ~gate & -FIRST_USE else 0)
 
     def _use_labels(self, node: fx.Node, use: Use) -> tuple[Label, ...]:
-        role = use.call.form.role if use.call else _DENSE_ROLES.get(use.form, "")
+        role = FORMS[use.form].role if use.form in FORMS else _DENSE_ROLES.get(use.form, "")
+        role = use.call.form.role if use.call else role
         role = role or ("" if multiplies_plainly(node) else OTHER)
         aims = self.targets.get(node, {})
         inner = self._by_input(node)
+        others = [u.weight.name for u in self.flow.uses[node] if u.call is not None and u.weight is not use.weight]
+        if others and use.call is not None and not role:
+            return self._whole(use, OTHER, f"it multiplies {others[0]}, and either could be the projection")
         if role or not aims or (inner == OUTPUT and not set(aims) & set(_ATTENTION)):
             return self._whole(use, role or inner or self._by_end(node))
         if inner and (inner == OUTPUT or not set(aims) & set(_ATTENTION)):
@@ -187,9 +193,9 @@ class _Labeller:
         reasons = (
             (not multiplies_plainly(node), f"{use.form} multiplies inside one op, where no role can be seen"),
             (node in self.unclear, "it belongs to a gated block of which either factor could be the gate"),
-            (bit & self.gates, "it gates the result of an attention"),
             (bit & flow.positions, "it multiplies a table of positions, no activations"),
-            (bit & flow.mixed, f"it feeds {mix} (a linear attention, a state space)"),
+            (bit & flow.mixed, f"it feeds {mix} (a linear attention, a state space, an autocorrelation)"),
+            (bit & self.gates, "it gates the result of an attention, or of another product of activations"),
             (fact.frontier & MIX and not fact.stream, f"it multiplies what comes out of {mix}"),
             (not bit & (flow.used | flow.out), "its result reaches neither another weight nor the output"),
             (bit & flow.added, "it is added to the residual stream, and is part of no attention or MLP"),

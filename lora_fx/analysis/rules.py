@@ -27,6 +27,7 @@ from lora_fx.errors import KindError, RuleError
 INITS = ("kaiming", "gaussian", "zero")
 SCALINGS = ("standard", "rslora")
 SETTINGS = ("rank", "alpha", "dropout", "init", "scaling", "schedule")
+REFUSE, SKIP = "refuse", "skip"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,8 @@ class Rule:
             `lora_fx.deltas.schedules`); all are the same function.
         settings: what else its kind can be given, by name.
         expect: how many sites the rule must decide.
+        otherwise: what happens to sites that it decides and that cannot be adapted: ``refuse`` the plan, or ``skip``
+            them. The plan's notes list what was left out; a rule that leaves out everything refuses.
         op: the old word for `form`; it goes with the next version.
     """
 
@@ -72,6 +75,7 @@ class Rule:
     schedule: str = AUTO
     settings: Mapping[str, Any] | None = None
     expect: int | None = None
+    otherwise: str = REFUSE
     op: InitVar[str | None] = None
 
     def __post_init__(self, op: str | None) -> None:
@@ -93,6 +97,8 @@ class Rule:
                 raise self._error(f"{key}={value!r} is no glob", remedy)
         if all(getattr(self, key) is None for key in ("where", "role", "form", "layers", "pattern", "when")):
             raise self._error("the rule has no key", "say which sites: where, role, form, layers, pattern or when")
+        if self.otherwise not in (REFUSE, SKIP):
+            raise self._error(f"otherwise={self.otherwise!r} is unknown", f"one of {REFUSE}, {SKIP}")
         if self.adapt is not None and self.pattern is None:
             raise self._error(f"adapt={self.adapt!r} without a pattern", "adapt names arguments of pattern")
         if self.layers is not None:

@@ -51,8 +51,8 @@ from lora_fx.graph.capture import (
     normalize_inputs,
     output_tensors,
 )
-from lora_fx.graph.forms import FORMS, op_name
-from lora_fx.graph.nodes import base_name, call, first_operand, shape_of
+from lora_fx.graph.forms import DENSE_OPS, FORMS, op_name
+from lora_fx.graph.nodes import base_name, call, first_operand, looked_into, shape_of, written_by
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import without_numbers
 from lora_fx.graph.program import capture, storage_key
@@ -307,23 +307,43 @@ class Flow:
         """Whether the node makes an activation from a weight; notes what it carries where it does not."""
         inputs = node.all_input_nodes
         pure = all(n in self._pure for n in inputs)
-        if pure:
-            self._pure.add(node)
         carried = [n for n in inputs if n in self.carriers]
         made_of = [own for n in inputs if (own := self.factors.get(n) or self.mixed.get(n))]
+        if pure and carried and self._multiplies(node):
+            return True
+        if pure:
+            self._pure.add(node)
+        else:
+            self._write(node)
         if not carried:
             if made_of and (pure or _moves(node, self.factors)):
                 self.factors[node] = frozenset().union(*made_of)
             return False
         if pure and made_of:
             self.mixed[node] = frozenset().union(*made_of)
-            branch = any(n in self.factors for n in inputs)
-            if _is_add(node) and (branch or any(shape_of(node) == shape_of(root) for root in self._roots(node))):
+            plain = any(n not in self.mixed for n in carried)  # W + δ; where neither is W, two sums are added
+            if plain and _is_add(node) and any(shape_of(node) == shape_of(root) for root in self._roots(node)):
                 self.sums[node] = self.mixed[node]
         elif not (pure or _moves(node, self.carriers)):
             return True
         self.carriers[node] = self._roots(node)
         return False
+
+    def _multiplies(self, node: fx.Node) -> bool:
+        """A product of a weight, or of W + Σ δ, with a constant or with another one: a use that no input reaches."""
+        name = base_name(node)
+        if not (name in FORMS or name in DENSE_OPS or name.startswith("conv")):
+            return False  # else a part of δ(W, θ) may multiply with factors
+        inside = [n for n in node.all_input_nodes if n in self.factors or (n in self.mixed and not self._summed(n))]
+        return not inside
+
+    def _write(self, node: fx.Node) -> None:
+        """What an activation is written into began as a constant, and is one no longer."""
+        for target in written_by(node):
+            below: fx.Node | None = target
+            while below is not None:
+                self._pure.discard(below)
+                below = looked_into(below)
 
     def _roots(self, node: fx.Node) -> tuple[fx.Node, ...]:
         return tuple(dict.fromkeys(root for n in node.all_input_nodes for root in self.carriers.get(n, ())))
@@ -392,6 +412,8 @@ class Flow:
 
     def _made_by(self, node: fx.Node) -> frozenset[int]:
         """The adapters with whose factors it multiplies, or whose product it moves or scales."""
+        if _is_add(node) and node not in self.factors:
+            return frozenset()  # a use with its branch, on a constant
         inputs = node.all_input_nodes
         made = frozenset().union(*(self.factors.get(n, frozenset()) for n in inputs))
         return self._made_by(inputs[0]) if not made and len(inputs) == 1 else made
@@ -483,9 +505,11 @@ class _Replay(fx.Interpreter):
         return [t.clone() for t in _floats(value)]
 
     def _value(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._operand(n, weights))
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        written = written_by(node)  # in copies: the model itself has yet to write there
+        operands = {n: self._operand(n, weights) for n in node.all_input_nodes}
+        given = {n: value.clone() if n in written else value for n, value in operands.items()}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+        return call(node, args, kwargs)
 
     def _operand(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
         if node in weights:

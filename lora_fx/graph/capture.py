@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,6 +113,17 @@ def no_fast_paths() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
+def as_python() -> Iterator[None]:
+    """What `torch.compile` has made of modules and functions runs as Python: no trace sees into it."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing that takes a second
+        yield
+        return
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+        yield
+
+
+@contextlib.contextmanager
 def on_meta(model: nn.Module) -> Iterator[None]:
     """Inside, all of a model that is partly on meta is there: buffers, and factors that a file gave numbers."""
     tables: list[dict[str, Any]] = [table for m in model.modules() for table in (m._parameters, m._buffers)]
@@ -169,7 +182,7 @@ def _capture(model: nn.Module, inputs: Inputs, lowered: bool) -> Capture:
         args, kwargs = pytree.tree_unflatten(traced, spec)
         return output_tensors(model(*args, **kwargs))
 
-    with undisturbed(model), no_fast_paths(), recorded(), torch.no_grad(), stoppable():
+    with undisturbed(model), no_fast_paths(), as_python(), recorded(), torch.no_grad(), stoppable():
         model.eval()
         module = _make_fx(model, run, state, leaves, lowered)
     tensors = dict(zip(module.graph.find_nodes(op="placeholder"), state, strict=False))

@@ -87,7 +87,9 @@ def find(
         weight_ndim: the number of axes of a weight operand, None for anything that is no weight.
     """
     form = FORMS.get(op_name(func))
-    return None if form is None else form.parse(form, op_name(func), tuple(args), kwargs, weight_ndim)
+    if form is None or kwargs.get("out") is not None:  # a branch cannot be added to what is written elsewhere
+        return None
+    return form.parse(form, op_name(func), tuple(args), kwargs, weight_ndim)
 
 
 def _bind(names: str, args: Sequence[Any], kwargs: dict[str, Any], **synonyms: str) -> dict[str, Any]:

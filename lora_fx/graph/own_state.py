@@ -56,6 +56,9 @@ class _Kept:
 
     def __init__(self, model: nn.Module) -> None:
         self.undo: list[Undo] = [partial(random.setstate, random.getstate())]
+        # Under autocast torch keeps the casts of trainable parameters, which hold other numbers while a check runs.
+        torch.clear_autocast_cache()
+        self.undo.append(torch.clear_autocast_cache)
         self.empty: list[dict] = []  # torch's tables of hooks: most of what modules have
         self.seen: dict[int, Any] = {}  # by id, held so that the id stays theirs
         if (numpy := sys.modules.get("numpy.random")) is not None:
@@ -169,7 +172,7 @@ class _Kept:
 
 
 def _restore_dict(value: dict, was: dict) -> None:
-    same = len(value) == len(was) and all(map(operator.is_, value, was))
+    same = len(value) == len(was) and all(map(operator.is_, dict.keys(value), was))
     if not (same and all(map(operator.is_, dict.values(value), was.values()))):
         value.clear()
         value.update(was)

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from lora_fx.changes import in_turn
 from lora_fx.graph import layout
 from lora_fx.graph.capture import MODULE, Capture, capture_graph
 from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.layout import Layout
-from lora_fx.graph.nodes import first_operand, shape_of
+from lora_fx.graph.nodes import base_name, first_operand, operands, shape_of
 from lora_fx.graph.places import Stays, in_memory, is_parted, is_plain
-from lora_fx.graph.views import View, move
+from lora_fx.graph.views import COPIES, MOVES, View, move
 
 
 @dataclass(eq=False)
@@ -35,11 +36,14 @@ class Use:
     call: Call | None = None
     """How it multiplies; None where only the dense W + s·B·A serves, or where it does not multiply."""
     multiplies: bool = True
+    sides: str = ""
+    """One of ``b``, ``i``, ``o`` for each axis of the view; empty where nothing tells them."""
 
     @staticmethod
     def unseen(weight: Weight, module: str, call: Call) -> Use:
         """One that no example input has shown: what a module's type or a file says of the weight."""
-        return Use(weight, fx.Graph().placeholder("unseen"), View.of(weight.shape), module, call)
+        node = fx.Graph().placeholder("unseen")
+        return Use(weight, node, View.of(weight.shape), module, call, sides=call.sides)
 
     @property
     def seen(self) -> bool:
@@ -52,10 +56,12 @@ class Use:
 
     @property
     def rounding(self) -> float:
-        """One rounding step, relative, of the weight as this use reads it: models cast weights, up and down."""
+        """One rounding step, relative, of the weight as this use reads it: models cast weights, up and down, and under
+        autocast the op itself casts them, to what it puts out."""
         operand = self.call.weight if self.call and self.call.weight is not None else None
         dtype = operand.meta["val"].dtype if operand is not None else self.weight.parameter.dtype
-        return torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0
+        made = [value.dtype for value in (self.node.meta.get("val"),) if isinstance(value, torch.Tensor)]
+        return max(torch.finfo(d).eps / 2 if d.is_floating_point else 0.0 for d in (dtype, *made))
 
     @property
     def x(self) -> fx.Node | None:
@@ -72,6 +78,8 @@ class Weight:
     uses: list[Use] = field(default_factory=list)
     problem: str = ""
     """Why it cannot be adapted; empty where it can."""
+    remedy: str = ""
+    """What to do about that, beside leaving it out."""
 
     @property
     def name(self) -> str:
@@ -84,13 +92,18 @@ class Weight:
     @property
     def layout(self) -> Layout:
         for use in self.uses:
-            if use.call and (found := layout.infer(self.shape, use.view, use.call.sides)):
+            if use.sides and (found := layout.infer(self.shape, use.view, use.sides)):
                 return found
         return layout.default(self.shape)
 
     @property
     def multiplied(self) -> bool:
         return any(use.multiplies for use in self.uses)
+
+    def refuse(self, problem: str, remedy: str) -> None:
+        """It cannot be adapted; the first reason stays."""
+        if not self.problem:
+            self.problem, self.remedy = problem, remedy
 
     def __repr__(self) -> str:
         return f"Weight({' = '.join(self.names)}, {self.shape}, {len(self.uses)} uses)"
@@ -181,9 +194,10 @@ def find_weights(model: nn.Module) -> dict[tuple, Weight]:
         key = storage_key(parameter)
         if key not in found:
             own = in_memory(owner, attribute)
-            made = Weight((), parameter, problem=_unadaptable(parameter))
-            if is_parted(owner, attribute):
-                made.problem = made.problem or "is tied to another one, and accelerate has parted the two on disk"
+            made = Weight((), parameter)
+            made.problem, made.remedy = _unadaptable(parameter)
+            if is_parted(owner, attribute) and not made.problem:
+                made.problem = "is tied to another one, and accelerate has parted the two on disk"
             found[key] = made if own is None else kept.setdefault(storage_key(own), made)
         found[key].names += (name,)
     _mark_overlaps(found)
@@ -194,21 +208,24 @@ class Beside(Stays):
     """Parameters that stand beside a weight of the model, and are none of its own: an adapter's."""
 
 
-def _unadaptable(parameter: nn.Parameter) -> str:
+def _unadaptable(parameter: nn.Parameter) -> tuple[str, str]:
+    """Problem and remedy."""
     if parameter.layout is not torch.strided:
-        return f"is stored as {parameter.layout}: only strided weights can be adapted"
+        return f"is stored as {parameter.layout}: only strided weights can be adapted", "make it dense: to_dense()"
     if not is_plain(parameter):
         kind = type(parameter)
-        return f"is a {kind.__module__}.{kind.__qualname__}, which is more than its numbers: no sum with a delta is one"
+        own = f"{kind.__module__}.{kind.__qualname__}"
+        return f"is a {own}, which is more than its numbers: no sum with a delta is one", ""
     if parameter.is_complex():
-        return f"is complex ({parameter.dtype}): deltas are real"
+        return f"is complex ({parameter.dtype}): deltas are real", ""
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-        return f"is quantised ({parameter.dtype}): a delta cannot be folded into it without loss"
+        problem = f"is quantised ({parameter.dtype}): a delta cannot be folded into it without loss"
+        return problem, "load the model in a floating-point dtype"
     if not parameter.numel():
-        return f"has no elements: its shape is {tuple(parameter.shape)}"
+        return f"has no elements: its shape is {tuple(parameter.shape)}", ""
     if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
-        return "is expanded: several of its elements are one number in memory"
-    return ""
+        return "is expanded: several of its elements are one number in memory", "clone it"
+    return "", ""
 
 
 def _mark_overlaps(found: dict[tuple, Weight]) -> None:
@@ -219,7 +236,10 @@ def _mark_overlaps(found: dict[tuple, Weight]) -> None:
         for weight in group:
             others = [w.name for w in group if w is not weight and _overlap(w.parameter, weight.parameter)]
             if others:
-                weight.problem = weight.problem or f"shares a part of its storage with {', '.join(others)}"
+                weight.refuse(
+                    f"shares a part of its storage with {', '.join(others)}",
+                    "give it a storage of its own: a clone of the parameter",
+                )
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -230,24 +250,40 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return spans[0][0] <= spans[1][1] and spans[1][0] <= spans[0][1]
 
 
+def _made_by_torch(model: nn.Module, weight: Weight) -> bool:
+    """It is what torch's own tools (weight_norm, spectral_norm, pruning) make the weight of in each forward."""
+    for owner in (model.get_submodule(name.rpartition(".")[0]) for name in weight.names):
+        hooks = (type(hook).__module__ for hook in owner._forward_pre_hooks.values())
+        if isinstance(owner, parametrize.ParametrizationList) or any(h.startswith("torch.nn.utils.") for h in hooks):
+            return True
+    return False
+
+
 @dataclass(frozen=True)
 class _Seen:
     """What a node gives of a weight."""
 
     weight: Weight
-    view: View
+    view: View | None
+    """How the weight's axes lie in it; None where that cannot be told, of what is computed from it."""
 
 
 class _Reader:
-    """One walk over the captured graph: views of weights are followed, matmuls become uses."""
+    """One walk over the captured graph: views of weights are followed, matmuls become uses.
+
+    What depends on no input, the result of another use too, is *fixed*. What is computed from weights and fixed values
+    alone (a cat, a mask, a standardised weight) and then multiplies is a use of each of them, dense. Of a product whose
+    operands are both fixed the op says which is the weight, as `linear` does; of a plain matmul each may be one.
+    """
 
     def __init__(self, model: nn.Module, captured: Capture) -> None:
         self.graph = captured.graph
         self.found = find_weights(model)
+        self.made = {weight for weight in self.found.values() if _made_by_torch(model, weight)}
         self.views: dict[fx.Node, _Seen] = {}
         self.tuples: dict[fx.Node, tuple[_Seen, ...]] = {}
-        self.computed: dict[fx.Node, frozenset[Weight]] = {}  # arithmetic of parameters alone → those
-        self.constant: set[fx.Node] = set(captured.tensors)
+        self.computed: dict[fx.Node, tuple[_Seen, ...]] = {}  # arithmetic of weights alone
+        self.fixed: set[fx.Node] = set(captured.tensors)
         for node, tensor in captured.tensors.items():
             weight = self.found.get(storage_key(tensor))
             if weight is not None:
@@ -256,11 +292,10 @@ class _Reader:
     def weights(self) -> tuple[Weight, ...]:
         for node in self.graph.nodes:
             if node.op == "call_function":
+                if all(n in self.fixed for n in node.all_input_nodes):
+                    self.fixed.add(node)
                 self._read(node, op_name(node.target))
         return tuple(dict.fromkeys(self.found.values()))
-
-    def _ndim(self, operand: Any) -> int | None:
-        return self.views[operand].view.ndim if isinstance(operand, fx.Node) and operand in self.views else None
 
     def _read(self, node: fx.Node, name: str) -> None:
         first = first_operand(node)
@@ -271,18 +306,20 @@ class _Reader:
             self._multiply_or_read(node, name)
 
     def _move(self, node: fx.Node, name: str, seen: _Seen) -> bool:
-        moved = move(name, seen.view, node.args[1:], dict(node.kwargs)) or self._gather(node, name, seen)
+        assert seen.view is not None
+        moved = move(name, seen.view, node.args[1:], dict(node.kwargs)) or self._gather(
+            node, name, seen.weight, seen.view
+        )
         if isinstance(moved, tuple):
             self.tuples[node] = tuple(_Seen(seen.weight, view) for view in moved)
         elif moved is not None:
             self.views[node] = _Seen(seen.weight, moved)
         return moved is not None
 
-    def _gather(self, node: fx.Node, name: str, seen: _Seen) -> View | None:
+    def _gather(self, node: fx.Node, name: str, weight: Weight, view: View) -> View | None:
         """`W[indices]` of a weight with three or more axes picks experts; of a 2-D table it makes an activation."""
         args: Any = node.args  # fx types each as all that it could ever be
-        view = seen.view
-        if view != View.of(seen.weight.shape) or view.ndim < 3:
+        if view != View.of(weight.shape) or view.ndim < 3:
             return None
         if name == "index" and len(args[1]) == 1:
             picked = shape_of(args[1][0])
@@ -292,31 +329,88 @@ class _Reader:
             return None
         return View((*picked, *view.shape[1:]), (*[0] * len(picked), *view.strides[1:]))
 
-    def _multiply_or_read(self, node: fx.Node, name: str) -> None:
-        read = node.all_input_nodes
-        seen = [n for n in read if n in self.views]
-        computed = [n for n in read if n in self.computed]
-        constant = all(n in self.constant or n in self.computed or n in self.views for n in read)
-        if not seen and not computed:
-            if read and constant:
-                self.constant.add(node)
-            return
-        multiplies = name in DENSE_OPS or name in FORMS or name.startswith("conv")
-        if computed and not constant and multiplies:
-            for weight, op in ((w, op_name(n.target)) for n in computed for w in self.computed[n]):
-                weight.problem = weight.problem or f"is computed before it multiplies (by {op}, as weight_norm does)"
-        call = find(node.target, node.args, dict(node.kwargs), self._ndim)
-        if not constant or call is not None:
-            self._add(node, seen, call, multiplies=name in DENSE_OPS)
-            return
-        sources = frozenset(self.views[n].weight for n in seen).union(*(self.computed[n] for n in computed))
-        self.computed[node] = sources
-        if not any(u.node is node for w in sources for u in w.uses):
-            self._add(node, seen, None, multiplies=False)
+    def _seen(self, node: fx.Node) -> tuple[_Seen, ...]:
+        return (self.views[node],) if node in self.views else self.computed.get(node, ())
 
-    def _add(self, node: fx.Node, seen: list[fx.Node], call: Call | None, multiplies: bool) -> None:
-        for n in seen:
-            weight, view = self.views[n].weight, self.views[n].view
-            own = call if call is not None and call.weight is n else None  # it may be an addmm's other summand too
-            does = own is not None or (multiplies and call is None)
-            weight.uses.append(Use(weight, node, view, node.meta.get(MODULE, ""), own, does))
+    def _multiply_or_read(self, node: fx.Node, name: str) -> None:
+        made_of = [n for n in node.all_input_nodes if self._seen(n)]
+        if not made_of:
+            return
+        if _multiplies(name) and not self._times_itself(node, made_of):
+            self._multiply(node, made_of)
+            return
+        for n in made_of:
+            if n in self.views:
+                self._add(node, self.views[n], None, multiplies=False)
+        if node in self.fixed:
+            self.computed[node] = self._sources(node, name, made_of)
+
+    def _times_itself(self, node: fx.Node, made_of: list[fx.Node]) -> bool:
+        """One weight alone, W·Wᵀ: it is computed from it, as a norm is."""
+        return len({s.weight for n in made_of for s in self._seen(n)}) == 1 < len(made_of) == len(set(operands(node)))
+
+    def _multiply(self, node: fx.Node, made_of: list[fx.Node]) -> None:
+        calls = {n: found for n in made_of if (found := self._call(node, n)) is not None}
+        if node.kwargs.get("out") is not None:
+            for weight in {seen.weight for n in made_of for seen in self._seen(n)}:
+                weight.refuse("multiplies into out=…, which torch does not differentiate", "assign the result instead")
+        for n in made_of:
+            multiplies = n in calls or (not calls and base_name(node) in DENSE_OPS)
+            for seen in self._seen(n):
+                if n in self.views:
+                    self._add(node, seen, calls.get(n), multiplies)
+                elif multiplies:
+                    self._add_computed(node, n, seen, calls.get(n))
+
+    def _call(self, node: fx.Node, weight: fx.Node) -> Call | None:
+        """How the node multiplies where this operand is the weight."""
+        found = find(node.target, node.args, dict(node.kwargs), lambda n: len(shape_of(n)) if n is weight else None)
+        return found if found is not None and found.weight is weight else None
+
+    def _sources(self, node: fx.Node, name: str, made_of: list[fx.Node]) -> tuple[_Seen, ...]:
+        """Of what it is computed; not of what only scales that, as the g of a weight norm does."""
+        shape = shape_of(node)
+        whole = any(shape_of(n) == shape for n in made_of)
+        matrices = [n for n in made_of if not whole or shape_of(n) == shape or sum(k > 1 for k in shape_of(n)) > 1]
+        found: dict[Weight, _Seen] = {}
+        for n in matrices:
+            for seen in self._seen(n):
+                found.setdefault(seen.weight, _Seen(seen.weight, _axes(node, name, n, seen.view)))
+        return tuple(found.values())
+
+    def _add(self, node: fx.Node, seen: _Seen, call: Call | None, multiplies: bool) -> None:
+        weight, view = seen.weight, seen.view
+        assert view is not None
+        sides = call.sides if call is not None else ""
+        weight.uses.append(Use(weight, node, view, node.meta.get(MODULE, ""), call, multiplies, sides))
+
+    def _add_computed(self, node: fx.Node, operand: fx.Node, seen: _Seen, call: Call | None) -> None:
+        weight, view = seen.weight, seen.view
+        if weight in self.made:
+            weight.refuse(
+                f"is computed before it multiplies (by {op_name(operand.target)}, as weight_norm does)",
+                "make it a plain parameter first: torch.nn.utils.parametrize.remove_parametrizations, "
+                "remove_weight_norm, remove_spectral_norm or prune.remove",
+            )
+        sides = call.sides if call is not None and view is not None else ""
+        place = node.meta.get(MODULE, "")
+        weight.uses.append(Use(weight, node, view or View.of(weight.shape), place, None, True, sides))
+
+
+def _multiplies(name: str) -> bool:
+    """Whether an op may multiply with a weight; an in-place op is called as it calls itself."""
+    return name in FORMS or name.removesuffix("_") in DENSE_OPS or name.startswith("conv")
+
+
+def _axes(node: fx.Node, name: str, operand: fx.Node, view: View | None) -> View | None:
+    """How the weight's axes lie in what an op computes from `operand`, where they lie in that as `view` says."""
+    if view is None:
+        return None
+    shape = shape_of(node)
+    if name in MOVES or name in COPIES:
+        moved = move(name, view, node.args[1:], dict(node.kwargs)) if view.shape == shape_of(operand) else None
+        return moved if isinstance(moved, View) else None
+    if name == "stack":
+        dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        return view.unsqueeze(dim)
+    return view if len(shape) == view.ndim and (name == "cat" or shape == shape_of(operand)) else None

@@ -1,0 +1,136 @@
+"""Each model in a process of its own, with a limit of time and of memory; what comes of it as a row.
+
+The processes are forked off this one, which has imported the packages: that saves the imports. A model that ends its
+process ends nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import IO
+
+import torch
+from torch import nn
+
+import lora_fx
+from tests.compatibility import Model
+from tests.compatibility.checking import Row, check
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one model may take."""
+
+    seconds: float = 150.0
+    """Of a processor; five times that on the clock."""
+    bytes: int = 6 * 2**30
+    """Resident."""
+
+
+@dataclass
+class _Running:
+    model: Model
+    result: IO[str]
+    output: IO[str]
+    start: float
+
+
+def warm_up() -> None:
+    """Import what the first capture imports, once for all processes."""
+    lora_fx.capture(nn.Linear(2, 2), torch.ones(1, 2))
+
+
+def run(models: Sequence[Model], at_once: int, limits: Limits) -> Iterator[Row]:
+    """A row for each model, as they end."""
+    waiting = list(models)
+    running: dict[int, _Running] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                own = _Running(waiting.pop(0), _file(), _file(), time.monotonic())
+                running[_start(own, limits)] = own
+            time.sleep(0.05)
+            for pid, own in list(running.items()):
+                over = _over(pid, own, limits)
+                status = _status(pid, kill=bool(over))
+                if status is not None:
+                    del running[pid]
+                    yield _row(own, status, over)
+    finally:
+        for pid in running:
+            _status(pid, kill=True)
+
+
+def _file() -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+
+def _over(pid: int, own: _Running, limits: Limits) -> str:
+    """Which limit it is over; empty for none."""
+    if time.monotonic() - own.start > 5 * limits.seconds:
+        return f"the time limit of {5 * limits.seconds:.0f} s"
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/statm", encoding="ascii") as file:
+        if int(file.read().split()[1]) * _PAGE > limits.bytes:
+            return f"the memory limit of {limits.bytes / 2**30:.0f} GiB"
+    return ""
+
+
+def _status(pid: int, kill: bool) -> int | None:
+    """The exit status of a process, negative for a signal; None while it runs."""
+    if kill:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    ended, status = os.waitpid(pid, 0 if kill else os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _row(own: _Running, status: int, over: str) -> Row:
+    own.result.seek(0)
+    own.output.seek(0)
+    text, printed = own.result.read(), own.output.read()
+    own.result.close()
+    own.output.close()
+    if status == 0:
+        row = Row(**json.loads(text))
+    else:
+        last = printed.strip().splitlines()[-1:] or [""]
+        ended = "the time limit" if status == -signal.SIGXCPU else f"the process ended with {status}"
+        row = Row(own.model.package, own.model.name, raw=[over or f"{ended}: {last[0][:200]}"])
+    row.seconds = time.monotonic() - own.start
+    return row
+
+
+def _start(own: _Running, limits: Limits) -> int:
+    """Fork a process that checks the model."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limits.seconds), math.ceil(limits.seconds) + 5))
+        for stream in (1, 2):
+            os.dup2(own.output.fileno(), stream)
+        json.dump(asdict(check(own.model)), own.result)
+        own.result.flush()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

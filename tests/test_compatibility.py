@@ -1,0 +1,168 @@
+"""The compatibility run is told by what it says of models that are right, wrong, loud and late."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from tests import zoo
+from tests.compatibility import Model, checking, naming, report, running
+from tests.compatibility.__main__ import main
+from tests.compatibility.transformers_models import tiny
+
+
+class Small(nn.Module):
+    """Two linears, and a place where a fault can be planted."""
+
+    def __init__(self, fault=None) -> None:
+        super().__init__()
+        self.up, self.down, self.fault = nn.Linear(6, 9), nn.Linear(9, 5), fault
+
+    def forward(self, x):
+        if self.fault:
+            self.fault()
+        return self.down(self.up(x).relu())
+
+
+def small(fault=None) -> Model:
+    return Model("ours", "small", lambda: (Small(fault), torch.randn(3, 6)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2-moe-eager"])
+def test_a_model_of_the_zoo_is_right(name):
+    row = checking.check(Model("zoo", name, zoo.case(name).build))
+    assert row.verdict == "right" and not row.faults, row
+    assert row.adapters > 4 and row.agreeing > 2
+
+
+def test_another_scale_than_was_asked_for_is_wrong_in_the_branch_and_in_the_fold(monkeypatch):
+    def careless(verb, rule, *rest, pipeline=lora_fx.pipeline):
+        return pipeline(verb, replace(rule, alpha=2.8), *rest)
+
+    monkeypatch.setattr(lora_fx, "pipeline", careless)
+    row = checking.check(small())
+    assert row.verdict == "wrong"
+    assert {text.partition(":")[0] for text in row.wrong} == {"outputs", "gradients", "training", "fold"}
+
+
+def test_a_fold_that_rounds_once_more_is_wrong(monkeypatch):
+    def careless(model, fold=lora_fx.fold):
+        fold(model)
+        weight = model.up.weight.data
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(10.0))
+        return model
+
+    monkeypatch.setattr(lora_fx, "fold", careless)
+    row = checking.check(small())
+    assert row.verdict == "wrong"
+    assert row.wrong == ["fold: up.weight: 1 elements are not W + s·B·A, rounded once"]
+
+
+def test_what_is_none_of_our_errors_is_raw_and_what_is_one_is_a_refusal(monkeypatch):
+    def raising(error):
+        def save(*args, **options):
+            raise error
+
+        return save
+
+    monkeypatch.setattr(lora_fx, "save_adapter", raising(KeyError("weight")))
+    row = checking.check(small())
+    assert row.verdict == "raw" and row.raw[0].startswith("save: KeyError: 'weight'")
+    ours = lora_fx.errors.AdapterError("no adapter", place="up.weight", remedy="apply one")
+    monkeypatch.setattr(lora_fx, "save_adapter", raising(ours))
+    row = checking.check(small())
+    assert row.verdict == "refused" and not row.faults
+    assert row.refused == ["save: AdapterError: up.weight: no adapter"]
+
+
+class No:
+    rows = (SimpleNamespace(weight="up.weight", module="up", problem="it is missed"),)
+    whole = ()
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def test_a_certificate_that_says_no_is_told(monkeypatch):
+    monkeypatch.setattr(lora_fx, "certify", lambda *args: No())
+    row = checking.check(small())
+    assert row.verdict == "not certified" and row.faults == ["up.weight in up: it is missed"]
+
+
+def test_a_model_that_does_not_run_by_itself_is_not_counted():
+    def fault():
+        raise ValueError("no such input")
+
+    row = checking.check(small(fault))
+    assert row.verdict == "does not run" and row.idle == "ValueError: no such input" and not row.faults
+    row = checking.check(Model("ours", "noise", lambda: (Noisy(), torch.ones(2, 4))))
+    assert row.verdict == "does not run" and "NaN" in row.idle
+
+
+class Noisy(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x):
+        return super().forward(x) * torch.nan
+
+
+def test_a_model_that_ends_its_process_or_takes_too_long_is_one_row_and_no_more():
+    def endless():
+        while True:
+            pass
+
+    models = [small(lambda: os._exit(3)), small(endless), small()]
+    rows = list(running.run(models, 3, running.Limits(seconds=1.0)))
+    said = sorted(text for row in rows for text in row.raw)
+    assert len(rows) == 3 and len(said) == 2
+    assert said[0].startswith("the process ended with 3") and said[1].startswith("the time limit")
+
+
+def test_roles_are_held_against_names_that_mean_one_thing():
+    def row(name, role):
+        return SimpleNamespace(weight=SimpleNamespace(name=name, names=(name,)), role=role)
+
+    rows = [
+        row("layers.0.self_attn.q_proj.weight", "attention.query"),
+        row("layers.0.attention.query_key_value.weight", "attention.query, attention.key, attention.value"),
+        row("layers.0.mlp.gate_proj.weight", "router"),
+        row("layers.0.self_attn.k_proj.weight", "other"),
+        row("something.weight", "mlp.up"),
+    ]
+    assert naming.contradictions(rows) == (2, 1, ["layers.0.mlp.gate_proj.weight is taken for router"])
+
+
+def test_a_config_is_made_small_and_stays_consistent():
+    large = dict(hidden_size=4096, num_attention_heads=32, num_hidden_layers=36, vocab_size=150000, pad_token_id=149999,
+                 head_dim=None, layer_types=["sliding"] * 5 + ["full"] * 31, per_layer=[1] * 36, use_cache=True,
+                 inner=dict(d_kv=128), scale=0.5)  # fmt: skip
+    assert tiny(large) == dict(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=101, pad_token_id=59, head_dim=8,
+        layer_types=["sliding", "full"], per_layer=[1, 1], use_cache=False, inner=dict(d_kv=8), scale=0.5,
+    )  # fmt: skip
+
+
+def test_the_table_counts_each_model_once_by_the_worst_that_happened(tmp_path):
+    rows = [
+        checking.Row("p", "a", 3), checking.Row("p", "b", 2, wrong=["fold: x"], raw=["run: KeyError: y.z.w"]),
+        checking.Row("p", "c", 2, refused=["apply: PlanError: a.b: no"]), checking.Row("p", "d", idle="no inputs"),
+    ]  # fmt: skip
+    for row in rows:
+        report.append(tmp_path / "rows", row)
+    assert report.read(tmp_path / "rows") == rows
+    text = report.report(rows, {"p": "1.0", "torch": "2.13.0"})
+    assert "| p | 1.0 | 3 | 7 | 1 | 1 | 0 | 1 | 0 | 0 | 0 | 1 |" in text
+    assert "- apply: PlanError: …: no: c" in text and "**p**: a, b, c." in text
+
+
+def test_an_unknown_package_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--here", "--package", "nobody"])
+    assert "invalid choice: 'nobody'" in capsys.readouterr().err
