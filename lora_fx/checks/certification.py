@@ -309,12 +309,13 @@ class Flow:
         pure = all(n in self._pure for n in inputs)
         carried = [n for n in inputs if n in self.carriers]
         made_of = [own for n in inputs if (own := self.factors.get(n) or self.mixed.get(n))]
-        if pure and carried and self._multiplies(node):
-            return True
-        if pure:
+        used = pure and bool(carried) and self._multiplies(node)
+        if pure and not used:
             self._pure.add(node)
         else:
             self._write(node)
+        if used:
+            return True
         if not carried:
             if made_of and (pure or _moves(node, self.factors)):
                 self.factors[node] = frozenset().union(*made_of)

@@ -1584,13 +1584,13 @@ MUTANTS = (
     ),
     Mutant(
         "certificate_writes_into_the_model", "sites", "lora_fx/checks/certification.py",
-        "return value.clone() if n in written else value", "return value",
+        "value.clone() if n in written else value for n", "value for n",
         "A use in place is held against one that has been written into already.",
         tests=of_sites("addmm_"),
     ),
     Mutant(
         "uses_of_constants_uncounted", "sites", "lora_fx/checks/certification.py",
-        "if pure and carried and self._multiplies(node):", "if False:",
+        "used = pure and bool(carried) and self._multiplies(node)", "used = False",
         "A Linear on a constant is taken for a part of the next weight.",
         tests=of_sites("linears on a constant"),
     ),
