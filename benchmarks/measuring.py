@@ -52,8 +52,18 @@ class Times:
         return sorted(a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True))
 
 
-def paired(candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 1, calls: int = 1) -> Times:
-    """Each round calls every candidate, in a random order; `calls` times in a row, for the time of one of them."""
+def paired(
+    candidates: dict[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 1,
+    calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Times:
+    """Each round calls every candidate, in a random order; `calls` times in a row, for the time of one of them.
+
+    Args:
+        clock: `time.thread_time` for what runs in one thread: what it computes, whatever else the machine does.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     cuda = torch.cuda.is_available()
     gc.freeze()  # what a round collects is its own, not everything that is imported
@@ -62,13 +72,13 @@ def paired(candidates: dict[str, Callable[[], Any]], rounds: int, warm_up: int =
         for name in random.sample(list(candidates), len(candidates)):
             if cuda:
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 candidates[name]()
             if cuda:
                 torch.cuda.synchronize()
             if number >= 0:
-                times[name].append((time.perf_counter() - start) / calls)
+                times[name].append((clock() - start) / calls)
     gc.unfreeze()
     return Times(times)
 

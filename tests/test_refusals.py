@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import lora_fx
 from lora_fx import LoraFxError, Rule
@@ -83,6 +84,8 @@ def test_a_rule_that_does_not_fit_the_model(model, rule, parts):
         (dict(where="*", rank=2, dropout=-0.1), "dropout=-0.1"),
         (dict(where="*", rank=2, scaling="none"), "scaling='none'"),
         (dict(where="*", rank=2, init="ones"), "init='ones'"),
+        (dict(where="*", rank=2, otherwise="ignore"), "otherwise='ignore'"),
+        (dict(where="*", otherwise=None), "otherwise=None"),
         (dict(where=" ", rank=2), "where=' '"),
         (dict(where=3, rank=2), "where=3"),
         (dict(layers="1-x", rank=2), "layers='1-x'"),
@@ -285,6 +288,87 @@ def test_a_quantised_weight():
 
     model = Int8()
     refused(lambda: lora_fx.apply(model, Rule(where="*", rank=2), X), model, PlanError, "quantised", "int8", "weight")
+
+
+class Many(nn.Module):
+    """Six layers whose weight is normed, one that is too small for the rank, and one that is as it should be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normed = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(12, 12)) for _ in range(6)))
+        self.small, self.plain = nn.Linear(12, 3), nn.Linear(3, 12)
+        self.head = nn.Linear(12, 9)
+
+    def forward(self, x):
+        return self.head(self.plain(self.small(self.normed(x))))
+
+
+def test_all_that_cannot_be_adapted_is_in_one_message():
+    model = Many()
+    error = refused(
+        lambda: lora_fx.apply(model, Rule(where="*", rank=4), X),
+        model,
+        PlanError,
+        "the plan: 8 sites cannot be adapted",
+        "normed.0.parametrizations.weight.original1, normed.1.",
+        "… 1 more: the weight is computed before it multiplies",
+        "remove_parametrizations",
+        "small.weight: rank=4 is more than min(in, out) = min(12, 3) = 3",
+        "plain.weight: rank=4",
+        "choose a rank of at most 3",
+        "otherwise='skip'",
+    )
+    assert [own.place for own in error.refusals] == [
+        "small.weight", "plain.weight", *(f"normed.{n}.parametrizations.weight.original1" for n in range(6))
+    ]  # fmt: skip
+    assert len(str(error).splitlines()) <= 12 and str(error).count("remove_parametrizations") == 1
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) and list(map(str, again.refusals)) == list(map(str, error.refusals))
+    (one,) = error.refusals[0].refusals
+    assert one is error.refusals[0]
+
+
+def test_a_message_of_many_reasons_ends():
+    model = nn.Sequential(*(nn.Linear(n, n + 1) for n in range(2, 12)))
+    error = refused(
+        lambda: lora_fx.apply(model, Rule(where="*", rank=64), torch.ones(3, 2)), model, PlanError, "… 5 more reasons"
+    )
+    assert len(error.refusals) == 10 and len(str(error).splitlines()) <= 13
+
+
+def test_what_cannot_be_adapted_may_be_left_out():
+    model = Many()
+    plan = lora_fx.plan(model, Rule(where="*", rank=4, otherwise="skip"), X)
+    assert [row.name for row in plan.rows] == ["head.weight"]
+    assert len(plan.left_out) == 8 and "computed before it multiplies" in plan.left_out[-1].reason
+    assert "Left out: small.weight: rank=4 is more than" in str(plan) and "… 1 more: the weight is computed" in str(
+        plan
+    )
+    lora_fx.apply(model, Rule(where="*", rank=4, otherwise="skip"), X)
+    assert list(lora_fx.adapters(model).values()) and lora_fx.certify(model, X)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "head.weight_lora_default.A", "head.weight_lora_default.B"
+    ]  # fmt: skip
+
+
+def test_leaving_out_holds_for_the_rule_that_says_so():
+    model, skip = Many(), dict(rank=4, otherwise="skip")
+    rules = [Rule(where="normed* | head", **skip), Rule(where="*", rank=4)]
+    error = refused(lambda: lora_fx.apply(model, rules, X), model, PlanError, "small.weight", "plain.weight")
+    assert len(error.refusals) == 2, "what the first rule leaves out is no reason to refuse"
+    only = Rule(where="normed*", **skip)
+    refused(
+        lambda: lora_fx.apply(model, only, X), model, PlanError, "the plan: 6 sites", "computed before it multiplies"
+    )
+    biases = Rule(where="*", kind="bias", otherwise="skip")
+    assert {row.name for row in lora_fx.plan(model, biases, X).rows} >= {"head.bias", "small.bias", "plain.bias"}
+
+
+def test_a_schedule_that_does_not_fit_may_be_left_out():
+    model = nn.Sequential(nn.Linear(12, 9), nn.Conv1d(3, 5, 1)).to(torch.bfloat16)
+    rule = Rule(where="*", rank=1, schedule="fused", otherwise="skip")
+    plan = lora_fx.plan(model, rule, X.to(torch.bfloat16)[None])
+    assert [row.name for row in plan.rows] == ["0.weight"] and "parallel branch" in plan.left_out[0].reason
 
 
 def test_a_weight_that_is_not_finite(model):

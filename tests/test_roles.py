@@ -473,6 +473,215 @@ def test_positions_are_other_unless_their_weight_is_the_query_itself():
     assert roles_of(Relative(shared=False), x())["q.weight"] == Q
 
 
+# ── families that look like something else: attention by autocorrelation, and time mixing by receptance ──────────────
+
+
+class Mixer(nn.Module):
+    """x + how(…), then an MLP, then a head. Beside linears it has what decays, shifts and biases over time."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(12, 12) for _ in range(5))
+        self.fused, self.low, self.high = nn.Linear(12, 36), nn.Linear(12, 4), nn.Linear(4, 12)
+        self.up, self.down, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 7)
+        self.first, self.decay = nn.Parameter(torch.randn(12)), nn.Parameter(torch.randn(12))
+        self.share, self.bias = nn.Parameter(torch.rand(3, 1, 1, 12)), nn.Parameter(torch.randn(7, 7))
+        self.norms, self.groups = nn.ModuleList([nn.LayerNorm(12), nn.LayerNorm(12)]), nn.GroupNorm(2, 12)
+        self.how = how
+
+    def forward(self, x):
+        x = x + self.how(self, self.norms[0](x))
+        return self.head(x + self.down(F.gelu(self.up(self.norms[1](x)))))
+
+    def shifted(self, x):
+        """The inputs of a, b and c: each token mixed with the one before it."""
+        before = F.pad(x, (0, 0, 1, -1))
+        return [x * share + before * (1 - share) for share in self.share.sigmoid()]
+
+
+def lags(m, q, k, v):
+    """By a Fourier transform, the two strongest lags, and a gather."""
+    strength = torch.fft.irfft(torch.fft.rfft(q.mT) * torch.fft.rfft(k.mT).conj(), n=7).mean(1)
+    weights, lag = strength.topk(2, -1)
+    at = (torch.arange(7)[None, :, None] + lag[:, None, :]) % 7
+    rolled = torch.gather(v[:, :, None].expand(-1, -1, 2, -1), 1, at[..., None].expand(-1, -1, -1, 12))
+    return m.d((rolled * weights.softmax(-1)[:, None, :, None]).sum(2))
+
+
+def lags_by_rolling(m, x):
+    q, k, v = m.a(x), m.b(x), m.c(x)
+    weights, lag = torch.topk(torch.stack([(q * k.roll(t, 1)).mean((1, 2)) for t in range(7)], -1), 2)
+    twice, out = torch.cat([v, v], 1), 0
+    for j, weight in enumerate(weights.softmax(-1).unbind(-1)):
+        out = (
+            out
+            + twice.gather(1, (torch.arange(7) + lag[:, j : j + 1])[..., None].expand(-1, -1, 12))
+            * weight[:, None, None]
+        )
+    return m.d(out)
+
+
+def lags_by_einsum(m, x):
+    q, k, v = (torch.fft.fft(linear(x), dim=1) for linear in (m.a, m.b, m.c))
+    strength = torch.fft.ifft(torch.einsum("btd,btd->btd", q, k.conj()), dim=1).real.mean(-1)
+    rolled = torch.stack([torch.fft.ifft(v, dim=1).real.roll(n, 1) for n in range(3)], 1)
+    return m.d(torch.einsum("bk,bktd->btd", strength.topk(3, -1)[0].softmax(-1), rolled))
+
+
+def lags_by_head(m, x):
+    q, k, v = (linear(x).view(2, 7, 2, 6).permute(0, 2, 3, 1) for linear in (m.a, m.b, m.c))
+    spectrum = torch.fft.rfft(q, dim=-1) * torch.conj(torch.fft.rfft(k, dim=-1))
+    mean = torch.fft.irfft(spectrum, n=7, dim=-1).mean((1, 2))
+    lag = mean.mean(0).topk(2)[1]
+    weights = mean.index_select(-1, lag).softmax(-1)
+    parts = (
+        torch.cat([v, v], -1).index_select(-1, torch.arange(7) + lag[j]) * weights[:, j, None, None, None]
+        for j in (0, 1)
+    )
+    return m.d(sum(parts).permute(0, 3, 1, 2).flatten(2))
+
+
+def strongest_lag(m, x):
+    spectrum = torch.fft.rfft(m.a(x), dim=1) * torch.fft.rfft(m.b(x), dim=1).conj()
+    lag = torch.fft.irfft(spectrum, n=7, dim=1).mean(-1).argmax(-1)
+    at = (torch.arange(7) + lag[:, None])[..., None].expand(-1, -1, 12)
+    return m.d(torch.cat([m.c(x)] * 2, 1).gather(1, at))
+
+
+def strongest_frequencies(m, x):
+    y = m.a(x)
+    return m.d(y * torch.fft.rfft(y, dim=1).abs().mean(-1).topk(2, -1)[0].softmax(-1).sum(-1)[:, None, None])
+
+
+def receptance_over_a_loop(m, x):
+    k, v, r = (linear(y) for linear, y in zip((m.a, m.b, m.c), m.shifted(x), strict=True))
+    above = below = torch.zeros(2, 12)
+    out = []
+    for t in range(7):
+        now, later, decay = torch.exp(m.first + k[:, t]), k[:, t].exp(), torch.exp(-m.decay.exp())
+        out.append((above + now * v[:, t]) / (below + now))
+        above, below = decay * above + later * v[:, t], decay * below + later
+    return m.d(r.sigmoid() * torch.stack(out, 1))
+
+
+def receptance_in_place(m, x):
+    k, v, r = (linear(y) for linear, y in zip((m.a, m.b, m.c), m.shifted(x), strict=True))
+    out, above, below, most = torch.zeros_like(k), torch.zeros(2, 12), torch.zeros(2, 12), torch.full((2, 12), -1e38)
+    for t in range(7):
+        top = torch.maximum(most, m.first + k[:, t])
+        old, new = torch.exp(most - top), torch.exp(m.first + k[:, t] - top)
+        out[:, t] = (old * above + new * v[:, t]) / (old * below + new)
+        top = torch.maximum(most - m.decay.exp(), k[:, t])
+        old, new = torch.exp(most - m.decay.exp() - top), torch.exp(k[:, t] - top)
+        above, below, most = old * above + new * v[:, t], old * below + new, top
+    return m.d(torch.sigmoid(r) * out)
+
+
+def receptance_of_one_matrix(m, x):
+    r, k, v = m.fused(x).chunk(3, -1)
+    return m.d(r.sigmoid() * ((k.exp() * v).cumsum(1) / k.exp().cumsum(1)))
+
+
+def receptance_by_a_matrix_of_decays(m, x):
+    k, v, decay = m.a(x).exp(), m.b(x), m.bias.tril().exp()
+    return m.d(m.c(x).sigmoid() * ((decay @ (k * v)) / (decay @ k)))
+
+
+def state_of_outer_products(m, x, decays=None, gate=True):
+    k, v, r = (linear(y).view(2, 7, 2, 6) for linear, y in zip((m.a, m.b, m.c), m.shifted(x), strict=True))
+    decay = (m.decay if decays is None else m.decay + decays(x)).exp().neg().exp().expand(2, 7, 12).view(2, 7, 2, 6)
+    state, out = torch.zeros(2, 2, 6, 6), []
+    for t in range(7):
+        own = k[:, t, :, :, None] * v[:, t, :, None, :]
+        out.append((r[:, t, :, :, None] * (state + m.first.view(2, 6, 1) * own)).sum(-2))
+        state = decay[:, t][..., None] * state + own
+    y = m.groups(torch.stack(out, 1).flatten(2).mT).mT
+    return m.d(y * F.silu(m.e(x)) if gate else y)
+
+
+def state_of_matmuls(m, x):
+    k, v, r = (linear(y).view(2, 7, 2, 6) for linear, y in zip((m.a, m.b, m.c), m.shifted(x), strict=True))
+    state, out = torch.zeros(2, 2, 6, 6), []
+    for t in range(7):
+        own = k[:, t, :, :, None] @ v[:, t, :, None, :]
+        out.append((r[:, t, :, None] @ (state + m.first.view(2, 6, 1) * own)).squeeze(-2))
+        state = m.decay.exp().view(2, 6, 1) * state + own
+    return m.d(m.groups(torch.stack(out, 1).flatten(2).mT).mT * torch.sigmoid(m.e(x)))
+
+
+def scanned(first, steps):
+    """The states of s ← 0.9 s + step."""
+    states = [first]
+    for step in steps:
+        states.append(0.9 * states[-1] + step)
+    return torch.stack(states[1:], 1)
+
+
+MIXERS = {
+    "lags": lambda m, x: lags(m, m.a(x), m.b(x), m.c(x)),
+    "lags of one matrix": lambda m, x: lags(m, *m.fused(x).chunk(3, -1)),
+    "lags by rolling": lags_by_rolling,
+    "lags by an einsum": lags_by_einsum,
+    "lags of heads": lags_by_head,
+    "the strongest lag": strongest_lag,
+    "the strongest frequencies": strongest_frequencies,
+    "receptance over a loop": receptance_over_a_loop,
+    "receptance in place": receptance_in_place,
+    "receptance of one matrix": receptance_of_one_matrix,
+    "receptance by cumulative sums": lambda m, x: m.d(
+        m.c(x).sigmoid() * ((m.a(x).exp() * m.b(x)).cumsum(1) / m.a(x).exp().cumsum(1))),
+    "receptance by a matrix of decays": receptance_by_a_matrix_of_decays,
+    "receptance of a softmax over tokens": lambda m, x: m.d(
+        m.c(x).sigmoid() * (m.a(x).softmax(1) * m.b(x)).sum(1, keepdim=True)),
+    "a state of outer products": state_of_outer_products,
+    "the same with decays of the data": lambda m, x: state_of_outer_products(m, x, lambda y: m.high(m.low(y).tanh())),
+    "the same without a gate": lambda m, x: state_of_outer_products(m, x, gate=False),
+    "a state of matmuls": state_of_matmuls,
+    "a scan of f(k)·v": lambda m, x: m.d(scanned(torch.zeros(2, 12), (F.silu(m.a(x)) * m.b(x)).unbind(1))),
+    "cumulative sums of f(k)·v": lambda m, x: m.d(
+        (F.elu(m.c(x)) + 1) * ((F.elu(m.a(x)) + 1) * m.b(x)).cumsum(1) / ((F.elu(m.a(x)) + 1).cumsum(1))),
+    "a bent sum of k·v": lambda m, x: m.d(F.silu((m.a(x) * m.b(x)).cumsum(1))),
+    "a bent quotient": lambda m, x: m.d(
+        torch.tanh((m.a(x).exp() * m.b(x)).cumsum(1) / m.a(x).exp().cumsum(1)) * m.c(x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", MIXERS.values(), ids=MIXERS)
+def test_what_mixes_tokens_is_no_router_and_no_mlp(how):
+    program = capture(Mixer(how).eval(), x())
+    labels = label_uses(program)
+    found = {u.weight.name.removesuffix(".weight"): labels[u][0] for u in program.uses if u.multiplies}
+    assert [found.pop(name).role for name in ("up", "down", "head")] == [UP, DOWN, HEAD]
+    assert {label.role for label in found.values()} == {OTHER} and all(label.reason for label in found.values())
+    told = " ".join(label.reason for label in found.values())
+    assert "product of activations that is no softmax attention" in told
+
+
+def test_a_gated_mlp_of_tokens_that_were_mixed_before_is_one():
+    """Token shift and a hidden norm do not hide it; what a receptance does to its output does not either."""
+
+    def gated(m, x):
+        k, v, r = m.shifted(x)
+        hidden = F.silu(m.a(k)) * m.b(v)
+        hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+        return torch.sigmoid(m.c(r)) * m.d(hidden - hidden.mean(-1, keepdim=True))
+
+    program = capture(Mixer(gated).eval(), x())
+    labels = label_uses(program)
+    found = {u.weight.name[0]: labels[u][0].role for u in program.uses if u.multiplies and len(u.weight.name) == 8}
+    assert found == {"a": GATE, "b": UP, "c": OTHER, "d": DOWN}
+
+
+def test_libraries_that_mix_so():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=56)
+    program = capture(transformers.RwkvModel(config).eval(), {"input_ids": torch.arange(14).view(2, 7)})
+    labels = label_uses(program)
+    found = {u.weight.name: labels[u][0].role for u in program.uses if u.multiplies}
+    assert {role for name, role in found.items() if "attention" in name} == {OTHER}
+    assert {role for name, role in found.items() if "feed_forward.key" in name} == {UP}
+
+
 # ── on meta, at any size, in linear time ─────────────────────────────────────────────────────────────────────────────
 
 

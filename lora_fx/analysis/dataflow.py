@@ -174,6 +174,7 @@ class Flow:
             fact = core  # a weight inside the second product: p, v and W in one einsum
         self.inputs[node] = fact
         self.used |= fact.frontier
+        self.mixed |= fact.frontier if fact.pair and not fact.stream else 0
         after.frontier = self.bit[node]
         if self.is_depthwise(node) and not fact.stream:  # features stay apart: it is seen through
             after.frontier |= fact.frontier

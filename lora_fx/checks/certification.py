@@ -309,21 +309,21 @@ class Flow:
         pure = all(n in self._pure for n in inputs)
         carried = [n for n in inputs if n in self.carriers]
         made_of = [own for n in inputs if (own := self.factors.get(n) or self.mixed.get(n))]
-        if pure and carried and self._multiplies(node):
-            return True
-        if pure:
+        used = pure and bool(carried) and self._multiplies(node)
+        if pure and not used:
             self._pure.add(node)
         else:
             self._write(node)
+        if used:
+            return True
         if not carried:
             if made_of and (pure or _moves(node, self.factors)):
                 self.factors[node] = frozenset().union(*made_of)
             return False
         if pure and made_of:
             self.mixed[node] = frozenset().union(*made_of)
-            branch = any(n in self.factors for n in inputs)
             plain = any(n not in self.mixed for n in carried)  # W + δ; where neither is W, two sums are added
-            if plain and _is_add(node) and (branch or any(shape_of(node) == shape_of(r) for r in self._roots(node))):
+            if plain and _is_add(node) and any(shape_of(node) == shape_of(root) for root in self._roots(node)):
                 self.sums[node] = self.mixed[node]
         elif not (pure or _moves(node, self.carriers)):
             return True

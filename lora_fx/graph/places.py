@@ -17,7 +17,6 @@ from torch import nn
 
 from lora_fx.errors import CaptureError, LoraFxError
 
-_MOVERS = frozenset({"accelerate", "torch.distributed.tensor"})
 _HOOK = "_hf_hook"
 _BACK = (
     "accelerate.hooks.remove_hook_from_submodules(model) brings the weights back; a model whose weights have never "
@@ -203,11 +202,18 @@ def refuse_any_away(model: nn.Module, what: str, error: type[LoraFxError]) -> No
             refuse_away(module, attribute, f"{path}.{attribute}" if path else attribute, what, error)
 
 
-def is_moved() -> bool:
-    """Whether who reads a parameter, two calls above the caller, is code that moves it: it is to get what is there."""
-    if not (_MOVERS & sys.modules.keys()) or torch.compiler.is_compiling():
+def is_moved(module: nn.Module, calls: int) -> bool:
+    """Whether who reads a parameter of this module is code that moves it, and is to get what is there.
+
+    Args:
+        calls: how many calls above the caller it is.
+    """
+    if "_old_forward" not in module.__dict__ and "torch.distributed.tensor.parallel" not in sys.modules:
         return False
-    return sys._getframe(3).f_globals.get("__name__", "").startswith(("accelerate.", "torch.distributed.tensor."))
+    if torch.compiler.is_compiling():
+        return False
+    reader = sys._getframe(calls + 1).f_globals.get("__name__", "")
+    return reader.startswith(("accelerate.", "torch.distributed.tensor."))
 
 
 @contextmanager

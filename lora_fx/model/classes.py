@@ -272,6 +272,8 @@ def _adapted_property(attribute: str, children: tuple[str, ...]) -> property:
         plain = type(parameter) in ORDINARY and parameter.dim() > 1
         if not plain or self._lora_fx_reader is not None or is_dynamo_compiling():
             return adapted_weight(self, attribute, children)
+        if is_moved(self, 1):
+            return parameter
         own: Any = self._modules  # an adapter of a tied weight is a child of one of its owners
         if len(children) == 1:
             return AdaptedWeight.read(parameter, (own.get(children[0]) or getattr(self, children[0]),))
@@ -316,7 +318,7 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     if attribute not in owner._parameters:  # FSDP1 takes the parameter away before it puts another one there
         raise AttributeError(f"{type(owner).__name__!r} object has no attribute {attribute!r}")
     parameter = owner._parameters[attribute]
-    if parameter is None or is_shard(parameter) or is_moved():
+    if parameter is None or is_shard(parameter) or is_moved(owner, 2):
         return parameter  # code that shards or loads moves the parameter itself; forwards compute with what it makes
     adapters = [getattr(owner, child) for child in children]
     branches = [Branch(a, a.value(), a.dropout if a.drops else None) for a in adapters]

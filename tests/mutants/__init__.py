@@ -83,6 +83,11 @@ GAPS = "tests/test_mutant_gaps.py"
 KINDS = "tests/test_kinds.py"
 
 
+def of_sites(name: str) -> tuple[str, ...]:
+    """The row of the table of operands with this name."""
+    return (f"tests/test_sites.py::test_every_operand_that_comes_from_parameters_is_a_site[{name}]",)
+
+
 def of_kinds(*names: str) -> tuple[str, ...]:
     """These tests of `KINDS`, without their ``test_``."""
     return tuple(f"{KINDS}::test_{name}" for name in names)
@@ -104,11 +109,13 @@ AREAS = {
     "changes": Area(("tests/test_concurrency.py",)),
     "passes": Area(("tests/test_pipeline.py",)),
     "roles": Area(("tests/test_roles.py",)),
+    "sites": Area(("tests/test_sites.py", "tests/test_refusals.py")),
     "rules": Area(("tests/test_rules.py", GAPS)),
     "plan": Area(("tests/test_rules.py", "tests/test_refusals.py", GAPS)),
     "verification": Area((GAPS, "tests/test_refusals.py"), "native-tied", "l1"),
     "export": Area(("tests/test_onnx.py",), laws="l10"),
     "schedules": Area(("tests/test_schedules.py",)),
+    "dispatch": Area(("tests/test_dispatch.py",)),
     "files": Area(("tests/test_adapter_files.py", GAPS)),
     "kinds": Area((KINDS,)),
     "histories": Area((HISTORIES,)),
@@ -601,7 +608,7 @@ MUTANTS = (
     ),
     Mutant(
         "computed_weight_accepted", "capture", "lora_fx/graph/program.py",
-        "if computed and not constant and multiplies:", "if False:",
+        "        if weight in self.made:", "        if False:",
         "The parameters behind a weight_norm are adapted, which means nothing.",
     ),
     Mutant(
@@ -792,8 +799,54 @@ MUTANTS = (
     ),
     Mutant(
         "schedule_in_place_under_vmap", "schedules", "lora_fx/deltas/schedules.py",
-        "        or torch._C._are_functorch_transforms_active()\n        or torch._C._is_tracing()\n", "",
+        "        or _transforms()\n        or _traces()\n", "",
         "Accumulating in place meets a transformed call.",
+    ),
+    Mutant(
+        "output_is_a_view", "schedules", "lora_fx/deltas/kernels.py",
+        "return _unsafe_view(y, y.shape) if y._is_view() else y", "return y",
+        "What comes after a matmul must not write into what it gets.",
+    ),
+    Mutant(
+        "in_place_without_scale", "schedules", "lora_fx/deltas/kernels.py",
+        "part.addmm_(z, B.t(), alpha=scale)", "part.addmm_(z, B.t())",
+        "A small call computes x·A·B, without its scale.",
+    ),
+    Mutant(
+        "in_place_part_at_the_front", "schedules", "lora_fx/deltas/kernels.py",
+        "y.narrow(1, first, B.size(0))", "y.narrow(1, 0, B.size(0))",
+        "In a small call an adapter of the value rows of a fused weight acts on its first rows.",
+    ),
+    Mutant(
+        "in_place_under_a_mode", "schedules", "lora_fx/deltas/schedules.py",
+        "        or _modes()", "        or False",
+        "Selective checkpointing finds that what it kept has been written to.",
+    ),
+    Mutant(
+        "bias_first_where_torch_adds_it_last", "schedules", "lora_fx/deltas/kernels.py",
+        "if x.dim() != 2 and bias is not None and not x.is_contiguous():", "if False:",
+        "A fresh adapter changes the last bits where x does not lie in order.",
+    ),
+    # ── dispatch ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "second_adapter_lost_at_once", "dispatch", "lora_fx/deltas/adapted_weight.py",
+        "    for adapter in adapters:\n        term", "    for adapter in adapters[:1]:\n        term",
+        "Of two adapters on a weight that is read by dispatch only the first acts.",
+    ),
+    Mutant(
+        "view_forgotten_at_once", "dispatch", "lora_fx/deltas/adapted_weight.py",
+        "if weight.chain or adapter.layout.sides != sides:", "if adapter.layout.sides != sides:",
+        "A slice of a weight is adapted as if it were the whole.",
+    ),
+    Mutant(
+        "bias_of_the_first_call", "dispatch", "lora_fx/deltas/adapted_weight.py",
+        "stands = [object() for _ in values]", "stands = [None if v is None else object() for v in values]",
+        "Whether a linear adds its bias is what it did when one like it was first called.",
+    ),
+    Mutant(
+        "row_of_the_table_kept", "dispatch", "lora_fx/deltas/adapted_weight.py",
+        "if FORMS.get(name) is not form or type(x) not in ORDINARY:", "if type(x) not in ORDINARY:",
+        "A form that is taken out of the table goes on deciding.",
     ),
     # ── unfold ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -1524,19 +1577,71 @@ MUTANTS = (
         tests=of_kinds("every_verb_takes_every_kind"),
     ),
     Mutant(
-        "any_add_is_the_sum", "kinds", "lora_fx/checks/certification.py",
-        "if _is_add(node) and (branch or any(shape_of(node) == shape_of(root) for root in self._roots(node))):",
-        "if _is_add(node):",
-        "Of a bias that is added to what W makes of a buffer one of the two is left out.",
-        tests=of_kinds("what_an_adapted_weight_makes_of_a_buffer_is_certified"),
+        "two_sums_are_one", "sites", "lora_fx/checks/certification.py",
+        "if plain and _is_add(node) and any(", "if _is_add(node) and any(",
+        "Of two adapted weights that are added before they multiply, the certificate holds one.",
+        tests=of_sites("a sum of two"),
     ),
     Mutant(
-        "branch_of_a_buffer_is_no_sum", "kinds", "lora_fx/checks/certification.py",
-        "branch = any(n in self.factors for n in inputs)", "branch = False",
-        "A branch beside what W makes of a buffer is taken for a part of the model, and counted twice.",
-        tests=of_kinds("what_an_adapted_weight_makes_of_a_buffer_is_certified"),
+        "certificate_writes_into_the_model", "sites", "lora_fx/checks/certification.py",
+        "value.clone() if n in written else value for n", "value for n",
+        "A use in place is held against one that has been written into already.",
+        tests=of_sites("addmm_"),
     ),
-    # ── the bias of a site ───────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "uses_of_constants_uncounted", "sites", "lora_fx/checks/certification.py",
+        "used = pure and bool(carried) and self._multiplies(node)", "used = False",
+        "A Linear on a constant is taken for a part of the next weight.",
+        tests=of_sites("linears on a constant"),
+    ),
+    Mutant(
+        "scales_are_sites", "sites", "lora_fx/graph/program.py",
+        "matrices = [n for n in made_of if not whole or", "matrices = [n for n in made_of if True or",
+        "The gain of a standardised weight is adapted beside it.",
+        tests=of_sites("a gain on it"),
+    ),
+    Mutant(
+        "axes_of_computed_weights_forgotten", "sites", "lora_fx/graph/program.py",
+        "_Seen(seen.weight, _axes(node, name, n, seen.view))", "_Seen(seen.weight, None)",
+        "A mask makes the input features of a weight its outputs, and its experts one matrix.",
+        tests=of_sites("mask of experts"),
+    ),
+    Mutant(
+        "autocast_unknown", "sites", "lora_fx/graph/program.py",
+        "for d in (dtype, *made))", "for d in (dtype,))",
+        "A model with autocast in its forward is held to float32's bounds, and refused.",
+        tests=("tests/test_sites.py::test_autocast_inside_the_forward",),
+    ),
+    Mutant(
+        "casts_of_a_check_are_kept", "sites", "lora_fx/graph/own_state.py",
+        "        self.undo.append(torch.clear_autocast_cache)\n", "",
+        "Under autocast a fresh adapter computes with the numbers that the self-check filled in.",
+        tests=("tests/test_sites.py::test_autocast_around_apply",),
+    ),
+    Mutant(
+        "first_refusal_alone", "sites", "passes/planning.py",
+        "raise PlanError.of(refusals)", "raise refusals[0]",
+        "Each call names one of the weights that cannot be adapted.",
+        tests=("tests/test_refusals.py::test_all_that_cannot_be_adapted_is_in_one_message",),
+    ),
+    Mutant(
+        "skipped_by_any_rule", "sites", "passes/planning.py",
+        "if rule.otherwise != SKIP or rule not in left]", "if rule not in left]",
+        "A rule that must refuse leaves out what it cannot adapt.",
+        tests=("tests/test_refusals.py::test_leaving_out_holds_for_the_rule_that_says_so",),
+    ),
+    Mutant(
+        "autocorrelation_is_a_router", "roles", "lora_fx/analysis/dataflow.py",
+        "union(f.frontier for f in told if not f.pair and not f.spectral)", "union(f.frontier for f in told)",
+        "Query and key of an attention by autocorrelation are routers.",
+        tests=("tests/test_roles.py::test_what_mixes_tokens_is_no_router_and_no_mlp",),
+    ),
+    Mutant(
+        "time_mixing_is_an_mlp", "roles", "lora_fx/analysis/dataflow.py",
+        "        if self._is_pair(node, self.fact(gate), self.fact(up)):", "        if False:",
+        "Receptance, key and value are gate and up.",
+        tests=("tests/test_roles.py::test_what_mixes_tokens_is_no_router_and_no_mlp",),
+    ),
     Mutant(
         "second_use_of_a_bias_forgotten", "kinds", "passes/planning.py",
         "uses = (*found[key].uses, *row.uses) if key in found else row.uses", "uses = row.uses",
@@ -1545,8 +1650,8 @@ MUTANTS = (
     ),
     Mutant(
         "bias_that_others_read", "kinds", "passes/planning.py",
-        "        if others:\n            raise PlanError(\n                f\"{row.rule.label} adapts {len(row.uses)}",
-        "        if not row:\n            raise PlanError(\n                f\"{row.rule.label} adapts {len(row.uses)}",
+        "    if others:\n        raise PlanError(\n            f\"{row.rule.label} adapts {len(row.uses)}",
+        "    if not row:\n        raise PlanError(\n            f\"{row.rule.label} adapts {len(row.uses)}",
         "A rule for one layer shifts the bias of another along with it.",
         tests=of_kinds("a_bias_that_others_read_too_is_refused"),
     ),
