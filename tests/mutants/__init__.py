@@ -563,7 +563,7 @@ MUTANTS = (
     # ── capture ──────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "capture_leaves_eval_mode", "capture", "lora_fx/graph/own_state.py",
-        "self._keep_all(modules)", "self._keep_all(p for m in modules for p in m.buffers())",
+        "self._keep_all([*modules, *buffers_away(model)])", "self._keep_all(p for m in modules for p in m.buffers())",
         "Capturing a model in train mode leaves it in eval mode.",
     ),
     Mutant(
@@ -584,7 +584,7 @@ MUTANTS = (
     ),
     Mutant(
         "capture_moves_objects", "capture", "lora_fx/graph/own_state.py",
-        "elif isinstance(value, nn.Module) or package not in _OTHERS:", "elif isinstance(value, nn.Module):",
+        "elif package not in _OTHERS:", "elif False:",
         "Looking at a model moves the counters of its meters.",
         tests=("tests/test_purity.py",),
     ),
@@ -654,7 +654,7 @@ MUTANTS = (
     ),
     Mutant(
         "folded_once_for_each_owner", "fold", "lora_fx/model/inventory.py",
-        "readers = storages.setdefault(parameter.untyped_storage()._cdata, {})",
+        "readers = storages.setdefault(storage_of(parameter), {})",
         "readers = storages.setdefault(id(module), {})",
         "A tied weight is folded as often as it has owners.",
         tests=("tests/test_rules.py", GAPS), zoo="native-tied",
@@ -1983,7 +1983,7 @@ MUTANTS = (
     ),
     Mutant(
         "profiler_in_c_taken_out", "changes", "lora_fx/changes.py",
-        "    if TRACER.read() is None or written_in_c:\n        return TRACER.set_for_now(trace)\n", "",
+        "TRACER if TRACER.read() is None or written_in_c else PROFILER", "PROFILER",
         "After an apply inside cProfile every call fails.",
         tests=("tests/test_tracing.py::test_a_profiler_in_c_goes_on_after_the_calls_were_seen",),
     ),
