@@ -34,6 +34,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.checks.verification import cast_inputs, compare, dither, relative_error, run
+from lora_fx.errors import CaptureError
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.model.inventory import inventory
 from lora_fx.tables import table
@@ -303,6 +304,7 @@ def _attempt(step: Callable[[], str]) -> str:
         except AssertionError:  # the case itself is wrong
             raise
         except Exception as error:  # whatever PEFT raises is what the table shows
+            error = error.__cause__ if isinstance(error, CaptureError) and error.__cause__ else error
             line = traceback.extract_tb(error.__traceback__)[-1].line or ""
             cell = "refused" if line.startswith("raise ") else f"crashes: {type(error).__name__}"
     return cell + WARNS if seen else cell

@@ -86,7 +86,7 @@ def changing(model: nn.Module, verb: str) -> Iterator[list[Undo]]:
             yield outer
             return
         undo: list[Undo] = []
-        before = _Before(model)
+        before, random_state = _Before(model), torch.get_rng_state()
         _open.append((model, undo))
         try:
             yield undo
@@ -97,6 +97,7 @@ def changing(model: nn.Module, verb: str) -> Iterator[list[Undo]]:
             with uninterrupted():
                 _roll_back(undo)
                 before.restore()
+                torch.set_rng_state(random_state)  # fresh factors were drawn from it
             if not isinstance(error, LoraFxError):
                 error.add_note(f"lora_fx has undone this {verb}: the model is bitwise what it was.")
             raise

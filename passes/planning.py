@@ -493,7 +493,7 @@ def _reads_rows(use: Use, rows: tuple[int, ...] | None) -> bool:
 
 
 def _check_rank(row: Row) -> None:
-    if row.rank is None:
+    if row.rank is None or row.weight.problem:
         return
     most = min(row.layout.size("i"), row.out)
     if row.rank > most:

@@ -229,13 +229,28 @@ def _why_not(frame: FrameType, inner: bool) -> str:
 
 
 def _beside_methods(frame: FrameType) -> str:
-    """What `super()` could give that code that is no method."""
+    """What the code reads off `super()` that is no method."""
     first = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
-    for name in frame.f_code.co_names:
+    for name in _read_above(frame.f_code):
         found = [vars(base)[name] for base in type(first).__mro__ if name in vars(base)]
         if not all(isinstance(value, types.FunctionType | property) for value in found):
             return name
     return ""
+
+
+@lru_cache(maxsize=4096)
+def _read_above(code: CodeType) -> frozenset[str]:
+    """The attributes that follow a `super()`; all there are, where it is used otherwise."""
+    found, above = set(), False
+    for step in dis.get_instructions(code):
+        if step.opname == "LOAD_GLOBAL" and step.argval == "super":
+            above = True
+        elif above and step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            found.add(step.argval)
+            above = False
+        elif above and step.opname not in ("PUSH_NULL", "PRECALL", "CALL", "LOAD_DEREF", "LOAD_FAST", "EXTENDED_ARG"):
+            return frozenset(code.co_names)
+    return frozenset(found)
 
 
 def _may_be_named(value: Any, path: tuple[str, ...]) -> bool:

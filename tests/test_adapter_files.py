@@ -451,7 +451,8 @@ class Odd(nn.Module):
 
 ODD = {
     "grouped": "one group", "dilated": "no dilation", "up": "ConvTranspose1d", "lstm.weight_ih_l0": "LSTM",
-    "read": "a module inside it", "named": "named = again", "top": "the model itself", "heads.w": "a module inside it",
+    "read": "a module inside it", "named": "named = again", "top": "the model itself",
+    "heads.w": "the w of ParameterDict",
 }  # fmt: skip
 
 

@@ -47,7 +47,19 @@ def lived():
     print(f"{f'{len(found)} modules':24}{total['steps']:8}{total['histories']:11}")
 
 
-@pytest.mark.parametrize("row", [row for row in STATEFUL if not row.refused], ids=lambda row: row.name)
+#: what the library has not learned yet: issue 14, open
+OPEN = {
+    "TypeCounter": "`type(self).calls += 1` lands on the generated class",
+    "CustomFunction": "an autograd function of the model's own takes the weight as no tensor: θ gets no gradient",
+}
+
+
+def marked(row):
+    marks = [pytest.mark.xfail(reason=OPEN[row.name], strict=True)] if row.name in OPEN else []
+    return pytest.param(row, marks=marks, id=row.name)
+
+
+@pytest.mark.parametrize("row", [marked(row) for row in STATEFUL if not row.refused])
 def test_l15_an_adapted_model_is_its_dense_twin_after_any_history(row, lived):
     machine = histories(row.make, row.inputs(), row.changes, rules=EVERYTHING, shared=row.shared)
     lived[row.name] = machine.counts

@@ -33,7 +33,7 @@ def test_every_suite_is_there():
     tests = {test for row in MUTANTS for test in row.suite.tests}
     for test in tests:
         path, _, name = test.partition("::")
-        assert not name or f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), test
+        assert not name or f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(encoding="utf-8"), test
         assert (ROOT / path).exists(), test
 
 

@@ -56,9 +56,8 @@ from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.places import is_shard
 from lora_fx.graph.program import Program, Use, Weight
-from lora_fx.model.classes import show, unwired
+from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Place, inventory, plain_path, weight_name
-from lora_fx.model.marks import child_name, is_reader
 from lora_fx.model.training import REFUSE, why_not_alone
 from lora_fx.passes.base import Facts, Pass, Result, given
 from lora_fx.passes.insert import Check, Insert, Rewrite
@@ -231,7 +230,6 @@ def _as_peft(model: nn.Module, held: list[_Held], name: str) -> _Files:
     """PEFT's config and tensors. Adapters with one target share its rank and its scale."""
     modules = Modules(model)
     _refuse_kinds(held)
-    _refuse_outside_reads(model, name)
     names = [weight for h in held for weight in h.weights]
     for weight in names:
         if why := modules.why_not(weight, modules.is_raw(weight)):
@@ -242,6 +240,7 @@ def _as_peft(model: nn.Module, held: list[_Held], name: str) -> _Files:
     for h in held:
         for weight in h.weights:
             layer = modules.layer(weight, raw)
+            _refuse_outside_reads(h, layer)
             own = layers.setdefault(layer.target, {})
             if layer.kind == "attention" and not own:  # PEFT adapts both projections: without an adapter one gets zeros
                 own.update({modules.layer(f"{layer.target}.{w}", ()): [] for w in peft_format.ATTENTION})
@@ -267,18 +266,13 @@ def _refuse_kinds(held: list[_Held]) -> None:
             refuse(h.weights[0], f"the adapters are of the kinds {', '.join(kinds)}, and PEFT keeps one", _OWN_FORMAT)
         if kind == "dora" and h.adapter.rows is not None:
             refuse(h.weights[0], "it is a part of the weight, and PEFT's DoRA trains all sizes of it", _OWN_FORMAT)
-        if kind == "dora" and h.adapter.read_outside:
-            reason = f"{h.adapter.read_outside} reads it, and PEFT adapts only calls of the module that holds it"
-            refuse(h.weights[0], reason, _OWN_FORMAT)
 
 
-def _refuse_outside_reads(model: nn.Module, name: str) -> None:
-    """PEFT adapts calls of a module; a module around it that reads the weight itself goes past that."""
-    for path, module in model.named_modules():
-        pattern = rf"(?<!self)\.(\w+){child_name('', name)}\w*\.[AB]\b"
-        if is_reader(module) and (found := re.search(pattern, show(module))):
-            reads = f"its forward reads the {found[1]} of a module inside it"
-            refuse(path or type(model).__name__, f"{reads}, and PEFT adapts only calls of that module", _OWN_FORMAT)
+def _refuse_outside_reads(h: _Held, layer: Layer) -> None:
+    """PEFT adapts calls of a module, and torch's attention whole: who reads another's weight goes past that."""
+    if h.adapter.read_outside and layer.kind != "attention":
+        reads = f"{h.adapter.read_outside} reads the weight of a module inside it"
+        refuse(h.weights[0], f"{reads}, and PEFT adapts only calls of that module", _OWN_FORMAT)
 
 
 def _joined(layer: Layer, target: _Target, slots: dict[tuple[_Held, Layer], dict[str, int]]) -> dict[str, torch.Tensor]:

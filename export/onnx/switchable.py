@@ -223,10 +223,10 @@ def save_onnx_adapter(
         name, path = str(path), old
     onnxruntime = require("onnxruntime")
     target = writable(path)
-    if any(why := why_not_alone(model, beside)):
-        refuse(*why)
     with changing(model, "save_onnx_adapter"):
         factors, version = factors_of(model, name), base_version(model)
+    if any(why := why_not_alone(model, beside)):
+        refuse(*why)
     for key, factor in factors.items():
         if factor.dtype == torch.bfloat16:
             reason = "the factor is bfloat16, which the file format cannot be given from Python"
