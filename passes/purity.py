@@ -105,6 +105,9 @@ class Watch:
             raise Untraceable(f"{type(root).__name__}.forward is a {type(forward).__name__}")
         if not _is_plain(forward):
             raise Untraceable(f"{forward.__qualname__} has a default that can change")
+        for kind in {type(module) for module in root.modules()}:
+            if kind.__getattribute__ is not object.__getattribute__:  # type: ignore[comparison-overlap]  # its own
+                raise Untraceable(f"{kind.__name__} reads attributes in a way of its own")
         self.root = root
         self._first = _place(forward.__code__)
         self.attribute = attribute
@@ -117,14 +120,17 @@ class Watch:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Inside, model code of this thread is followed."""
-        assert "__getattribute__" not in vars(nn.Module), "in turn: one trace at a time"
-        modules: Any = nn.Module
-        modules.__getattribute__ = self._reader()
+        read = self._reader()
+        kinds: set[Any] = {type(module) for module in self.root.modules()}
+        for kind in kinds:
+            assert kind.__getattribute__ in (object.__getattribute__, read), "in turn: one trace at a time"
+            kind.__getattribute__ = read
         try:
             with calls_seen_by(self._see):
                 yield
         finally:
-            del modules.__getattribute__
+            for kind in kinds:
+                del kind.__getattribute__
             if self.why:
                 raise Untraceable(self.why)
 

@@ -63,7 +63,7 @@ def marked(row):
 def test_l15_an_adapted_model_is_its_dense_twin_after_any_history(row, lived):
     machine = histories(row.make, row.inputs(), row.changes, rules=EVERYTHING, shared=row.shared)
     lived[row.name] = machine.counts
-    examples, steps = (12, 30) if DEEP else (2, 8)
+    examples, steps = (12, 30) if DEEP else (1, 8)
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps))
 
 

@@ -34,7 +34,7 @@ _OTHERS = frozenset({
 })  # fmt: skip
 """Packages whose objects are no state of a model's: what accelerate has put away is the size of the model."""
 
-_HOOKS = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+_TABLES = frozenset(vars(nn.Module())) - {"training"}
 
 Undo = Callable[[], Any]
 
@@ -59,7 +59,7 @@ class _Kept:
         # Under autocast torch keeps the casts of trainable parameters, which hold other numbers while a check runs.
         torch.clear_autocast_cache()
         self.undo.append(torch.clear_autocast_cache)
-        self.empty: list[dict] = []  # torch's tables of hooks: most of what modules have
+        self.empty: list[Any] = []  # torch's tables with nothing in them: most of what modules have
         self.seen: dict[int, Any] = {}  # by id, held so that the id stays theirs
         if (numpy := sys.modules.get("numpy.random")) is not None:
             self.undo.append(partial(numpy.set_state, numpy.get_state()))
@@ -72,8 +72,8 @@ class _Kept:
         with torch.no_grad():
             for undo in reversed(self.undo):
                 undo()
-        for hooks in filter(None, self.empty):
-            hooks.clear()
+        for table in filter(None, self.empty):
+            table.clear()
 
     def _keep_all(self, values: Iterable[Any]) -> None:
         todo = list(values)
@@ -122,8 +122,15 @@ class _Kept:
     def _keep_module(self, module: nn.Module) -> Iterable[Any]:
         own = vars(module)
         self.undo.append(partial(_restore_dict, own, dict(own)))
-        self.empty += [value for key, value in own.items() if key in _HOOKS and not value]
-        return [value for key, value in own.items() if key not in _HOOKS or value]
+        found: list[Any] = []
+        for key, value in own.items():
+            if key in _TABLES and not value:
+                self.empty.append(value)
+            elif key in ("_parameters", "_modules"):  # weights are not copied, and modules are kept one by one
+                self.undo.append(partial(_restore_dict, value, dict(value)))
+            elif type(value) not in _ATOMS:
+                found.append(value)
+        return found
 
     def _attributes(self, value: Any) -> list[Any]:
         """What an object has in its attributes."""

@@ -1726,7 +1726,7 @@ MUTANTS = (
     ),
     Mutant(
         "dora_read_outside_for_peft", "kinds", "export/adapters/files.py",
-        'if kind == "dora" and h.adapter.read_outside:', "if False:",
+        'if h.adapter.read_outside and layer.kind != "attention":', "if False:",
         "A DoRA whose weight another module reads is written for PEFT, which adapts calls alone.",
         tests=of_kinds("dora_of_a_weight_that_another_module_reads_is_refused_for_peft"),
     ),
