@@ -36,6 +36,7 @@ class Decider:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._traces: dict[str, _Trace] = {}
+        self._alike: dict[type[nn.Module], frozenset[str]] = {}  # what their instances read, who all do the same
 
     def why_dispatch(self, weight: Weight, owners: Iterable[str], kind: Kind) -> str:
         """Empty where every use sits in a forward that can be traced soundly.
@@ -62,8 +63,27 @@ class Decider:
 
     def _trace(self, path: str) -> _Trace:
         if path not in self._traces:
-            self._traces[path] = _traced(self.program.model.get_submodule(path))
+            self._traces[path] = self._traced(self.program.model.get_submodule(path))
         return self._traces[path]
+
+    def _traced(self, module: nn.Module) -> _Trace:
+        if isinstance(module, fx.GraphModule):
+            return _Trace("", frozenset(name for name, _ in module.named_parameters(remove_duplicate=False)))
+        kind: type[nn.Module] = type(module)
+        baked: frozenset[str] = frozenset()
+        reads = self._alike.get(kind) if "forward" not in module.__dict__ else None
+        if reads is None:
+            try:
+                traced = trace_forward(module)
+            except Untraceable as why:
+                return _Trace(str(why))
+            reads = frozenset(str(n.target) for n in traced.graph.nodes if n.op == "get_attr")
+            baked = traced.baked
+            if not baked:
+                self._alike[kind] = reads
+        named = list(module.named_parameters(remove_duplicate=False))
+        read = {id(p) for name, p in named if name in reads}
+        return _Trace("", frozenset(name for name, p in named if id(p) in read), baked)
 
 
 def agree(here: Inventory) -> None:
@@ -113,16 +133,3 @@ def _why_not_here(weight: Weight, use: Use, trace: _Trace) -> str:
     if trace.baked and all("." in name for name in read):
         return f"{use.module or 'the model'} may change {', '.join(sorted(trace.baked)[:3])}"
     return ""
-
-
-def _traced(module: nn.Module) -> _Trace:
-    if isinstance(module, fx.GraphModule):
-        return _Trace("", frozenset(name for name, _ in module.named_parameters(remove_duplicate=False)))
-    try:
-        traced = trace_forward(module)
-    except Untraceable as why:
-        return _Trace(str(why))
-    reads = {n.target for n in traced.graph.nodes if n.op == "get_attr"}
-    named = list(module.named_parameters(remove_duplicate=False))
-    read = {id(p) for name, p in named if name in reads}
-    return _Trace("", frozenset(name for name, p in named if id(p) in read), traced.baked)
