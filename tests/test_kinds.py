@@ -1012,7 +1012,9 @@ def test_dora_of_a_weight_that_another_module_reads_is_refused_for_peft(tmp_path
             return F.linear(x, self.inner.weight, self.inner.bias)
 
     adapted = lora_fx.apply(Reader(), Rule(where="*", kind="dora", rank=2), torch.randn(2, 6))
-    with pytest.raises(FileError, match="the model reads it, and PEFT adapts only calls of the module that holds it"):
+    with pytest.raises(
+        FileError, match="the model reads the weight of a module inside it, and PEFT adapts only calls of that module"
+    ):
         lora_fx.save_adapter(adapted, tmp_path / "a")
 
 
