@@ -8,23 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-import lora_fx
-from lora_fx import Adapter, Rule
-from lora_fx.errors import AdapterError, FileError, LoraFxError
-from lora_fx.export.adapters import files as adapter_files
-from lora_fx.export.adapters.files import load_adapter, save_adapter
-from lora_fx.export.adapters.folder import CONFIG, TENSORS
-from lora_fx.model.inventory import inventory
-
-peft = pytest.importorskip("peft")
-from transformers import (  # noqa: E402
+from transformers import (
     FalconConfig,
     FalconForCausalLM,
     GemmaConfig,
@@ -34,7 +25,15 @@ from transformers import (  # noqa: E402
     MixtralConfig,
     MixtralForCausalLM,
 )
-from transformers.pytorch_utils import Conv1D  # noqa: E402
+from transformers.pytorch_utils import Conv1D
+
+import lora_fx
+from lora_fx import Adapter, Rule
+from lora_fx.errors import AdapterError, FileError, LoraFxError
+from lora_fx.export.adapters import files as adapter_files
+from lora_fx.export.adapters.files import load_adapter, save_adapter
+from lora_fx.export.adapters.folder import CONFIG, TENSORS
+from lora_fx.model.inventory import inventory
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's
 torch.set_num_threads(1)

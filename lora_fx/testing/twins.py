@@ -35,7 +35,7 @@ NUDGE = 2.0**16
 
 MARK = "_lora_fx"  # how what is ours begins, in the `__dict__` of a module
 _RECORDS = f"{MARK}_dense"
-_FOLDED = f"{MARK}_dense_folded"
+_HELD = f"{MARK}_dense_folded"
 _RATE = 1e-2
 
 
@@ -243,7 +243,7 @@ class Dense(Life):
     @property
     def folded(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """Parameters that hold W + δ for longer, and W. In the model, so that copies have it."""
-        return self.model.__dict__.setdefault(_FOLDED, [])
+        return self.model.__dict__.setdefault(_HELD, [])
 
     @property
     def records(self) -> list[_Record]:

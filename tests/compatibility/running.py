@@ -26,6 +26,7 @@ from torch import nn
 import lora_fx
 from tests.compatibility import Model
 from tests.compatibility.checking import Row, check
+from tests.processes import exit_status
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -65,13 +66,13 @@ def run(models: Sequence[Model], at_once: int, limits: Limits) -> Iterator[Row]:
             time.sleep(0.05)
             for pid, own in list(running.items()):
                 over = _over(pid, own, limits)
-                status = _status(pid, kill=bool(over))
+                status = exit_status(pid, kill=bool(over))
                 if status is not None:
                     del running[pid]
                     yield _row(own, status, over)
     finally:
         for pid in running:
-            _status(pid, kill=True)
+            exit_status(pid, kill=True)
 
 
 def _file() -> IO[str]:
@@ -86,15 +87,6 @@ def _over(pid: int, own: _Running, limits: Limits) -> str:
         if int(file.read().split()[1]) * _PAGE > limits.bytes:
             return f"the memory limit of {limits.bytes / 2**30:.0f} GiB"
     return ""
-
-
-def _status(pid: int, kill: bool) -> int | None:
-    """The exit status of a process, negative for a signal; None while it runs."""
-    if kill:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-    ended, status = os.waitpid(pid, 0 if kill else os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if ended else None
 
 
 def _row(own: _Running, status: int, over: str) -> Row:

@@ -13,7 +13,6 @@ import contextlib
 import importlib
 import os
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from tests.mutants import MUTANTS, ROOT, Area, Mutant, hook, mutant
+from tests.processes import exit_status
 
 RANDOM_LAWS, ZOO_LAWS = "tests/test_random_laws.py", "tests/test_laws.py"
 LIMIT = 300.0  # seconds: a mutant that makes a test hang is caught by that, and the table says so
@@ -81,22 +81,13 @@ def run(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, Outcome]]:
                 time.sleep(0.1)
                 for pid, (job, output, start) in list(running.items()):
                     seconds = time.monotonic() - start
-                    status = _status(pid, seconds > job.limit)
+                    status = exit_status(pid, seconds > job.limit)
                     if status is not None:
                         del running[pid]
                         yield job, _outcome(job, status, output, seconds)
         finally:
             for pid in running:
-                _status(pid, kill=True)
-
-
-def _status(pid: int, kill: bool) -> int | None:
-    """The exit status of a process, negative for a signal; None while it runs."""
-    if kill:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-    ended, status = os.waitpid(pid, 0 if kill else os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if ended else None
+                exit_status(pid, kill=True)
 
 
 def _outcome(job: Job, status: int, output: IO[str], seconds: float) -> Outcome:
