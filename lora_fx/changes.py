@@ -251,15 +251,16 @@ class _Passing(BaseException):
 @contextmanager
 def foreign() -> Iterator[None]:
     """Inside runs code that may catch an `Exception`, torch's or a model's: one of a signal's handler goes through."""
-    _signals.foreign += 1
+    before = _signals.foreign
     try:
+        _signals.foreign = before + 1
         yield
     except _Passing as passing:
-        if _signals.foreign > 1:
+        if before:
             raise
         raise passing.error from passing.error.__cause__
     finally:
-        _signals.foreign -= 1
+        _signals.foreign = before
 
 
 def _wrap_handlers() -> None:
@@ -301,8 +302,8 @@ class Switch:
     @contextmanager
     def set_for_now(self, value: Any) -> Iterator[None]:
         before = self.read()
-        self.turn(value)
         try:
+            self.turn(value)
             yield
         finally:
             self.turn(before)

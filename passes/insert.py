@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from lora_fx.checks.certification import check_adapted
+from lora_fx.checks.verification import NotServed
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import EquivalenceError, KindError, PlanError
 from lora_fx.graph.places import loaded
 from lora_fx.graph.program import Program
-from lora_fx.model.classes import is_wired
+from lora_fx.model.classes import is_wired, spec_of
 from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import attach, child_name, mark_reader
 from lora_fx.model.training import freeze
@@ -90,7 +91,8 @@ class Check(Pass):
     """Hold every use of what was inserted against the use of W + δ, in train and in eval mode.
 
     A rewritten forward that is not the path that ran is given up first: then whoever reads the weight is served. Where
-    the model itself does not run in train mode on these inputs, the plan gets a note of it, and eval mode decides.
+    one of those wants a plain tensor, and no dropout acts on the branch, the weight reads as W + δ. Where the model
+    itself does not run in train mode on these inputs, the plan gets a note of it, and eval mode decides.
     """
 
     name = "check"
@@ -102,17 +104,44 @@ class Check(Pass):
             return Result(model, False)
         inputs, rounding = program.capture.inputs, program.rounding()
         rewired = False
-        try:
-            missing = check_adapted(model, inputs, adapters, rounding, facts.undo)
-        except EquivalenceError:
-            if all(adapter.realised != Realisation.GRAPH for adapter in adapters):
-                raise
-            demote(adapters)
+        while True:
+            try:
+                missing = check_adapted(model, inputs, adapters, rounding, facts.undo)
+                break
+            except EquivalenceError as error:
+                if not _give_way(model, adapters, error):
+                    raise
             wire(model)
-            missing, rewired = check_adapted(model, inputs, adapters, rounding, facts.undo), True
+            rewired = True
         plan = facts.get(Plan)
         noted = () if plan is None or not missing else (replace(plan, notes=(*plan.notes, *map(str, missing))),)
         return Result(model, rewired, noted)
+
+
+def _give_way(model: nn.Module, adapters: tuple[Adapter, ...], error: EquivalenceError) -> bool:
+    """Have less asked of those who read the weights; False where there is nothing less.
+
+    Args:
+        error: of the check. Its place is the weight at which that failed: those that modules of its class hold are read
+            alike.
+    """
+    storages = inventory(model).storages()
+    kinds = {_held(owner) for s in storages if " = ".join(s.names) == error.place for owner in s.owners}
+    alike = [a for s in storages if kinds & set(map(_held, s.owners)) for a in s.adapters if a in adapters]
+    traced = [a for a in alike or adapters if a.realised == Realisation.GRAPH]
+    plain = isinstance(error, NotServed) and alike and not traced
+    if plain and all(a.realised == Realisation.DISPATCH and not a.drops for a in alike):
+        demote(alike, Realisation.DENSE)
+        return True
+    traced = traced or [a for a in adapters if a.realised == Realisation.GRAPH]
+    demote(traced)
+    return bool(traced)
+
+
+def _held(owner: tuple[nn.Module, str]) -> tuple[type[nn.Module], str]:
+    module, attribute = owner
+    spec = spec_of(module)
+    return spec.base if spec else type(module), attribute
 
 
 def _insert(model: nn.Module, row: Row, name: str) -> Adapter:

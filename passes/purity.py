@@ -124,13 +124,13 @@ class Watch:
         kinds: set[Any] = {type(module) for module in self.root.modules()}
         for kind in kinds:
             assert kind.__getattribute__ in (object.__getattribute__, read), "in turn: one trace at a time"
-            kind.__getattribute__ = read
+            type.__setattr__(kind, "__getattribute__", read)  # a class of ours may hand on what is set
         try:
             with calls_seen_by(self._see):
                 yield
         finally:
             for kind in kinds:
-                del kind.__getattribute__
+                type.__delattr__(kind, "__getattribute__")
             if self.why:
                 raise Untraceable(self.why)
 
@@ -173,7 +173,7 @@ class Watch:
         """What model code gets for `module.<name>`."""
         own, kind = vars(module), type(module)
         spec = classes.spec_of(module)
-        if spec is not None and name in dict(spec.reads):
+        if spec is not None and any(name == attribute for attribute, *_ in spec.reads):
             return object.__getattribute__(module, name)
         if name in own["_parameters"] or name in own["_buffers"] or isinstance(own.get(name), torch.Tensor):
             return self.attribute(module, name)

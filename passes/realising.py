@@ -2,7 +2,7 @@
 
 * before anything is changed, row by row (`Decider`), from a trace of every forward that reads the weight;
 * whenever modules get their classes (`agree`): all adapters of one weight are read in one way;
-* when a trace or a check fails after all (`demote`).
+* when a trace or a check fails after all (`demote`): then by dispatch, and where that fails, as the sum W + δ.
 """
 
 from __future__ import annotations
@@ -92,14 +92,17 @@ def agree(here: Inventory) -> None:
     for place in here.places:
         by_storage.setdefault(storage_of(place.parameter), []).append(place.adapter)
     for group in by_storage.values():
-        if any(adapter.realised == Realisation.DISPATCH for adapter in group):
-            demote(group)
+        least = max((adapter.realised for adapter in group), key=_WAYS.index)
+        demote(group, least)
 
 
-def demote(adapters: Iterable[Adapter]) -> None:
+_WAYS = (Realisation.GRAPH, Realisation.DISPATCH, Realisation.DENSE)
+
+
+def demote(adapters: Iterable[Adapter], to: Realisation = Realisation.DISPATCH) -> None:
     """A rewritten forward is not the path that runs, or cannot be made: whoever reads the weight is served."""
     for adapter in adapters:
-        adapter.change(realised=Realisation.DISPATCH)
+        adapter.change(realised=max(adapter.realised, to, key=_WAYS.index))
 
 
 def reads_by_dispatch(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:

@@ -77,7 +77,7 @@ class Tracer(fx.Tracer):
         parameter = owner._parameters[attribute]
         assert parameter is not None, attribute
         base = self.tensor(owner, attribute)
-        dispatches = any(getattr(owner, child).realised == Realisation.DISPATCH for child in children)
+        dispatches = any(getattr(owner, child).realised != Realisation.GRAPH for child in children)
         if dispatches and not isinstance(owner, fx.GraphModule):
             return base  # the attribute itself will read as an adapted weight when the rewritten forward runs
         adapters = {f"{prefix}{child}": getattr(owner, child) for child in children}

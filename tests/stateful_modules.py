@@ -44,6 +44,8 @@ class Stateful:
     shared: tuple[Shared, ...] = ()
     refused: str = ""
     """A regular expression for what `lora_fx.apply` says of it, where it refuses; else empty."""
+    checked: bool = False
+    """It is the self-check that finds how it can be served."""
 
     @property
     def name(self) -> str:
@@ -1266,7 +1268,7 @@ STATEFUL = (
     Stateful(TensorHooked, ("model.factor = 5.0",)),
     Stateful(Checkpointed, ("model.runs = 0",)),
     Stateful(CheckpointedReentrant, ("model.runs = 0",)),
-    Stateful(CustomFunction),
+    Stateful(CustomFunction, checked=True),
     Stateful(GradientReversal, ("model.strength = 0.25",)),
     Stateful(Vmapped, ("model.scale = 3.0",)),
     Stateful(Force),

@@ -119,7 +119,7 @@ def test_a_model_that_ends_its_process_or_takes_too_long_is_one_row_and_no_more(
             pass
 
     models = [small(lambda: os._exit(3)), small(endless), small()]
-    rows = list(running.run(models, 3, running.Limits(seconds=1.0)))
+    rows = list(running.run(models, 3, running.Limits(seconds=4.0)))
     said = sorted(text for row in rows for text in row.raw)
     assert len(rows) == 3 and len(said) == 2
     assert said[0].startswith("the process ended with 3") and said[1].startswith("the time limit")

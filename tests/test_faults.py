@@ -144,10 +144,11 @@ class Look:
         return self.held(model) == self.parts and reference.same_bits(self.bits(model), self.numbers)
 
 
-def switches() -> tuple[bool, ...]:
-    """What torch keeps for a thread or the whole process, and a verb sets for a while."""
+def switches() -> tuple[Any, ...]:
+    """What Python, torch and lora_fx keep for a thread or the process, and a verb sets for a while."""
     fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
-    return torch.is_grad_enabled(), fast, onednn
+    signals = changes._signals.waits, changes._signals.shut, changes._signals.foreign
+    return torch.is_grad_enabled(), fast, onednn, sys.getprofile(), signals
 
 
 def whole(model: nn.Module) -> list[Any]:
@@ -186,8 +187,11 @@ FILES = {
 
 
 #: Python looks for signals, and for what other threads throw, at calls and jumps: not between two lines in here, which
-#: take a lock and put handlers in their places
-UNTOUCHED = {changes.in_turn.__wrapped__.__code__, changes.signals_wait.__wrapped__.__code__}
+#: take a lock, put handlers in their places, and turn switches
+UNTOUCHED = {
+    function.__wrapped__.__code__
+    for function in (changes.in_turn, changes.signals_wait, changes.foreign, changes.Switch.set_for_now)
+}
 
 
 class Lines:

@@ -719,11 +719,11 @@ def inner(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 FULL = dict(kind="full")
 UNSAID = {
     "attention in": (Attention, numbers(2, 4, 12), [Rule(where="*in_proj*", **TWO)], "as attention", "in_proj_weight"),
-    "attention out": (Attention, numbers(2, 4, 12), [Rule(where="*out_proj*", **TWO)], "reads it", "out_proj"),
+    "attention out": (Attention, numbers(2, 4, 12), [Rule(where="*out_proj*", **TWO)], "as attention", "out_proj"),
     "a raw parameter": (inner(Raw), numbers(4, 7), [Rule(where="*w", **TWO)], "as parameter", "0.w"),
     "experts": (inner(Raw), numbers(4, 7), [Rule(where="*experts", **TWO)], "as parameter", "0.experts"),
-    "read outside": (inner(Outside), numbers(3, 6), [Rule(where="*read", **TWO)], "reads it", "0.read.weight"),
-    "read at the top": (Outside, numbers(3, 6), [Rule(where="read", **TWO)], "reads it", "read.weight"),
+    "read outside": (inner(Outside), numbers(3, 6), [Rule(where="*read", **TWO)], "reads the weight", "0.read.weight"),
+    "read at the top": (Outside, numbers(3, 6), [Rule(where="read", **TWO)], "reads the weight", "read.weight"),
     "queries": (gpt2, IDS, [Rule(role="attention.query", **TWO)], "a part of the weight", "c_attn.weight"),
     "a tied table": (Tied, IDS, [Rule(where="table", **TWO)], "the model reads it as", "table.weight"),
     "two kinds": (Layers, IDS, [Rule(where="plain", **TWO), Rule(where="mix", rank=2)], "dora, lora", "plain.weight"),

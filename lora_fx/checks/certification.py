@@ -23,17 +23,18 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.changes import Undo, safe_point
+from lora_fx.checks.gradients import Reach, reach
 from lora_fx.checks.oracles import delta
 from lora_fx.checks.verification import (
     NotRun,
+    NotServed,
     Report,
     as_real,
-    called,
     check_once,
     compare_all,
+    culprit,
     dither,
     filled,
-    in_mode,
     refuse_unmeasurable,
     relative_error,
     with_dense_weights,
@@ -47,9 +48,7 @@ from lora_fx.graph.capture import (
     Capture,
     Inputs,
     capture_graph,
-    does_not_run,
     normalize_inputs,
-    output_tensors,
 )
 from lora_fx.graph.forms import DENSE_OPS, FORMS, op_name
 from lora_fx.graph.nodes import base_name, call, first_operand, looked_into, shape_of, written_by
@@ -97,6 +96,8 @@ class Certificate:
     """The whole model against the model with the dense sums in its weights, in eval and in train mode."""
     gradient_free: tuple[str, ...] = ()
     """Adapters, as ``weight (name)``, that no gradient reaches on the example inputs: training would not move them."""
+    gradient_lost: tuple[str, ...] = ()
+    """Those of them whose weight gets one in the base model: training should move them."""
     inactive: tuple[str, ...] = ()
     """Names of adapters that are in the model and do not act."""
     folded: Mapping[str, int] = field(default_factory=dict)
@@ -113,7 +114,8 @@ class Certificate:
         return tuple(row for row in self.rows if row.problem and row.realised != Realisation.UNSEEN)
 
     def __bool__(self) -> bool:
-        return all(row.covered for row in self.rows) and all(self.whole) and not any(self.folded.values())
+        right = all(row.covered for row in self.rows) and all(self.whole) and not any(self.folded.values())
+        return right and not self.gradient_lost
 
     def to_json(self) -> str:
         """Everything in it, and the verdict, as one JSON object."""
@@ -128,6 +130,8 @@ class Certificate:
             lines.append(f"folded: every element of {len(self.folded)} weights is W + δ rounded once")
         if self.gradient_free:
             lines.append(f"no gradient reaches {', '.join(self.gradient_free)}")
+        if self.gradient_lost:
+            lines.append(f"in the base model one reaches the weight of {', '.join(self.gradient_lost)}")
         if self.inactive:
             lines.append(f"inactive: {', '.join(self.inactive)}")
         lines += self.notes
@@ -172,14 +176,19 @@ def certify_adapted(
         rows = tuple(_measure(model, flow, storages, base))
         modes = (False, True) if whole else ()
         reports = [check_once(model, inputs, training, program.rounding(), undo) for training in modes]
-        free, without = _without_gradient(model, inputs, storages) if gradients else ((), ())
-    notes = (*(str(report) for report in reports if isinstance(report, NotRun)), *without)
+        reached = reach(model, inputs, storages, undo) if gradients else Reach()
+    notes = tuple(str(report) for report in reports if isinstance(report, NotRun))
+    if reached.error is not None and not reached.lost:
+        why = essence(reached.error).partition("\n")[0]
+        notes += (f"Backward does not run on the example inputs ({why}): which adapters it reaches is not known.",)
+    labels = {a: f"{_name(storage)} ({a.name})" for storage in storages for a in storage.adapters}
+    free, lost = (tuple(labels[a] for a in found) for found in (reached.free, reached.lost))
     measured = tuple(report for report in reports if isinstance(report, Report))
     if lowered and measured and all(measured):
         why = "inside of a transform of torch.func it cannot be measured by itself"
         rows = tuple(replace(row, problem=why) if row.problem else row for row in rows)
     idle = {place.adapter.name for place in found.places if not place.adapter.active}
-    return Certificate(rows, measured, free, tuple(sorted(idle)), notes=notes)
+    return Certificate(rows, measured, free, lost, tuple(sorted(idle)), notes=notes)
 
 
 def check_adapted(
@@ -193,6 +202,7 @@ def check_adapted(
 
     Raises:
         EquivalenceError: it is not, in train or in eval mode; the error names the first use that is not covered.
+        NotServed: it does not run or train where the model itself does.
     """
     if without_numbers(model):
         return ()
@@ -200,14 +210,29 @@ def check_adapted(
     for seed in range(3):  # rounding can flip a router's choice: such an error goes away with other numbers
         with filled(model, adapters, seed, undo):
             found = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
-        reports = [report for report in found if isinstance(report, Report)]
-        if all(reports):
-            return tuple(report for report in found if isinstance(report, NotRun))
+            reports = [report for report in found if isinstance(report, Report)]
+            if all(reports):
+                _refuse_lost(model, inputs, adapters, undo)
+                return tuple(report for report in found if isinstance(report, NotRun))
     raise EquivalenceError(
         f"the adapted model is not the model with W + δ: {worst(reports)}",
         place=_suspect(model, inputs, adapters, rounding, undo),
         remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
     )
+
+
+def _refuse_lost(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], undo: list[Undo]) -> None:
+    storages = [own for own in inventory(model).storages() if any(a in adapters for a in own.adapters)]
+    reached = reach(model, inputs, storages, undo)
+    for storage in storages:
+        if reached.lost and reached.lost[0] in storage.adapters:
+            why = "backward does not run" if reached.error is not None else "no gradient reaches θ"
+            where = "" if reached.error is None else f" ({essence(reached.error)})"
+            raise NotServed(
+                f"the adapted model does not train as the model with W + δ: {why}{where}",
+                place=(reached.error and culprit(model, reached.error)) or _name(storage),
+                remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
+            )
 
 
 def _suspect(
@@ -562,44 +587,3 @@ def _problem(reading: Reading, effect: float, report: Report) -> str:
 def _floats(value: Any) -> list[torch.Tensor]:
     found = (as_real(t) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
     return [t for t in found if t.is_floating_point()]
-
-
-def _without_gradient(
-    model: nn.Module, inputs: Inputs, storages: Sequence[Storage]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The adapters, as ``weight (name)``, that no gradient of the model's outputs reaches, in train mode or, where it
-    does not run in that, in eval mode; and a note where it cannot be told."""
-    labels = {a: f"{_name(storage)} ({a.name})" for storage in storages for a in storage.adapters}
-    factors = [(a, t) for a in labels for t in a.parameters() if t.requires_grad]
-    why = ""
-    for training in (True, False):
-        try:
-            found = _gradients(model, inputs, training, [t for _, t in factors])
-        except CaptureError as error:
-            why = essence(error).partition("\n")[0]
-            continue
-        reached = {a for (a, _), g in zip(factors, found, strict=False) if g is not None and bool((g != 0).any())}
-        return tuple(label for a, label in labels.items() if a not in reached), ()
-    return (), (f"Backward does not run on the example inputs ({why}): which adapters it reaches is not known.",)
-
-
-def _gradients(
-    model: nn.Module, inputs: Inputs, training: bool, factors: list[torch.Tensor]
-) -> Sequence[torch.Tensor | None]:
-    """Of all outputs, for random cotangents; nothing where no output has any.
-
-    Raises:
-        CaptureError: the model does not run on the inputs in this mode, or not backward.
-    """
-    with undisturbed(model), in_mode(model, training), torch.enable_grad():
-        torch.manual_seed(0)
-        outputs = [t for t in output_tensors(called(model, inputs)) if t.requires_grad]
-        if not outputs:
-            return ()
-        try:
-            cotangents = [torch.randn_like(t) for t in outputs]
-            return torch.autograd.grad(outputs, factors, cotangents, allow_unused=True)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise does_not_run(model, error) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -256,6 +257,10 @@ def dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> tor
 # ── against the dense sums ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+class NotServed(EquivalenceError):
+    """The model runs, or trains, with W + δ in its weights, and not with what its code reads in their place."""
+
+
 @dataclass(frozen=True)
 class NotRun:
     """The model itself does not run in train mode on these inputs: nothing was compared there."""
@@ -279,7 +284,7 @@ def check_once(
         undo: the list of the change that this is a part of: a check that is interrupted is undone with it.
 
     Raises:
-        EquivalenceError: the adapted model returns other tensors, or does not run where the other one does.
+        EquivalenceError: the adapted model returns other tensors, or (`NotServed`) does not run where the other does.
     """
     with in_mode(model, training):
         with unwired(model):
@@ -295,13 +300,27 @@ def check_once(
         try:
             adapted = run(model, inputs)
         except CaptureError as error:
-            raise EquivalenceError(
+            raise NotServed(
                 f"the adapted model does not run where the model with W + δ does: {essence(error)}",
-                place=type(model).__name__,
+                place=culprit(model, error) or type(model).__name__,
                 remedy="leave out what its forward reads in another way, with a rule without a rank",
             ) from error
     _same_structure(adapted, dense)
     return compare_all(adapted, dense, moved)
+
+
+def culprit(model: nn.Module, error: BaseException) -> str:
+    """A weight of the innermost adapted module whose code an error came out of; empty where there is none."""
+    weights = {m: " = ".join(own.names) for own in reversed(inventory(model).storages()) for m, _ in own.owners}
+    while error.__cause__ is not None:
+        error = error.__cause__
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(module, nn.Module):
+            found = weights.get(module, found)
+    return found
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.capture import recording
-from lora_fx.graph.forms import FORMS, Call, Form, find, op_name
+from lora_fx.graph.forms import FORMS, Call, Form, find, op_name, without_gradient
 from lora_fx.graph.layout import Placement, place
 from lora_fx.graph.views import CASTS, View, move
 
@@ -447,11 +447,13 @@ def _multiplied(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return scheduled
     plain = weight.only(inside).dense() if inside else weight.base
     out = alone = _call_with(func, args, kwargs, lambda own: plain)
+    untrained = call.options.get("untrained")
     for branch, placement in beside:
         if isinstance(branch.delta, LowRank):
-            out = out + weight.branch(call, branch, placement)
+            own = weight.branch(call, branch, placement)
         else:
-            out = out + weight.kinds_branch(call, branch, placement, None if inside else alone)
+            own = weight.kinds_branch(call, branch, placement, None if inside else alone)
+        out = out + (own if untrained is None else without_gradient(own, call.x, untrained))
     return out
 
 

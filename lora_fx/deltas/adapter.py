@@ -104,7 +104,7 @@ class Adapter(Beside):
     role: str
     active: bool
     realised: Realisation
-    """How the weight is read: `GRAPH` (generated forwards) or `DISPATCH` (an `AdaptedWeight` property)."""
+    """How the weight is read: `GRAPH` (generated forwards), `DISPATCH` (an `AdaptedWeight`) or `DENSE` (W + δ)."""
     read_outside: str
     """The module, if there is one, that multiplies with the weight though another holds it."""
     schedule: str

@@ -6,14 +6,15 @@ from enum import StrEnum
 
 
 class Realisation(StrEnum):
-    """Of an adapter `GRAPH` or `DISPATCH`; the certificate tells the others apart, use by use."""
+    """Of an adapter one of the first three, each less than the one before; the certificate tells the others apart, use
+    by use."""
 
     GRAPH = "graph"
     """A branch in a generated forward."""
     DISPATCH = "dispatch"
     """The attribute reads as an `AdaptedWeight`, which puts a branch there when the op runs."""
     DENSE = "dense"
-    """The op takes W + δ whole."""
+    """The op takes W + δ whole; of an adapter, the attribute reads as that, since its reader wants a plain tensor."""
     SPLIT_OFF = "split off"
     """Another use of a tied weight, which reads the plain W."""
     MISSED = "missed"

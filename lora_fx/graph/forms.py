@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Call:
     out_dims: tuple[int, ...] = (-1,)
     """The dims of the op's output that the ``o`` axes became, in order."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What `down` and `up` need beside x: strides, offsets, a scale. They find the branch's rank in it too."""
+    """What `down` and `up` need beside x: strides, offsets, a scale. They find the branch's rank in it too. An index
+    that is ``untrained`` looks up a row that gets no gradient."""
 
 
 @dataclass(frozen=True)
@@ -234,9 +236,23 @@ def _parse_embedding(form: Form, op: str, args: tuple, kwargs: dict, ndim: Calla
     weight_first = bool(args) and ndim(args[0]) is not None  # ATen's order is (weight, indices, …)
     names = "weight input padding_idx" if weight_first else "input weight padding_idx max_norm"
     a = _bind(names, args, kwargs, indices="input")
+    padding = a.get("padding_idx")
+    if padding is not None and padding < 0:  # none, to ATen; counted from the end, in `F.embedding`
+        if not weight_first:
+            return None
+        padding = None
     if ndim(a["weight"]) != 2 or ndim(a["input"]) is not None or a.get("max_norm") is not None:
         return None
-    return Call(form, a["input"], a["weight"], "io")
+    return Call(form, a["input"], a["weight"], "io", options={"untrained": padding})
+
+
+def without_gradient(out: Any, indices: Any, index: int) -> Any:
+    """`out` as it is; where `indices` are this index no gradient goes through it: its row of W gets none either."""
+    if isinstance(out, fx.Proxy):
+        return out.tracer.create_proxy("call_function", without_gradient, (out, indices, index), {})
+    if not torch.is_grad_enabled():
+        return out
+    return torch.where((indices == index).unsqueeze(-1), out.detach(), out)
 
 
 _GROUPED_FALLBACK = "transformers::grouped_mm_fallback"

@@ -63,7 +63,12 @@ class _Kept:
         self.seen: dict[int, Any] = {}  # by id, held so that the id stays theirs
         if (numpy := sys.modules.get("numpy.random")) is not None:
             self.undo.append(partial(numpy.set_state, numpy.get_state()))
-        modules = [m for m in model.modules() if not type(m).__module__.startswith("lora_fx.")]
+        modules = []
+        for module in model.modules():
+            if type(module).__module__.startswith("lora_fx."):  # an adapter keeps nothing from call to call
+                self.undo.append(partial(setattr, module, "training", module.training))
+            else:
+                modules.append(module)
         self._keep_all([*modules, *buffers_away(model)])
         for cls in dict.fromkeys(base for m in modules for base in type(m).__mro__ if _is_users(base)):
             self._keep_class(cls)

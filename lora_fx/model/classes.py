@@ -2,7 +2,8 @@
 
 * with a forward of its own, generated from the traced graph with the branches in it (`Realisation.GRAPH`);
 * with a property in the place of the parameter, which reads as an `AdaptedWeight` (`Realisation.DISPATCH`). Whoever
-  reads the weight gets the branches: another module, a fused kernel's Python front, an LSTM.
+  reads the weight gets the branches: another module, a fused kernel's Python front, an LSTM;
+* or which reads as W + δ (`Realisation.DENSE`), for whoever wants a plain tensor: a kernel, an autograd function.
 
 Modules whose generated code is the same share one class, so `torch.compile` compiles it once. The subclass names what
 it was made from, so instances can be copied and pickled.
@@ -10,6 +11,7 @@ it was made from, so instances can be copied and pickled.
 
 from __future__ import annotations
 
+import dis
 import importlib
 import inspect
 import linecache
@@ -18,7 +20,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -28,6 +30,7 @@ from torch.compiler import is_dynamo_compiling
 from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.compiled_schedules import ORDINARY
+from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.places import is_moved, is_shard, refuse_shard
 from lora_fx.graph.views import View
@@ -37,8 +40,8 @@ from lora_fx.model.marks import ORIGINAL, attribute_of, forget, remember
 _IMPORT = "import "
 _FREES = re.compile(r";  [\w =]+ = None$", re.MULTILINE)  # how generated code lets go of what it does not read again
 
-Reads = tuple[tuple[str, tuple[str, ...]], ...]
-"""(attribute, adapter children) for each weight that reads as an `AdaptedWeight`."""
+Reads = tuple[tuple[str, tuple[str, ...], bool], ...]
+"""(attribute, adapter children, whether as W + δ) for each weight that reads as more than it holds."""
 
 
 def reads_of(adapters: Mapping[str, Adapter]) -> Reads:
@@ -46,7 +49,8 @@ def reads_of(adapters: Mapping[str, Adapter]) -> Reads:
     reads: dict[str, tuple[str, ...]] = {}
     for child in adapters:
         reads[attribute_of(child)] = (*reads.get(attribute_of(child), ()), child)
-    return tuple(reads.items())
+    dense = {attribute_of(child) for child, a in adapters.items() if a.realised == Realisation.DENSE}
+    return tuple((attribute, children, attribute in dense) for attribute, children in reads.items())
 
 
 def spec_of(module: nn.Module) -> Spec | None:
@@ -143,7 +147,7 @@ def show(module: nn.Module) -> str:
     if spec is not None and spec.source:
         return _FREES.sub("", spec.source.strip())
     reads = spec.reads if spec else ()
-    notes = [f"# self.{attribute} reads with {', '.join(children)}" for attribute, children in reads]
+    notes = [f"# self.{read} {'is the sum' if dense else 'reads'} with {', '.join(own)}" for read, own, dense in reads]
     base = spec.base if spec else type(module)
     try:
         source = textwrap.dedent(inspect.getsource(base.forward)).strip()
@@ -199,18 +203,50 @@ def generated_class(spec: Spec) -> type[nn.Module]:
     body["_lora_fx"] = spec
     body[READER] = None
     body["__reduce_ex__"] = _reduce
-    for attribute, children in spec.reads:
-        body[attribute] = _adapted_property(attribute, children)
+    for attribute, children, dense in spec.reads:
+        body[attribute] = _adapted_property(attribute, children, dense)
     if spec.reads and issubclass(base, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _set_flat_weights)
     body["register_parameter"] = _register_parameter
     if spec.source:
         body["forward"] = _forward(spec)
         body["__setattr__"], body["__delattr__"] = _guarded_setattr, _guarded_delattr
-    metaclass: Any = type(base)
-    cls: type[nn.Module] = metaclass(base.__name__, (base,), body)
+    cls: type[nn.Module] = _metaclass(base)(base.__name__, (base,), body)
     _classes[spec.key] = cls
     return cls
+
+
+def _metaclass(base: type[nn.Module]) -> Any:
+    """The base's own; or, where code of the base may set attributes of ``type(self)``, one that sets them there."""
+    plain: Any = type(base)
+    users = (kind for kind in base.__mro__ if not kind.__module__.startswith("torch."))
+    functions = (f for kind in users for f in vars(kind).values() if inspect.isfunction(f))
+    if not any(_may_set_class_attributes(function.__code__) for function in functions):
+        return plain
+    methods = {"__setattr__": _set_on_base, "__delattr__": _delete_on_base}
+    return type(plain.__name__, (plain,), methods)
+
+
+def _may_set_class_attributes(code: CodeType) -> bool:
+    named = {"type", "__class__"} & {*code.co_names, *code.co_freevars}
+    sets = named and any(step.opname in ("STORE_ATTR", "DELETE_ATTR") for step in dis.get_instructions(code))
+    return bool(sets) or any(_may_set_class_attributes(own) for own in code.co_consts if isinstance(own, CodeType))
+
+
+def _set_on_base(cls: type, name: str, value: Any) -> None:
+    base = _base_for(cls, name)
+    setattr(base, name, value) if base else type.__setattr__(cls, name, value)
+
+
+def _delete_on_base(cls: type, name: str) -> None:
+    base = _base_for(cls, name)
+    delattr(base, name) if base else type.__delattr__(cls, name)
+
+
+def _base_for(cls: type, name: str) -> type | None:
+    """None for what Python sets of each class, and for a class that another tool has derived."""
+    spec: Spec | None = vars(cls).get("_lora_fx")
+    return None if spec is None or name.startswith(("__", "_abc_")) else spec.base
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
@@ -266,7 +302,11 @@ def _differ(old: Any, new: Any) -> bool:
     return old is not new and (type(old) is not type(new) or (old == new) is not True)
 
 
-def _adapted_property(attribute: str, children: tuple[str, ...]) -> property:
+def _adapted_property(attribute: str, children: tuple[str, ...], dense: bool) -> property:
+    def read_sum(self: nn.Module) -> Any:
+        adapted = adapted_weight(self, attribute, children)
+        return adapted.dense() if isinstance(adapted, AdaptedWeight) and self._lora_fx_reader is None else adapted
+
     def read(self: nn.Module) -> Any:
         parameter: Any = self._parameters.get(attribute)
         plain = type(parameter) in ORDINARY and parameter.dim() > 1
@@ -282,7 +322,7 @@ def _adapted_property(attribute: str, children: tuple[str, ...]) -> property:
     def write(self: nn.Module, value: Any) -> None:
         self._parameters[attribute] = value  # a plain tensor: FSDP1 puts one there for as long as a forward lasts
 
-    return property(read, write)
+    return property(read_sum if dense else read, write)
 
 
 class Tracer(Protocol):

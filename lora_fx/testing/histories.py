@@ -159,6 +159,8 @@ class Histories(RuleBasedStateMachine):
     changes: ClassVar[Mapping[str, Callable[[nn.Module], Any]]]
     shared: ClassVar[Sequence[Shared]]
     rules_: ClassVar[Any]
+    checked: ClassVar[bool] = False
+    """Adapters come with the self-check only: what it finds out is needed."""
     counts: ClassVar[Counter[str]]
     """Steps, histories, and what was refused on the way, since the machine was made."""
 
@@ -414,7 +416,7 @@ class Histories(RuleBasedStateMachine):
         adapted.world.restore()
         try:
             with _quiet():
-                lora_fx.apply(adapted.model, rules, self._inputs(0), name=name, check=check)
+                lora_fx.apply(adapted.model, rules, self._inputs(0), name=name, check=check or self.checked)
             self.names.append(name)
             self.active = [*self.active, name]
         finally:

@@ -77,9 +77,6 @@ def _dense(base: nn.Module, adapted: nn.Module) -> nn.Module:
 def _check_gradients(base: nn.Module, adapted: nn.Module, inputs: Inputs, rules: Any) -> None:
     """Where the base's own weight would get a gradient, each tensor of θ does."""
     free = copy.deepcopy(base).requires_grad_(True)
-    for module in free.modules():
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = None  # it keeps gradients from its row of W, not from θ
     try:
         reached = _with_gradient(free, inputs)
     except RuntimeError:  # the base itself has no backward on these inputs: torch's grouped_mm wants strides

@@ -1,0 +1,130 @@
+"""Whether gradients reach θ: of a model's outputs, wherever one reaches W + δ in the model itself.
+
+    dL/dθ  =  (∂δ/∂θ)ᵀ · dL/d(W + δ)          so θ trains unless the right side is 0
+
+An output can be right where this is not: an autograd function of the model's own that gets the weight as no tensor
+computes with it, and returns its gradient to nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from lora_fx.changes import Undo, safe_point
+from lora_fx.checks.verification import called, in_mode, with_dense_weights
+from lora_fx.deltas.adapter import Adapter
+from lora_fx.errors import CaptureError
+from lora_fx.graph.capture import Inputs, does_not_run, output_tensors
+from lora_fx.graph.own_state import undisturbed
+from lora_fx.graph.places import is_away
+from lora_fx.model.classes import unwired
+from lora_fx.model.inventory import Storage
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which adapters train on the example inputs."""
+
+    free: tuple[Adapter, ...] = ()
+    """No gradient reaches them."""
+    lost: tuple[Adapter, ...] = ()
+    """Those of them whose W + δ gets one in the model itself."""
+    error: CaptureError | None = None
+    """Why backward does not run: in the adapted model alone, where some are lost, and else in neither."""
+
+
+def reach(model: nn.Module, inputs: Inputs, storages: Sequence[Storage], undo: list[Undo]) -> Reach:
+    """Run backward once, in train mode or, where the model does not run in that, in eval mode; of the model itself,
+    with the sums W + δ in its weights, only where an adapter is not reached.
+
+    Args:
+        storages: with the adapters to ask about; those that do not train are not.
+        undo: the list of the change that this is a part of; see `check_once`.
+    """
+    factors = [(a, p) for s in storages for a in s.adapters for p in a.parameters() if p.requires_grad]
+    adapters = tuple(dict.fromkeys(adapter for adapter, _ in factors))
+    failed: CaptureError | None = None
+    for training in (True, False):
+        error = None
+        try:
+            found = _gradients(model, inputs, training, [p for _, p in factors])
+        except CaptureError as own:
+            error, found = own, [None] * len(factors)
+        moved = {adapter for (adapter, _), g in zip(factors, found, strict=True) if _is_one(g)}
+        # One that is 0 by rounding has come all the same.
+        apart = set(adapters) - {adapter for (adapter, _), g in zip(factors, found, strict=True) if g is not None}
+        free = tuple(adapter for adapter in adapters if adapter not in moved)
+        try:
+            wanted = _in_itself(model, inputs, training, storages, undo) if apart else frozenset()
+        except CaptureError:
+            failed = failed or error
+            if error is None:
+                return Reach(free)
+            continue
+        return Reach(free, tuple(adapter for adapter in free if adapter in apart & wanted), error)
+    return Reach(error=failed)
+
+
+def _in_itself(
+    model: nn.Module, inputs: Inputs, training: bool, storages: Sequence[Storage], undo: list[Undo]
+) -> frozenset[Adapter]:
+    """The adapters that the gradient of their W + δ moves."""
+    here = [storage for storage in storages if not any(is_away(*owner) for owner in storage.owners)]
+    with unwired(model), with_dense_weights(model, undo):
+        sums = [storage.parameter for storage in here]
+        with contextlib.ExitStack() as frozen:
+            for weight in sums:
+                frozen.callback(partial(weight.requires_grad_, weight.requires_grad))
+                weight.requires_grad_(True)
+            found = _gradients(model, inputs, training, sums)
+    moved = set()
+    for storage, gradient in zip(here, found, strict=True):
+        for adapter in storage.adapters if gradient is not None and _is_one(gradient) else ():
+            own = [p for p in adapter.parameters() if p.requires_grad]
+            with torch.enable_grad():
+                delta = adapter.delta(storage.weight.detach())
+            cotangent = gradient.to(delta.device, delta.dtype)  # type: ignore[union-attr]
+            if own and any(map(_is_one, torch.autograd.grad(delta, own, cotangent, allow_unused=True))):
+                moved.add(adapter)
+    return frozenset(moved)
+
+
+def _is_one(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and bool((gradient != 0).any())
+
+
+def _gradients(
+    model: nn.Module, inputs: Inputs, training: bool, of: list[nn.Parameter]
+) -> Sequence[torch.Tensor | None]:
+    """Of all outputs, for random cotangents.
+
+    Raises:
+        CaptureError: the model does not run on the inputs in this mode, or not backward.
+    """
+    safe_point()
+    with undisturbed(model), in_mode(model, training), torch.enable_grad(), _uncompiled():
+        torch.manual_seed(0)
+        outputs = [t for t in output_tensors(called(model, inputs)) if t.requires_grad]
+        if not outputs or not of:
+            return [None] * len(of)
+        try:
+            cotangents = [torch.randn_like(t) for t in outputs]
+            return torch.autograd.grad(outputs, of, cotangents, allow_unused=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise does_not_run(model, error) from error
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[None]:
+    """What is compiled runs as Python: nothing is compiled for one backward."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing that takes a second
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

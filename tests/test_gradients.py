@@ -1,0 +1,199 @@
+"""θ gets its gradient wherever W + δ gets one in the model itself; who reads the weight as a plain tensor is served."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx import Rule
+from lora_fx.errors import EquivalenceError
+from lora_fx.model.inventory import inventory
+from tests import reference
+
+RULE = Rule(where="*", rank=2)
+
+
+class _Product(torch.autograd.Function):
+    """x·Wᵀ of plain tensors, as a kernel takes them, with a backward that is not the derivative."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.mT
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return 0.5 * grad @ weight, 2 * torch.einsum("...o,...i->oi", grad, x)
+
+
+class _Doubled(torch.autograd.Function):
+    """A function of x alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Hands(nn.Module):
+    """Hands its weight to an autograd function."""
+
+    def __init__(self, rows: int = 4, columns: int = 6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, columns))
+
+    def forward(self, x):
+        return _Product.apply(x, self.weight)
+
+
+class Kernel(Hands):
+    """Hands it to what takes plain tensors alone, as code in C++ does."""
+
+    def forward(self, x):
+        if not isinstance(self.weight, torch.Tensor):
+            raise TypeError("argument 'weight' must be Tensor")
+        return x @ self.weight.mT
+
+
+class Chain(nn.Module):
+    """The second of the functions gets an x that asks for a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.plain, self.last = Hands(4, 6), nn.Linear(4, 5), Hands(3, 5)
+
+    def forward(self, x):
+        return self.last(_Doubled.apply(self.plain(self.first(x))).tanh())
+
+
+def made(kind: type[nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return kind().double()
+
+
+X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def sums(base: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
+    """W + s·B·A, differentiable in A and B."""
+    plain = dict(base.named_parameters())
+    found = {}
+    for storage in inventory(model).storages():
+        (adapter,) = storage.adapters
+        for name in storage.names:
+            found[name] = plain[name].detach() + adapter.alpha / adapter.rank * adapter.B @ adapter.A
+    return found
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
+    theta = [p for storage in inventory(model).storages() for a in storage.adapters for p in (a.A, a.B)]
+    return list(torch.autograd.grad(loss, theta))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """But for the order in which three products of at most seven terms are added up."""
+    return bool((a - b).norm() <= 3 * 7 * torch.finfo(a.dtype).eps * b.norm())
+
+
+@pytest.mark.parametrize("kind", [Hands, Kernel, Chain])
+def test_who_wants_a_plain_tensor_gets_the_sum_and_theta_its_gradient(kind):
+    base = made(kind)
+    model = lora_fx.apply(copy.deepcopy(base), RULE, X)
+    reference.fill(model)
+    got = model(X)
+    expected = torch.func.functional_call(base, sums(base, model), (X,))
+    assert same(got, expected)
+    pairs = zip(*(gradients(model, y.square().sum()) for y in (got, expected)), strict=True)
+    for mine, theirs in pairs:
+        assert bool(mine.any()) and same(mine, theirs)
+    certificate = lora_fx.certify(model, X)
+    assert certificate and not certificate.gradient_free and "dense" in {row.realised for row in certificate.rows}
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(X), got)
+    assert torch.equal(lora_fx.unfold(lora_fx.fold(model))(X), got)
+
+
+def test_only_they_are_read_so():
+    model = lora_fx.apply(made(Chain), RULE, X)
+    ways = {s.names[0]: str(s.adapters[0].realised) for s in inventory(model).storages()}
+    assert ways == {"first.weight": "dense", "plain.weight": "graph", "last.weight": "dense"}
+    assert "self.weight is the sum with weight_lora_default" in lora_fx.show(model.first)
+    lora_fx.apply(model, Rule(where="first", rank=1), X, name="more")
+    assert [str(a.realised) for a in inventory(model).by_weight()["first.weight"]] == ["dense", "dense"]
+
+
+def test_a_dropout_has_no_branch_there_and_is_refused():
+    model = made(Chain)
+    before = reference.bits(model)
+    with pytest.raises(EquivalenceError, match=r"first\.weight.*does not train as the model with W \+ δ") as caught:
+        lora_fx.apply(model, Rule(where="first", rank=2, dropout=0.1), X)
+    assert "exclude that weight" in caught.value.remedy
+    assert reference.same_bits(before, reference.bits(model)) and not lora_fx.adapters(model)
+
+
+def test_a_model_whose_gradient_is_lost_is_not_certified():
+    model = lora_fx.apply(made(Hands), RULE, X, check=False)  # nobody has looked
+    certificate = lora_fx.certify(model, X)
+    assert all(row.covered for row in certificate.rows) and all(certificate.whole)
+    assert certificate.gradient_lost == certificate.gradient_free == ("weight (default)",) and not certificate
+    assert "in the base model one reaches the weight of weight (default)" in str(certificate)
+
+
+class Gated(nn.Module):
+    """A row of the weight never matters, and one attention score of one token has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qk, self.frozen = nn.Linear(6, 4), nn.Linear(6, 3)
+
+    def forward(self, x):
+        query, key = self.qk(x).chunk(2, -1)
+        weights = (query * key).sum(-1, keepdim=True).softmax(-1)
+        return weights * key + self.frozen(x).detach().sum()
+
+
+def test_what_has_no_gradient_in_the_model_itself_is_not_lost():
+    model = lora_fx.apply(made(Gated), [Rule(where="qk", role="*", rank=2), Rule(where="frozen", rank=2)], X)
+    certificate = lora_fx.certify(model, X)
+    assert certificate and certificate.gradient_free == ("frozen.weight (default)",) and not certificate.gradient_lost
+
+
+def test_what_does_not_train_is_not_asked_about():
+    model = lora_fx.apply(made(Hands), RULE, X, check=False)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    certificate = lora_fx.certify(model, X)
+    assert certificate and not certificate.gradient_free
+
+
+class Unable(nn.Module):
+    """Backward raises, with and without adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = self.linear(x).exp()
+        z = y * 2
+        with torch.no_grad():
+            y.add_(1)
+        return z + y.sigmoid_()
+
+
+def test_a_model_that_has_no_backward_itself_is_not_refused_and_the_certificate_says_so():
+    with pytest.raises(RuntimeError):
+        made(Unable)(X).sum().backward()
+    model = lora_fx.apply(made(Unable), RULE, X)
+    certificate = lora_fx.certify(model, X)
+    assert certificate and not certificate.gradient_free
+    assert any("Backward does not run" in note for note in certificate.notes)
