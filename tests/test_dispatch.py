@@ -281,3 +281,30 @@ def test_torchs_attention_is_read_at_once(train, decisions, monkeypatch):
     decisions.clear()
     model(x, x, x)
     assert len(placed) == 4 and not decisions
+
+
+class Metered(nn.Linear):
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        type(self).calls += 1
+        self.__class__.last = self.calls
+        return super().forward(x) / self.calls
+
+    def forget(self) -> None:
+        del type(self).last
+
+
+def test_what_code_sets_on_type_self_lands_on_the_models_own_class() -> None:
+    Metered.calls = 0
+    model = lora_fx.apply(Metered(IN, OUT), Rule(where="*", rank=2), X)
+    assert type(model) is not Metered and Metered.calls == 0, "the checks leave it as it was"
+    model(X), model(X)
+    assert Metered.calls == Metered.last == model.calls == 2 and "calls" not in vars(type(model))  # type: ignore[attr-defined]
+    model.forget()
+    assert not hasattr(Metered, "last")
+    type(model).__doc__ = "its own"
+    assert Metered.__doc__ != "its own"
+    lora_fx.remove(model, "default")
+    model(X)
+    assert type(model) is Metered and Metered.calls == 3

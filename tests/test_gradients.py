@@ -7,11 +7,13 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
 from lora_fx import Rule
 from lora_fx.errors import EquivalenceError
+from lora_fx.graph.program import capture
 from lora_fx.model.inventory import inventory
 from tests import reference
 
@@ -197,3 +199,48 @@ def test_a_model_that_has_no_backward_itself_is_not_refused_and_the_certificate_
     certificate = lora_fx.certify(model, X)
     assert certificate and not certificate.gradient_free
     assert any("Backward does not run" in note for note in certificate.notes)
+
+
+class Table(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 5, padding_idx=2 if how == "module" else None)
+        self.how = (how,)
+
+    def forward(self, ids):
+        if self.how[0] == "counted from the end":
+            return F.embedding(ids, self.table.weight, -7).tanh()
+        if self.how[0] == "by name":
+            return F.embedding(ids, padding_idx=2, weight=self.table.weight).tanh()
+        return self.table(ids).tanh()
+
+
+IDS = torch.tensor([[1, 2, 5], [2, 8, 0]])
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("how", ["module", "by name", "counted from the end"])
+def test_padding_trains_nothing(how, kind):
+    torch.manual_seed(0)
+    base = Table(how).double()
+    model = lora_fx.apply(copy.deepcopy(base), Rule(where="table", rank=2, kind=kind), IDS)
+    reference.fill(model)
+    (storage,) = inventory(model).storages()
+    (adapter,) = storage.adapters
+    theta = list(adapter.parameters())
+    dense = {"table.weight": base.table.weight.detach() + adapter.delta(base.table.weight.detach())}
+    got, expected = model(IDS), torch.func.functional_call(base, dense, (IDS,))
+    assert same(got, expected) and not same(got, base(IDS))
+    cotangent = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
+    for mine, theirs in zip(*(torch.autograd.grad(y, theta, cotangent) for y in (got, expected)), strict=True):
+        assert bool(mine.any()) and same(mine, theirs)
+    with torch.no_grad():
+        assert "where" not in str(capture(model, (IDS,)).capture.graph)
+    assert lora_fx.certify(model, IDS)
+
+
+def test_an_output_of_padding_alone_gives_theta_no_gradient():
+    model = lora_fx.apply(nn.Embedding(9, 5, padding_idx=2), RULE, IDS)
+    reference.fill(model)
+    model(torch.full((2, 3), 2)).sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)

@@ -672,6 +672,28 @@ def test_a_gated_mlp_of_tokens_that_were_mixed_before_is_one():
     assert found == {"a": GATE, "b": UP, "c": OTHER, "d": DOWN}
 
 
+class Streams(nn.Module):
+    """Several residual streams, mixed by weights made of them, of which the output is a weighed sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.last, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 9)
+
+    def forward(self, x):
+        streams = torch.stack([x, 2 * x, 3 * x], -2)
+        among, own = self.mix(x).split([9, 3], -1)
+        mixed = among.unflatten(-1, (3, 3)) @ streams + own.unsqueeze(-1) * self.last(x).unsqueeze(-2)
+        weights = mixed.square().mean(-1, keepdim=True)
+        return (weights.mT @ mixed).squeeze(-2), self.head(x)
+
+
+def test_what_is_mixed_before_it_is_returned_is_no_head():
+    model = Streams()
+    found = {use.weight.name: label for use, (label,) in label_uses(capture(model, x())).items()}
+    assert found["head.weight"].role == "lm_head"
+    assert found["last.weight"].role == "other" and "product of activations" in found["last.weight"].reason
+
+
 def test_libraries_that_mix_so():
     transformers = pytest.importorskip("transformers")
     config = transformers.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=56)

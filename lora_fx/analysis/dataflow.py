@@ -117,6 +117,7 @@ class Flow:
         self.bending = 0  # … feed a nonlinearity
         self.chosen = 0  # … feed a top-k
         self.out = 0  # … reach the model's output
+        self.told = 0  # … reach it in no product with other activations
         self.cut = 0  # … are sliced
         self.operands = 0  # … feed an attention
         self.mixed = 0  # … feed a product of activations that is no attention
@@ -135,7 +136,9 @@ class Flow:
     def _visit(self, node: fx.Node) -> None:
         self.visits += 1
         if node.op == "output":
-            self.out |= union(self.fact(source).frontier for source in node.all_input_nodes)
+            returned = [self.fact(source) for source in node.all_input_nodes]
+            self.out |= union(fact.frontier for fact in returned)
+            self.told |= union(fact.frontier for fact in returned if not fact.frontier & MIX)
             return
         if node.op != "call_function":
             given = node.op == "placeholder" and node not in self.capture.tensors

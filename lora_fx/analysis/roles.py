@@ -2,7 +2,7 @@
 
     query, key, value  reach an operand of softmax(q·kᵀ)·v or a fused attention; attention.output is fed by its result
     gate, up           reach  f(gate) * up  or  f(up), with f a nonlinearity; mlp.down is fed by that
-    router             reaches a top-k; lm_head reaches the model's output with no use after it
+    router             reaches a top-k; lm_head reaches the model's output, with no use and no product after it
 
 `dataflow` walks over the graph; where a fused weight has several roles, `feature_split` tells which of its output
 features have which. What cannot be told for certain is `other`, with the reason.
@@ -136,7 +136,7 @@ class _Labeller:
         flow, bit = self.flow, self.flow.bit[node]
         if bit & flow.chosen:
             return ROUTER
-        return LM_HEAD if bit & flow.out and not bit & (flow.used | flow.added) else OTHER
+        return LM_HEAD if bit & flow.told and not bit & (flow.used | flow.added) else OTHER
 
     def _whole(self, use: Use, role: str, reason: str = "") -> tuple[Label, ...]:
         sides = use.call.sides if use.call else ""

@@ -94,6 +94,7 @@ def of_kinds(*names: str) -> tuple[str, ...]:
 
 
 HISTORIES = "tests/test_histories.py"
+GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"
 
 AREAS = {
@@ -1992,6 +1993,73 @@ MUTANTS = (
         "            switch.turn(was)\n", "            pass\n",
         "After Ctrl-C in a verb nothing has gradients any more.",
         tests=("tests/test_faults.py::test_ctrl_c_at_any_line_leaves_the_model_bitwise_what_it_was",),
+    ),
+    # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "no_gradient_is_no_fault", "gradients", "lora_fx/checks/certification.py",
+        "                _refuse_lost(model, inputs, adapters, undo)\n", "",
+        "A model whose autograd function takes the weight gives right outputs, and its adapter never trains.",
+        tests=(f"{GRADIENTS}::test_who_wants_a_plain_tensor_gets_the_sum_and_theta_its_gradient",),
+    ),
+    Mutant(
+        "lost_where_there_is_none", "gradients", "lora_fx/checks/gradients.py",
+        "if adapter in apart & wanted)", "if adapter in apart)",
+        "A weight that the model itself does not train is refused.",
+        tests=(f"{GRADIENTS}::test_what_has_no_gradient_in_the_model_itself_is_not_lost",),
+    ),
+    Mutant(
+        "lost_is_certified", "gradients", "lora_fx/checks/certification.py",
+        "return right and not self.gradient_lost", "return right",
+        "A certificate is true of a model that does not train.",
+        tests=(f"{GRADIENTS}::test_a_model_whose_gradient_is_lost_is_not_certified",),
+    ),
+    Mutant(
+        "dropout_without_a_branch", "gradients", "passes/insert.py",
+        "and not a.drops for a in alike", "for a in alike",
+        "A weight that is read as the sum W + δ has a dropout, and the first training step raises.",
+        tests=(f"{GRADIENTS}::test_a_dropout_has_no_branch_there_and_is_refused",),
+    ),
+    Mutant(
+        "broken_kind_is_served_dense", "gradients", "passes/insert.py",
+        "isinstance(error, NotServed) and alike", "alike",
+        "A kind whose branch is wrong is read as the sum, and nobody hears of it.",
+        tests=("tests/test_kinds.py::test_the_self_check_moves_theta_of_every_kind",),
+    ),
+    Mutant(
+        "all_are_read_as_the_sum", "gradients", "passes/insert.py",
+        "if kinds & set(map(_held, s.owners)) for a", "for a",
+        "One autograd function, and no weight of the model is adapted by a branch.",
+        tests=(f"{GRADIENTS}::test_only_they_are_read_so",),
+    ),
+    Mutant(
+        "padding_trains", "gradients", "lora_fx/graph/forms.py",
+        "torch.where((indices == index).unsqueeze(-1), out.detach(), out)", "out",
+        "Tokens of padding train A and B, and the row of W + δ would get nothing.",
+        tests=(f"{GRADIENTS}::test_padding_trains_nothing",),
+    ),
+    Mutant(
+        "other_paddings_train", "gradients", "lora_fx/graph/forms.py",
+        "        if not weight_first:\n            return None\n", "",
+        "F.embedding counts a negative index from the end, and its row trains A and B.",
+        tests=(f"{GRADIENTS}::test_padding_trains_nothing",),
+    ),
+    Mutant(
+        "class_attributes_of_ours", "gradients", "lora_fx/model/classes.py",
+        "setattr(base, name, value) if base else type.__setattr__", "type.__setattr__",
+        "`type(self).calls += 1` counts on a class that is gone with the adapter.",
+        tests=("tests/test_dispatch.py::test_what_code_sets_on_type_self_lands_on_the_models_own_class",),
+    ),
+    Mutant(
+        "adapters_left_in_eval_mode", "gradients", "lora_fx/graph/own_state.py",
+        "partial(setattr, module, \"training\", module.training)", "partial(int)",
+        "After an export or a capture dropouts of adapters are off.",
+        tests=("tests/test_onnx.py::test_flags_gradients_and_random_state_stay",),
+    ),
+    Mutant(
+        "mixed_output_is_a_head", "gradients", "lora_fx/analysis/roles.py",
+        "return LM_HEAD if bit & flow.told", "return LM_HEAD if bit & flow.out",
+        "The last layer of a model with several residual streams is taken for its head.",
+        tests=("tests/test_roles.py::test_what_is_mixed_before_it_is_returned_is_no_head",),
     ),
     # ── where parameters live ────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
