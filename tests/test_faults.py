@@ -238,7 +238,7 @@ def test_ctrl_c_at_any_line_leaves_the_model_bitwise_what_it_was(verb: str) -> N
     with Lines() as lines:
         call(model)
     points, model, late = lines.points(), make(), 0
-    most = len(points) if DEEP else 40 if verb.startswith(("apply", "certify")) else 120
+    most = len(points) if DEEP else 24 if verb.startswith(("apply", "certify")) else 60
     before = Look(model)
     for at in points[:: -(-len(points) // most)]:
         with suppress(KeyboardInterrupt), Lines(at, interrupt) as lines:
@@ -276,7 +276,7 @@ def test_no_memory_at_any_operation_leaves_the_model_bitwise_what_it_was(verb: s
         call(model)
     total, new, model = mode.seen, reference.bits(model), make()
     before = Look(model)
-    step = 1 if DEEP else 83 if verb.startswith(("apply", "certify")) else 2
+    step = 1 if DEEP else 131 if verb.startswith(("apply", "certify")) else 3
     for at in range(0, total, step):
         try:
             with ShortOfMemory(at):

@@ -15,8 +15,10 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,12 +41,20 @@ EVERYTHING = Rule(
 #: decoder, decoder with Conv1D and a tied head, encoder-decoder, MoE in a loop / as a batched product / as grouped_mm
 GENERATING = ["llama", "gpt2", "t5", "mixtral-eager", "olmoe-batched", "qwen3-moe-grouped"]
 TRANSFORMERS = [*GENERATING, "bert", "vit"]
+DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
 DISPATCHED = ["native-mha", "native-encoder", "native-lstm"]
+COPIED = ["llama", "gpt2", "t5", "olmoe-batched", *DISPATCHED, "native-conv2d", "native-tied"]
 NO_FLOAT64 = {"qwen3-moe-grouped"}  # CPU kernels of grouped_mm
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:UserWarning:transformers", "ignore:.*:FutureWarning", "ignore:.*pin_memory.*:UserWarning"
 )
+
+
+def by_turns(names: Sequence[str], ways: Sequence[Any]) -> list[Any]:
+    """Each name with one of the ways; in the deep profile with each."""
+    chosen = [(name, way) for n, name in enumerate(names) for way in (ways if DEEP else [ways[n % len(ways)]])]
+    return [pytest.param(name, way, id=f"{name}-{way}") for name, way in chosen]
 
 
 @cache
@@ -124,8 +134,7 @@ def test_generate_gives_the_dense_models_tokens_with_and_without_cache(name):
     assert not torch.equal(tokens(base, True), full)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name, reentrant", by_turns(TRANSFORMERS, [False, True]))
 def test_gradient_checkpointing_changes_no_gradient(name, reentrant):
     _, model, inputs = built(name)
     batch = labelled(name, inputs)
@@ -197,8 +206,7 @@ def test_trainer_moves_the_factors_alone_and_resumes_from_its_checkpoint(name, t
     assert all(torch.equal(t, plain.state_dict()[key]) for key, t in base.state_dict().items())
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name, rank", by_turns(TRANSFORMERS, [1, 2]))
 def test_a_saved_adapted_model_is_the_base_for_from_pretrained_and_holds_the_factors(name, rank, tmp_path):
     # rank 1: transformers would split the experts' factors into gate and up, along the rank
     from safetensors.torch import load_file
@@ -257,7 +265,7 @@ def test_a_head_split_from_its_embedding_survives_saving_and_loading(name, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, about what it captures
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "olmoe-batched", "native-mha", "native-encoder"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmoe-batched", "native-mha", "native-encoder", *["t5"] * DEEP])
 def test_torch_compile_makes_one_graph_forward_and_backward(name):
     _, model, inputs = built(name)
     wide = copy.deepcopy(model).double()
@@ -339,8 +347,7 @@ def through_torch_save(model: nn.Module) -> nn.Module:
     return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "olmoe-batched", *DISPATCHED, "native-conv2d", "native-tied"])
-@pytest.mark.parametrize("state", ["adapted", "deactivated", "folded"])
+@pytest.mark.parametrize("name, state", by_turns(COPIED, ["adapted", "deactivated", "folded"]))
 def test_a_copy_is_the_same_model_with_parameters_of_its_own(name, state):
     _, model, inputs = built(name)
     adapted = run(model, inputs)
@@ -431,8 +438,7 @@ def in_bfloat16(inputs: Inputs) -> Inputs:
     return Inputs(*pytree.tree_map(cast, (inputs.args, inputs.kwargs)))
 
 
-@pytest.mark.parametrize("how", ["autocast", "cast after apply", "float32 factors"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "olmoe-batched", *DISPATCHED, "native-conv2d"])
+@pytest.mark.parametrize("name, how", by_turns(COPIED[:-1], ["autocast", "cast after apply", "float32 factors"]))
 def test_bfloat16_is_as_near_the_exact_model_as_the_dense_one_is(name, how):
     base, model, inputs = built(name)
     context = torch.autocast("cpu", torch.bfloat16) if how == "autocast" else contextlib.nullcontext()

@@ -47,7 +47,7 @@ def failing(number: int) -> None:
 def test_interrupts_at_random_moments_leave_everything_old_or_new() -> None:
     names = ("capture", "apply", "certify", "fold", "unfold", "save_adapter")
     verbs = [verb for verb in interrupts.VERBS if verb.name in names]
-    outcomes = list(interrupts.interrupts(verbs, 40, seed=1))
+    outcomes = list(interrupts.interrupts(verbs, 24, seed=1))
     assert not [outcome for outcome in outcomes if outcome.broken]
     assert {outcome.moment for outcome in outcomes} == {"time", "line", "bytecode"}
 

@@ -121,6 +121,7 @@ AREAS = {
     "kinds": Area((KINDS,)),
     "histories": Area((HISTORIES,)),
     "places": Area(("tests/test_places.py",)),
+    "gradients": Area((GRADIENTS,)),
 }
 
 MUTANTS = (
