@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch, dispatch
 from lora_fx.deltas.adapter import Adapter, Dense
 from lora_fx.deltas.realisation import Realisation
+from lora_fx.errors import essence
 from lora_fx.graph.forms import op_name
 from lora_fx.graph.views import View
 from lora_fx.model.classes import Reader
@@ -161,8 +162,10 @@ def trace_forward(module: nn.Module, plain: bool = False, reader: Reader | None 
             graph = tracer.trace(module)
     except Untraceable:
         raise
-    except Exception as error:  # control flow on values, unpacking of unknown length, …: fx has many names for it
-        raise Untraceable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    except fx.proxy.TraceError as error:  # control flow on values, unpacking of unknown length, …
+        raise Untraceable(str(error).partition("\n")[0]) from error
+    except Exception as error:
+        raise Untraceable(f"its trace raises {essence(error).partition(chr(10))[0]}") from error
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op != "get_attr")
     return Traced(graph, frozenset(watch.read), tracer.absent)
 

@@ -130,7 +130,7 @@ def test_every_form_and_every_way_to_realise_it_is_drawn(drawn):
     assert min(realised[key] for key in ("graph", "dispatch", "dense", "several uses", "several names")) > 3
 
 
-@settings(max_examples=60, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(models())
 def test_a_model_is_the_program_that_its_repr_shows(pair):
     model, (x,) = pair
@@ -241,7 +241,7 @@ def test_rules_are_valid_and_of_every_kind():
         RandomModel(Embedding(), Gated(), Computed(), head="tied"),
     ]
 
-    @settings(max_examples=40, derandomize=True, database=None, phases=[Phase.generate])
+    @settings(max_examples=60, derandomize=True, database=None, phases=[Phase.generate])
     @given(st.data())
     def check(data):
         model = data.draw(st.sampled_from(bases))
