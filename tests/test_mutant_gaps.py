@@ -228,6 +228,7 @@ def test_two_active_adapters_on_one_weight_add_up(schedule):
     lora_fx.apply(model, Rule(where="*", rank=3, alpha=5, schedule=schedule), x, name="second")
     reference.fill(model)
     a, b = model.weight_lora_default, model.weight_lora_second
+    assert a.realised == b.realised == "graph", "where a forward is wrong the check has it dispatch"
     assert_same_sum(model(x), base(x) + 3 / 2 * x @ a.A.T @ a.B.T + 5 / 3 * x @ b.A.T @ b.B.T)
     lora_fx.activate(model, "second")
     assert_same_sum(model(x), base(x) + 5 / 3 * x @ b.A.T @ b.B.T)

@@ -152,6 +152,33 @@ def test_an_operand_that_was_written_to_is_an_error_as_everywhere_in_autograd():
         y.sum().backward()
 
 
+class Written(nn.Module):
+    """Its product is written to while nobody looks: the node stays that of the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * x.sin()
+        with torch.no_grad():
+            y.clamp_(min=0.1)
+        return self.linear(y)
+
+
+def test_a_product_that_was_written_to_is_kept_as_it_is():
+    found = []
+    for schedule in ("fused", "branch"):
+        torch.manual_seed(0)
+        x = torch.randn(5, 16, dtype=torch.float64)
+        model = lora_fx.apply(Written().double(), Rule(where="*", rank=2, schedule=schedule), x)
+        reference.fill(model)
+        y = model(x.requires_grad_())
+        found.append(torch.autograd.grad(y, trained(model), torch.ones_like(y)))
+    for ours, plain in zip(*found, strict=True):
+        assert (ours - plain).norm() <= 16 * torch.finfo(plain.dtype).eps * plain.norm()
+
+
 def test_where_saved_tensors_are_packed_nothing_is_made_again():
     model, x = adapted()
     expected = gradients(model, x)

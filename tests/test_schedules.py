@@ -174,6 +174,17 @@ def test_it_is_taken_for_ordinary_calls_alone():
 
 
 @pytest.mark.parametrize("schedule", [schedules.FUSED, schedules.DENSE])
+def test_a_backward_inside_of_autocast_is_that_of_its_forward(schedule):
+    case = Case("linear", "whole", False, "rows", torch.float32)
+    inputs = (case.x, *case.factors)
+    expected = torch.autograd.grad(case(schedule, *inputs).sum(), inputs)
+    y = case(schedule, *inputs).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, inputs)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("schedule", [schedules.FUSED, schedules.DENSE])
 def test_transformed_calls_are_right_too(schedule):
     case = Case("linear", "whole", False, "rows")
     A, B = case.factors

@@ -54,13 +54,15 @@ class Recipe:
 def recipe(tensor: torch.Tensor, source: torch.Tensor | None = None) -> Recipe | None:
     """How autograd can make this tensor again from what it keeps; None where it is no product, or packs what it keeps.
 
-    A node that was freed, or whose operands were written to since, gives None, too.
+    A node that was freed, or whose operands or result were written to since, gives None, too.
 
     Args:
         source: a tensor that may be kept besides: the one that a dropout mask was multiplied with.
     """
     node = tensor.grad_fn
     if node is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    if tensor._version:  # written to without gradients, as its node is that of a product still
         return None
     while node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
         node = node.next_functions[0][0]  # type: ignore[assignment]

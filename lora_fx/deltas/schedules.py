@@ -139,6 +139,9 @@ class _Scheduled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]  # torch declares it for one tensor or several
+        if _autocasts():  # it did not in the forward, or this would be an ordinary branch
+            with torch.autocast(grad.device.type, enabled=False):
+                return _Scheduled.backward(ctx, grad)
         if torch.is_grad_enabled():
             return _differentiable_gradients(ctx, grad)
         x, weight, terms, kept = _saved(ctx)

@@ -2062,6 +2062,18 @@ MUTANTS = (
         "The last layer of a model with several residual streams is taken for its head.",
         tests=("tests/test_roles.py::test_what_is_mixed_before_it_is_returned_is_no_head",),
     ),
+    Mutant(
+        "written_product_made_again", "gradients", "lora_fx/deltas/rematerialization.py",
+        "    if tensor._version:", "    if False:",
+        "A product that was written to without gradients is made again as it was before.",
+        tests=("tests/test_rematerialization.py::test_a_product_that_was_written_to_is_kept_as_it_is",),
+    ),
+    Mutant(
+        "backward_autocasts", "gradients", "lora_fx/deltas/schedules.py",
+        "        if _autocasts():  # it", "        if False:  # it",
+        "A backward inside of autocast raises, where the forward was outside.",
+        tests=("tests/test_schedules.py::test_a_backward_inside_of_autocast_is_that_of_its_forward",),
+    ),
     # ── where parameters live ────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "factors_put_away", "places", "lora_fx/graph/places.py",
