@@ -472,7 +472,7 @@ def test_a_weight_read_behind_every_back_is_found_in_either_mode(mode):
 
     model = Sneaky()
     state, classes = reference.bits(model), reference.classes(model)
-    with pytest.raises(EquivalenceError, match="W \\+ δ") as caught:
+    with pytest.raises(EquivalenceError, match="is not the model with W \\+ δ") as caught:
         lora_fx.apply(model, Rule(where="*", rank=2), torch.randn(3, 6))
     assert caught.value.place == "lin.weight" and caught.value.remedy
     assert reference.same_bits(reference.bits(model), state) and reference.classes(model) == classes

@@ -474,7 +474,9 @@ def test_a_weight_that_is_read_behind_every_back():
             return self.head(x + self.down(F.silu(F.linear(x, self.gate._parameters["weight"])) * self.up(x)))
 
     model = Sneaky()
-    error = refused(lambda: lora_fx.apply(model, Rule(where="*", rank=2), X), model, EquivalenceError, "W + δ")
+    error = refused(
+        lambda: lora_fx.apply(model, Rule(where="*", rank=2), X), model, EquivalenceError, "is not the model with W + δ"
+    )
     assert error.place == "gate.weight"
 
 

@@ -572,6 +572,7 @@ MUTANTS = (
         "capture_moves_buffers", "capture", "lora_fx/graph/own_state.py",
         "self.undo.append(partial(value.detach().copy_, value.detach().clone()))", "pass",
         "Running a model to look at it moves its batch statistics.",
+        tests=("tests/test_purity.py",),
     ),
     Mutant(
         "capture_draws_random_numbers", "capture", "lora_fx/graph/own_state.py",
