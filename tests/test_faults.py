@@ -253,6 +253,16 @@ def test_ctrl_c_at_any_line_leaves_the_model_bitwise_what_it_was(verb: str) -> N
     assert late < 20, "of hundreds"
 
 
+def test_an_exception_leaves_torchs_switches_as_they_were() -> None:
+    before = switches()
+    with pytest.raises(KeyboardInterrupt), changes.changing(small(), "apply"):
+        torch.set_grad_enabled(False)  # as an exception in the `__exit__` of a `torch.no_grad()` leaves it
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch._C._set_mkldnn_enabled(False)
+        raise KeyboardInterrupt
+    assert switches() == before
+
+
 class ShortOfMemory(TorchDispatchMode):
     """The nth operation that needs memory finds none; from the nth on none does, where it `lasts`."""
 

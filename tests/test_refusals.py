@@ -356,6 +356,9 @@ def test_leaving_out_holds_for_the_rule_that_says_so():
     rules = [Rule(where="normed* | head", **skip), Rule(where="*", rank=4)]
     error = refused(lambda: lora_fx.apply(model, rules, X), model, PlanError, "small.weight", "plain.weight")
     assert len(error.refusals) == 2, "what the first rule leaves out is no reason to refuse"
+    whole = Rule(where="*", rank=4)
+    error = refused(lambda: lora_fx.apply(model, whole, X), model, PlanError, "small.weight", "plain.weight")
+    assert len(error.refusals) > 2, "much of it could be adapted, and it does not say that the rest may be left out"
     only = Rule(where="normed*", **skip)
     refused(
         lambda: lora_fx.apply(model, only, X), model, PlanError, "the plan: 6 sites", "computed before it multiplies"

@@ -1940,7 +1940,7 @@ MUTANTS = (
         "dense_twin_is_the_base", "histories", "lora_fx/testing/twins.py",
         "                total = total + record.delta(base).to(torch.float64)\n", "                pass\n",
         "The dense twin has no δ in its weights.",
-        tests=(f"{HISTORIES}::test_l15_an_adapted_model_is_its_dense_twin_after_any_history[Linear]",),
+        tests=(f"{HISTORIES}::test_every_kind_of_step_in_one_history",),
     ),
     Mutant(
         "dense_twin_trains_nothing", "histories", "lora_fx/testing/twins.py",
@@ -1994,7 +1994,7 @@ MUTANTS = (
         "gradient_mode_left_off", "changes", "lora_fx/changes.py",
         "            switch.turn(was)\n", "            pass\n",
         "After Ctrl-C in a verb nothing has gradients any more.",
-        tests=("tests/test_faults.py::test_ctrl_c_at_any_line_leaves_the_model_bitwise_what_it_was",),
+        tests=("tests/test_faults.py::test_an_exception_leaves_torchs_switches_as_they_were",),
     ),
     # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
