@@ -16,22 +16,9 @@ from lora_fx.errors import EquivalenceError
 from lora_fx.graph.program import capture
 from lora_fx.model.inventory import inventory
 from tests import reference
+from tests.stateful_modules import Multiply
 
 RULE = Rule(where="*", rank=2)
-
-
-class _Product(torch.autograd.Function):
-    """x·Wᵀ of plain tensors, as a kernel takes them, with a backward that is not the derivative."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight.mT
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return 0.5 * grad @ weight, 2 * torch.einsum("...o,...i->oi", grad, x)
 
 
 class _Doubled(torch.autograd.Function):
@@ -54,7 +41,7 @@ class Hands(nn.Module):
         self.weight = nn.Parameter(torch.randn(rows, columns))
 
     def forward(self, x):
-        return _Product.apply(x, self.weight)
+        return Multiply.apply(x, self.weight)
 
 
 class Kernel(Hands):

@@ -117,7 +117,7 @@ class Flow:
         self.bending = 0  # … feed a nonlinearity
         self.chosen = 0  # … feed a top-k
         self.out = 0  # … reach the model's output
-        self.told = 0  # … reach it in no product with other activations
+        self.unmixed = 0  # … reach it in no product with other activations
         self.cut = 0  # … are sliced
         self.operands = 0  # … feed an attention
         self.mixed = 0  # … feed a product of activations that is no attention
@@ -138,7 +138,7 @@ class Flow:
         if node.op == "output":
             returned = [self.fact(source) for source in node.all_input_nodes]
             self.out |= union(fact.frontier for fact in returned)
-            self.told |= union(fact.frontier for fact in returned if not fact.frontier & MIX)
+            self.unmixed |= union(fact.frontier for fact in returned if not fact.frontier & MIX)
             return
         if node.op != "call_function":
             given = node.op == "placeholder" and node not in self.capture.tensors

@@ -136,7 +136,7 @@ class _Labeller:
         flow, bit = self.flow, self.flow.bit[node]
         if bit & flow.chosen:
             return ROUTER
-        return LM_HEAD if bit & flow.told and not bit & (flow.used | flow.added) else OTHER
+        return LM_HEAD if bit & flow.unmixed and not bit & (flow.used | flow.added) else OTHER
 
     def _whole(self, use: Use, role: str, reason: str = "") -> tuple[Label, ...]:
         sides = use.call.sides if use.call else ""

@@ -2059,7 +2059,7 @@ MUTANTS = (
     ),
     Mutant(
         "mixed_output_is_a_head", "gradients", "lora_fx/analysis/roles.py",
-        "return LM_HEAD if bit & flow.told", "return LM_HEAD if bit & flow.out",
+        "return LM_HEAD if bit & flow.unmixed", "return LM_HEAD if bit & flow.out",
         "The last layer of a model with several residual streams is taken for its head.",
         tests=("tests/test_roles.py::test_what_is_mixed_before_it_is_returned_is_no_head",),
     ),
