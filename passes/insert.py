@@ -90,6 +90,8 @@ class Rewrite(Pass):
 class Check(Pass):
     """Hold every use of what was inserted against the use of W + δ, in train and in eval mode.
 
+    Where the model multiplies in a narrower dtype than float32, each use is measured by itself in float64, too.
+
     A rewritten forward that is not the path that ran is given up first: then whoever reads the weight is served. Where
     one of those wants a plain tensor, and no dropout acts on the branch, the weight reads as W + δ. Where the model
     itself does not run in train mode on these inputs, the plan gets a note of it, and eval mode decides.

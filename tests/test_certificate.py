@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import Rule
+from lora_fx.checks import certification
 from lora_fx.deltas import adapted_weight
 from lora_fx.deltas.adapted_weight import AdaptedWeight
 from lora_fx.deltas.exact_sum import ExactSum
-from lora_fx.errors import CaptureError, PlanError
+from lora_fx.errors import CaptureError, EquivalenceError, PlanError
 from lora_fx.model.inventory import inventory
 from lora_fx.passes.wiring import wire
 from tests import reference
@@ -68,6 +71,7 @@ def test_every_use_of_the_zoo_is_certified(name):
     assert len(certificate.rows) == base
     assert not certificate.gradient_free and all(certificate.whole) and len(certificate.whole) == 2
     assert all(row.effect > row.bound >= row.error for row in certificate.rows)
+    assert {row.dtype for row in certificate.rows} == {"float64"}
     assert reference.same_bits(reference.bits(model), state) and [m.training for m in model.modules()] == flags
 
 
@@ -142,7 +146,7 @@ def test_a_wrong_scale_is_named_at_the_use_where_it_happens(monkeypatch):
     assert wrong_uses(broken(monkeypatch, scaled)) == [("first", "it is not the use of W + δ")]
 
 
-def test_an_effect_that_rounding_could_hide_is_not_certified():
+def small_effect() -> tuple[nn.Linear, torch.Tensor]:
     """The bias makes the output: the effect is about 1/32 of it. Rounding moves it by 1/128 at most, however the sum
     is added up, so that the noise floor is 1/256 to 1/128, and the bound 1/16 or more."""
     torch.manual_seed(0)
@@ -150,13 +154,65 @@ def test_an_effect_that_rounding_could_hide_is_not_certified():
     with torch.no_grad():
         model.weight.copy_(torch.randn(64, 64).sign() / 128)
         model.bias.fill_(1)
+    return model, x
+
+
+def test_what_rounding_in_its_dtype_would_hide_is_measured_in_float64():
+    model, x = small_effect()
     lora_fx.apply(model, Rule(where="*", rank=8), x)
     certificate = lora_fx.certify(model, x)
-    assert 2 / 128 < certificate.rows[0].effect < 3 / 64
+    assert certificate and 2 / 128 < certificate.rows[0].effect < 3 / 64
+    assert certificate.rows[0].dtype == "float64" and certificate.rows[0].bound < 2**-40
+
+
+def test_an_effect_that_rounding_could_hide_is_not_certified(monkeypatch):
+    """As where some op between a use and the end of its branches takes no float64."""
+    model, x = small_effect()
+    lora_fx.apply(model, Rule(where="*", rank=8), x)
+
+    def narrow(value):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            raise NotImplementedError("no kernel takes float64")
+        return value
+
+    monkeypatch.setattr(certification, "_widened", narrow)
+    certificate = lora_fx.certify(model, x)
+    assert 2 / 128 < certificate.rows[0].effect < 3 / 64 and certificate.rows[0].dtype == "bfloat16"
     assert not certificate and all(certificate.whole)
     assert [row.problem for row in certificate.problems] == [
         "rounding in bfloat16 could hide its effect: certify a copy in float32 or float64"]  # fmt: skip
+    monkeypatch.undo()
     assert lora_fx.certify(model.float(), x.float())
+
+
+class Configured(nn.Linear):
+    """Its forward reads a dict, so that it dispatches."""
+
+    settings: ClassVar = {"gain": 1.0}
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias) * self.settings["gain"]
+
+
+@pytest.mark.parametrize("fault", ["one row", "one use", "one per cent"])
+def test_apply_sees_a_small_fault_in_bfloat16(monkeypatch, fault):
+    """The whole model in bfloat16 would not tell: the noise of its outputs is larger than each of them."""
+    torch.manual_seed(0)
+    width, x = 128, torch.randn(4, 128).bfloat16()
+    model = nn.Sequential(*(Configured(width, width) for _ in range(12))).bfloat16()
+    state, honest, calls = reference.bits(model), AdaptedWeight.branch, itertools.count()
+
+    def changed(self, *args):
+        out = honest(self, *args)
+        if fault == "one row":
+            return out.roll(1, -1).where(torch.arange(width) == 5, out)
+        return out * {"one use": float(next(calls) % 12 != 7), "one per cent": 1.01}[fault]
+
+    monkeypatch.setattr(AdaptedWeight, "branch", changed)
+    monkeypatch.setattr(adapted_weight, "_at_once", lambda *_: None)
+    with pytest.raises(EquivalenceError, match=r"a use of the weight \(linear in \d+\) is not the use of W \+ δ"):
+        lora_fx.apply(model, Rule(where="*", rank=4, schedule="branch"), x)
+    assert reference.same_bits(reference.bits(model), state)
 
 
 class Positions(nn.Module):

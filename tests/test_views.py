@@ -101,3 +101,9 @@ def test_every_op_of_the_table_is_one_of_torch():
 def test_an_argument_under_a_name_that_is_not_known_is_no_argument_left_out():
     assert move("swapaxes", View.of((3, 4, 5)), (), {"axis0": 0, "axis1": 2}) is None  # dense, and not the first two
     assert move("transpose", View.of((3, 4, 5)), (), {"dim0": 0, "dim1": 2}) == View.of((3, 4, 5)).transpose(0, 2)
+
+
+def test_a_view_without_elements_has_whatever_shape_it_is_given():
+    assert View.of((0, 4)).reshape((0, 2, 2)).shape == torch.empty(0, 4).reshape(0, 2, 2).shape
+    assert View.of((0, 4)).reshape((-1, 4)).shape == (0, 4)
+    assert View.of((3, 4)).reshape((0, 4)) is None

@@ -3,17 +3,19 @@
     out(use)  =  use(x, W + δ)          measured at each use, on the x that reached it in the adapted model
 
 The adapted model is captured with random factors (B ≠ 0), and the recorded program is run once more. At every node that
-consumes an adapted weight the dense sum is put in the weight's place, and what the node and its branch gave is held
-against that. So a use that reads the plain weight, a branch that another node bypasses, a lost scale or a wrong slice
-shows at the use where it happens, and nothing further down can hide it. The uses themselves are counted in the base
-model: one that is gone from the adapted program is missed.
+consumes an adapted weight two things are computed apart in float64, whatever the model's dtype: the use with the dense
+sum in the weight's place, and the recorded nodes from there to the end of the branches, the casts among them left out.
+Rounding hides nothing there. A use that reads the plain weight, a branch that another node bypasses, a lost scale or a
+wrong slice shows at the use where it happens, and nothing further down can hide it. The uses themselves are counted in
+the base model: one that is gone from the adapted program is missed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,8 +26,9 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.changes import Undo, safe_point
 from lora_fx.checks.gradients import Reach, reach
-from lora_fx.checks.oracles import delta
+from lora_fx.checks.oracles import delta, grouped_mm
 from lora_fx.checks.verification import (
+    Draws,
     NotRun,
     NotServed,
     Report,
@@ -51,7 +54,7 @@ from lora_fx.graph.capture import (
     normalize_inputs,
 )
 from lora_fx.graph.forms import DENSE_OPS, FORMS, op_name
-from lora_fx.graph.nodes import base_name, call, first_operand, looked_into, shape_of, written_by
+from lora_fx.graph.nodes import base_name, call, first_operand, is_float, looked_into, shape_of, written_by
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import without_numbers
 from lora_fx.graph.program import capture, storage_key
@@ -79,6 +82,8 @@ class Coverage:
     """How far the output is from the use of the dense W + δ, relative likewise."""
     bound: float = 0.0
     """What rounding explains: see `lora_fx.verify`."""
+    dtype: str = ""
+    """In which it was measured: float64, or its own where an op of it takes no float64."""
     problem: str = ""
     """Why this use is not covered; empty where it is."""
 
@@ -212,6 +217,8 @@ def check_adapted(
             found = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
             reports = [report for report in found if isinstance(report, Report)]
             if all(reports):
+                if any(step > torch.finfo(torch.float32).eps for step in rounding.values()):
+                    _refuse_wrong_uses(model, inputs, adapters, undo)
                 _refuse_lost(model, inputs, adapters, undo)
                 return tuple(report for report in found if isinstance(report, NotRun))
     raise EquivalenceError(
@@ -219,6 +226,24 @@ def check_adapted(
         place=_suspect(model, inputs, adapters, rounding, undo),
         remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
     )
+
+
+def _refuse_wrong_uses(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], undo: list[Undo]) -> None:
+    """Look at each use by itself, in float64: what rounding does to the outputs of the whole could hide one of them."""
+    with filled(model, adapters, 0, undo, whole=True):
+        captured, here = capture_graph(model, inputs), inventory(model)
+        if captured.transformed:
+            return
+        storages = here.storages()
+        flow = Flow(captured, storages, here.modules)
+        wrong = [row for row in _measure(model, flow, storages, flow.counts()) if row.error > row.bound]
+    if wrong:
+        raise EquivalenceError(
+            f"a use of the weight ({wrong[0].form} in {wrong[0].module or 'the model'}) is not the use of W + δ: error "
+            f"{wrong[0].error:.3g} against a bound of {wrong[0].bound:.3g}, in {wrong[0].dtype}",
+            place=wrong[0].weight,
+            remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
+        )
 
 
 def _refuse_lost(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], undo: list[Undo]) -> None:
@@ -313,6 +338,39 @@ class Flow:
         leaves = pytree.tree_leaves((captured.inputs.args, captured.inputs.kwargs))
         state = [captured.tensors[n] for n in captured.graph.nodes if n.op == "placeholder" and n in captured.tensors]
         return [*state, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
+
+    def inside(self, reading: Reading) -> frozenset[fx.Node]:
+        """The nodes from a use to the end of its branches: what is made of it or of weights and factors, and not of
+        what made its other operands."""
+        before = self._ancestors(n for n in reading.node.all_input_nodes if n not in self.carriers)
+        found: dict[fx.Node, bool] = {reading.node: True}
+
+        def is_inside(node: fx.Node) -> bool:
+            if node not in found:
+                found[node] = False
+                alone = node in self.factors or node in self.carriers or node in self.mixed
+                if alone or node not in before:
+                    inputs = list(map(is_inside, node.all_input_nodes))  # all of them: each is noted
+                    found[node] = alone or any(inputs)
+            return found[node]
+
+        for node in (reading.end, *(n for n in reading.node.all_input_nodes if n in self.carriers)):
+            is_inside(node)
+        return frozenset(node for node, within in found.items() if within)
+
+    def around(self, reading: Reading) -> frozenset[fx.Node]:
+        """What those nodes are computed from."""
+        inside = self.inside(reading)
+        return frozenset(n for node in inside for n in node.all_input_nodes if n not in inside)
+
+    def _ancestors(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """They, and whatever they are made of."""
+        found, waiting = set[fx.Node](), list(nodes)
+        while waiting:
+            if (node := waiting.pop()) not in found:
+                found.add(node)
+                waiting += node.all_input_nodes
+        return found
 
     def _find_roots(self, storages: Sequence[Storage]) -> None:
         weights: dict[tuple, list[Storage]] = {}
@@ -495,57 +553,56 @@ class _Replay(fx.Interpreter):
         self._judges: dict[fx.Node, list[Callable[[list[torch.Tensor]], None]]] = defaultdict(list)
         self._readings = {reading.node: reading for reading in flow.readings}
         kept = {n for node in flow.carriers for n in node.all_input_nodes if n not in flow.carriers}
-        for last, freed in self.user_to_last_uses.items():  # indices of gathered experts are needed once more
+        kept.update(n for reading in flow.readings for n in flow.around(reading))
+        for last, freed in self.user_to_last_uses.items():  # what a use or its branch is computed from once more
             self.user_to_last_uses[last] = [n for n in freed if n not in kept]
 
     def run_node(self, node: fx.Node) -> Any:
         safe_point()
         if node in self._readings:
-            reading = self._readings[node]
-            self._judges[reading.end].append(self._judge_of(reading))
+            self._compute_apart(self._readings[node])
         result = super().run_node(node)
         for judge in self._judges.pop(node, ()):
             judge(_floats(result))
         return result
 
-    def _judge_of(self, reading: Reading) -> Callable[[list[torch.Tensor]], None]:
-        """Runs the use with the dense sums: before the model does, since it may write into its operands."""
-        plain = {root: self.flow.captured.tensors[root] for root in reading.acting}
-        whole, moved = dict(plain), dict(plain)  # W + Σ δ in W's dtype, and the same moved by one rounding step
+    def _compute_apart(self, reading: Reading) -> None:
+        """The use with the dense sums, before the model runs it: it may write into its operands. In float64, and what
+        was recorded in float64 too; where an op of it takes none, in its own dtype, which rounding blurs."""
+        try:
+            whole, moved, without, recorded = self._computed(reading, wide=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # of any kernel
+            whole, moved, without, _ = self._computed(reading, wide=False)
+            self._judges[reading.end].append(partial(self._judge, reading, whole, moved, without))
+        else:
+            self._judge(reading, whole, moved, without, recorded)
+
+    def _computed(
+        self, reading: Reading, wide: bool
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[fx.Node, list[torch.Tensor]], list[torch.Tensor]]:
+        """The outputs with W + Σ δ, with that moved by as much as rounding may, and with the plain W for one of them;
+        and, in float64, what the recorded nodes from the use to the end of its branches give."""
+        plain = {root: self.flow.captured.tensors[root].detach() for root in reading.acting}
+        if wide:
+            plain = {root: weight.to(torch.float64) for root, weight in plain.items()}
+        whole, moved = dict(plain), dict(plain)
         adapted = {root: storage for root, storage in reading.acting.items() if storage is not None}
+        draws, shake = Draws(0), 0.0
         for root, storage in adapted.items():
-            weight = plain[root].detach()
-            total = weight.to(torch.float64) + delta(weight, *storage.adapters).to(weight.device)
-            step = dither(weight, torch.finfo(weight.dtype).eps / 2, torch.Generator().manual_seed(0))
-            whole[root], moved[root] = total.to(weight.dtype), (total * step).to(weight.dtype)
-        without = {root: self._call(reading, whole | {root: plain[root]}) for root in adapted}
-        return partial(self._judge, reading, self._call(reading, whole), self._call(reading, moved), without)
-
-    def _call(self, reading: Reading, weights: Mapping[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
-        """The floating-point outputs with these weights in the place of the node's own, and without its branches."""
-        value = self._value(reading.node, weights)
-        for step in reading.between:
-            given = {**self.env, **{n: value for n in step.all_input_nodes if n not in self.env}}
-            args, kwargs = fx.node.map_arg((step.args, step.kwargs), given.__getitem__)
-            value = call(step, args, kwargs)
-        return [t.clone() for t in _floats(value)]
-
-    def _value(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
-        written = written_by(node)  # in copies: the model itself has yet to write there
-        operands = {n: self._operand(n, weights) for n in node.all_input_nodes}
-        given = {n: value.clone() if n in written else value for n, value in operands.items()}
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        return call(node, args, kwargs)
-
-    def _operand(self, node: fx.Node, weights: Mapping[fx.Node, torch.Tensor]) -> Any:
-        if node in weights:
-            return weights[node]
-        if node not in self.flow.carriers:
-            return self.env[node]
-        if node in self.flow.sums:
-            carried = [n for n in node.all_input_nodes if n in self.flow.carriers]
-            return self._operand(next((n for n in carried if n not in self.flow.mixed), carried[0]), weights)
-        return self._value(node, weights)
+            weight = plain[root]
+            total = weight + delta(weight, *storage.adapters).to(weight.device)
+            if wide:  # the sum of n products, each rounded, in any order
+                terms = max(storage.adapters[0].layout.size(side) for side in "io")
+                shake = max(shake, torch.finfo(torch.float64).eps / 2 * math.sqrt(terms))
+            else:
+                moved[root] = (total * dither(weight, torch.finfo(weight.dtype).eps / 2, draws)).to(weight.dtype)
+            whole[root] = total.to(weight.dtype)
+        use = _Use(self.flow, reading, self.env, wide)
+        without = {root: use.dense(whole | {root: plain[root]}) for root in adapted}
+        shaken = use.dense(whole, shake, draws) if wide else use.dense(moved)
+        return use.dense(whole), shaken, without, use.recorded(plain) if wide else []
 
     def _judge(
         self,
@@ -562,13 +619,101 @@ class _Replay(fx.Interpreter):
             if storage is None:
                 name, numbers = _name(self.flow.storages[root][0]), (0.0, report.error, report.bound)
                 problem = "" if report else "it must read the plain weight, and does not"
-                self.rows.append(Coverage(name, (), *place, Realisation.SPLIT_OFF, *numbers, problem))
+                self.rows.append(
+                    Coverage(name, (), *place, Realisation.SPLIT_OFF, *numbers, dtype=report.dtype, problem=problem)
+                )
                 continue
             pairs = zip(without[root], whole, strict=True)
             effect = max((relative_error(w, e, e) for w, e in pairs), default=0.0)
             realised = Realisation.DENSE if reading.dense else storage.adapters[0].realised
-            numbers = effect, report.error, report.bound
-            self.rows.append(_row(storage, *place, realised, *numbers, _problem(reading, effect, report)))
+            numbers, problem = (effect, report.error, report.bound), _problem(reading, effect, report)
+            self.rows.append(_row(storage, *place, realised, *numbers, dtype=report.dtype, problem=problem))
+
+
+@dataclass
+class _Use:
+    """One use of adapted weights, computed apart from the model, on the operands that have reached it there."""
+
+    flow: Flow
+    reading: Reading
+    env: Mapping[fx.Node, Any]
+    wide: bool
+    """Computes in float64, and leaves out what casts to a narrower dtype."""
+
+    def dense(
+        self, weights: Mapping[fx.Node, torch.Tensor], shake: float = 0.0, draws: Draws | None = None
+    ) -> list[torch.Tensor]:
+        """The floating-point outputs with these weights in the place of the node's own, and without its branches.
+
+        Args:
+            shake: move each number of the other operands by this share of it.
+        """
+        made = dict[fx.Node, Any](weights)
+        if draws is not None:
+            for n in self.reading.node.all_input_nodes:
+                if n not in self.flow.carriers and is_float(value := self._given(n)):
+                    made[n] = pytree.tree_map(lambda t: t * dither(t, shake, draws), value)
+        value = self._run(self.reading.node, partial(self._plain, made))
+        for step in self.reading.between:
+            value = self._run(step, partial(self._after, value))
+        return [t.clone() for t in _floats(value)]
+
+    def recorded(self, weights: Mapping[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
+        """The floating-point outputs of the nodes from the use to the end of its branches."""
+        inside, made = self.flow.inside(self.reading), dict[fx.Node, Any](weights)
+
+        def value(node: fx.Node) -> Any:
+            if node not in made:
+                known = node.op != "call_function" or (node in self.env and node not in inside)
+                made[node] = self._given(node) if known else self._run(node, value)
+            return made[node]
+
+        return _floats(value(self.reading.end))
+
+    def _plain(self, made: dict[fx.Node, Any], node: fx.Node) -> Any:
+        """An operand with the weights of `made` in it; of a sum W + δ, W alone: they hold the sum."""
+        if node in made:
+            return made[node]
+        if node not in self.flow.carriers:
+            return self._given(node)
+        if node in self.flow.sums:
+            carried = [n for n in node.all_input_nodes if n in self.flow.carriers]
+            return self._plain(made, next((n for n in carried if n not in self.flow.mixed), carried[0]))
+        return self._run(node, partial(self._plain, made))
+
+    def _after(self, value: Any, node: fx.Node) -> Any:
+        """An operand of what stands between the use and its branch: `value`, or what the model has."""
+        return self._given(node) if node in self.env or node in self.flow.captured.tensors else value
+
+    def _given(self, node: fx.Node) -> Any:
+        value = tensor if (tensor := self.flow.captured.tensors.get(node)) is not None else self.env[node]
+        return pytree.tree_map_only(torch.Tensor, _widened, value) if self.wide else value
+
+    def _run(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+        """One op; what it writes is a copy, since the model itself has yet to write there."""
+        if self.wide and base_name(node) == "view" and any(isinstance(a, torch.dtype) for a in node.args):
+            raise TypeError("the bits of a float64 are not those of the narrower number")
+        written = written_by(node)
+
+        def given(argument: Any) -> Any:
+            if isinstance(argument, fx.Node):
+                own = value(argument)
+                return own.clone() if argument in written else own
+            return _widened(argument) if self.wide else argument
+
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), given)  # type: ignore[misc]
+        if self.wide and base_name(node) == "_grouped_mm":
+            return grouped_mm(*args, **kwargs)  # type: ignore[arg-type]  # as the schema has them
+        return call(node, args, kwargs)
+
+
+def _widened(value: Any) -> Any:
+    """A tensor, or a dtype that is asked for: in float64, or complex128, where it is no integer."""
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value
+    if isinstance(value, torch.Tensor) and is_float(value):
+        return value.to(torch.complex128 if value.is_complex() else torch.float64)
+    return value
 
 
 def _problem(reading: Reading, effect: float, report: Report) -> str:

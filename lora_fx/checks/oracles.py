@@ -76,6 +76,32 @@ def _off(folded: torch.Tensor, plain: torch.Tensor, own: torch.Tensor) -> torch.
     return (~right).reshape(-1).nonzero().squeeze(1)
 
 
+def grouped_mm(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`torch.nn.functional.grouped_mm` in any dtype: its kernel takes no float64.
+
+    Args:
+        offs: where each group ends: in the rows of `left`, in the columns of `right`, or, where both are matrices, in
+            what they are summed over. Rows and columns beyond the last one are 0.
+    """
+    if offs is None:
+        return left @ right if bias is None else left @ right + bias
+    ends = offs.tolist()
+    spans = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+    if left.ndim == right.ndim == 2:
+        return torch.stack([left[:, span] @ right[span] for span in spans])
+    out = left.new_zeros(left.shape[-2], right.shape[-1])
+    for k, span in enumerate(spans):
+        part = left[span] @ right[k] if right.ndim == 3 else left[k] @ right[:, span]
+        out[(span,) if right.ndim == 3 else (slice(None), span)] = part if bias is None else part + bias[k]
+    return out
+
+
 @dataclass(frozen=True)
 class _Product:
     """One δ: two factors in float64 over the weight's own axes, of size 1 where a factor has none; the rank is last."""
@@ -83,6 +109,10 @@ class _Product:
     scale: float
     B: torch.Tensor
     A: torch.Tensor
+    order: tuple[int, ...]
+    """The weight's axes: the batch's, those of the outputs, those of the inputs."""
+    blocks: tuple[int, int, int]
+    """How many elements each of the three has."""
 
     @classmethod
     def of(cls, adapter: Adapter) -> _Product:
@@ -102,14 +132,24 @@ class _Product:
             whole[..., list(adapter.rows), :] = B
             B = whole
         scale = adapter.alpha / (math.sqrt(rank) if adapter.scaling == "rslora" else rank)
-        return cls(scale, over_axes(B, "o", "i"), over_axes(A.mT, "i", "o"))
+        order = (*axes["b"], *axes["o"], *axes["i"])
+        blocks = math.prod(size["b"]), math.prod(size["o"]), math.prod(size["i"])
+        return cls(scale, over_axes(B, "o", "i"), over_axes(A.mT, "i", "o"), order, blocks)
 
     def delta(self) -> torch.Tensor:
-        return self.scale * torch.einsum("...r,...r->...", self.B, self.A)
+        return self.scale * self._sum(self.B, self.A)
 
     def size(self) -> torch.Tensor:
         """The same of absolute values: no partial sum is larger."""
-        return abs(self.scale) * torch.einsum("...r,...r->...", self.B.abs(), self.A.abs())
+        return abs(self.scale) * self._sum(self.B.abs(), self.A.abs())
+
+    def _sum(self, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """Σᵣ B[…, r] · A[…, r], as one matrix product of each batch: nothing of rank × the weight's size is made."""
+        batch, outputs, inputs = self.blocks
+        left, right = (factor.permute(*self.order, -1) for factor in (B, A))
+        product = left.reshape(batch, outputs, -1) @ right.reshape(batch, inputs, -1).mT
+        sizes = [max(B.shape[k], A.shape[k]) for k in self.order]
+        return product.reshape(sizes).permute([self.order.index(k) for k in range(len(sizes))])
 
     def exact(self, index: tuple[int, ...], shape: Sequence[int]) -> Fraction:
         """One element, not rounded."""

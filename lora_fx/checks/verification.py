@@ -158,11 +158,11 @@ def _cast(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def move_weights(model: nn.Module, step: float) -> None:
     """Every plain parameter by one rounding step, in place; below float64 by a whole one, which is not rounded away."""
-    generator = torch.Generator().manual_seed(0)
+    draws = Draws(0)
     for parameter in model.parameters():
         if parameter.is_floating_point() and is_plain(parameter):
             least = 0.0 if parameter.dtype == torch.float64 else torch.finfo(parameter.dtype).eps
-            moved = parameter.to(torch.float64) * dither(parameter, max(step, least), generator)
+            moved = parameter.to(torch.float64) * dither(parameter, max(step, least), draws)
             parameter.copy_(moved.to(parameter.dtype))
 
 
@@ -248,10 +248,24 @@ def rounding_step(model: nn.Module, inputs: Inputs) -> float:
     return max([*steps, *(use.rounding for use in capture(model, inputs).uses if use.multiplies)], default=0.0)
 
 
-def dither(weight: torch.Tensor, step: float, generator: torch.Generator) -> torch.Tensor:
+class Draws:
+    """Random numbers on the device on which they are wanted: to draw a large model's on the CPU takes minutes."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._generators = seed, dict[torch.device, torch.Generator]()
+
+    def on(self, device: torch.device) -> torch.Generator:
+        """The generator of a device, which goes on where its last draw has ended."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+
+def dither(weight: torch.Tensor, step: float, draws: Draws) -> torch.Tensor:
     """1 ± step, a sign for each element: whole rows or columns could be scaled without effect before a norm."""
-    signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
-    return 1 + step * signs.to(weight.device, torch.float64)
+    device = weight.device
+    signs = torch.randint(0, 2, weight.shape, generator=draws.on(device), device=device, dtype=torch.int8)
+    return signs.mul_(2).sub_(1).to(torch.float64).mul_(step).add_(1)
 
 
 # ── against the dense sums ───────────────────────────────────────────────────────────────────────────────────────────
@@ -340,15 +354,21 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def filled(model: nn.Module, adapters: Sequence[Adapter], seed: int, undo: list[Undo]) -> Iterator[None]:
-    """Random factors, with a delta half as large as its weight; then the old ones again."""
+def filled(
+    model: nn.Module, adapters: Sequence[Adapter], seed: int, undo: list[Undo], whole: bool = False
+) -> Iterator[None]:
+    """Random factors, with a delta half as large as its weight; then the old ones again.
+
+    Args:
+        whole: adapt every output feature of large weights, too, of which nobody then keeps what they were.
+    """
     storages = {a: storage for storage in inventory(model).storages() for a in storage.adapters}
     generator = torch.Generator().manual_seed(seed)
     with undone(undo):
         for adapter in dict.fromkeys(adapters):
             for parameter in adapter.parameters():
                 undo.append(partial(parameter.detach().copy_, parameter.detach().clone()))
-            _fill(adapter, storages[adapter].weight if adapter in storages else None, generator)
+            _fill(adapter, storages[adapter].weight if adapter in storages else None, generator, whole)
         yield
 
 
@@ -357,7 +377,7 @@ _KEPT = 2**22
 
 
 @torch.no_grad()
-def _fill(adapter: Adapter, weight: torch.Tensor | None, generator: torch.Generator) -> None:
+def _fill(adapter: Adapter, weight: torch.Tensor | None, generator: torch.Generator, whole: bool) -> None:
     """θ with a delta half as large as its weight: of `lora` A and B have variance 1 / in and 1 / rank, B times half the
     weight's root mean square."""
     if adapter.kind.name != "lora":
@@ -371,7 +391,7 @@ def _fill(adapter: Adapter, weight: torch.Tensor | None, generator: torch.Genera
     adapter.B.mul_(0.5 * (size * math.sqrt(inputs) if size else 1.0) / (adapter.scale or 1.0))
     rows = adapter.B.shape[-2]
     kept = max(1, _KEPT // (4 * adapter.A[..., 0, :].numel()))
-    if rows > kept:
+    if rows > kept and not whole:
         chosen = torch.randperm(rows, generator=generator)[:kept].to(adapter.B.device)
         mask = torch.ones(rows, dtype=torch.bool, device=adapter.B.device)
         mask[chosen] = False
@@ -414,7 +434,7 @@ def with_dense_weights(
     model: nn.Module, undo: list[Undo], rounding: Mapping[int, float] | None = None
 ) -> Iterator[None]:
     """Inside, every adapted parameter holds W + Σ δ, from A and B alone; moved by one `rounding` step."""
-    generator = torch.Generator().manual_seed(1)
+    draws = Draws(1)
     with undone(undo):
         for storage in inventory(model).storages():
             parameter = storage.parameter
@@ -424,7 +444,7 @@ def with_dense_weights(
                 for owner, attribute in storage.owners:
                     hook = loader(owner)
                     undo.append(partial(setattr, hook, "weights_map", hook.weights_map))
-                    hook.weights_map = Instead(hook.weights_map, attribute, partial(_dense, storage, step, generator))
+                    hook.weights_map = Instead(hook.weights_map, attribute, partial(_dense, storage, step, draws))
                 continue
             weight = parameter.detach()
             own = delta(weight, *storage.adapters).to(parameter.device)
@@ -437,17 +457,17 @@ def with_dense_weights(
                 undo.append(partial(_put_back, weight, changed, weight[changed].clone()))
             new = weight.to(torch.float64) + own
             if step is not None:
-                new *= dither(weight, step, generator)
+                new *= dither(weight, step, draws)
             weight[changed] = new.to(weight.dtype)[changed]
         yield
 
 
-def _dense(storage: Storage, step: float | None, generator: torch.Generator, weight: torch.Tensor) -> torch.Tensor:
+def _dense(storage: Storage, step: float | None, draws: Draws, weight: torch.Tensor) -> torch.Tensor:
     """W + Σ δ of a weight that is loaded for a forward."""
     weight = weight.to(next(storage.adapters[0].parameters()).device)
     total = weight.to(torch.float64) + delta(weight, *storage.adapters)
     if step is not None:
-        total *= dither(weight, step, generator)
+        total *= dither(weight, step, draws)
     return total.to(weight.dtype)
 
 

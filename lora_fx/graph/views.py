@@ -94,6 +94,8 @@ class View:
         if -1 in shape:
             known = math.prod(n for n in shape if n != -1)
             shape[shape.index(-1)] = math.prod(self.shape) // max(known, 1)
+        if 0 in shape:  # no element, and no place in memory
+            return View(tuple(shape), (0,) * len(shape), self.offset) if 0 in self.shape else None
         old = [(n, s) for n, s in zip(self.shape, self.strides, strict=True) if n != 1]
         strides: list[int] = []
         i, left, step = 0, 1, 0  # walk the old axes from the right, splitting and merging them

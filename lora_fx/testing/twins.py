@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.checks.verification import dither
+from lora_fx.checks.verification import Draws, dither
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.graph.capture import Inputs
 from lora_fx.model.inventory import inventory
@@ -304,7 +304,7 @@ class Dense(Life):
         if not self.nudge:
             return values
         step = torch.finfo(dtype).eps * (self.nudge / 2 if dtype == torch.float64 else 1.0)
-        return values * dither(values, step, torch.Generator().manual_seed(1)).to(values.dtype)
+        return values * dither(values, step, Draws(1)).to(values.dtype)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -984,6 +984,20 @@ MUTANTS = (
         tests=(GAPS,),
     ),
     Mutant(
+        "uses_unchecked_in_bfloat16", "verification", "lora_fx/checks/certification.py",
+        "                    _refuse_wrong_uses(model, inputs, adapters, undo)\n",
+        "                    pass\n",
+        "What rounding in bfloat16 hides in the outputs of the whole model is not looked for at its uses.",
+        tests=("tests/test_certificate.py::test_apply_sees_a_small_fault_in_bfloat16",),
+    ),
+    Mutant(
+        "uses_measured_in_their_own_dtype", "verification", "lora_fx/checks/certification.py",
+        "            whole, moved, without, recorded = self._computed(reading, wide=True)\n",
+        "            raise NotImplementedError\n",
+        "The certificate measures a use in the dtype of the model, where rounding could hide its effect.",
+        tests=("tests/test_certificate.py::test_what_rounding_in_its_dtype_would_hide_is_measured_in_float64",),
+    ),
+    Mutant(
         "self_check_leaves_b", "verification", "lora_fx/checks/verification.py",
         "undo.append(partial(parameter.detach().copy_, parameter.detach().clone()))", "pass",
         "After apply B holds the random numbers of the check.",
@@ -1587,7 +1601,7 @@ MUTANTS = (
     ),
     Mutant(
         "certificate_writes_into_the_model", "sites", "lora_fx/checks/certification.py",
-        "value.clone() if n in written else value for n", "value for n",
+        "return own.clone() if argument in written else own", "return own",
         "A use in place is held against one that has been written into already.",
         tests=of_sites("addmm_"),
     ),
