@@ -160,11 +160,11 @@ def test_pefts_files_from_both_exporters(tmp_path, build, targets, exporters):
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def refused(path: Path, *parts: str, error: type = ExportError) -> None:
+def refused(path: Path, *parts: str, error: type = ExportError, **options) -> None:
     out = path.with_name("out.onnx")
     out.write_bytes(b"the old file")
     with pytest.raises(error) as caught:
-        lora_fx.fold_onnx(path, out)
+        lora_fx.fold_onnx(path, out, **options)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert out.read_bytes() == b"the old file" and {p.name for p in path.parent.iterdir()} <= {path.name, "out.onnx"}
 
@@ -306,7 +306,7 @@ def test_one_delta_through_two_ops_is_two_weights(tmp_path):
         x=(3, 6),
     )
     x, A, B = (torch.from_numpy(normal(*shape)) for shape in ((3, 6), (6, 6), (6, 6)))
-    report = lora_fx.fold_onnx(path, tmp_path / "out.onnx")
+    report = lora_fx.fold_onnx(path, tmp_path / "out.onnx", unnamed=True)
     assert report.sites == 2 and sorted(report.weights) == ["W", "W.folded"]
 
     def both(*tensors: torch.Tensor) -> torch.Tensor:
@@ -332,9 +332,9 @@ def test_an_output_keeps_its_name_and_nothing_changes_before_all_is_found(tmp_pa
     path = made(tmp_path, nodes, {"W": normal(6, 8), "A": normal(6, 2), "B": normal(2, 8)}, x=(3, 6))
     model = onnx_ir.load(path)
     text = onnx_ir.to_proto(model).SerializeToString(deterministic=True)
-    (site,) = Reader(model, "m.onnx").sites()
+    (site,) = Reader(model, "m.onnx", unnamed=True).sites()
     assert len(site.branches) == 1 and onnx_ir.to_proto(model).SerializeToString(deterministic=True) == text
-    lora_fx.fold_onnx(path, tmp_path / "out.onnx")
+    lora_fx.fold_onnx(path, tmp_path / "out.onnx", unnamed=True)
     folded = onnx.load(tmp_path / "out.onnx").graph
     assert [o.name for o in folded.output] == ["y"] and [n.op_type for n in folded.node] == ["MatMul"]
 
@@ -349,7 +349,7 @@ def test_batches_of_factors_under_a_reshape_are_no_branch(tmp_path):
     numbers = {"W": normal(4, 8, 8), "A": normal(4, 8, 1), "B": normal(4, 1, 8)}
     shapes = {"to": numpy.array([3, 4, 3, 8]), "back": numpy.array([4, 9, 8])}
     path = made(tmp_path, nodes, numbers | shapes, x=(4, 9, 8))
-    refused(path, "A and B are two narrow linear ops")
+    refused(path, "A and B are two narrow linear ops", unnamed=True)
 
 
 def test_a_pointwise_factor_with_other_groups_is_no_branch(tmp_path):
@@ -359,4 +359,4 @@ def test_a_pointwise_factor_with_other_groups_is_no_branch(tmp_path):
         node("Add", ["p", "d"], ["y"]),
     ]  # fmt: skip
     path = made(tmp_path, nodes, {"W": normal(6, 8, 3), "A": normal(2, 8, 3), "B": normal(6, 1, 1)}, x=(2, 8, 9))
-    refused(path, "A and B are two narrow linear ops")
+    refused(path, "A and B are two narrow linear ops", unnamed=True)
