@@ -336,7 +336,7 @@ class Reader:
         if site is None or not all(self._parallel(site.base, branch) for branch in site.branches):
             self._refuse_narrow(terms, value)
             return None
-        self._refuse_quantised(site)
+        self._refuse_quantised(site.base.constant)
         self._refuse_tapped(site)
         return site
 
@@ -450,21 +450,24 @@ class Reader:
             inner = self.rank(term.branch)
             if inner * inner >= min(math.prod(down), math.prod(up)):  # not fewer features than it takes and gives
                 continue
+            for held in (v for v in (node.inputs if node is not None else ()) if v is not None):
+                if not self._inputs & {*self._origins(held)}:
+                    self._refuse_quantised(held)
             names = [op.constant.name for op in (term.branch.down, term.branch.up)]
             reason = f"{' and '.join(names)} are two narrow linear ops, added to no single linear op of the same input"
             reason += f", here to {what}"
             refuse(f"{self.place}, node {term.add.name or term.add.outputs[0].name}", reason, REMEDY)
 
-    def _refuse_quantised(self, site: Site) -> None:
+    def _refuse_quantised(self, weight: Any) -> None:
         """A sum of a quantised weight and a delta is another weight, in float."""
-        for value in self._origins(site.base.constant):
+        for value in self._origins(weight):
             node, held = value.producer(), value.const_value
             coarse = held is not None and len(held.shape) > 1 and held.dtype.name not in _FLOATS
             if coarse or (node is not None and node.op_type == "DequantizeLinear"):
                 what = f"{value.name}, {held.dtype.name}" if held is not None else f"{node.op_type} {node.name}"
                 reason = f"the weight is quantised ({what}): with a delta in it, it would be stored in float"
                 remedy = "fold the float file and quantise that one, or leave the adapter beside the quantised weight"
-                refuse(f"{self.place}, {site.base.constant.name}", reason, remedy)
+                refuse(f"{self.place}, {weight.name}", reason, remedy)
 
     def _refuse_tapped(self, site: Site) -> None:
         """Nothing else may read the product before all branches are added: it would read the folded weight's."""
