@@ -287,3 +287,13 @@ def test_a_folded_model_can_be_copied_and_still_unfolded():
     lora_fx.unfold(twin)
     assert reference.same_bits(reference.bits(twin), state)
     assert not reference.same_bits(reference.bits(model), state)  # the copy shares nothing
+
+
+def test_a_sum_that_cancels_is_found_among_all_floats():
+    """Around 0 half of all floats lie within the error of a sum: they are not looked at one by one."""
+    from lora_fx.deltas.exact_sum import folded_weight
+    from lora_fx.deltas.low_rank import LowRank
+    from lora_fx.graph.layout import Layout
+
+    delta = LowRank(Layout("oi", (4, 5)), torch.ones(3, 5), torch.ones(4, 3), 1.0, 3)
+    assert torch.equal(folded_weight(torch.full((4, 5), -3.0), [delta], torch.float32, "w"), torch.zeros(4, 5))

@@ -160,11 +160,11 @@ def test_pefts_files_from_both_exporters(tmp_path, build, targets, exporters):
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def refused(path: Path, *parts: str, error: type = ExportError) -> None:
+def refused(path: Path, *parts: str, error: type = ExportError, **options) -> None:
     out = path.with_name("out.onnx")
     out.write_bytes(b"the old file")
     with pytest.raises(error) as caught:
-        lora_fx.fold_onnx(path, out)
+        lora_fx.fold_onnx(path, out, **options)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert out.read_bytes() == b"the old file" and {p.name for p in path.parent.iterdir()} <= {path.name, "out.onnx"}
 
@@ -306,7 +306,7 @@ def test_one_delta_through_two_ops_is_two_weights(tmp_path):
         x=(3, 6),
     )
     x, A, B = (torch.from_numpy(normal(*shape)) for shape in ((3, 6), (6, 6), (6, 6)))
-    report = lora_fx.fold_onnx(path, tmp_path / "out.onnx")
+    report = lora_fx.fold_onnx(path, tmp_path / "out.onnx", unnamed=True)
     assert report.sites == 2 and sorted(report.weights) == ["W", "W.folded"]
 
     def both(*tensors: torch.Tensor) -> torch.Tensor:
@@ -332,9 +332,9 @@ def test_an_output_keeps_its_name_and_nothing_changes_before_all_is_found(tmp_pa
     path = made(tmp_path, nodes, {"W": normal(6, 8), "A": normal(6, 2), "B": normal(2, 8)}, x=(3, 6))
     model = onnx_ir.load(path)
     text = onnx_ir.to_proto(model).SerializeToString(deterministic=True)
-    (site,) = Reader(model, "m.onnx").sites()
+    (site,) = Reader(model, "m.onnx", unnamed=True).sites()
     assert len(site.branches) == 1 and onnx_ir.to_proto(model).SerializeToString(deterministic=True) == text
-    lora_fx.fold_onnx(path, tmp_path / "out.onnx")
+    lora_fx.fold_onnx(path, tmp_path / "out.onnx", unnamed=True)
     folded = onnx.load(tmp_path / "out.onnx").graph
     assert [o.name for o in folded.output] == ["y"] and [n.op_type for n in folded.node] == ["MatMul"]
 
@@ -349,7 +349,7 @@ def test_batches_of_factors_under_a_reshape_are_no_branch(tmp_path):
     numbers = {"W": normal(4, 8, 8), "A": normal(4, 8, 1), "B": normal(4, 1, 8)}
     shapes = {"to": numpy.array([3, 4, 3, 8]), "back": numpy.array([4, 9, 8])}
     path = made(tmp_path, nodes, numbers | shapes, x=(4, 9, 8))
-    refused(path, "A and B are two narrow linear ops")
+    refused(path, "A and B are two narrow linear ops", unnamed=True)
 
 
 def test_a_pointwise_factor_with_other_groups_is_no_branch(tmp_path):
@@ -359,4 +359,91 @@ def test_a_pointwise_factor_with_other_groups_is_no_branch(tmp_path):
         node("Add", ["p", "d"], ["y"]),
     ]  # fmt: skip
     path = made(tmp_path, nodes, {"W": normal(6, 8, 3), "A": normal(2, 8, 3), "B": normal(6, 1, 1)}, x=(2, 8, 9))
-    refused(path, "A and B are two narrow linear ops")
+    refused(path, "A and B are two narrow linear ops", unnamed=True)
+
+
+# ── whose branch it is, and who else reads ───────────────────────────────────────────────────────────────────────────
+
+
+def summed(
+    tmp_path: Path, *more, down: str = "lora_A", up: str = "lora_B", base: list | None = None, **numbers
+) -> Path:
+    """y = x·W + x·down·up, and more nodes."""
+    node = onnx.helper.make_node
+    nodes = [
+        *(base or []), node("MatMul", ["x", "W"], ["p"]), node("MatMul", ["x", down], ["z"]),
+        node("MatMul", ["z", up], ["d"]), *more,
+        *([] if any("y" in n.output for n in more) else [node("Add", ["p", "d"], ["y"])]),
+    ]  # fmt: skip
+    own = {"W": normal(6, 8), down: normal(6, 2), up: normal(2, 8)}
+    return made(tmp_path, nodes, {n: a for n, a in {**own, **numbers}.items() if a is not None}, x=("rows", 6))
+
+
+def test_a_bottleneck_of_the_models_own_is_folded_only_when_asked(tmp_path):
+    path = summed(tmp_path, down="down", up="up")
+    refused(path, "no branch has the names of an adapter", "W + down · up", "unnamed=True")
+    report = lora_fx.fold_onnx(path, tmp_path / "out.onnx", unnamed=True)
+    assert report.sites == 1 and "asked for" in report.branches[0].why and len(report.comparisons) == 2
+
+
+def test_a_second_branch_with_other_names_stays_and_is_said(tmp_path):
+    node = onnx.helper.make_node
+    more = [
+        node("Add", ["p", "d"], ["s"]), node("MatMul", ["x", "low"], ["l"]), node("MatMul", ["l", "high"], ["h"]),
+        node("Add", ["h", "s"], ["y"]),
+    ]  # fmt: skip
+    report = lora_fx.fold_onnx(summed(tmp_path, *more, low=normal(6, 2), high=normal(2, 8)), tmp_path / "out.onnx")
+    assert [b.factors for b in report.branches] == [("lora_A", "lora_B")] and "lora_A" in report.branches[0].why
+    assert [b.factors for b in report.left] == [("low", "high")] and "LEFT IN" in str(report)
+    assert len({c.shapes for c in report.comparisons}) == 2 and all(c.equivalent for c in report.comparisons)
+
+
+def test_a_quantised_base_is_not_made_float(tmp_path):
+    node = onnx.helper.make_node
+    numbers = {"W": None, "Q": numpy.ones((6, 8), numpy.int8), "s": numpy.float32(0.5).reshape(())}
+    path = summed(tmp_path, base=[node("DequantizeLinear", ["Q", "s"], ["W"])], **numbers)
+    refused(path, "the weight is quantised", "stored in float", "quantise that one")
+
+
+def test_what_an_if_captures_is_read_without_the_adapter(tmp_path):
+    node, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    bodies = {
+        f"{name}_branch": onnx.helper.make_graph(
+            [node(op, ["p"], [name])], name, [], [value(name, onnx.TensorProto.FLOAT, None)]
+        )
+        for name, op in (("then", "Abs"), ("else", "Neg"))
+    }
+    more = [node("If", ["c"], ["i"], **bodies), node("Add", ["p", "d"], ["s"]), node("Mul", ["s", "i"], ["y"])]
+    refused(summed(tmp_path, *more, c=numpy.array(True)), "is read without its adapters too", "Abs")
+
+
+def test_a_mask_of_dropout_is_no_product(tmp_path):
+    node = onnx.helper.make_node
+    more = [
+        node("Dropout", ["d"], ["e", "mask"]), node("Cast", ["mask"], ["f"], to=onnx.TensorProto.FLOAT),
+        node("Add", ["p", "f"], ["y"]),
+    ]  # fmt: skip
+    refused(summed(tmp_path, *more), "no LoRA branch")
+
+
+def test_a_wrong_fold_is_not_written(tmp_path, monkeypatch):
+    from lora_fx.export.onnx import folding
+
+    real = folding.folded_weight
+    path = summed(tmp_path)
+    monkeypatch.setattr(folding, "folded_weight", lambda *args: real(*args) * 1.01)
+    refused(path, "the folded file is not the file that was given", "'y'", "nothing was written")
+    assert not lora_fx.fold_onnx(path, tmp_path / "out.onnx", check=False).comparisons
+
+
+def test_files_that_are_no_graph_are_refused(tmp_path):
+    node = onnx.helper.make_node
+    circle = [node("Add", ["p", "t"], ["s"]), node("Identity", ["s"], ["t"]), node("Add", ["s", "d"], ["y"])]
+    refused(summed(tmp_path, *circle), "reads t, which it or a later node makes", "a circle has none")
+    path = summed(tmp_path)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.data", size_threshold=0)
+    data = (tmp_path / "m.data").read_bytes()
+    (tmp_path / "m.data").write_bytes(data[:40])
+    with pytest.raises(ExportError):
+        lora_fx.fold_onnx(path, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists() or (tmp_path / "out.onnx").read_bytes() == b"the old file"

@@ -2,13 +2,16 @@
 
     Add(op(x, W), Mul(up(down(x, A), B), s))
 
-Names are no help (the TorchScript exporter drops them), so a branch is found by what it does: an Add of one linear op
-of x and of a chain of two, of a smaller inner size, of the same x.
+Names cannot find a branch (the TorchScript exporter drops most of them): it is found by what it does, an Add of one
+linear op of x and of a chain of two of the same x. Names then say whose it is: a model may have a bottleneck of its
+own beside a linear layer, which is the same sum, and no adapter.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -20,6 +23,12 @@ from lora_fx.export.onnx.graphs import as_torch, attribute, order
 from lora_fx.export.onnx.runtimes import refuse
 
 REMEDY = "fold the torch model before it is exported; report the graph to lora_fx if it is a plain LoRA"
+
+#: how PEFT, loralib, kohya and we call the two factors of an adapter
+ADAPTER = re.compile(r"(?<![a-z])lora_(?:embedding_)?(?:[ab]|down|up)(?![a-z])|_lora_\w+\.[ab]\b", re.IGNORECASE)
+
+_FLOATS = frozenset({"FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"})
+_WHOLE = frozenset({"INT32", "INT64"})
 
 _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
@@ -121,6 +130,8 @@ class Branch:
 
     down: Op
     up: Op
+    why: str = ""
+    """What says that it is an adapter's."""
 
     @property
     def scale(self) -> float:
@@ -135,7 +146,7 @@ class Term:
     rest: Any
     """The value that it adds to."""
     branch: Branch | None = None
-    """What it adds; None for a constant."""
+    """What it adds; None for what stays."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +174,13 @@ class Reader:
     Args:
         model: of onnx_ir, its functions inlined and its shapes inferred.
         place: the file, for errors.
+        unnamed: a branch whose names say nothing of an adapter is taken for one, too.
     """
 
-    def __init__(self, model: Any, place: str) -> None:
-        self.model, self.place = model, place
+    def __init__(self, model: Any, place: str, unnamed: bool = False) -> None:
+        self.model, self.place, self.unnamed = model, place, unnamed
+        self.left: dict[Any, tuple[Op, Branch]] = {}
+        """Add → the sum of a linear op and a branch without an adapter's names, which is not asked for."""
         self._inputs = {*model.graph.inputs}
         self._constants: dict[Any, torch.Tensor | None] = {}
 
@@ -214,9 +228,11 @@ class Reader:
             return None
         return torch.from_numpy(outputs[list(node.outputs).index(value)])
 
-    def _scalar(self, value: Any) -> float | None:
+    def _scalar(self, value: Any, beside: Any = None) -> float | None:
+        """One number, which gives the value beside it no more axes."""
         tensor = self.constant(value)
-        return float(tensor) if tensor is not None and tensor.numel() == 1 else None
+        axes = 1 if beside is None or beside.shape is None else len(beside.shape)
+        return float(tensor) if tensor is not None and tensor.numel() == 1 and tensor.ndim <= max(axes, 1) else None
 
     def shape(self, value: Any) -> tuple[int, ...]:
         """Of a constant of floating-point numbers; empty for anything else. An initializer is not read for that."""
@@ -236,9 +252,11 @@ class Reader:
     def op(self, value: Any) -> Op | None:
         """The linear op that gives this value, looked at through scalar factors, casts and reshapes."""
         node = value.producer()
-        given, factor = (None, 1.0) if node is None else self._step(node)
-        if node is None or given is None:
-            return node and self._linear(node)
+        if node is None or value is not node.outputs[0]:  # another one is a mask
+            return None
+        given, factor = self._step(node)
+        if given is None:
+            return self.linear(node)
         found = self.op(given)
         if found is None:
             return None
@@ -250,9 +268,9 @@ class Reader:
         if self._gives_on(node):
             return node.inputs[0], 1.0
         for n, given in enumerate(node.inputs if op_type(node) == "Mul" else ()):
-            if (by := self._scalar(node.inputs[1 - n])) is not None:
+            if (by := self._scalar(node.inputs[1 - n], given)) is not None:
                 return given, by
-        by = self._scalar(node.inputs[1]) if op_type(node) == "Div" else None
+        by = self._scalar(node.inputs[1], node.inputs[0]) if op_type(node) == "Div" else None
         return (node.inputs[0], 1 / by) if by else (None, 1.0)
 
     def _gives_on(self, node: Any) -> bool:
@@ -268,7 +286,8 @@ class Reader:
         mode = node.inputs[2] if len(node.inputs) > 2 else None
         return mode is not None and self._scalar(mode) != 0
 
-    def _linear(self, node: Any) -> Op | None:
+    def linear(self, node: Any) -> Op | None:
+        """The node itself, where it multiplies an activation with a constant."""
         for form in _FORMS:
             if op_type(node) != form.op or (form.unless and attribute(node, form.unless)):
                 continue
@@ -280,7 +299,7 @@ class Reader:
 
     def _source(self, value: Any, reshapes: bool) -> Any:
         """The activation behind casts, and behind reshapes where they are allowed."""
-        while (node := value.producer()) is not None and self._gives_on(node):
+        while (node := value.producer()) is not None and value is node.outputs[0] and self._gives_on(node):
             if op_type(node) == "Reshape" and not reshapes:
                 break
             value = node.inputs[0]
@@ -307,15 +326,72 @@ class Reader:
         while (term := self._term(value, bool(terms))) is not None:
             terms.append(term)
             value = term.rest
+        base = self.op(value) if terms else None
+        terms = [self._asked(term, base) for term in terms]
+        while terms and terms[0].branch is None:
+            terms.pop(0)
         if not terms:
             return None
-        base = self.op(value)
         site = None if base is None or not base.scale else Site(base, tuple(terms))
         if site is None or not all(self._parallel(site.base, branch) for branch in site.branches):
-            self._refuse_narrow(terms)
+            self._refuse_narrow(terms, value)
             return None
+        self._refuse_quantised(site.base.constant)
         self._refuse_tapped(site)
         return site
+
+    def _asked(self, term: Term, base: Op | None) -> Term:
+        """The term, with why its branch is an adapter's; without its branch where nothing says so: then that stays."""
+        if term.branch is None:
+            return term
+        why = self._named(term.branch, base) or ("asked for by unnamed=True" if self.unnamed else "")
+        if not why and base is not None and self._parallel(base, term.branch):
+            self.left[term.add] = base, term.branch
+        return replace(term, branch=replace(term.branch, why=why) if why else None)
+
+    def _named(self, branch: Branch, base: Op | None) -> str:
+        """The names that say that a branch is an adapter's."""
+        found = [match.group() for op in (branch.down, branch.up) if (match := ADAPTER.search(self.names(op)))]
+        if found:
+            return f"named {' and '.join(dict.fromkeys(found))}"
+        if base is None:
+            return ""
+        scope, peft, rest = _scope(base.node).rpartition(".base_layer")
+        inside = all(f"{_scope(op.node)}.".startswith(f"{scope}.") for op in (branch.down, branch.up))
+        if scope and peft and not rest and inside:
+            return f"PEFT's, in {scope} beside its base_layer"
+        if self.model.metadata_props.get("lora_fx.form") == "unfolded" and self.rank(branch) in self._ranks():
+            return f"of rank {self.rank(branch)}, as the file's metadata says"
+        return ""
+
+    def rank(self, branch: Branch) -> int:
+        """How many features there are between its two ops."""
+        sizes, down = self.shape(branch.down.constant), branch.down
+        return (sizes[:2] if down.convolves else sizes[-2:])[down.sides.index("o")] // down.groups
+
+    def _ranks(self) -> set[Any]:
+        """Of the adapters that a file of ours says it has."""
+        try:
+            held = json.loads(self.model.metadata_props.get("lora_fx.weights", "{}"))
+            return {adapter.get("rank") for own in held.values() for adapter in own}
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            return set()
+
+    def names(self, op: Op) -> str:
+        """All that an op and its constant are called, and where in the model they are."""
+        scopes = (op.node.metadata_props.get(key) for key in ("namespace", "pkg.torch.onnx.name_scopes"))
+        held = [value.name for value in self._origins(op.constant)]
+        return " ".join(name for name in (op.node.name, op.node.outputs[0].name, *held, *scopes) if name)
+
+    def _origins(self, constant: Any) -> list[Any]:
+        """All values that a constant is computed from, itself first."""
+        found = dict.fromkeys([constant])
+        for value in (queue := [constant]):
+            node = value.producer()
+            new = [v for v in (node.inputs if node is not None else ()) if v is not None and v not in found]
+            found |= dict.fromkeys(new)
+            queue += new
+        return [*found]
 
     def _term(self, value: Any, within: bool) -> Term | None:
         """The Add that gives this value; one of a constant only within a sum that a branch ends."""
@@ -323,10 +399,15 @@ class Reader:
         if add is None or op_type(add) != "Add":
             return None
         left, right = add.inputs
+        found = []
         for rest, other in ((left, right), (right, left)):
             branch = self._branch(other)
-            if branch is not None and self.constant(rest) is None and _fits(other, rest):
-                return Term(add, rest, branch)
+            if branch is None or self.constant(rest) is not None or not _fits(other, rest):
+                continue
+            if not (branch.down.reshaped or branch.up.reshaped) or _alike(other, rest):
+                found.append(Term(add, rest, branch))
+        if found:  # a layer after a layer looks like a branch, too
+            return next((term for term in found if term.branch and self._named(term.branch, None)), found[0])
         for rest, other in ((left, right), (right, left)):
             if within and self.constant(other) is not None:
                 return Term(add, rest)
@@ -349,6 +430,8 @@ class Reader:
             return False
         if self._source(base.x, by_rows) is not self._source(down.x, by_rows):
             return False
+        if len(self.shape(base.constant)) < max(len(self.shape(op.constant)) for op in (down, up)):
+            return False  # its product has axes that the base's has not
         if not base.convolves:
             return True
         wide, point = (down, up) if base.form.kind is Kind.CONV else (up, down)
@@ -356,30 +439,54 @@ class Reader:
         same = wide.groups == point.groups == base.groups and own == other
         return same and wide.window == base.window and point.stays and {*last} <= {1}
 
-    def _refuse_narrow(self, terms: Sequence[Term]) -> None:
+    def _refuse_narrow(self, terms: Sequence[Term], value: Any) -> None:
         """Two linear ops that are added to something else than a linear op of their input, and look like LoRA."""
+        node = value.producer()
+        what = "an input" if node is None else f"{node.domain}.{node.op_type}".lstrip(".")
         for term in terms:
             if term.branch is None:
                 continue
             down, up = (self.shape(op.constant) for op in (term.branch.down, term.branch.up))
-            axes = down[:2] if term.branch.down.convolves else down[-2:]
-            inner = axes[term.branch.down.sides.index("o")] // term.branch.down.groups
+            inner = self.rank(term.branch)
             if inner * inner >= min(math.prod(down), math.prod(up)):  # not fewer features than it takes and gives
                 continue
+            for held in (v for v in (node.inputs if node is not None else ()) if v is not None):
+                if not self._inputs & {*self._origins(held)}:
+                    self._refuse_quantised(held)
             names = [op.constant.name for op in (term.branch.down, term.branch.up)]
             reason = f"{' and '.join(names)} are two narrow linear ops, added to no single linear op of the same input"
+            reason += f", here to {what}"
             refuse(f"{self.place}, node {term.add.name or term.add.outputs[0].name}", reason, REMEDY)
+
+    def _refuse_quantised(self, weight: Any) -> None:
+        """A sum of a quantised weight and a delta is another weight, in float."""
+        for value in self._origins(weight):
+            node, held = value.producer(), value.const_value
+            coarse = held is not None and len(held.shape) > 1 and held.dtype.name not in _FLOATS
+            if coarse or (node is not None and node.op_type == "DequantizeLinear"):
+                what = f"{value.name}, {held.dtype.name}" if held is not None else f"{node.op_type} {node.name}"
+                reason = f"the weight is quantised ({what}): with a delta in it, it would be stored in float"
+                remedy = "fold the float file and quantise that one, or leave the adapter beside the quantised weight"
+                refuse(f"{self.place}, {weight.name}", reason, remedy)
 
     def _refuse_tapped(self, site: Site) -> None:
         """Nothing else may read the product before all branches are added: it would read the folded weight's."""
         for value in (*(term.rest for term in site.terms), *site.base.path):
-            readers = [node for node in value.consumers() if op_type(node) != "Shape"]
+            readers = [use.node for use in value.uses() if op_type(use.node) != "Shape"]
             if len(readers) > 1 or value.is_graph_output():
                 names = ", ".join(node.name or node.op_type for node in readers)
                 names += " and as an output of the graph" if value.is_graph_output() else ""
                 reason = f"the product with {site.base.constant.name} is read without its adapters too, by {names}"
                 remedy = "export the model without what reads it there (a disabled adapter beside an enabled one)"
                 refuse(f"{self.place}, value {value.name}", reason, remedy)
+
+
+def _scope(node: Any) -> str:
+    """The module that a node is of, as torch's exporters say it: one in its metadata, the other in its name."""
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+    if len(scopes) > 1:
+        return str(scopes[-2])
+    return (node.name or "").strip("/").rpartition("/")[0].replace("/", ".")
 
 
 def op_type(node: Any) -> str:
@@ -395,6 +502,13 @@ def _fits(part: Any, whole: Any) -> bool:
     return len(part.shape) <= len(whole.shape) and not any(a != b and 1 in (a, b) for a, b in pairs)
 
 
+def _alike(part: Any, whole: Any) -> bool:
+    """Their shapes are known to be one: behind a Reshape rows are rows of the product only then."""
+    if part.shape is None or whole.shape is None or len(part.shape) != len(whole.shape):
+        return False
+    return all(isinstance(a, int) or a.value is not None for a in part.shape) and [*part.shape] == [*whole.shape]
+
+
 def _biased(node: Any) -> bool:
     return op_type(node) in ("Gemm", "Conv", "ConvTranspose") and len(node.inputs) > 2 and node.inputs[2] is not None
 
@@ -403,6 +517,5 @@ def _keeps(cast: Any) -> bool:
     """It changes no number, but for rounding."""
     from onnx_ir import DataType
 
-    floats, whole = {"FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"}, {"INT32", "INT64"}
-    to, given = DataType(attribute(cast, "to")).name, cast.inputs[0].dtype
-    return to in floats or (to in whole and given is not None and given.name in whole)
+    given, to = cast.inputs[0].dtype, DataType(attribute(cast, "to")).name
+    return given is not None and any({given.name, to} <= kinds for kinds in (_FLOATS, _WHOLE))

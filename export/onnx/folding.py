@@ -2,32 +2,49 @@
 
     Add(op(x, W), Mul(up(down(x, A), B), s))     ⇒     op(x, W + s·B·A)
 
-All branches of a weight are summed before they are rounded once, by the fold of torch models. A branch that is there
-and cannot be folded is an error, never left in.
+All branches of a weight are summed before they are rounded once, by the fold of torch models. An adapter's branch that
+is there and cannot be folded is an error, never left in; a sum of the model's own is left alone. Then both files run.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from lora_fx.deltas.exact_sum import folded_weight
 from lora_fx.deltas.low_rank import LowRank
-from lora_fx.export.onnx.branches import REMEDY, Branch, Kind, Op, Reader, Site, op_type
+from lora_fx.errors import few
+from lora_fx.export.onnx.branches import ADAPTER, REMEDY, Branch, Kind, Op, Reader, Site, op_type
+from lora_fx.export.onnx.equality import compare_files
 from lora_fx.export.onnx.files import check_file, folder_beside, load_model, move_files, save_model, writable
 from lora_fx.export.onnx.graphs import operators, order
+from lora_fx.export.onnx.runs import Comparison
 from lora_fx.export.onnx.runtimes import refuse, refusing, require
 from lora_fx.graph.layout import Layout
 
-_FACTOR = re.compile(r"lora_(embedding_)?[AB]\b|_lora_\w+\.[AB]\b")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class OnnxBranch:
+    """Two narrow linear ops beside a weight."""
+
+    weight: str
+    """What they were beside: an initializer of the file that was given."""
+    factors: tuple[str, str]
+    """A and B, as they are called there."""
+    why: str
+    """What says that it is an adapter; empty for one that was left in."""
+
+    def __str__(self) -> str:
+        return f"{self.weight} + {' · '.join(self.factors)}{f', {self.why}' if self.why else ''}"
 
 
 @dataclass(frozen=True)
@@ -41,18 +58,33 @@ class OnnxFold:
     """Initializer of the new file → how many branches were folded into it, equal ones of several uses counted once."""
     nodes: tuple[int, int]
     """Before and after."""
+    branches: tuple[OnnxBranch, ...] = ()
+    """What was folded, and why it was taken for an adapter."""
+    left: tuple[OnnxBranch, ...] = ()
+    """What has the shape of an adapter and not the names of one: it stays as it was. `unnamed=True` folds it."""
+    comparisons: tuple[Comparison, ...] = ()
+    """ONNX Runtime on the new file against the old one, on random inputs; none with `check=False`."""
 
     def __str__(self) -> str:
-        return (
+        lines = [
             f"{self.path}: {self.sites} branches folded into {len(self.weights)} weights, "
             f"{self.nodes[0]} nodes before, {self.nodes[1]} after"
-        )
+        ]
+        for what, found in (("folded", self.branches), ("LEFT IN, without an adapter's names", self.left)):
+            lines += [f"{what}: {few([str(branch) for branch in found], _SHOWN)}"] if found else []
+        lines += [f"ONNX Runtime on both, {comparison}" for comparison in self.comparisons]
+        return "\n  ".join(lines if self.comparisons else [*lines, "NOT RUN: check=False"])
 
 
 def fold_onnx(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, external_data: bool | None = None
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    unnamed: bool = False,
+    check: bool = True,
+    external_data: bool | None = None,
 ) -> OnnxFold:
-    """Fold every LoRA branch of an ONNX file into the weight beside it, and write another file.
+    """Fold every LoRA branch of an ONNX file into the weight beside it, and write another file that computes the same.
 
     Takes `export_onnx(adapters="unfolded")`'s files, and PEFT's from either of torch's exporters: linear layers,
     `Conv1D`, convolutions, embeddings, batched experts. Every folded element is W + Σ s·B·A rounded once.
@@ -60,10 +92,13 @@ def fold_onnx(
     Args:
         path: the file with branches; its weights may lie in a file beside it.
         out: the new file, which may be the same. It is replaced in one step.
+        unnamed: fold branches that no name tells to be an adapter's, too. A model's own ``x·W + x·down·up`` is one.
+        check: run both files in ONNX Runtime on random inputs of two shapes, and compare them.
         external_data: as in `export_onnx`.
 
     Raises:
-        ExportError: the file cannot be read, has no branch, or has one that cannot be folded; nothing is written.
+        ExportError: the file cannot be read, has no branch, has one that cannot be folded, or the new file computes
+            something else; nothing is written.
         FoldError: a sum is not finite.
     """
     for package in ("onnx", "onnxscript"):
@@ -72,35 +107,73 @@ def fold_onnx(
 
     target = writable(out)
     model = load_model(Path(path), "pass the path of an ONNX file")
+    _refuse_unsorted(model, str(path))
     with refusing("its functions and shapes cannot be followed", str(path), REMEDY):
         common.InlinePass()(model)
         common.ShapeInferencePass()(model)
     before = operators(model).total()
-    reader = Reader(model, str(path))
-    sites = reader.sites()
+    reader = Reader(model, str(path), unnamed)
+    with refusing("its graph cannot be followed", str(path), REMEDY):
+        sites = reader.sites()
+    left = tuple(_described(base, branch) for base, branch in reader.left.values())
     if not sites:
-        reason = "the graph has no LoRA branch: no Add of a linear op and of two narrow ones of the same input"
-        remedy = 'export with adapters="unfolded", or the model of PEFT before it is merged'
-        refuse(str(path), reason, f"{remedy}; the slots of a switchable graph have no numbers")
+        _refuse_empty(str(path), left)
     alike: dict[Hashable, list[Site]] = {}
     for site in sites:
         alike.setdefault(site.key, []).append(site)
+    found = tuple(_described(site.base, branch) for site in sites for branch in site.branches)
     weights: Counter[str] = Counter()
-    for same in alike.values():
-        weights[_fold(reader, same)] += len(same[0].branches)
-    branches = sum(len(site.branches) for site in sites)
-    common.RemoveUnusedNodesPass()(model)
-    left = [name for name, value in model.graph.initializers.items() if _FACTOR.search(name) and value.uses()]
-    if left:
-        reason = f"{branches} branches were found, and more are there: {', '.join(left[:4])} are still in use"
-        refuse(str(path), reason, REMEDY)
+    with refusing("its branches cannot be folded", str(path), REMEDY):
+        for same in alike.values():
+            weights[_fold(reader, same)] += len(same[0].branches)
+        common.RemoveUnusedNodesPass()(model)
+    _refuse_more(reader, len(found))
     if "lora_fx.form" in model.metadata_props:
         model.metadata_props["lora_fx.form"] = "folded"
     with folder_beside(target) as folder:
         files = save_model(model, folder / target.name, external_data)
         check_file(files[0])
+        comparisons = compare_files(Path(path), files[0], folder) if check else ()
         move_files(files, target)
-    return OnnxFold(target, branches, dict(weights), (before, operators(model).total()))
+    nodes = before, operators(model).total()
+    return OnnxFold(target, len(found), dict(weights), nodes, found, left, comparisons)
+
+
+def _refuse_unsorted(model: Any, place: str) -> None:
+    """A node reads what nodes before it have made: whoever follows values back comes to an end."""
+    for graph in model.graphs():
+        later = {*graph}
+        for node in graph:
+            early = [v.name for v in node.inputs if v is not None and v.producer() in later]
+            if early:
+                reason = f"node {node.name or node.op_type} reads {', '.join(early)}, which it or a later node makes"
+                refuse(place, reason, "put its nodes into order (onnx.checker says more); a circle has none")
+            later.discard(node)
+
+
+def _described(base: Op, branch: Branch) -> OnnxBranch:
+    return OnnxBranch(base.constant.name, (branch.down.constant.name, branch.up.constant.name), branch.why)
+
+
+def _refuse_empty(place: str, left: Sequence[OnnxBranch]) -> NoReturn:
+    if left:
+        reason = f"no branch has the names of an adapter; {len(left)} look like one: {few([*map(str, left)], _SHOWN)}"
+        refuse(place, reason, "pass unnamed=True if they are LoRA and not a bottleneck that the model has itself")
+    reason = "the graph has no LoRA branch: no Add of a linear op and of two narrow ones of the same input"
+    remedy = 'export with adapters="unfolded", or the model of PEFT before it is merged'
+    refuse(place, reason, f"{remedy}; the slots of a switchable graph have no numbers")
+
+
+def _refuse_more(reader: Reader, branches: int) -> None:
+    """What has an adapter's names must be gone."""
+    graphs = [*reader.model.graphs()]
+    used = [n for graph in graphs for n, v in graph.initializers.items() if v.uses() and ADAPTER.search(n)]
+    ops = [op for node in reader.model.graph.all_nodes() if (op := reader.linear(node)) is not None]
+    used += [op.constant.name for op in ops if ADAPTER.search(reader.names(op))]
+    if used:
+        names = few([*dict.fromkeys(used)], _SHOWN)
+        reason = f"{branches} branches were found, and more are there: {names} are still in use"
+        refuse(reader.place, reason, REMEDY)
 
 
 def _fold(reader: Reader, sites: Sequence[Site]) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any, NoReturn
 
-from lora_fx.errors import ExportError, essence
+from lora_fx.errors import ExportError, LoraFxError, essence
 
 CPU = "CPUExecutionProvider"
 GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
@@ -45,9 +45,12 @@ def refuse(place: str, reason: str, remedy: str, cause: BaseException | None = N
 
 @contextmanager
 def refusing(reason: str, place: str, remedy: str) -> Iterator[None]:
-    """Inside, what a package raises becomes an `ExportError`: the reason, and what the package says."""
+    """Inside, what a package raises becomes an `ExportError`: the reason, and what the package says. An error of ours
+    has said it."""
     try:
         yield
+    except LoraFxError:
+        raise
     except Exception as error:
         refuse(place, f"{reason}: {essence(error)}" if reason else essence(error), remedy, error)
 

@@ -110,7 +110,11 @@ def _nonzero(bits: torch.Tensor) -> torch.Tensor:
 def nearest(x: Fraction, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """The number of the dtype from `low` to `high` that is nearest to x; the even one of two as near."""
     first, last = int(ordinal(low)), int(ordinal(high))
-    candidates = [from_ordinal(torch.tensor(n), low.dtype) for n in range(first, last + 1)]
+    while last - first > 1:  # where W and δ cancel, around 0, half of all floats lie between
+        middle = (first + last) // 2
+        below = Fraction(float(from_ordinal(torch.tensor(middle), low.dtype))) <= x
+        first, last = (middle, last) if below else (first, middle)
+    candidates = [from_ordinal(torch.tensor(n), low.dtype) for n in (first, last)]
 
     def distance(value: torch.Tensor) -> tuple[Fraction, int]:
         return abs(Fraction(float(value)) - x), int(value[None].view(_INTEGERS[value.itemsize])) & 1

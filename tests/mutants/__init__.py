@@ -1112,6 +1112,18 @@ MUTANTS = (
         tests=("tests/test_onnx_folding.py::test_a_product_that_is_read_without_its_branch",),
     ),
     Mutant(
+        "onnx_bottleneck_folded_unasked", "export", "export/onnx/branches.py",
+        'or ("asked for by unnamed=True" if self.unnamed else "")', 'or "asked for by unnamed=True"',
+        "A bottleneck that the model has itself is folded as an adapter.",
+        tests=("tests/test_onnx_folding.py::test_a_bottleneck_of_the_models_own_is_folded_only_when_asked",),
+    ),
+    Mutant(
+        "any_folded_file_passes", "export", "export/onnx/equality.py",
+        "        if not comparison.equivalent:\n", "        if comparison is None:\n",
+        "The folded file is run, and whatever it computes is taken.",
+        tests=("tests/test_onnx_folding.py::test_a_wrong_fold_is_not_written",),
+    ),
+    Mutant(
         "checkpoint_shape_unchecked", "export", "export/onnx/weights.py",
         "        if shape != tuple(tensor.shape):", "        if len(shape) > 9:",
         "A weight of another shape goes from a checkpoint into the file.",
