@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import torch
 
-from lora_fx.checks.verification import Report, compare, dither, relative_error
+from lora_fx.checks.verification import Draws, Report, compare, dither, relative_error
 from lora_fx.export.onnx.files import load_model, save_model
 from lora_fx.export.onnx.graphs import as_torch, attribute
 from lora_fx.export.onnx.runs import Comparison
@@ -169,13 +169,13 @@ def _move(model: Any, target: Path) -> Path:
     names = {value.dtype.name.lower() for value in (*held, *given, *made) if value.dtype is not None}
     types = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "double": torch.float64}
     step = max((torch.finfo(types[name]).eps for name in names if name in types), default=0.0)
-    generator = torch.Generator().manual_seed(0)
+    draws = Draws(0)
     for value in held:
         tensor = value.const_value
         if tensor is not None and tensor.dtype.name.lower() in types and len(tensor.shape) > 1:
             weight = as_torch(tensor)
             own = max(step, torch.finfo(weight.dtype).eps)
-            moved = (weight.to(torch.float64) * dither(weight, own, generator)).to(weight.dtype)
+            moved = (weight.to(torch.float64) * dither(weight, own, draws)).to(weight.dtype)
             value.const_value = TorchTensor(moved, name=value.name)
     return save_model(model, target, None)[0]
 
