@@ -33,7 +33,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 import lora_fx
 from lora_fx import LoraFxError, Rule
-from lora_fx.checks.verification import cast_inputs, compare, dither, relative_error, run
+from lora_fx.checks.verification import Draws, cast_inputs, compare, dither, relative_error, run
 from lora_fx.errors import CaptureError
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.model.inventory import inventory
@@ -153,10 +153,10 @@ class Truth:
     @cached_property
     def noise(self) -> float:
         """How far one rounding step in every weight moves the output."""
-        generator = torch.Generator().manual_seed(0)
+        draws = Draws(0)
         step = torch.finfo(self.case.dtype).eps / 2
         weights = {name: p.detach() for name, p in self.wide.named_parameters(remove_duplicate=False)} | self.sums
-        moved = {name: weight * dither(weight, step, generator) for name, weight in weights.items()}
+        moved = {name: weight * dither(weight, step, draws) for name, weight in weights.items()}
         return relative_error(self._run(moved), self.right, self.right)
 
     def verdict(self, model: nn.Module) -> str:
