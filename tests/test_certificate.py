@@ -245,7 +245,26 @@ class Buffered(nn.Module):
         return self.layer(self.layer(x, self.first).relu(), self.second)
 
 
-@pytest.mark.parametrize(("make", "inputs", "uses"), [(Positions, IDS, 2), (Buffered, torch.randn(4, 5), 4)])
+class Accumulated(nn.Module):
+    """A product is added to another one, in place and in float64: nothing is cast, and so nothing copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(6, 5, dtype=torch.float64))
+        self.second = nn.Parameter(torch.randn(5, 6, dtype=torch.float64))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.first).addmm_(x, self.second)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "uses"),
+    [
+        (Positions, IDS, 2),
+        (Buffered, torch.randn(4, 5), 4),
+        (Accumulated, torch.randn(4, 5, dtype=torch.float64), 2),
+    ],
+)
 def test_what_writes_in_place_is_measured_as_it_is(make, inputs, uses):
     torch.manual_seed(0)
     certificate = lora_fx.certify(lora_fx.apply(make(), EVERYTHING, inputs), inputs)

@@ -1615,7 +1615,7 @@ MUTANTS = (
         "certificate_writes_into_the_model", "sites", "lora_fx/checks/certification.py",
         "return own.clone() if argument in written else own", "return own",
         "A use in place is held against one that has been written into already.",
-        tests=of_sites("addmm_"),
+        tests=("tests/test_certificate.py::test_what_writes_in_place_is_measured_as_it_is",),
     ),
     Mutant(
         "uses_of_constants_uncounted", "sites", "lora_fx/checks/certification.py",
