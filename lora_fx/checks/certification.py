@@ -323,6 +323,7 @@ class Flow:
         self.mixed: dict[fx.Node, frozenset[int]] = {}
         """node made of weights and θ alone, as δ(W, θ) is → the ids of the adapters."""
         self._pure: set[fx.Node] = set(captured.tensors)
+        self._inside: dict[Reading, frozenset[fx.Node]] = {}
         self._find_roots(storages)
         consumers = [n for n in captured.graph.nodes if n.op == "call_function" and self._consumes(n)]
         self.readings = [self._reading(node) for node in consumers]
@@ -342,6 +343,11 @@ class Flow:
     def inside(self, reading: Reading) -> frozenset[fx.Node]:
         """The nodes from a use to the end of its branches: what is made of it or of weights and factors, and not of
         what made its other operands."""
+        if reading not in self._inside:
+            self._inside[reading] = self._found_inside(reading)
+        return self._inside[reading]
+
+    def _found_inside(self, reading: Reading) -> frozenset[fx.Node]:
         before = self._ancestors(n for n in reading.node.all_input_nodes if n not in self.carriers)
         found: dict[fx.Node, bool] = {reading.node: True}
 
