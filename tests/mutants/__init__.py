@@ -2128,4 +2128,9 @@ MUTANTS = (
         "    if storage == id(tensor):\n        return (storage,)\n", "",
         "A tensor without a storage is asked for its strides.",
     ),
+    Mutant(
+        "a_sum_laid_out_anew", "schedules", "lora_fx/deltas/schedules.py",
+        "    return result.as_strided(result.shape, strides)", "    return result",
+        "An axis of one element gets another stride, and torch's convolutions round in another order.",
+    ),
 )  # fmt: skip
