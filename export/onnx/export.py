@@ -185,8 +185,9 @@ def exporting(
     example_inputs: Any, path: str | os.PathLike[str], *, check: bool = True, prove: bool = False, **options: Any
 ) -> tuple[Pass, ...]:
     """The passes of `export_onnx`: its options are their fields."""
-    checks = [*([Run] if check else []), *([Prove] if prove else [])]
-    kinds: tuple[Any, ...] = (Prepare, Certify, Translate, Optimise, Write, *checks, Publish)
+    measured, checks = ([Certify], [Run]) if check else ([], [])
+    proofs = [Prove] if prove else []
+    kinds: tuple[Any, ...] = (Prepare, *measured, Translate, Optimise, Write, *checks, *proofs, Publish)
     options |= {"example_inputs": example_inputs, "path": path, "prove": prove}
     passes = tuple(kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options}) for kind in kinds)
     if options:
@@ -330,7 +331,9 @@ class Certify(Pass):
     def call(self, model: nn.Module, facts: Facts) -> Result:
         if facts[Job].checkpoint or not inventory(model).storages():
             return Result(model, False)
-        return Result(model, False, (certify_adapted(model, facts[Job].call.inputs, facts.undo, gradients=False),))
+        return Result(
+            model, False, (certify_adapted(model, facts[Job].call.inputs, facts.undo, gradients=False, whole=False),)
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import copy
 import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.changes import Undo, in_turn, safe_point, undone
 from lora_fx.checks.oracles import delta
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import CaptureError, EquivalenceError, LoraFxError, essence
 from lora_fx.graph.capture import Inputs, does_not_run, normalize_inputs, output_tensors
+from lora_fx.graph.nodes import is_float
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import Instead, is_away, is_plain, loader, refuse_any_away, refuse_shards, without_numbers
 from lora_fx.graph.program import capture, storage_of
@@ -244,8 +246,25 @@ def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 def rounding_step(model: nn.Module, inputs: Inputs) -> float:
     """The coarsest rounding step at which the model multiplies with a weight."""
-    steps = [torch.finfo(p.dtype).eps / 2 for p in model.parameters() if p.is_floating_point()]
-    return max([*steps, *(use.rounding for use in capture(model, inputs).uses if use.multiplies)], default=0.0)
+    stored = max((torch.finfo(p.dtype).eps / 2 for p in model.parameters() if p.is_floating_point()), default=0.0)
+    with suppress(CaptureError), _Rounding() as rounding:
+        run(model, inputs)
+        if rounding.step <= stored:
+            return stored
+    # Some op puts out what is rounded more coarsely: whether that is a weight, or a product with one, a capture knows.
+    return max([stored, *(use.rounding for use in capture(model, inputs).uses if use.multiplies)])
+
+
+class _Rounding(TorchDispatchMode):
+    """The coarsest rounding step of what any op puts out."""
+
+    step = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t.dtype for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and is_float(t)]
+        self.step = max([self.step, *(torch.finfo(dtype).eps / 2 for dtype in made)])
+        return out
 
 
 class Draws:
@@ -448,17 +467,21 @@ def with_dense_weights(
                 continue
             weight = parameter.detach()
             own = delta(weight, *storage.adapters).to(parameter.device)
-            changed = own != 0
+            axis = storage.adapters[0].layout.sides.index("o")
+            changed = (
+                own.movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
+            )  # output features: a mask would be large
+            old = weight.index_select(axis, changed)
             if storage.split:
                 undo.append(partial(storage.replace, parameter))
                 weight = weight.clone()
                 storage.replace(nn.Parameter(weight, False))
             else:
-                undo.append(partial(_put_back, weight, changed, weight[changed].clone()))
-            new = weight.to(torch.float64) + own
+                undo.append(partial(weight.index_copy_, axis, changed, old))
+            new = own.index_select(axis, changed).add_(old)
             if step is not None:
-                new *= dither(weight, step, draws)
-            weight[changed] = new.to(weight.dtype)[changed]
+                new *= dither(new, step, draws)
+            weight.index_copy_(axis, changed, new.to(weight.dtype))
         yield
 
 
@@ -469,7 +492,3 @@ def _dense(storage: Storage, step: float | None, draws: Draws, weight: torch.Ten
     if step is not None:
         total *= dither(weight, step, draws)
     return total.to(weight.dtype)
-
-
-def _put_back(weight: torch.Tensor, changed: torch.Tensor, old: torch.Tensor) -> None:
-    weight[changed] = old

@@ -1004,7 +1004,7 @@ MUTANTS = (
     ),
     Mutant(
         "self_check_leaves_the_sum", "verification", "lora_fx/checks/verification.py",
-        "weight[changed] = old", "pass",
+        "undo.append(partial(weight.index_copy_, axis, changed, old))", "pass",
         "After apply the base weights hold the dense sum of the check.",
     ),
     Mutant(
