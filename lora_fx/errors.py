@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 _NAMES, _REASONS = 5, 5  # shown: places of each reason, reasons of each error
+_CHARACTERS = 4000  # and of each part of a message
 _Error = TypeVar("_Error", bound="LoraFxError")
 
 
@@ -20,10 +21,15 @@ class LoraFxError(Exception):
 
     def __init__(self, reason: str, *, place: str, remedy: str) -> None:
         self.reason, self.place, self.remedy = reason, place, remedy
-        super().__init__(f"{place}: {reason}\n  → {remedy}")
+        super().__init__(f"{_shown(place)}: {_shown(reason)}\n  → {_shown(remedy)}")
 
     def __reduce__(self) -> tuple:
         return _restore, (type(self), self.reason, self.place, self.remedy)
+
+
+def _shown(text: str) -> str:
+    """A file may hold millions of characters where a word should be."""
+    return text if len(text) <= _CHARACTERS else f"{text[: _CHARACTERS // 2]} … {text[-_CHARACTERS // 2 :]}"
 
 
 def _restore(cls: type[LoraFxError], reason: str, place: str, remedy: str) -> LoraFxError:

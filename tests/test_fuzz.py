@@ -8,6 +8,7 @@ loaded from a damaged one must be what it says, by a reader of the format that i
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -270,7 +271,7 @@ def in_our_header(change: Callable[[bytes, random.Random], bytes]) -> Callable[[
     """A change of our own header. Half of them come with the digest that a forger would put beside it."""
 
     def changed(data: bytes, at: random.Random) -> bytes:
-        from lora_fx.export.adapters.folder import _digest
+        from lora_fx.reading import tensors_digest
 
         table, numbers = parse(data)
         meta = table["__metadata__"]
@@ -278,7 +279,7 @@ def in_our_header(change: Callable[[bytes, random.Random], bytes]) -> Callable[[
             return in_header(change)(data, at)
         meta[HEADER] = change(meta[HEADER].encode(), at).decode("utf-8", "replace")
         if at.random() < 0.5:
-            meta[DIGEST] = _digest(meta[HEADER], data)
+            meta[DIGEST] = tensors_digest(meta[HEADER], io.BytesIO(data))
             meta["forged"] = "yes"
         return packed(table, numbers)
 

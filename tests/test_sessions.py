@@ -16,8 +16,8 @@ import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import compare
 from lora_fx.errors import AdapterError, ExportError
-from lora_fx.export import Session, save_onnx_adapter, save_onnx_weights
-from lora_fx.export.onnx import runtimes
+from lora_fx.export import Session, onnx_digest, save_onnx_adapter, save_onnx_weights
+from lora_fx.export.onnx import loading, runtimes
 from tests import reference
 
 pytestmark = pytest.mark.onnx
@@ -214,6 +214,7 @@ def adapter_file(path: Path, factors: dict, version: int) -> Path:
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in factors.items()}
     file.set_parameters(values)
     file.export_adapter(str(path))
+    loading.seal(path)
     return path
 
 
@@ -236,7 +237,10 @@ def test_an_adapter_that_does_not_fit_is_refused(place, tmp_path):
         refused(lambda path=path: session.load_adapter(path), said, str(path))
     for damage in (b"", b"nonsense", place.files["three"].read_bytes()[:50]):
         (tmp_path / "damaged").write_bytes(damage)
-        refused(lambda: session.load_adapter(tmp_path / "damaged"), "no adapter file", "save_onnx_adapter")
+        refused(lambda: session.load_adapter(tmp_path / "damaged"), "it has no digest", "save_onnx_adapter")
+        if damage:
+            loading.seal(tmp_path / "damaged")
+            refused(lambda: session.load_adapter(tmp_path / "damaged"), "no adapter file", "save_onnx_adapter")
     assert session.adapters.keys() == {"one"}
 
 
@@ -287,8 +291,11 @@ def test_a_file_without_slots_and_one_that_was_changed(place, tmp_path):
             said["inputs"]["head.weight.lora_A"]["shape"] = [0, 7]
             prop.value = json.dumps(said)
     onnx.save(file, tmp_path / "c.onnx")
-    refused(lambda: Session(tmp_path / "c.onnx"), "no input 'head.weight.lora_A' of float32 [0, 7]", "another tool")
-    refused(lambda: Session(tmp_path / "missing.onnx"), "does not load", "missing.onnx")
+    digest = onnx_digest(tmp_path / "c.onnx")
+    refused(lambda: Session(tmp_path / "c.onnx"), "damaged, or were changed since", f"digest={digest!r}")
+    told = lambda: Session(tmp_path / "c.onnx", digest=digest)  # noqa: E731
+    refused(told, "no input 'head.weight.lora_A' of float32 [0, 7]", "another tool")
+    refused(lambda: Session(tmp_path / "missing.onnx"), "cannot be read", "missing.onnx")
 
 
 def test_tensors_through_kwargs_leave_no_place_for_slots(tmp_path):

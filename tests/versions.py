@@ -1,7 +1,7 @@
 """python -m tests.versions [names] [--torch V] [--transformers V] [--peft V] [--python FILE] [--folder FOLDER]
 
-The laws and the integration tests on other versions of what lora_fx stands on. Each set of versions gets an environment
-of its own, which a second run finds again; what a set leaves open, pip takes the newest of.
+The laws, the integration tests and those of files on other versions of what lora_fx stands on. Each set of versions
+gets an environment of its own, which a second run finds again; what a set leaves open, pip takes the newest of.
 
     python -m tests.versions                        # torch-2.13 and newest
     python -m tests.versions lowest                 # every lower bound of pyproject.toml, taken at its word
@@ -28,6 +28,9 @@ NAMED = ("torch", "transformers", "peft")
 RUNS = {
     "laws": ("-m", "laws", "tests/test_laws.py", "tests/test_random_laws.py"),
     "integration": ("tests/test_integration.py",),
+    "files": tuple(
+        f"tests/test_{of}.py" for of in ("onnx", "onnx_folding", "sessions", "hostile_files", "adapter_files")
+    ),
 }
 ANNOUNCEMENTS = ("-W", "default::FutureWarning", "-W", "default::DeprecationWarning")
 COUNT = re.compile(r"^[=\s]*((?:\d+ \w+(?:, )?)+) in [\d.]+s.*$", re.M)

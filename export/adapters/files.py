@@ -48,7 +48,6 @@ from lora_fx.export.adapters.folder import (
     VERSION,
     Folder,
     read_folder,
-    refuse,
     write_folder,
 )
 from lora_fx.export.adapters.peft import ITS_BASE, Layer, Modules, turned
@@ -63,6 +62,7 @@ from lora_fx.passes.base import Facts, Pass, Result, given
 from lora_fx.passes.insert import Check, Insert, Rewrite
 from lora_fx.passes.pipeline import Pipeline
 from lora_fx.passes.planning import Plan, Row, Schedule, plan_rows, read_program
+from lora_fx.reading import boundary, refuse
 
 _BOTH = "restore both files of one save; a change of settings is saved from the model"
 _OWN_FORMAT = "save_adapter(..., peft=False) writes a folder that lora_fx can load and PEFT refuses"
@@ -469,7 +469,8 @@ class Read(Pass):
     def call(self, model: nn.Module, facts: Facts) -> Result:
         folder = read_folder(Path(self.path))
         with unwired(model):
-            saved = _read_own(model, folder, folder.header) if folder.header else _read_peft(model, folder)
+            with boundary("it cannot be put into this model", str(folder.path), ITS_BASE):
+                saved = _read_own(model, folder, folder.header) if folder.header else _read_peft(model, folder)
             name = self.adapter or (folder.header["name"] if folder.header else "default")
             _refuse_name(model, name)
             program = read_program(model, self.example_inputs)
@@ -555,15 +556,19 @@ def _read_own(model: nn.Module, folder: Folder, header: dict[str, Any]) -> list[
             near = difflib.get_close_matches(name, modules.parameters, 3)
             refuse(place, f"the model has no weight {name!r}", f"{ITS_BASE}; near: {', '.join(near) or 'none'}")
     raw = [] if own else list(config.get("target_parameters") or ())
-    try:
-        return [_entry(modules, entry, raw, folder) for entry in header["adapters"]]
-    except KindError as error:
-        refuse(place, f"{error.place}: {error.reason}", error.remedy, error)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        refuse(place, f"its header does not describe its tensors: {error!r}", "save the adapter again", error)
+    with boundary("its header does not describe its tensors", place, "save the adapter again"):
+        whole = [entry["weights"][0] for entry in header["adapters"] if entry.get("keys") is None]
+        layers = {name: modules.layer(name, raw) for name in whole}
+        ranks = peft_format.ranks(folder, [layer.target for layer in layers.values()])
+        try:
+            return [_entry(modules, entry, layers, ranks, folder) for entry in header["adapters"]]
+        except KindError as error:
+            refuse(place, f"{error.place}: {error.reason}", error.remedy, error)
 
 
-def _entry(modules: Modules, entry: dict[str, Any], raw: list[str], folder: Folder) -> _Saved:
+def _entry(
+    modules: Modules, entry: dict[str, Any], layers: Mapping[str, Layer], ranks: Mapping[str, int], folder: Folder
+) -> _Saved:
     name, sides, kind = entry["weights"][0], str(entry["sides"]), kind_named(str(entry.get("kind", "lora")))
     parameter, keys = modules.parameter(name), entry.get("keys")
     assert parameter is not None and set(sides) <= set("boi"), f"{sides!r} are no axes of {name}"
@@ -571,12 +576,12 @@ def _entry(modules: Modules, entry: dict[str, Any], raw: list[str], folder: Fold
     layout, settings = Layout(sides, tuple(parameter.shape)), kind.complete(_settings(entry))
     rows: tuple[int, ...] | None = None
     if keys is None:
-        layer = modules.layer(name, raw)
+        layer = layers[name]
         place, start, stop = folder.tensor(layer.keys[0]), int(entry["start"]), int(entry["start"]) + settings["rank"]
         if (kind.name == "dora") != bool(folder.config.get("use_dora")):  # as in a file from before there was DoRA
             reason = f"it says {folder.config.get('use_dora')!r}, and {TENSORS} was written with the kind {kind.name!r}"
             refuse(folder.option("use_dora"), reason, _BOTH)
-        whole = layer.decode(folder)
+        whole = layer.decode(folder, ranks[layer.target])
         B = torch.ldexp(whole.B[..., start:stop], torch.tensor(-int(entry["shift"])))
         delta = turned(replace(whole, A=whole.A[..., start:stop, :], B=B, rank=settings["rank"]), sides)
         assert delta is not None, f"{sides!r} are no axes of {name}"
@@ -633,11 +638,12 @@ def _read_peft(model: nn.Module, folder: Folder) -> list[_Saved]:
         refuse(folder.option("target_modules"), reason, ITS_BASE)
     if why := peft_format.why_not_together([layer for _, layer in targeted], bool(config.get("fan_in_fan_out"))):
         refuse(folder.option("fan_in_fan_out"), why, peft_format.TRAIN)
-    kind = kind_named("dora" if config.get("use_dora") else "lora")
+    kind, targets = kind_named("dora" if config.get("use_dora") else "lora"), [layer.target for _, layer in targeted]
+    ranks, alphas = peft_format.ranks(folder, targets), peft_format.alphas(folder, targets)
     for name, layer in targeted:
         if kind.name == "dora" and (why := layer.why_not_dora):
             refuse(f"{folder.option('use_dora')}: {name}", why, peft_format.TRAIN)
-        delta = layer.decode(folder)
+        delta = layer.decode(folder, ranks[layer.target])
         theta = {"A": delta.A, "B": delta.B, **(layer.sizes(folder) if kind.name == "dora" else {})}
         for key in (*layer.keys, *([layer.magnitude] if kind.name == "dora" else [])):
             del rest[key]
@@ -646,7 +652,7 @@ def _read_peft(model: nn.Module, folder: Folder) -> list[_Saved]:
             refuse(folder.option("peft_version"), reason, "merge it into its base with PEFT (merge_and_unload)")
         settings = {
             "rank": delta.rank,
-            "alpha": peft_format.alpha_of(config, layer.target) * layer.times,
+            "alpha": float(alphas[layer.target]) * layer.times,
             "scaling": "rslora" if config.get("use_rslora") else "standard",
             # PEFT drops nothing on embeddings and attention
             "dropout": 0.0 if layer.kind in ("embedding", "attention") else float(config.get("lora_dropout") or 0.0),

@@ -18,10 +18,12 @@ import torch
 from torch import nn
 
 from lora_fx.deltas.low_rank import LowRank
-from lora_fx.export.adapters.folder import Folder, refuse
+from lora_fx.export.adapters.folder import Folder
+from lora_fx.export.adapters.patterns import EVERY, matching
 from lora_fx.graph.layout import Layout
 from lora_fx.model.classes import spec_of
 from lora_fx.model.inventory import inventory, plain_path, weight_name
+from lora_fx.reading import refuse
 
 ITS_BASE = "load the base model it was made for"
 TRAIN = "train it with lora_fx.apply, which computes W + s·B·A there"
@@ -108,9 +110,8 @@ class Layer:
         factors = A, B.permute(1, 2, 0) if self.layout.batch else B
         return {key: t.reshape(shape) for key, t, shape in zip(self.keys, factors, shapes, strict=True)}
 
-    def decode(self, folder: Folder) -> LowRank:
+    def decode(self, folder: Folder, rank: int) -> LowRank:
         """B·A out of a folder, not scaled: the inverse of `encode`."""
-        rank = int(_pattern_value(folder.config, "rank_pattern", self.target, folder.config.get("r") or 8))
         for key, want in zip(self.keys, self.shapes(rank), strict=True):
             if key not in folder.tensors:
                 remedy = "restore the file; its config says that this layer is adapted"
@@ -341,9 +342,10 @@ def targeted_layers(modules: Modules, folder: Folder) -> Iterator[tuple[str, Lay
     every = str(config.get("target_modules")).lower() == "all-linear"
     given: Any = getattr(modules.model, "get_output_embeddings", None) if every else None
     head = given() if given else None
+    targets = set() if every else _targets(modules, folder)
     for module, (path, *_) in modules.modules.items():
         linear = known_kind(module, "weight") in ("linear", "conv1d") and module is not head
-        if not path or not (linear if every else _is_target(config, path)):
+        if not path or not (linear if every else path in targets):
             continue
         taken, attention = f"it takes {path}, a {type(module).__name__}", isinstance(module, nn.MultiheadAttention)
         if isinstance(modules.parent(path), nn.MultiheadAttention):
@@ -367,43 +369,56 @@ def _loadable(modules: Modules, name: str, raw: Sequence[str], place: str) -> tu
     return name, modules.layer(name, raw)
 
 
-def _is_target(config: dict, path: str) -> bool:
-    """PEFT's matching: excluded, full match of a pattern, exact path, or the end of a path in one of the layers."""
-    exclude, target = config.get("exclude_modules"), config.get("target_modules")
-    if exclude and (re.fullmatch(exclude, path) if isinstance(exclude, str) else _ends_in(path, exclude)):
-        return False
-    if isinstance(target, str):
-        return re.fullmatch(target, path) is not None
-    if target is None or path in target:
-        return target is not None
-    return _ends_in(path, target) and _in_layers(config, path)
+def _targets(modules: Modules, folder: Folder) -> set[str]:
+    """PEFT's matching: not excluded, and a full match of a pattern, an exact path, or the end of a path in one of the
+    layers."""
+    config, paths = folder.config, [path for path, *_ in modules.modules.values()]
+
+    def taken(key: str) -> set[str]:
+        given = config.get(key) or ()
+        if isinstance(given, str):
+            return {*matching([given], paths, folder.option(key))[0]}
+        return {path for path in paths if _ends_in(path, given)}
+
+    exact, found = config.get("target_modules") or (), taken("target_modules")
+    if not isinstance(exact, str):
+        found = found & ({*exact} | _in_layers(folder, paths))
+    return found - taken("exclude_modules")
 
 
-def _in_layers(config: dict, path: str) -> bool:
-    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+def _in_layers(folder: Folder, paths: Sequence[str]) -> set[str]:
+    layers, patterns = (folder.config.get(key) for key in ("layers_to_transform", "layers_pattern"))
     if layers is None or layers == []:
-        return True
-    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or [r"[^.]*"]
-    starts = r".*?\." if patterns == [r"[^.]*"] else r"(?:^|.*?\.)"
-    found = next(filter(None, (re.match(rf"{starts}{p}\.(\d+)\.", path) for p in patterns)), None)
-    return found is not None and int(found[found.lastindex or 1]) in ([layers] if isinstance(layers, int) else layers)
+        return {*paths}
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or [EVERY]
+    start = r".*?\." if patterns == [EVERY] else r"(?:^|.*?\.)"
+    numbers: dict[str, str] = {}
+    for found in matching(patterns, paths, folder.option("layers_pattern"), (start, r"\.(\d+)\.")):
+        numbers = found | numbers  # the first pattern decides
+    wanted = [layers] if isinstance(layers, int) else layers
+    return {path for path, number in numbers.items() if int(number) in wanted}
 
 
 def _ends_in(path: str, targets: Sequence[str]) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
-def _pattern_value(config: dict, key: str, target: str, default: Any) -> Any:
-    """The value of the first pattern, in the file's order, that matches the target."""
-    for pattern, value in (config.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", target):
-            return value
-    return default
+def _values(folder: Folder, key: str, targets: Sequence[str], default: Any) -> dict[str, Any]:
+    """For each target the value of the first pattern, in the file's order, that matches it."""
+    table, values = folder.config.get(key) or {}, dict.fromkeys(targets, default)
+    found = matching([*table], targets, folder.option(key), (r"(.*\.)?(", ")$"))
+    for value, own in reversed([*zip(table.values(), found, strict=True)]):
+        values |= dict.fromkeys(own, value)
+    return values
 
 
-def alpha_of(config: dict, target: str) -> float:
-    alpha = config.get("lora_alpha")
-    return float(_pattern_value(config, "alpha_pattern", target, 8 if alpha is None else alpha))
+def ranks(folder: Folder, targets: Sequence[str]) -> dict[str, int]:
+    return _values(folder, "rank_pattern", targets, folder.config.get("r") or 8)
+
+
+def alphas(folder: Folder, targets: Sequence[str]) -> dict[str, float]:
+    alpha = folder.config.get("lora_alpha")
+    return _values(folder, "alpha_pattern", targets, 8 if alpha is None else alpha)
 
 
 def release(config: dict) -> tuple[int, ...]:

@@ -30,6 +30,17 @@ ADAPTER = re.compile(r"(?<![a-z])lora_(?:embedding_)?(?:[ab]|down|up)(?![a-z])|_
 _FLOATS = frozenset({"FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"})
 _WHOLE = frozenset({"INT32", "INT64"})
 
+#: ops that take a number of steps that their inputs and outputs bound; others are evaluated where these are small
+_LINEAR = frozenset({
+    "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "DequantizeLinear", "Div", "Expand", "Flatten", "Gather",
+    "Mul", "Neg", "Pad", "Pow", "Range", "Reciprocal", "Reshape", "Shape", "Slice", "Split", "Sqrt", "Squeeze", "Sub",
+    "Tile", "Unsqueeze", "Where",
+})  # fmt: skip
+_SMALL = 2**16  # elements
+_MADE = 2**24  # bytes that a file of any size may make of its constants
+_TIMES = 16  # how many times its own bytes it may make
+_EVALUATED = 10_000  # nodes
+
 _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
@@ -183,6 +194,21 @@ class Reader:
         """Add → the sum of a linear op and a branch without an adapter's names, which is not asked for."""
         self._inputs = {*model.graph.inputs}
         self._constants: dict[Any, torch.Tensor | None] = {}
+        self._fixed = self._computed()
+        held = [v.const_value.nbytes for graph in model.graphs() for v in graph.initializers.values() if v.const_value]
+        self._bytes, self._nodes = _MADE + _TIMES * sum(held), _EVALUATED
+        """What may still be evaluated."""
+
+    def _computed(self) -> set[Any]:
+        """The values that nodes compute of constants alone. A node reads what nodes before it have made."""
+        from onnx_ir.convenience import get_const_tensor
+
+        found: set[Any] = set()
+        for node in self.model.graph.all_nodes():
+            given = [v for v in node.inputs if v is not None and v not in found]
+            if all(v not in self._inputs and get_const_tensor(v) is not None for v in given):
+                found.update(node.outputs)
+        return found
 
     def constant(self, value: Any) -> torch.Tensor | None:
         """The numbers of a value that no input of the graph can change."""
@@ -192,6 +218,8 @@ class Reader:
             return None
         if (tensor := get_const_tensor(value)) is not None:
             return as_torch(tensor)
+        if value not in self._fixed:
+            return None
         if value not in self._constants:
             self._constants[value] = self._evaluate(value)
         return self._constants[value]
@@ -218,6 +246,8 @@ class Reader:
         if kind in ("Transpose", "Identity"):  # numpy has no bfloat16
             (only,) = inputs.values()
             return only.permute(order(node, only.ndim))
+        if not self._affordable(node, sum(tensor.numel() for tensor in inputs.values())):
+            return None
         try:
             proto = onnx_ir.to_proto(node)
             opsets = [onnx.helper.make_opsetid(*opset) for opset in self.model.opset_imports.items()]
@@ -227,6 +257,31 @@ class Reader:
         except Exception:
             return None
         return torch.from_numpy(outputs[list(node.outputs).index(value)])
+
+    def _affordable(self, node: Any, read: int) -> bool:
+        """Its outputs are known to be of a size that can be made, and it makes them in time.
+
+        Raises:
+            ExportError: all that was made is too much.
+        """
+        made = 0
+        for value in node.outputs:
+            sizes = (
+                None if value.shape is None or value.dtype is None else [getattr(n, "value", n) for n in value.shape]
+            )
+            if sizes is None or not all(isinstance(size, int) for size in sizes):
+                return False
+            made += math.prod(sizes) * math.ceil(value.dtype.itemsize)
+        if op_type(node) not in _LINEAR and max(read, made) > _SMALL:
+            return False
+        self._bytes, self._nodes = self._bytes - made, self._nodes - 1
+        if self._bytes < 0 or self._nodes < 0:
+            reason = (
+                f"its constants are computed by too much: the last node, {node.name or node.op_type}, makes {made:,} "
+            )
+            reason += f"bytes, and the file's own size bounds what may be made, as {_EVALUATED:,} nodes do"
+            refuse(self.place, reason, "evaluate its constants first, as onnxscript.optimizer.fold_constants does")
+        return True
 
     def _scalar(self, value: Any, beside: Any = None) -> float | None:
         """One number, which gives the value beside it no more axes."""

@@ -18,8 +18,9 @@ import numpy
 import torch
 
 from lora_fx.checks.verification import Draws, Report, compare, dither, relative_error
-from lora_fx.export.onnx.files import load_model, save_model
+from lora_fx.export.onnx.files import save_model
 from lora_fx.export.onnx.graphs import as_torch, attribute
+from lora_fx.export.onnx.loading import load_model
 from lora_fx.export.onnx.runs import Comparison
 from lora_fx.export.onnx.runtimes import CPU, quiet_options, refuse, refusing, require
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_fx.changes import foreign, signals_wait
 from lora_fx.errors import LoraFxError
+from lora_fx.export.onnx.loading import SEAL, seal
 from lora_fx.export.onnx.runtimes import refuse, refusing
 
 INLINE = 2**31 - 2**26
@@ -49,16 +50,9 @@ def folder_beside(target: Path) -> Iterator[Path]:
             refuse(str(target), f"the file cannot be written: {error}", "make room, or pass another path", error)
 
 
-def load_model(path: Path, remedy: str) -> Any:
-    import onnx_ir
-
-    with refusing("it cannot be read", str(path), remedy):
-        return onnx_ir.load(path)
-
-
 @foreign()
 def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]:
-    """The model's file, and its data file if it has one. The model names its data file without a folder."""
+    """The model's file, sealed, and its data file if it has one. The model names its data file without a folder."""
     import onnx_ir
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
@@ -66,6 +60,7 @@ def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]
         reason = f"{size:,} bytes of weights do not fit into one ONNX file, which ends at 2 GiB"
         refuse("external_data", reason, "leave external_data out")
     data = path.with_name(f"{path.name}.data")
+    model.metadata_props.pop(SEAL, None)
     try:
         if not (external_data or size > INLINE):
             onnx_ir.external_data.load_to_model(model)  # what was read from another file's data
@@ -77,7 +72,9 @@ def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]
         while inner is not None and not isinstance(inner, LoraFxError | OSError):
             inner = inner.__cause__
         raise inner or error from error
-    return [path, data] if data.exists() else [path]
+    beside = [data] if data.exists() else []
+    seal(path, beside)
+    return [path, *beside]
 
 
 def check_file(path: Path) -> None:
@@ -118,7 +115,11 @@ def _pass(graph: Path, data: Path, target: Path) -> None:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = aside.name
+    kept = [entry for entry in model.metadata_props if entry.key != SEAL]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
     passing.write_bytes(model.SerializeToString())
+    seal(passing, [data])
     try:
         shutil.copyfile(data, aside)
         os.replace(passing, target)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,8 +23,9 @@ from lora_fx.deltas.low_rank import LowRank
 from lora_fx.errors import few
 from lora_fx.export.onnx.branches import ADAPTER, REMEDY, Branch, Kind, Op, Reader, Site, op_type
 from lora_fx.export.onnx.equality import compare_files
-from lora_fx.export.onnx.files import check_file, folder_beside, load_model, move_files, save_model, writable
+from lora_fx.export.onnx.files import check_file, folder_beside, move_files, save_model, writable
 from lora_fx.export.onnx.graphs import operators, order
+from lora_fx.export.onnx.loading import load_model
 from lora_fx.export.onnx.runs import Comparison
 from lora_fx.export.onnx.runtimes import refuse, refusing, require
 from lora_fx.graph.layout import Layout
@@ -107,7 +108,6 @@ def fold_onnx(
 
     target = writable(out)
     model = load_model(Path(path), "pass the path of an ONNX file")
-    _refuse_unsorted(model, str(path))
     with refusing("its functions and shapes cannot be followed", str(path), REMEDY):
         common.InlinePass()(model)
         common.ShapeInferencePass()(model)
@@ -137,18 +137,6 @@ def fold_onnx(
         move_files(files, target)
     nodes = before, operators(model).total()
     return OnnxFold(target, len(found), dict(weights), nodes, found, left, comparisons)
-
-
-def _refuse_unsorted(model: Any, place: str) -> None:
-    """A node reads what nodes before it have made: whoever follows values back comes to an end."""
-    for graph in model.graphs():
-        later = {*graph}
-        for node in graph:
-            early = [v.name for v in node.inputs if v is not None and v.producer() in later]
-            if early:
-                reason = f"node {node.name or node.op_type} reads {', '.join(early)}, which it or a later node makes"
-                refuse(place, reason, "put its nodes into order (onnx.checker says more); a circle has none")
-            later.discard(node)
 
 
 def _described(base: Op, branch: Branch) -> OnnxBranch:
@@ -203,12 +191,19 @@ def _fold(reader: Reader, sites: Sequence[Site]) -> str:
         for site in sites:
             site.base.node.replace_input_with(site.base.form.place, origin)
     origin.const_value = TorchTensor(folded, name=origin.name)
-    for term in (term for site in sites for term in site.terms if term.branch is not None):
-        (total,) = term.add.outputs
+    for total, rest in (pair for site in sites for pair in _runs(site)):
         if total.is_graph_output():  # an output keeps its name
-            total.name, term.rest.name = term.rest.name, total.name
-        total.replace_all_uses_with(term.rest, replace_graph_outputs=True)
+            total.name, rest.name = rest.name, total.name
+        total.replace_all_uses_with(rest, replace_graph_outputs=True)
     return origin.name
+
+
+def _runs(site: Site) -> Iterator[tuple[Any, Any]]:
+    """Of branches that are added one after the other: the sum with all of them, and without."""
+    for has, run in groupby(site.terms, lambda term: term.branch is not None):
+        first, *more = run
+        if has:
+            yield first.add.outputs[0], [first, *more][-1].rest
 
 
 def _new_initializer(graph: Any, like: Any, weight: torch.Tensor) -> Any:

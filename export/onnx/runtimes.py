@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib import metadata
 from typing import Any, NoReturn
 
-from lora_fx.errors import ExportError, LoraFxError, essence
+from lora_fx.errors import ExportError
+from lora_fx.reading import boundary
 
 CPU = "CPUExecutionProvider"
 GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
@@ -43,16 +44,9 @@ def refuse(place: str, reason: str, remedy: str, cause: BaseException | None = N
     raise ExportError(reason, place=place, remedy=remedy) from cause
 
 
-@contextmanager
-def refusing(reason: str, place: str, remedy: str) -> Iterator[None]:
-    """Inside, what a package raises becomes an `ExportError`: the reason, and what the package says. An error of ours
-    has said it."""
-    try:
-        yield
-    except LoraFxError:
-        raise
-    except Exception as error:
-        refuse(place, f"{reason}: {essence(error)}" if reason else essence(error), remedy, error)
+def refusing(reason: str, place: str, remedy: str) -> AbstractContextManager[None]:
+    """Inside, what a package raises becomes an `ExportError`: the reason, and what the package says."""
+    return boundary(reason, place, remedy, ExportError)
 
 
 def quiet_options() -> Any:

@@ -17,6 +17,7 @@ import numpy
 import torch
 
 from lora_fx.errors import ExportError
+from lora_fx.export.onnx.loading import check_adapter, check_sealed
 from lora_fx.export.onnx.runtimes import GPU, Provider, open_session, quiet_options, refuse, refusing, require
 from lora_fx.export.onnx.switchable import MANIFEST, read_manifest
 from lora_fx.export.onnx.tasks import GRAPH, read_task, read_weights
@@ -36,9 +37,11 @@ class Session:
         shared: keep the weights where `task` can share them with further sessions. The runtime then makes no packed
             copies of its own, with which a session alone is faster.
         options: `onnxruntime.SessionOptions`.
+        digest: of a file that another tool has changed since its export (quantised, optimised), or that is older than
+            digests: the one it has now, see `onnx_digest`. Any other file must be as it was written, to the bit.
 
     Raises:
-        ExportError: the file, a provider or an adapter does not load.
+        ExportError: the file, a provider or an adapter does not load, or is not what was written.
 
     `session` is the `onnxruntime.InferenceSession`. Threads may share one.
     """
@@ -51,13 +54,19 @@ class Session:
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         shared: bool = False,
         options: Any = None,
+        digest: str | None = None,
     ) -> None:
         self.path = Path(path)
-        self._asked = providers
+        self._asked, self._digest = providers, digest
+        check_sealed(self.path, digest)
         self._weights = read_weights(self.path) if shared else {}
-        self._open(options or quiet_options())
+        self._guarded(options or quiet_options())
         for name, file in (adapters or {}).items():
             self.load_adapter(file, name)
+
+    def _guarded(self, options: Any) -> None:
+        with refusing("it is no file that export_onnx wrote", str(self.path), "export the model again"):
+            self._open(options)
 
     def _open(self, options: Any) -> None:
         onnxruntime = require("onnxruntime")
@@ -110,7 +119,7 @@ class Session:
             weights: what `save_onnx_weights` wrote.
 
         Raises:
-            ExportError: this session is not shared, or the weights are for another graph.
+            ExportError: this session is not shared, or the weights are damaged, not finite, or for another graph.
         """
         if not self._weights:
             reason = "the session keeps no weights that another one could share"
@@ -118,8 +127,10 @@ class Session:
         metadata = self.session.get_modelmeta().custom_metadata_map
         own = read_task(Path(weights), metadata.get(GRAPH, ""), self._weights)
         other = object.__new__(Session)
-        other.path, other._asked, other._weights = self.path, self._asked, {**self._weights, **own}
-        other._open(options or quiet_options())
+        other.path, other._asked, other._digest = self.path, self._asked, self._digest
+        other._weights = {**self._weights, **own}
+        check_sealed(self.path, self._digest)  # it is read anew
+        other._guarded(options or quiet_options())
         return other
 
     def load_adapter(self, path: str | os.PathLike[str], name: str | None = None) -> str:
@@ -135,6 +146,7 @@ class Session:
         adapters = require("onnxruntime").AdapterFormat
         reason, remedy = "it is no adapter file that ONNX Runtime can read", "pass a file that save_onnx_adapter wrote"
         with refusing(reason, place, remedy):
+            check_adapter(Path(path), remedy)
             file = adapters.read_adapter(place)
             # A copy: the values lie in the file's own memory.
             factors = {key: value.numpy().copy() for key, value in file.get_parameters().items()}

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from lora_fx.changes import borrowed, changing
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.export.onnx.calls import Call
 from lora_fx.export.onnx.files import folder_beside, move_files, writable
+from lora_fx.export.onnx.loading import seal
 from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.export.onnx.weights import Weights, tensor_bytes
 from lora_fx.model.inventory import Place, base_parameters, inventory
@@ -239,8 +241,17 @@ def save_onnx_adapter(
     with folder_beside(target) as folder:
         made = folder / target.name
         file.export_adapter(str(made))
+        seal(made)
         move_files([made], target)
     return target
+
+
+def _is_slot(said: Any) -> bool:
+    """What a manifest says of a slot: one axis, the rank, is open, and a rank of 1 is of a size that can be."""
+    shape = said["shape"]
+    sizes = isinstance(shape, list) and shape.count(0) == 1 and all(type(n) is int and 0 <= n < 2**31 for n in shape)
+    known = isinstance(said["weight"], str) and said["dtype"] in ("float16", "bfloat16", "float32", "float64")
+    return sizes and known and said["rank"] in (0, 1) and math.prod(n or 1 for n in shape) < 2**31
 
 
 def read_manifest(metadata: Mapping[str, str], place: str) -> dict[str, Any]:
@@ -251,8 +262,9 @@ def read_manifest(metadata: Mapping[str, str], place: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(metadata[MANIFEST])
-        known = found["version"] == 1 and isinstance(found["inputs"], dict)
-    except (KeyError, ValueError, TypeError):
+        whole = found["version"] == 1 and {"base", "graph"} <= found.keys() and isinstance(found["base"], int)
+        known = whole and all(map(_is_slot, found["inputs"].values()))
+    except (AttributeError, KeyError, ValueError, TypeError, RecursionError):
         known = False
     if not known:
         reason = "the graph has no slots for adapters that this version of lora_fx knows"

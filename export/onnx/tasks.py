@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy
 
-from lora_fx.export.onnx.files import folder_beside, load_model, move_files, writable
+from lora_fx.export.onnx.files import folder_beside, move_files, writable
+from lora_fx.export.onnx.loading import SEAL, load_model
 from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.export.onnx.weights import opened
+from lora_fx.reading import packed, tensors_digest
 
 GRAPH = "lora_fx.graph"
 """The key of the graph's digest, in the metadata of both kinds of file."""
@@ -39,7 +41,7 @@ def save_onnx_weights(
     Raises:
         ExportError: a file cannot be read, the two are not the same graph, or nothing differs.
     """
-    from safetensors.numpy import save_file
+    import safetensors.numpy
 
     require("onnx")
     target = writable(path)
@@ -53,13 +55,16 @@ def save_onnx_weights(
     for name, tensor in after.items():
         array = _array(tensor, name)
         if array.tobytes() != _array(before[name], name).tobytes():
+            _refuse_infinite(str(folded), name, array)
             found[name] = numpy.ascontiguousarray(array)
     small = [name for name, array in found.items() if array.nbytes < _LEAST]
     if not found or small:
         reason = f"{small[0]} is too small to be put into a session" if small else "the two files have the same weights"
         refuse(str(folded), reason, "open the folded file in a session of its own")
     with folder_beside(target) as folder:
-        save_file(found, folder / target.name, {"format": "np", GRAPH: digests[0]})
+        metadata = {"format": "np", GRAPH: digests[0]}
+        data = packed(found, safetensors.numpy, metadata, SEAL, digests[0])
+        (folder / target.name).write_bytes(data)
         move_files([folder / target.name], target)
     return {name: array.nbytes for name, array in found.items()}
 
@@ -74,16 +79,30 @@ def read_task(path: Path, graph: str, base: Mapping[str, numpy.ndarray]) -> dict
     """A task's weights, checked against the graph's.
 
     Raises:
-        ExportError: the file cannot be read, or is for another graph.
+        ExportError: the file cannot be read, is not what was written, holds NaN or Inf, or is for another graph.
     """
     with opened(path, "np", "pass a file that save_onnx_weights wrote") as file:
-        of = (file.metadata() or {}).get(GRAPH, "")
+        said = file.metadata() or {}
+        of = said.get(GRAPH, "")
+        with open(path, "rb") as raw:
+            damaged = said.get(SEAL) != tensors_digest(of, raw)
+        if damaged:
+            reason = "its numbers are not the ones that were saved: it is damaged"
+            reason = reason if SEAL in said else "it has no digest: it is from before lora_fx wrote one, or damaged"
+            refuse(str(path), reason, "save it again with save_onnx_weights")
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, array in found.items():
+        _refuse_infinite(str(path), name, array)
     wrong = [n for n, a in found.items() if n not in base or (a.shape, a.dtype) != (base[n].shape, base[n].dtype)]
     if not of or of != graph or wrong or not found:
         reason = f"the graph has no weight {wrong[0]!r} of that shape" if wrong else "it is for another graph"
         refuse(str(path), reason, "make it with save_onnx_weights from this graph's own file")
     return found
+
+
+def _refuse_infinite(place: str, name: str, array: numpy.ndarray) -> None:
+    if array.dtype.kind == "f" and not numpy.isfinite(array).all():
+        refuse(f"{place}, {name}", "it holds NaN or Inf", "fold an earlier checkpoint of the adapter")
 
 
 def _initializers(graph: Any) -> dict[str, Any]:

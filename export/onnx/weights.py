@@ -24,11 +24,12 @@ from lora_fx.changes import safe_point
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.exact_sum import folded_weight
 from lora_fx.deltas.rounded_sum import rounded_sum
-from lora_fx.export.onnx.runtimes import refuse
+from lora_fx.export.onnx.runtimes import refuse, refusing
 from lora_fx.graph.capture import on_meta
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory, weight_name
 from lora_fx.passes.fold import foldable
+from lora_fx.reading import RESTORE, TABLE, contents, regular, tensor_table
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,12 @@ class Checkpoint:
                 files = sorted(place.glob("*.safetensors"))
                 return files or self._refuse("the folder holds no .safetensors file")
             place = index[0]
-        if not place.is_file():
+        if not place.exists():
             self._refuse("there is no such file or folder")
         if not place.name.endswith(".index.json"):
             return [place]
         try:
-            names = {*json.loads(place.read_bytes())["weight_map"].values()}
+            names = {*json.loads(contents(place, RESTORE, TABLE))["weight_map"].values()}
             inside = all(Path(name).name == name for name in names)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             inside = False
@@ -189,11 +190,11 @@ def _read(file: Path, name: str) -> torch.Tensor:
 
 
 @contextmanager
-def opened(file: Path, framework: str = "pt", remedy: str = "restore the file, or pass another path") -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
+def opened(file: Path, framework: str = "pt", remedy: str = RESTORE) -> Iterator[Any]:
+    from safetensors import safe_open
 
-    try:
+    with refusing("it cannot be read", str(file), remedy):
+        with open(regular(file, remedy), "rb") as raw:
+            tensor_table(raw, str(file), remedy)
         with safe_open(file, framework=framework) as tensors:
             yield tensors
-    except (OSError, SafetensorError) as error:
-        refuse(str(file), f"it cannot be read: {error}", remedy, error)

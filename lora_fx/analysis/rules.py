@@ -10,7 +10,7 @@ Rule(where="lm_head")                                                    # leave
 from __future__ import annotations
 
 import difflib
-import math
+import re
 import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,15 +19,22 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from lora_fx.analysis.sites import UNKNOWN, Site
 from lora_fx.deltas.kinds import kind_named
 from lora_fx.deltas.schedules import AUTO, SCHEDULES
 from lora_fx.errors import KindError, RuleError
+from lora_fx.reading import boundary, contents
 
 INITS = ("kaiming", "gaussian", "zero")
 SCALINGS = ("standard", "rslora")
 SETTINGS = ("rank", "alpha", "dropout", "init", "scaling", "schedule")
 REFUSE, SKIP = "refuse", "skip"
+
+_BYTES = 2**20  # of a file of rules: tomllib takes seconds for each
+_LARGEST = float(numpy.finfo(numpy.float32).max)
+_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,21 +108,32 @@ class Rule:
             raise self._error(f"otherwise={self.otherwise!r} is unknown", f"one of {REFUSE}, {SKIP}")
         if self.adapt is not None and self.pattern is None:
             raise self._error(f"adapt={self.adapt!r} without a pattern", "adapt names arguments of pattern")
-        if self.layers is not None:
-            self.layer_numbers  # noqa: B018  (parses, and raises)
+        for key in ("when", "pattern"):
+            if (value := getattr(self, key)) is not None and not callable(value):
+                raise self._error(f"{key}={value!r} is no function", f"pass a function as {key}: no file can hold one")
+        if self.expect is not None and not _is_whole(self.expect):
+            raise self._error(f"expect={self.expect!r} is no number of sites", "give how many sites it must decide")
+        self.layer_ranges  # noqa: B018  (parses, and raises)
 
     def _check_kind(self) -> None:
+        if self.kind is not None and not isinstance(self.kind, str):
+            raise self._error(f"kind={self.kind!r} is no name", "give the name of a kind, such as 'dora'")
+        if self.settings is not None and not isinstance(self.settings, Mapping):
+            raise self._error(f"settings={self.settings!r} is no table", "give settings={name: value}")
         try:
-            kind_named(self.kind or "lora").complete(self.chosen)
+            kind_named("lora" if self.kind is None else self.kind).complete(self.chosen)
         except KindError as error:
             raise self._error(error.reason, error.remedy) from error
 
     def _check_settings(self) -> None:
-        wrong = not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank <= 0
-        if self.rank is not None and wrong:
+        for key in ("alpha", "dropout"):
+            value = getattr(self, key)
+            if value is not None and not _is_number(value):
+                raise self._error(f"{key}={value!r} is no number", f"give a number as {key}")
+        if self.rank is not None and not (_is_whole(self.rank) and self.rank > 0):
             raise self._error(f"rank={self.rank!r} is no positive integer", "give rank=8, or leave it out to exclude")
-        if self.alpha is not None and not math.isfinite(self.alpha):
-            raise self._error(f"alpha={self.alpha!r} is not finite", "give a finite alpha")
+        if self.alpha is not None and not abs(self.alpha) <= _LARGEST:
+            raise self._error(f"alpha={self.alpha!r} is not finite in float32", "give an alpha that float32 holds")
         if not 0 <= self.dropout < 1:
             raise self._error(f"dropout={self.dropout!r} is no probability below 1", "give 0 <= dropout < 1")
         for key, words in (("scaling", SCALINGS), ("schedule", SCHEDULES), ("init", INITS)):
@@ -149,18 +167,23 @@ class Rule:
         return self.label
 
     @property
-    def layer_numbers(self) -> frozenset[int]:
-        if isinstance(self.layers, int):
-            return frozenset([self.layers])
+    def layer_ranges(self) -> tuple[Sequence[int], ...]:
+        """The numbers of the layers that it takes."""
+        error = self._error(f"layers={self.layers!r} is no list of layers", "write '0-3, 7', a range or integers")
+        if self.layers is None or isinstance(self.layers, range):
+            return (self.layers,) if self.layers is not None else ()
         if not isinstance(self.layers, str):
-            return frozenset(self.layers or ())
-        numbers: set[int] = set()
-        for part in self.layers.split(","):
-            first, dash, last = part.strip().partition("-")
-            if not first.isdigit() or (dash and not last.isdigit()):
-                raise self._error(f"layers={self.layers!r} is no list of layers", "write '0-3, 7', a range or integers")
-            numbers.update(range(int(first), int(last or first) + 1))
-        return frozenset(numbers)
+            own = (self.layers,) if isinstance(self.layers, int) else self.layers
+            if not isinstance(own, Iterable) or not all(map(_is_whole, own)):
+                raise error
+            return (own,)
+        found = [_RANGE.fullmatch(part.strip()) for part in self.layers.split(",")]
+        if not all(found):
+            raise error
+        return tuple(range(int(m[1]), int(m[2] or m[1]) + 1) for m in found if m)
+
+    def _in_layers(self, layer: int | None) -> bool:
+        return layer is not None and any(layer in numbers for numbers in self.layer_ranges)
 
     def matches(self, site: Site, in_pattern: frozenset[int] | None = None) -> bool:
         """Whether every key matches. `in_pattern` holds the ids of the weights that the pattern found."""
@@ -168,10 +191,18 @@ class Rule:
             (self.where is None or any(_any_glob(self.where, name) for name in site.names))
             and (self.role is None or _any_glob(self.role, site.role))
             and (self.form is None or any(_any_glob(self.form, use.form) for use in site.uses))
-            and (self.layers is None or site.layer in self.layer_numbers)
+            and (self.layers is None or self._in_layers(site.layer))
             and (in_pattern is None or id(site.weight) in in_pattern)
             and (self.when is None or bool(self.when(site)))
         )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)
 
 
 def _globs(text: str) -> list[str]:
@@ -189,7 +220,7 @@ def read_rules(rules: Any) -> tuple[Rule, ...]:
     if isinstance(rules, str | Path):
         return _from_toml(Path(rules))
     if isinstance(rules, Mapping):
-        return tuple(_from_dict(r) for r in rules["rule"]) if set(rules) == {"rule"} else (_from_dict(rules),)
+        return _from_tables(rules["rule"], "rules") if set(rules) == {"rule"} else (_from_dict(rules),)
     if not isinstance(rules, Iterable):
         raise _no_rules(f"{rules!r} is no rule", "rules", "pass Rule objects, dicts or the path of a TOML file")
     found = tuple(rule for item in rules for rule in read_rules(item))
@@ -213,15 +244,20 @@ def _from_dict(given: Mapping[str, Any]) -> Rule:
 
 
 def _from_toml(path: Path) -> tuple[Rule, ...]:
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _no_rules(f"cannot read it: {error.strerror}", path, "pass the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise _no_rules(f"is no TOML: {error}", path, "write [[rule]] tables") from error
-    if set(data) != {"rule"} or not isinstance(data["rule"], list):
+    with boundary("", str(path), "pass the path of a TOML file", RuleError):
+        text = contents(path, "pass the path of a TOML file", _BYTES)
+    with boundary("is no TOML", str(path), "write [[rule]] tables", RuleError):
+        data = tomllib.loads(text.decode("utf-8"))
+    if set(data) != {"rule"}:
         raise _no_rules(f"has the tables {sorted(data)}", path, "write one [[rule]] table for each rule")
-    return tuple(_from_dict(rule) for rule in data["rule"])
+    with boundary("its rules are none", str(path), "write [[rule]] tables", RuleError):
+        return _from_tables(data["rule"], str(path))
+
+
+def _from_tables(tables: Any, place: str) -> tuple[Rule, ...]:
+    if not isinstance(tables, list | tuple) or not all(isinstance(own, Mapping) for own in tables):
+        raise _no_rules(f"rule = {tables!r} is no list of tables", place, "write one [[rule]] table for each rule")
+    return tuple(map(_from_dict, tables))
 
 
 def select(
