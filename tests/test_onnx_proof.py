@@ -187,8 +187,8 @@ def test_a_weight_that_no_adapter_is_on_must_stay(tmp_path, monkeypatch):
     kept = model.down.weight.data.clone()
     real = onnx_export.save_model
 
-    def restored(graph, path, external):
-        files = real(graph, path, external)
+    def restored(graph, path, *options):
+        files = real(graph, path, *options)
         model.down.weight.data.copy_(kept)
         return files
 
