@@ -31,18 +31,20 @@ export class Switchable {
     const { __metadata__: said, ...found } = JSON.parse(text(bytes.subarray(8, 8 + size)));
     const base = String(this.manifest.base), names = Object.keys(found).sort(), factors = {}, ranks = {};
     if (said?.["lora_fx.base"] !== base) throw new Error(`it is for base model ${said?.["lora_fx.base"]}, the graph is of ${base}`);
-    const parts = names.map((key) => bytes.slice(...found[key].data_offsets.map((at) => 8 + size + at)));
-    const lines = [base, ...names.map((key) => `${key} ${found[key].dtype} ${found[key].shape.join("×")}`)].join("\n");
-    const hash = new Uint8Array(await crypto.subtle.digest("SHA-256", await new Blob([lines, ...parts]).arrayBuffer()));
+    const described = ({ data_offsets, dtype, shape }) => `{"data_offsets": [${data_offsets.join(", ")}], "dtype": "${dtype}", "shape": [${shape.join(", ")}]}`;
+    const table = `{${names.map((key) => `${JSON.stringify(key)}: ${described(found[key])}`).join(", ")}}`;
+    const hashed = new Blob([base, "\0", table, "\0", bytes.subarray(8 + size)]);
+    const hash = new Uint8Array(await crypto.subtle.digest("SHA-256", await hashed.arrayBuffer()));
     const digest = Array.from(hash, (byte) => byte.toString(16).padStart(2, "0")).join("");
-    if (said["lora_fx.digest"] !== digest) throw new Error("it is damaged: its tensors are not the ones that were saved");
-    names.forEach((key, n) => {
+    if (said["lora_fx.sha256"] !== digest) throw new Error("it is damaged: its tensors are not the ones that were saved");
+    for (const key of names) {
       const slot = this.manifest.inputs[key], [dtype, Numbers] = TYPES[found[key].dtype], shape = found[key].shape;
       const fits = slot?.dtype === dtype && slot.shape.length === shape.length && slot.shape.every((s, k) => s === 0 || s === shape[k]);
       if (!fits) throw new Error(`the graph has no slot ${key} for ${dtype} [${shape}]`);
       (ranks[slot.weight] ??= []).push(shape[slot.shape.indexOf(0)]);
-      factors[key] = new this.ort.Tensor(dtype, new Numbers(parts[n].buffer), shape);
-    });
+      const part = bytes.slice(...found[key].data_offsets.map((at) => 8 + size + at));
+      factors[key] = new this.ort.Tensor(dtype, new Numbers(part.buffer), shape);
+    }
     for (const [weight, own] of Object.entries(ranks))
       if (own.length !== 2 || own[0] !== own[1]) throw new Error(`A and B of ${weight} are of ranks ${own}`);
     this.adapters.set(name, factors);
