@@ -1077,7 +1077,7 @@ MUTANTS = (
     ),
     Mutant(
         "cache_axes_of_other_names", "export", "export/onnx/targets.py",
-        'CACHE: {0: "batch_size",', 'CACHE: {0: "batch",',
+        'TOKENS: {0: "batch_size",', 'TOKENS: {0: "batch",',
         "transformers.js makes a first cache for a batch of 0.",
         tests=("tests/test_runtimes.py::test_a_folder_says_the_tokens_of_torch_from_an_empty_cache_with_padding",),
     ),

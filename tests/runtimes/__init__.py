@@ -165,9 +165,11 @@ def answer(*command: object) -> dict[str, Any]:
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def genai(python: str, folder: Path, files: Mapping[str, Path]) -> dict[str, Any]:
+def genai(python: str, folder: Path, files: Mapping[str, Path], sliding: bool) -> dict[str, Any]:
+    """Padding, which stands behind a prompt there, takes place in a sliding window: those models get one at a time."""
+    batches = [[prompt] for prompt in PROMPTS] if sliding else [PROMPTS]
     named = [f"{name}={file}" for name, file in files.items()]
-    return answer(python, HERE / "genai.py", folder, json.dumps(PROMPTS), TOKENS, *named)
+    return answer(python, HERE / "genai.py", folder, json.dumps(batches), TOKENS, *named)
 
 
 def optimum(python: str, folder: Path) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def tokens(places: Places, name: str, folder: Path) -> Iterator[tuple[str, ...]]
     except lora_fx.LoraFxError as error:
         yield "export", "", name, "every target", f"FAILED: {error}"
         return
+    sliding = bool(getattr(model.config, "sliding_window", None))
     wanted = {"": ended(greedy(model))}
     switched = {}
     for adapter in ("", *ADAPTERS):
@@ -84,17 +85,24 @@ def tokens(places: Places, name: str, folder: Path) -> Iterator[tuple[str, ...]]
         "onnxruntime", name, "switchable, greedy", switched,
         lambda: said(version, {a: runtimes.in_session(both, a or None) for a in switched}),
     )  # fmt: skip
-    for runtime, place, run, wants, form in (
-        ("genai", places.genai, lambda: runtimes.genai(places.genai, at["genai"], {}), wanted, what),
-        ("genai", places.genai, lambda: runtimes.genai(places.genai, switchable, files), switched, "Adapters, greedy"),
-        ("optimum", places.optimum, lambda: runtimes.optimum(places.optimum, at["optimum"]), wanted, what),
-        (
-            "transformers.js", places.modules,
-            lambda: runtimes.transformers_js(places.modules, at["transformers.js"]), wanted, what,
-        ),
-    ):  # fmt: skip
-        option = {"transformers.js": "modules"}.get(runtime, runtime)
-        yield judged(runtime, name, form, wants, run) if place else missing(runtime, name, form, option)
+
+    def in_genai(path: Path, adapters: Any) -> Any:
+        return runtimes.genai(places.genai, path, adapters, sliding)
+
+    if not places.genai:
+        yield missing("genai", name, what, "genai")
+    else:
+        yield judged("genai", name, what, wanted, lambda: in_genai(at["genai"], {}))
+        yield judged("genai", name, "Adapters, greedy", switched, lambda: in_genai(switchable, files))
+    for runtime, option, run in (
+        ("optimum", "optimum", runtimes.optimum),
+        ("transformers.js", "modules", runtimes.transformers_js),
+    ):
+        place = getattr(places, option)
+        if place:
+            yield judged(runtime, name, what, wanted, lambda r=run, p=place, f=at[runtime]: r(p, f))
+        else:
+            yield missing(runtime, name, what, option)
 
 
 def said(version: str, tokens: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Greedy tokens in onnxruntime-genai, with its own adapters; run by `tests.runtimes` in an environment that has it.
 
-python genai.py FOLDER PROMPTS TOKENS [NAME=FILE ...]        prints what comes after each prompt as JSON
+python genai.py FOLDER BATCHES TOKENS [NAME=FILE ...]        prints what comes after each prompt as JSON
 
 It sees padding, of the pad token, behind a prompt and not before it.
 """
@@ -12,13 +12,16 @@ import numpy
 import onnxruntime_genai as og
 
 
-def main(folder: str, prompts: str, count: str, *files: str) -> None:
+def main(folder: str, batches: str, count: str, *files: str) -> None:
     model = og.Model(folder)
     given = dict(file.split("=", 1) for file in files)
     adapters = og.Adapters(model) if given else None
     for name, file in given.items():
         adapters.load(file, name)
-    found = {name: tokens(model, json.loads(prompts), int(count), adapters, name) for name in ("", *given)}
+    found = {
+        name: [row for prompts in json.loads(batches) for row in tokens(model, prompts, int(count), adapters, name)]
+        for name in ("", *given)
+    }
     print(json.dumps({"version": og.__version__, "tokens": found}))
 
 
