@@ -98,18 +98,65 @@ def test_a_weight_that_the_inputs_do_not_reach_is_unseen_and_not_certified():
     assert certificate.gradient_free == ("rare.weight (default)",)
 
 
+class Masked(nn.Module):
+    """A use that multiplies zeros, as of a first state or an empty cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.lin(x * 0) + x.sum()
+
+
+def test_a_use_of_zeros_is_measured_on_random_numbers():
+    model = lora_fx.apply(Masked(), Rule(where="lin", rank=2), torch.randn(4, 5))
+    certificate = lora_fx.certify(model, torch.randn(4, 5))
+    (row,) = certificate.rows
+    assert certificate and row.effect > row.bound
+
+
+def test_a_use_of_zeros_whose_branch_is_lost_is_not_certified(monkeypatch):
+    model = lora_fx.apply(Masked(), Rule(where="lin", rank=2, schedule="branch"), torch.randn(4, 5))
+    for adapter in reference.distinct_adapters(model):
+        adapter.change(realised="dispatch")
+    wire(model)
+    honest = AdaptedWeight.branch
+    monkeypatch.setattr(AdaptedWeight, "branch", lambda self, *args: 2 * honest(self, *args))
+    monkeypatch.setattr(adapted_weight, "_at_once", lambda *_: None)  # the short way to the same
+    certificate = lora_fx.certify(model, torch.randn(4, 5))
+    assert not certificate and "nothing to measure" in certificate.rows[0].problem
+
+
 def test_a_use_whose_output_does_not_depend_on_the_adapter_is_not_certified():
-    class Masked(nn.Module):
+    class NoRows(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.lin = nn.Linear(5, 3)
 
         def forward(self, x):
-            return self.lin(x * 0) + x.sum()
+            return self.lin(x[:0]).sum() + x.sum()
 
-    model = lora_fx.apply(Masked(), Rule(where="lin", rank=2), torch.randn(4, 5))
+    model = lora_fx.apply(NoRows(), Rule(where="lin", rank=2), torch.randn(4, 5))
     certificate = lora_fx.certify(model, torch.randn(4, 5))
     assert not certificate and "nothing to measure" in certificate.rows[0].problem
+
+
+class OnAWeight(nn.Module):
+    """A product of two adapted weights: the branch of one reads the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.value = nn.Embedding(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.value(self.queries.weight) @ x + self.queries.weight @ torch.cat([x, x[:1]])
+
+
+def test_the_branch_of_another_weight_is_no_use_of_this_one():
+    model, x = OnAWeight(), torch.randn(5, 3)
+    certificate = lora_fx.certify(lora_fx.apply(model, Rule(where="*", rank=2), x), x)
+    assert certificate and {row.weight for row in certificate.rows} == {"queries.weight", "value.weight"}
 
 
 def broken(monkeypatch, change) -> lora_fx.Certificate:

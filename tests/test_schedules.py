@@ -14,7 +14,9 @@ from torch import fx, nn
 import lora_fx
 from lora_fx import Rule
 from lora_fx.deltas import kernels, schedules
+from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.kernels import Term
+from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import PlanError, RuleError
 from lora_fx.graph.capture import recorded
 from tests import reference
@@ -404,6 +406,30 @@ def test_a_fresh_adapter_is_invisible_however_x_lies(shape, order, dtype):
     assert torch.equal(model(x), expected)
     with torch.no_grad():
         assert torch.equal(model(x), expected)
+
+
+class CountingConv(nn.Conv2d):
+    """It has state of its own, so no generated forward."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("conv", "realisation"), [(nn.Conv2d, "graph"), (CountingConv, "dispatch")])
+def test_a_fresh_adapter_is_invisible_to_what_asks_for_strides(conv, realisation):
+    """An axis of one element has a stride by which torch's convolutions choose their kernels."""
+    torch.manual_seed(0)
+    layers = [conv(32, 32, 3, stride=2, padding=1, bias=False), nn.Conv2d(32, 32, 3, padding=1)]
+    model = nn.Sequential(*layers).requires_grad_(False)
+    x = torch.randn(2, 32, 2, 2).contiguous(memory_format=torch.channels_last)
+    first, wanted = layers[0](x), model(x)
+    lora_fx.apply(model, Rule("*", rank=2), x)
+    assert {a.realised for a in layers[0].modules() if isinstance(a, Adapter)} == {Realisation(realisation)}
+    assert layers[0](x).stride() == first.stride()
+    assert torch.equal(model(x), wanted)
 
 
 def test_small_calls_leave_the_gradients_to_autograd():

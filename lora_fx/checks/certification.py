@@ -409,6 +409,9 @@ class Flow:
             if made_of and (pure or _moves(node, self.factors)):
                 self.factors[node] = frozenset().union(*made_of)
             return False
+        if pure and (branches := self._branches_of_others(node)):
+            self.factors[node] = branches
+            return False
         if pure and made_of:
             self.mixed[node] = frozenset().union(*made_of)
             plain = any(n not in self.mixed for n in carried)  # W + δ; where neither is W, two sums are added
@@ -418,6 +421,13 @@ class Flow:
             return True
         self.carriers[node] = self._roots(node)
         return False
+
+    def _branches_of_others(self, node: fx.Node) -> frozenset[int]:
+        """The adapters whose factors it multiplies with a weight, where those adapt another: the branch of that one."""
+        made = (self.factors[n] for n in node.all_input_nodes if n in self.factors and n not in self.carriers)
+        own = {id(a) for root in self._roots(node) for storage in self.storages[root] for a in storage.adapters}
+        found = frozenset[int]().union(*made)
+        return found if own.isdisjoint(found) else frozenset()
 
     def _multiplies(self, node: fx.Node) -> bool:
         """A product of a weight, or of W + Σ δ, with a constant or with another one: a use that no input reaches."""
@@ -576,20 +586,30 @@ class _Replay(fx.Interpreter):
         """The use with the dense sums, before the model runs it: it may write into its operands. In float64, and what
         was recorded in float64 too; where an op of it takes none, in its own dtype, which rounding blurs."""
         try:
-            whole, moved, without, recorded = self._computed(reading, wide=True)
+            rows = self._judged(reading, *self._computed(reading, wide=True))
+            if any(row.problem == _NOTHING for row in rows):  # it multiplies zeros: an empty cache, a first state
+                drawn = self._judged(reading, *self._computed(reading, wide=True, drawn=True))
+                pairs = zip(rows, drawn, strict=True)
+                rows = [own if row.problem == _NOTHING and not own.problem else row for row, own in pairs]
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:  # of any kernel
             whole, moved, without, _ = self._computed(reading, wide=False)
-            self._judges[reading.end].append(partial(self._judge, reading, whole, moved, without))
+            self._judges[reading.end].append(
+                lambda actual: self.rows.extend(self._judged(reading, whole, moved, without, actual))
+            )
         else:
-            self._judge(reading, whole, moved, without, recorded)
+            self.rows += rows
 
     def _computed(
-        self, reading: Reading, wide: bool
+        self, reading: Reading, wide: bool, drawn: bool = False
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[fx.Node, list[torch.Tensor]], list[torch.Tensor]]:
         """The outputs with W + Σ δ, with that moved by as much as rounding may, and with the plain W for one of them;
-        and, in float64, what the recorded nodes from the use to the end of its branches give."""
+        and, in float64, what the recorded nodes from the use to the end of its branches give.
+
+        Args:
+            drawn: with random numbers for the use's other operands, instead of those that have reached it.
+        """
         plain = {root: self.flow.captured.tensors[root].detach() for root in reading.acting}
         if wide:
             plain = {root: weight.to(torch.float64) for root, weight in plain.items()}
@@ -606,26 +626,29 @@ class _Replay(fx.Interpreter):
                 moved[root] = (total * dither(weight, torch.finfo(weight.dtype).eps / 2, draws)).to(weight.dtype)
             whole[root] = total.to(weight.dtype)
         use = _Use(self.flow, reading, self.env, wide)
+        if drawn:
+            use.draw(draws)
         without = {root: use.dense(whole | {root: plain[root]}) for root in adapted}
         shaken = use.dense(whole, shake, draws) if wide else use.dense(moved)
         return use.dense(whole), shaken, without, use.recorded(plain) if wide else []
 
-    def _judge(
+    def _judged(
         self,
         reading: Reading,
         whole: list[torch.Tensor],
         moved: list[torch.Tensor],
         without: dict[fx.Node, list[torch.Tensor]],
         actual: list[torch.Tensor],
-    ) -> None:
+    ) -> list[Coverage]:
         """A row for each weight of a use: `without` is what it gives with the plain W for one of them."""
+        rows = list[Coverage]()
         report = compare_all(actual, whole, moved)
         place = reading.module, reading.form
         for root, storage in reading.acting.items():
             if storage is None:
                 name, numbers = _name(self.flow.storages[root][0]), (0.0, report.error, report.bound)
                 problem = "" if report else "it must read the plain weight, and does not"
-                self.rows.append(
+                rows.append(
                     Coverage(name, (), *place, Realisation.SPLIT_OFF, *numbers, dtype=report.dtype, problem=problem)
                 )
                 continue
@@ -633,7 +656,8 @@ class _Replay(fx.Interpreter):
             effect = max((relative_error(w, e, e) for w, e in pairs), default=0.0)
             realised = Realisation.DENSE if reading.dense else storage.adapters[0].realised
             numbers, problem = (effect, report.error, report.bound), _problem(reading, effect, report)
-            self.rows.append(_row(storage, *place, realised, *numbers, dtype=report.dtype, problem=problem))
+            rows.append(_row(storage, *place, realised, *numbers, dtype=report.dtype, problem=problem))
+        return rows
 
 
 @dataclass
@@ -645,6 +669,20 @@ class _Use:
     env: Mapping[fx.Node, Any]
     wide: bool
     """Computes in float64, and leaves out what casts to a narrower dtype."""
+    drawn: dict[fx.Node, Any] = field(default_factory=dict)
+    """Operands to compute on, in the place of those that have reached it."""
+
+    def draw(self, draws: Draws) -> None:
+        """Random numbers for all operands that are no weights of ours, no factors and no integers."""
+
+        def normal(t: torch.Tensor) -> torch.Tensor:
+            return (
+                torch.randn(t.shape, generator=draws.on(t.device), dtype=t.dtype, device=t.device) if is_float(t) else t
+            )
+
+        for n in self.reading.node.all_input_nodes:
+            if n not in self.flow.carriers and n not in self.flow.factors and is_float(value := self._given(n)):
+                self.drawn[n] = pytree.tree_map_only(torch.Tensor, normal, value)
 
     def dense(
         self, weights: Mapping[fx.Node, torch.Tensor], shake: float = 0.0, draws: Draws | None = None
@@ -692,6 +730,8 @@ class _Use:
         return self._given(node) if node in self.env or node in self.flow.captured.tensors else value
 
     def _given(self, node: fx.Node) -> Any:
+        if node in self.drawn:
+            return self.drawn[node]
         value = tensor if (tensor := self.flow.captured.tensors.get(node)) is not None else self.env[node]
         return pytree.tree_map_only(torch.Tensor, _widened, value) if self.wide else value
 
@@ -722,6 +762,9 @@ def _widened(value: Any) -> Any:
     return value
 
 
+_NOTHING = "nothing to measure: on these inputs its output does not depend on the adapters"
+
+
 def _problem(reading: Reading, effect: float, report: Report) -> str:
     if reading.bypass:
         return f"{reading.bypass} reads its output without the branch"
@@ -732,7 +775,7 @@ def _problem(reading: Reading, effect: float, report: Report) -> str:
         return ""
     if effect > report.noise:
         return f"rounding in {report.dtype} could hide its effect: certify a copy in float32 or float64"
-    return "nothing to measure: on these inputs its output does not depend on the adapters"
+    return _NOTHING
 
 
 def _floats(value: Any) -> list[torch.Tensor]:

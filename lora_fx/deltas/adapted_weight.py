@@ -108,7 +108,7 @@ class AdaptedWeight:
             delta = own if delta is None else delta + own
         if self.cast:
             delta = delta.to(self.root.dtype)
-        weight = self.root + delta
+        weight = schedules.add(self.root, delta)
         for step in self.chain:
             weight = step(weight)
         return weight
@@ -453,7 +453,8 @@ def _multiplied(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             own = weight.branch(call, branch, placement)
         else:
             own = weight.kinds_branch(call, branch, placement, None if inside else alone)
-        out = out + (own if untrained is None else without_gradient(own, call.x, untrained))
+        own = own if untrained is None else without_gradient(own, call.x, untrained)
+        out = schedules.add(out, own)
     return out
 
 

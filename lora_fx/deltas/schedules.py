@@ -13,6 +13,7 @@ stake, when a program is compiled, captured, exported or transformed, they are t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,6 +75,29 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Terms, schedule: str)
     if not x.requires_grad and not any(t is not None and t.requires_grad for t in tensors):
         return kernels.forward(op, dense, x, weight, bias, terms, [])
     return _Scheduled.apply(op, dense, [(scale, first) for _, _, scale, first, _ in terms], x, weight, bias, *tensors)
+
+
+def add(total: Any, own: Any) -> Any:
+    """total + own, laid out as `total` is where a call is all that is at stake.
+
+    An axis of one element has a stride too. It says nothing of where things lie, so an addition does not keep it; but
+    torch's convolutions choose their kernels by it, and round accordingly.
+    """
+    if type(total) is fx.Proxy:
+        return total.tracer.create_proxy("call_function", add, (total, own), {})
+    result = total + own
+    if type(total) not in ORDINARY or torch.compiler.is_compiling() or recording.on or _traces():
+        return result
+    strides = total.stride()
+    if result.stride() == strides or not _lies_alike(result, strides):
+        return result
+    return result.as_strided(result.shape, strides)
+
+
+def _lies_alike(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
+    """Whether these strides say the same of where the elements lie."""
+    each = zip(tensor.shape, tensor.stride(), strides, strict=True)
+    return all(size == 1 or own == other for size, own, other in each)
 
 
 def _takes_dense(x: Any, weight: Any, terms: Terms, schedule: str) -> bool:

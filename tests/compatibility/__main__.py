@@ -92,7 +92,7 @@ def check_here(options: argparse.Namespace) -> int:
         print(report.line(row), flush=True)
         if options.rows:
             report.append(options.rows, row)
-    text = report.report(rows, {name: _version(name) for name in ("torch", *packages)})
+    text = report.report(rows, {name: _version(name) for name in ("torch", *(row.package for row in rows))})
     if options.markdown:
         report.write(options.markdown, text)
     print(f"\n{report.summary(rows)}\n{(time.monotonic() - start) / 60:.0f} minutes")

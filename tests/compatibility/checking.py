@@ -25,7 +25,7 @@ from torch import nn
 import lora_fx
 from lora_fx import Adapter, LoraFxError, Plan, Rule
 from lora_fx.checks.verification import cast_inputs, compare, move_weights, relative_error, worst
-from lora_fx.errors import FileError
+from lora_fx.errors import FileError, PlanError, by_reason
 from lora_fx.graph.capture import Inputs, no_fast_paths, normalize_inputs, output_tensors
 from lora_fx.model.inventory import inventory
 from lora_fx.testing.comparing import bits, classes, same_bits
@@ -116,7 +116,8 @@ class _Life:
                 return
             with self._step("roles"):
                 self._roles()
-            for step in (self._outputs, self._gradients, self._training, self._certify, self._fold, self._save):
+            trained = (self._gradients, self._training) if self._trains() else ()
+            for step in (self._outputs, *trained, self._certify, self._fold, self._save):
                 with self._step(step.__name__.strip("_")):
                     step()
 
@@ -146,6 +147,8 @@ class _Life:
             if {*map(id, state)} and not (_equal(state, bits(self.model)) and plain == classes(self.model)):
                 self.row.wrong.append("apply: it raised, and the model is not what it was")
                 return False
+            if self.row.refused and self.row.refused[-1].endswith("matches nothing"):
+                self.row.refused[-1] = "apply: " + self._why_nothing()
             place = self.row.refused[-1].split(": ")[2] if len(self.row.refused) > refused else ""
             named = {n for n, _ in self.base.named_parameters(remove_duplicate=False)} & {*place.split(" = ")}
             if not named:
@@ -158,6 +161,23 @@ class _Life:
         with self._step("run"):
             self._invisible()
         return not self.row.raw
+
+    def _why_nothing(self) -> str:
+        """What the plan says of a model in which it finds nothing to adapt."""
+        try:
+            lora_fx.plan(self.model, Rule("*", rank=1, alpha=ALPHA), self.inputs[0])
+        except PlanError as error:
+            return "; ".join(f"{names}: {one.reason}" for names, one in by_reason(error.refusals))
+        return "no site"
+
+    def _trains(self) -> bool:
+        """Whether the base has a backward for these inputs: some kernels have none."""
+        try:
+            Oracle(self.base, self.model).dense_gradients(self.inputs[0])
+        except NotImplementedError as error:
+            self.row.notes.append(f"the base does not train: {error}")
+            return False
+        return True
 
     def _invisible(self) -> None:
         for inputs in self.inputs:
@@ -316,8 +336,9 @@ def _seeded() -> None:
 
 @contextmanager
 def _kept(model: nn.Module, training: bool) -> Iterator[None]:
-    """Inside, every module is in that mode; afterwards modes and buffers are what they were."""
+    """Inside, every module is in that mode; afterwards modes, buffers and tensors that it keeps are what they were."""
     flags = [(m, m.training) for m in model.modules()]
+    tensors = [(m, _tensors_of(m)) for m in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
         for module, _ in flags:
@@ -326,11 +347,18 @@ def _kept(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, was in flags:
             module.training = was
+        for module, own in tensors:
+            vars(module).update(dict.fromkeys(_tensors_of(module)) | own)
         with torch.no_grad():
             for module, name, buffer, numbers in buffers:
                 module._buffers[name] = buffer
                 if not same_bits(buffer, numbers):
                     buffer.copy_(numbers)
+
+
+def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What it keeps as plain attributes."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
 
 
 @torch.no_grad()

@@ -200,7 +200,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "pit_ti_224": dict(img_size=64),
     "shvit_s1": dict(),
     "starnet_s1": dict(),
-    "tiny_vit_5m_224": dict(img_size=64, embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2)),
+    "tiny_vit_5m_224": dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2)),
 }  # fmt: skip
 
 #: towers for open_clip's model classes, written out, for none of its named configs is small

@@ -15,12 +15,15 @@ QUERY, KEY, VALUE, OUT = "attention.query", "attention.key", "attention.value", 
 UP, GATE, DOWN = "mlp.up", "mlp.gate", "mlp.down"
 SILENT = {"other", "conv"}
 
+#: a gate and what it gates in one weight: nobody calls a gate alone so
+PACKED = f"{GATE}, {UP}"
+
 #: pattern over the module's path → the roles that do not contradict the name; the first that matches counts
 NAMES: tuple[tuple[str, frozenset[str]], ...] = tuple(
-    (pattern, frozenset(roles.split()))
+    (pattern, frozenset(roles.split("|")))
     for pattern, roles in (
-        (r"(^|\.|_)(qkv|c_attn|query_key_value|Wqkv|to_qkv|qkv_proj)$|attn\.in_proj_weight$", f"{QUERY} {KEY} {VALUE}"),
-        (r"(^|\.|_)(kv|to_kv|kv_proj|key_value)$", f"{KEY} {VALUE}"),
+        (r"(^|\.|_)(qkv|c_attn|query_key_value|Wqkv|to_qkv|qkv_proj)$|attn\.in_proj_weight$", f"{QUERY}|{KEY}|{VALUE}"),
+        (r"(^|\.|_)(kv|to_kv|kv_proj|key_value)$", f"{KEY}|{VALUE}"),
         (r"(^|\.)(q_proj|query_proj|q_lin|to_q|wq|query|linear_q|q_linear)$", QUERY),
         (r"(^|\.)(k_proj|key_proj|k_lin|to_k|wk|linear_k|k_linear)$", KEY),
         (r"(^|\.)(v_proj|value_proj|v_lin|to_v|wv|linear_v|v_linear)$", VALUE),
@@ -30,11 +33,11 @@ NAMES: tuple[tuple[str, frozenset[str]], ...] = tuple(
         (r"(^|\.)(gate_proj|wi_0|w1_gate)$", GATE),
         (r"(^|\.)(up_proj|wi_1)$", UP),
         (r"(^|\.)(down_proj|DenseReluDense\.wo)$", DOWN),
-        (r"(mlp|ffn|feed_forward|feedforward)\.(fc1|c_fc|lin1|dense_h_to_4h)$", UP),
+        (r"(mlp|ffn|feed_forward|feedforward)\.(fc1|c_fc|lin1|dense_h_to_4h)$", f"{UP}|{PACKED}"),
         (r"(mlp|ffn|feed_forward|feedforward)\.(fc2|lin2|dense_4h_to_h)$", DOWN),
         (r"intermediate\.dense$", UP),
-        (r"(^|\.)lm_head$", "embedding lm_head"),  # it may be tied
-        (r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings)$", "embedding lm_head"),
+        (r"(^|\.)lm_head$", "embedding|lm_head"),  # it may be tied
+        (r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings)$", "embedding|lm_head"),
     )
 )
 
@@ -55,7 +58,7 @@ def contradictions(rows: Iterable[Any]) -> tuple[int, int, list[str]]:
         own = {*row.role.split(", ")} - SILENT
         if not own:
             abstained += 1
-        elif any(own <= roles for roles in allowed):
+        elif any(own <= roles or row.role in roles for roles in allowed):
             agreeing += 1
         else:
             wrong.append(f"{row.weight.name} is taken for {row.role}")

@@ -992,7 +992,7 @@ MUTANTS = (
     ),
     Mutant(
         "uses_measured_in_their_own_dtype", "verification", "lora_fx/checks/certification.py",
-        "            whole, moved, without, recorded = self._computed(reading, wide=True)\n",
+        "            rows = self._judged(reading, *self._computed(reading, wide=True))\n",
         "            raise NotImplementedError\n",
         "The certificate measures a use in the dtype of the model, where rounding could hide its effect.",
         tests=("tests/test_certificate.py::test_what_rounding_in_its_dtype_would_hide_is_measured_in_float64",),
@@ -2145,5 +2145,16 @@ MUTANTS = (
         "storages_by_luck", "places", "lora_fx/graph/program.py",
         "    if storage == id(tensor):\n        return (storage,)\n", "",
         "A tensor without a storage is asked for its strides.",
+    ),
+    Mutant(
+        "a_sum_laid_out_anew", "schedules", "lora_fx/deltas/schedules.py",
+        "    return result.as_strided(result.shape, strides)", "    return result",
+        "An axis of one element gets another stride, and torch's convolutions round in another order.",
+    ),
+    Mutant(
+        "branch_of_another_is_a_use", "verification", "lora_fx/checks/certification.py",
+        "        return found if own.isdisjoint(found) else frozenset()", "        return frozenset()",
+        "The branch of a weight that multiplies another adapted weight counts as one more use of that.",
+        tests=("tests/test_certificate.py::test_the_branch_of_another_weight_is_no_use_of_this_one",),
     ),
 )  # fmt: skip
