@@ -14,15 +14,17 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_fx.errors import essence
 from lora_fx.export.onnx.calls import is_cache
-from lora_fx.export.onnx.runtimes import refuse
+from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.graph.capture import Inputs
 
 OPTIONAL, REQUIRED = "optional", "required"
@@ -105,16 +107,13 @@ def step_of(model: nn.Module, inputs: Inputs, target: str) -> Step:
     given = {TOKENS: tokens, MASK: mask}
     if POSITIONS in known:
         given[POSITIONS] = (mask.cumsum(-1) - 1).clamp_min(0)
-    before, after = ({name: part[half] for name, part in given.items()} for half in _halves(past))
+    before = {name: part[:, :past] for name, part in given.items()}
+    after = {name: part[:, past:] for name, part in given.items()}
     logits, cache = _first_half(model, before, target)
     inputs = Inputs((), {**after, MASK: mask, CACHE: cache, **({"use_cache": True} if "use_cache" in known else {})})
     shapes = tuple(tuple(layer.keys.shape) for layer in cache.layers)
     axes = {name: AXES[name] for name in inputs.kwargs if name in AXES}
     return Step(inputs, axes, config, getattr(model, "generation_config", None), shapes, logits.shape[-1])
-
-
-def _halves(past: int) -> tuple[Any, Any]:
-    return (slice(None), slice(None, past)), (slice(None), slice(past, None))
 
 
 def _tokens(model: nn.Module, inputs: Inputs, target: str) -> torch.Tensor:
@@ -132,11 +131,12 @@ def _tokens(model: nn.Module, inputs: Inputs, target: str) -> torch.Tensor:
 
 def _first_half(model: nn.Module, before: Mapping[str, Any], target: str) -> tuple[torch.Tensor, Any]:
     """What the model returns for the tokens before, with their cache."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()  # made without a config, it has plain layers, which keep all tokens
+    cache = require("transformers").DynamicCache()  # without a config it has plain layers, which keep all tokens
+    # Without numbers shapes count alone, and transformers looks into no mask while it is traced, as it seems to be here.
+    traced = FakeTensorMode(allow_non_fake_inputs=True) if before[TOKENS].is_meta else None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), traced or nullcontext():
+            before = {name: traced.from_tensor(part) if traced else part for name, part in before.items()}
             output = model(**before, past_key_values=cache, use_cache=True)
         logits, cache = output[LOGITS], output[CACHE]
     except Exception as error:
@@ -146,6 +146,10 @@ def _first_half(model: nn.Module, before: Mapping[str, Any], target: str) -> tup
     if not filled or not cache.layers:
         reason = f"target={target!r} runs decoders with a cache, and the model returns none that is filled"
         refuse(type(model).__name__, reason, 'export it with target="ort"')
+    for layer in cache.layers if traced else ():
+        layer.keys, layer.values = (
+            torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (layer.keys, layer.values)
+        )
     return logits, cache
 
 

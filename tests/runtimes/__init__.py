@@ -123,9 +123,9 @@ def in_session(session: Session, adapter: str | None = None) -> list[list[int]]:
 
 
 def ended(said: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Without what a runtime says behind the end: some pad, some stop, some go on."""
+    """Without the end, and what a runtime says behind it: some say it, some pad, some stop."""
     end = _SPECIAL["eos_token_id"]
-    return [[*row[: row.index(end)], end] if end in row else [*row] for row in said]
+    return [[*row[: row.index(end)]] if end in row else [*row] for row in said]
 
 
 # ── runtimes in processes of their own ───────────────────────────────────────────────────────────────────────────────
