@@ -99,6 +99,19 @@ def test_the_configuration_of_genai(model):
     )
 
 
+def test_a_step_of_a_model_without_numbers_has_the_same_shapes(model):
+    with torch.device("meta"):
+        empty = type(runtimes.build("gpt2", (), n_layer=1))(model.config).eval()
+    step = step_of(empty, Inputs((), {"input_ids": INPUTS["input_ids"].to("meta")}), "genai")
+    there = step_of(model, Inputs((), INPUTS), "genai")
+    assert (step.cache, step.vocabulary, step.axes) == (there.cache, there.vocabulary, there.axes)
+    assert all(
+        type(t) is torch.Tensor and t.is_meta
+        for layer in step.inputs.kwargs["past_key_values"].layers
+        for t in (layer.keys, layer.values)
+    )
+
+
 def test_a_folder_that_is_there_keeps_what_else_is_in_it(tmp_path):
     made, target = tmp_path / "made" / "m", tmp_path / "m"
     for folder, said in ((made, "new"), (target, "old")):

@@ -131,8 +131,8 @@ def _tokens(model: nn.Module, inputs: Inputs, target: str) -> torch.Tensor:
 
 def _first_half(model: nn.Module, before: Mapping[str, Any], target: str) -> tuple[torch.Tensor, Any]:
     """What the model returns for the tokens before, with their cache."""
-    cache = require("transformers").DynamicCache()  # without a config it has plain layers, which keep all tokens
-    # Without numbers shapes count alone, and transformers looks into no mask while it is traced, as it seems to be here.
+    cache = require("transformers").DynamicCache()  # without a config, its layers keep all tokens
+    # Without numbers shapes count alone, and transformers looks into no mask while it is traced, as it seems to be.
     traced = FakeTensorMode(allow_non_fake_inputs=True) if before[TOKENS].is_meta else None
     try:
         with torch.no_grad(), traced or nullcontext():
