@@ -383,8 +383,8 @@ def old(tmp_path) -> Path:
 def test_a_wrong_weight_in_the_file_is_caught(old, monkeypatch, adapted_net):
     save = onnx_export.save_model
 
-    def corrupt(model, path, external):
-        files = save(model, path, external)
+    def corrupt(model, path, *options):
+        files = save(model, path, *options)
         file = onnx.load(path)
         weight = next(i for i in file.graph.initializer if i.name == "head.weight")
         array = onnx.numpy_helper.to_array(weight).copy()

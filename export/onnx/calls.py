@@ -212,12 +212,12 @@ def flat_caches(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
     Raises:
         ExportError: a cache of another kind than transformers' `DynamicCache` of plain layers.
     """
-    caches = [value for value in (*inputs.args, *inputs.kwargs.values()) if _is_cache(value)]
+    caches = [value for value in (*inputs.args, *inputs.kwargs.values()) if is_cache(value)]
     flat = Inputs(tuple(map(_flat, inputs.args)), {name: _flat(value) for name, value in inputs.kwargs.items()})
     if not caches and not inputs.kwargs.get("use_cache"):
         yield flat
         return
-    places = {place for place, value in (*enumerate(inputs.args), *inputs.kwargs.items()) if _is_cache(value)}
+    places = {place for place, value in (*enumerate(inputs.args), *inputs.kwargs.items()) if is_cache(value)}
     kind, inner = type(caches[0]) if caches else list, model.__dict__.get("forward")
 
     @functools.wraps(type(model).forward)
@@ -235,13 +235,13 @@ def flat_caches(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
         yield flat
 
 
-def _is_cache(value: Any) -> bool:
+def is_cache(value: Any) -> bool:
     return any(cls.__module__ == "transformers.cache_utils" and cls.__name__ == "Cache" for cls in type(value).__mro__)
 
 
 def _flat(value: Any) -> Any:
     """A cache as a list of its layers' (key, value); anything else as it is."""
-    if not _is_cache(value):
+    if not is_cache(value):
         return value
     layers = [type(layer).__name__ for layer in value.layers]
     if type(value).__name__ != "DynamicCache" or set(layers) - {"DynamicLayer"}:

@@ -29,12 +29,21 @@ from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx import switchable
 from lora_fx.export.onnx.calls import Call, flat_caches
-from lora_fx.export.onnx.files import INLINE, check_file, folder_beside, move_files, save_model, writable
+from lora_fx.export.onnx.files import (
+    INLINE,
+    check_file,
+    folder_beside,
+    move_files,
+    move_folder,
+    save_model,
+    writable,
+)
 from lora_fx.export.onnx.graphs import describe, graph_digest, name_interface, operators, translate
 from lora_fx.export.onnx.optimization import Contents, optimize
 from lora_fx.export.onnx.proof import Proof, fused_operators, prove
 from lora_fx.export.onnx.runs import Comparison, compare_runs, open_session, run_torch
 from lora_fx.export.onnx.runtimes import refuse, require
+from lora_fx.export.onnx.targets import OPTIONAL, REQUIRED, SLOTS, TARGETS, Step, Target, step_of
 from lora_fx.export.onnx.tasks import GRAPH
 from lora_fx.export.onnx.weights import Checkpoint, Weights, adapter_digest, structure
 from lora_fx.graph.capture import inputs_on_meta, normalize_inputs, refuse_unready
@@ -83,6 +92,10 @@ class ExportReport:
     """The names of the adapters in it."""
     graph: str
     """sha256 of the graph without the numbers of its initializers."""
+    target: str
+    """The runtime that it was written for."""
+    configs: tuple[Path, ...]
+    """What that runtime reads beside it."""
     inputs: tuple[TensorInfo, ...]
     """Those of the model; a switchable graph has A and B of every slot beside them."""
     outputs: tuple[TensorInfo, ...]
@@ -105,6 +118,7 @@ class ExportReport:
         lines = [
             f"{self.path}: {self.bytes:,} bytes, opset {self.opset}, {self.form}{names}",
             f"  {self.nodes} nodes, {self.initializers} initializers",
+            *([f"  for {self.target}, with {', '.join(path.name for path in self.configs)}"] if self.configs else []),
             f"  inputs   {'; '.join(map(str, self.inputs))}",
             f"  outputs  {'; '.join(map(str, self.outputs))}",
         ]
@@ -127,6 +141,8 @@ def export_onnx(
     opset: int = 20,
     optimize: bool = True,
     adapters: str = "folded",
+    slots: str = OPTIONAL,
+    target: str = "ort",
     prove: bool = False,
     check: bool = True,
     weights: str | os.PathLike[str] | None = None,
@@ -139,7 +155,8 @@ def export_onnx(
     Args:
         example_inputs: a tensor, a tuple of positional or a dict of keyword inputs. A transformers `DynamicCache` in it
             becomes flat inputs ``past_key_values.0.key`` …, and the cache that comes back outputs ``present.0.key`` ….
-        path: the file. It is replaced in one step, after all checks; any error leaves what was there.
+        path: the file. It is replaced in one step, after all checks; any error leaves what was there. A folder that
+            was there keeps what else is in it, and has its files replaced one by one, the graph last.
         dynamic_shapes: which axes may have other sizes, in the terms of `torch.export`, keyed like the call:
             ``{"input_ids": {0: "batch", 1: Dim("tokens", max=512)}}``. Inputs left out are static. The axes of a cache,
             ``{"past_key_values": {0: "batch", 2: "past"}}``, are those of each key and value. An axis that must be as
@@ -151,6 +168,11 @@ def export_onnx(
         adapters: "folded"; "unfolded" to keep the branches as nodes of the graph; "switchable" for a graph with a slot
             at every adapted weight, which a `lora_fx.export.Session` fills anew for each call, or leaves empty: see
             `save_onnx_adapter`. Then every adapter of the model is compared, active or not, and the base.
+        slots: "optional": A and B have defaults, as ONNX Runtime's own adapters want it; "required": they are plain
+            inputs, which every call gives, for runtimes in JavaScript: these never give an input that has a default.
+        target: "ort" for the file alone. "genai", "optimum" and "transformers.js" load a folder, which is then what
+            `path` names: the graph, and the configurations that the runtime reads. They run decoders of transformers
+            with a cache: pass ``{"input_ids": tokens}``; other inputs, names and axes follow from the target.
         prove: translate the base model too, read the file back, and hold the one against the other: the same graph,
             node for node, and every folded element the sum rounded once. Takes twice the time.
         check: run the file, and the model in float64 beside it: that takes the memory of two more models.
@@ -175,8 +197,8 @@ def export_onnx(
         refuse("model", f"{type(model).__name__} is no torch.nn.Module", "pass the module itself")
     passes = exporting(
         example_inputs, path, dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names,
-        opset=opset, optimize=optimize, adapters=adapters, prove=prove, check=check, weights=weights,
-        external_data=external_data,
+        opset=opset, optimize=optimize, adapters=adapters, slots=slots, target=target, prove=prove, check=check,
+        weights=weights, external_data=external_data,
     )  # fmt: skip
     return Pipeline("export_onnx", passes)(model).facts[ExportReport]
 
@@ -189,24 +211,44 @@ def exporting(
     proofs = [Prove] if prove else []
     kinds: tuple[Any, ...] = (Prepare, *measured, Translate, Optimise, Write, *checks, *proofs, Publish)
     options |= {"example_inputs": example_inputs, "path": path, "prove": prove}
+    _refuse_names(options)
     passes = tuple(kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options}) for kind in kinds)
     if options:
         raise TypeError(f"export_onnx takes no {', '.join(options)}")
     return passes
 
 
+def _refuse_names(options: Mapping[str, Any]) -> None:
+    target = options.get("target", "ort")
+    if target not in TARGETS:
+        refuse("target", f"target={target!r} is unknown", f"choose {' or '.join(map(repr, TARGETS))}")
+    given = [n for n in ("dynamic_shapes", "input_names", "output_names") if options.get(n) is not None]
+    if TARGETS[target].graph and given:
+        reason = f"target={target!r} knows inputs, outputs and axes by names of its own"
+        refuse(given[0], reason, f'leave {" and ".join(given)} out, or export with target="ort"')
+
+
 @dataclass(frozen=True)
 class Job:
     """What is to be exported."""
 
-    target: Path
+    path: Path
+    """What is to be written: a file, or a folder."""
+    target: str
+    step: Step | None
+    """What a runtime that loads folders will run."""
     form: str
+    slots: str
     acting: Mapping[str, Sequence[Adapter]]
     """Name of each weight → its adapters that are in the file."""
     call: Call
     checkpoint: Checkpoint | None
     expected: list[torch.Tensor]
     """What torch returns for the example inputs; empty for a model on meta."""
+
+    @property
+    def layout(self) -> Target:
+        return TARGETS[self.target]
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -238,6 +280,12 @@ class Written:
     """The files beside their target."""
 
     files: list[Path]
+    """The graph's, and its data."""
+    configs: list[Path]
+    scratch: Path
+    """The folder that they are in, with room for more."""
+    place: Path
+    """What takes the place of the job's path."""
 
     @property
     def bytes(self) -> int:
@@ -264,6 +312,8 @@ class Prepare(Pass):
     path: str | os.PathLike[str]
     dynamic_shapes: Any = None
     adapters: str = "folded"
+    slots: str = OPTIONAL
+    target: str = "ort"
     prove: bool = False
     weights: str | os.PathLike[str] | None = None
 
@@ -276,9 +326,19 @@ class Prepare(Pass):
         if self.prove and self.adapters != "folded":
             reason = f"adapters={self.adapters!r}: with its branches a graph is not the base graph"
             refuse("prove", reason, 'leave prove out, or export with adapters="folded"')
+        if self.slots not in SLOTS:
+            refuse("slots", f"slots={self.slots!r} is unknown", f"choose {' or '.join(map(repr, SLOTS))}")
+        if self.adapters != switchable.SWITCHABLE and self.slots == REQUIRED:
+            reason = f"adapters={self.adapters!r}: the graph has no slots"
+            refuse("slots", reason, 'leave slots out, or export with adapters="switchable"')
+        if self.adapters == switchable.SWITCHABLE and self.slots not in TARGETS[self.target].slots:
+            reason = f"{self.target} gives a graph nothing for {self.slots} slots: it would fail, or be the base model"
+            can = [f'target="{name}", slots="{own}"' for name, row in TARGETS.items() for own in row.slots]
+            refuse("adapters", reason, f'export with adapters="folded", or with {"; ".join(can)}')
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        target = writable(self.path)
+        target = TARGETS[self.target]
+        path = writable(self.path, folder=bool(target.graph))
         refuse_unready(model)
         checkpoint = self._checkpoint(model)
         for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -286,7 +346,13 @@ class Prepare(Pass):
         for context in (undisturbed(model), _quiet(), _unfolded(model, self.prove)):
             facts.enter(context)
         model.eval()
-        inputs = facts.enter(flat_caches(model, normalize_inputs(model, self.example_inputs)))
+        inputs, shapes, step = normalize_inputs(model, self.example_inputs), self.dynamic_shapes, None
+        if target.graph:
+            inputs = inputs_on_meta(inputs) if checkpoint else inputs
+            step = step_of(model, inputs, self.target)
+            target.check(step)
+            inputs, shapes = step.inputs, step.axes
+        inputs = facts.enter(flat_caches(model, inputs))
         here = inventory(model)
         form, acting = self.adapters, here.by_weight(active=True)
         if form == switchable.SWITCHABLE:
@@ -294,9 +360,10 @@ class Prepare(Pass):
         elif not acting:
             acting = here.by_weight(here.put_away, active=True)
             form = "folded" if acting else "base"
-        call = Call.of(model, inputs_on_meta(inputs) if checkpoint else inputs, self.dynamic_shapes)
+        call = Call.of(model, inputs_on_meta(inputs) if checkpoint else inputs, shapes)
         expected = [] if checkpoint else run_torch(model, inputs)
-        return Result(model, False, (Job(target, form, acting, call, checkpoint, expected),))
+        job = Job(path, self.target, step, form, self.slots, acting, call, checkpoint, expected)
+        return Result(model, False, (job,))
 
     def _checkpoint(self, model: nn.Module) -> Checkpoint | None:
         refuse_any_away(model, "an exported file holds its numbers", ExportError)
@@ -383,7 +450,7 @@ class Optimise(Pass):
         job, translated = facts[Job], facts[Translated]
         made, slots = self.of(job, translated), {}
         if translated.slots:
-            slots = switchable.open_slots(made.graph.graph, translated.slots, len(job.call.names))
+            slots = switchable.open_slots(made.graph.graph, translated.slots, len(job.call.names), job.slots)
         notes = {
             "lora_fx.form": job.form,
             "lora_fx.adapters": json.dumps(job.adapters),
@@ -420,11 +487,18 @@ class Write(Pass):
     ensures = (given(Written),)
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        target = facts[Job].target
-        folder = facts.enter(folder_beside(target))
-        files = save_model(facts[Optimised].graph, folder / target.name, self.external_data)
+        job = facts[Job]
+        folder = facts.enter(folder_beside(job.path))
+        place = folder / job.path.name
+        graph = place / job.layout.graph
+        graph.parent.mkdir(parents=True, exist_ok=True)
+        files = save_model(facts[Optimised].graph, graph, self.external_data, job.layout.data)
         check_file(files[0])
-        return Result(model, False, (Written(files),))
+        configs = [place / name for name in job.layout.configs]
+        for file, said in zip(configs, job.layout.configs.values(), strict=True):
+            assert job.step is not None
+            file.write_text(json.dumps(said(job.step, len(files) > 1), indent=2) + "\n", encoding="utf-8")
+        return Result(model, False, (Written(files, configs, folder, place),))
 
 
 @dataclass(frozen=True)
@@ -432,7 +506,7 @@ class Run(Pass):
     """Run the file in ONNX Runtime and hold it against torch: a switchable one with each adapter, and with none."""
 
     name = "run"
-    requires = (given(Job), given(Translated), given(Written))
+    requires = (given(Job), given(Translated), given(Optimised), given(Written))
     ensures = (given(Compared),)
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
@@ -445,14 +519,15 @@ class Run(Pass):
         if job.form != switchable.SWITCHABLE:
             return Result(model, False, (Compared(compare_runs(model, session, program, job.call, job.expected)),))
         found: list[Comparison] = []
-        every = inventory(model).adapters
+        every, slots = inventory(model).adapters, switchable.read_manifest(facts[Optimised].graph.metadata_props, "")
+        empty = switchable.empty_slots(slots) if job.slots == REQUIRED else {}
         for name in ("", *job.adapters):
             with borrowed(model):
                 for adapter in every:
                     adapter.change(active=adapter.name == name)
                 wire(model)
                 fed, expected = switchable.factors_of(model, name) if name else {}, run_torch(model, job.call.inputs)
-                own = compare_runs(model, session, program, job.call, expected, fed)
+                own = compare_runs(model, session, program, job.call, expected, empty | fed)
             found += [replace(comparison, adapter=name or "no adapter") for comparison in own]
         return Result(model, False, (Compared(tuple(found)),))
 
@@ -474,7 +549,7 @@ class Prove(Pass):
         proof = prove(written.files[0], translated.weights, made.contents, base.graph, plain.weights)
         if not facts.get(Compared) or facts[Compared].not_run or written.bytes > INLINE:
             return Result(model, False, (proof,))
-        inside = written.files[0].parent / "base"
+        inside = written.scratch / "base"
         inside.mkdir()
         (file, *_) = save_model(base.graph, inside / "base.onnx", None)
         fused = [fused_operators(path, inside) for path in (written.files[0], file)]
@@ -491,10 +566,11 @@ class Publish(Pass):
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         job, written, graph = facts[Job], facts[Written], facts[Optimised].graph
+        path = job.path / job.layout.graph
         compared, counts = facts.get(Compared) or Compared((), "check=False"), operators(graph)
         report = ExportReport(
-            path=job.target,
-            data=job.target.with_name(written.files[1].name) if len(written.files) > 1 else None,
+            path=path,
+            data=path.with_name(written.files[1].name) if len(written.files) > 1 else None,
             bytes=written.bytes,
             opset=facts[Translated].how.opset,
             nodes=counts.total(),
@@ -503,14 +579,19 @@ class Publish(Pass):
             form=job.form,
             adapters=job.adapters,
             graph=graph.metadata_props[GRAPH],
-            inputs=tuple(_info(value) for value in graph.graph.inputs if value.name not in graph.graph.initializers),
+            target=job.target,
+            configs=tuple(job.path / file.name for file in written.configs),
+            inputs=tuple(map(_info, graph.graph.inputs[: len(job.call.names)])),
             outputs=tuple(map(_info, graph.graph.outputs)),
             comparisons=compared.comparisons,
             not_run=compared.not_run,
             certificate=facts.get(Certificate),
             proof=facts.get(Proof),
         )
-        move_files(written.files, job.target)
+        if job.layout.graph:
+            move_folder(written.place, written.files, written.configs, job.path)
+        else:
+            move_files(written.files, path)
         return Result(model, False, (report,))
 
 

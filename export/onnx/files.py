@@ -21,12 +21,12 @@ INLINE = 2**31 - 2**26
 """Bytes of weights that fit, with their graph, into a protobuf message of 2 GiB."""
 
 
-def writable(path: str | os.PathLike[str]) -> Path:
-    """The path, of a file that can be written: known before minutes of work, not after them."""
-    target = Path(path).absolute()
+def writable(path: str | os.PathLike[str], folder: bool = False) -> Path:
+    """The path, of a file that can be written, or of a folder: known before minutes of work, not after them."""
+    target, kinds = Path(path).absolute(), ("a file", "a folder")
     reason = ""
-    if target.is_dir():
-        reason = "is a folder"
+    if target.exists() and target.is_dir() != folder:
+        reason = f"is {kinds[not folder]}"
     elif not target.parent.is_dir():
         reason = f"lies in a folder that does not exist: {target.parent}"
     else:
@@ -35,7 +35,7 @@ def writable(path: str | os.PathLike[str]) -> Path:
         except OSError as error:
             reason = f"cannot be written: {error.strerror}"
     if reason:
-        refuse(str(path), f"the path {reason}", "pass the path of a file in a folder you may write")
+        refuse(str(path), f"the path {reason}", f"pass the path of {kinds[folder]} in a folder you may write")
     return target
 
 
@@ -51,7 +51,7 @@ def folder_beside(target: Path) -> Iterator[Path]:
 
 
 @foreign()
-def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]:
+def save_model(model: Any, path: Path, external_data: bool | None, suffix: str = ".data") -> list[Path]:
     """The model's file, sealed, and its data file if it has one. The model names its data file without a folder."""
     import onnx_ir
 
@@ -59,7 +59,7 @@ def save_model(model: Any, path: Path, external_data: bool | None) -> list[Path]
     if external_data is False and size > INLINE:
         reason = f"{size:,} bytes of weights do not fit into one ONNX file, which ends at 2 GiB"
         refuse("external_data", reason, "leave external_data out")
-    data = path.with_name(f"{path.name}.data")
+    data = path.with_name(f"{path.name}{suffix}")
     model.metadata_props.pop(SEAL, None)
     try:
         if not (external_data or size > INLINE):
@@ -83,6 +83,18 @@ def check_file(path: Path) -> None:
     remedy = "try another opset; report it to lora_fx with the model if no opset helps"
     with refusing("onnx.checker refuses the file", path.name, remedy):
         onnx.checker.check_model(str(path), full_check=True)
+
+
+def move_folder(made: Path, files: list[Path], configs: list[Path], target: Path) -> None:
+    """Put a checked folder in place: in one step, or into the one that is there, file by file, the graph last."""
+    if not target.exists():
+        os.replace(made, target)
+        return
+    for file in configs:
+        os.replace(file, target / file.relative_to(made))
+    graph = target / files[0].relative_to(made)
+    graph.parent.mkdir(exist_ok=True)
+    move_files(files, graph)
 
 
 def move_files(files: list[Path], target: Path) -> None:

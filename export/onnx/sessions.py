@@ -18,8 +18,9 @@ import torch
 
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx.loading import check_adapter, check_sealed
+from lora_fx.export.onnx.portable import SUFFIX, read_factors
 from lora_fx.export.onnx.runtimes import GPU, Provider, open_session, quiet_options, refuse, refusing, require
-from lora_fx.export.onnx.switchable import MANIFEST, read_manifest
+from lora_fx.export.onnx.switchable import MANIFEST, empty_slots, read_manifest
 from lora_fx.export.onnx.tasks import GRAPH, read_task, read_weights
 
 Adapters = str | Iterable[str] | None
@@ -33,7 +34,7 @@ class Session:
         path: the file.
         providers: as ONNX Runtime takes them: names, or (name, options). None takes TensorRT, CUDA and the CPU, those
             that load; on a build for GPUs it is an error where no GPU provider does.
-        adapters: name → ``.onnx_adapter`` file, to begin with.
+        adapters: name → file of `save_onnx_adapter`, to begin with.
         shared: keep the weights where `task` can share them with further sessions. The runtime then makes no packed
             copies of its own, with which a session alone is faster.
         options: `onnxruntime.SessionOptions`.
@@ -77,21 +78,23 @@ class Session:
         for name, value in self._values.items():
             options.add_initializer(name, value)
         self.session = open_session(str(self.path), self._asked, options)
-        self.inputs = tuple(value.name for value in self.session.get_inputs())
         self.outputs = tuple(value.name for value in self.session.get_outputs())
         metadata = self.session.get_modelmeta().custom_metadata_map
         self._manifest = read_manifest(metadata, str(self.path)) if MANIFEST in metadata else None
         self._slots: dict[str, Any] = self._manifest["inputs"] if self._manifest else {}
         self._check_slots()
-        empty = {key: [size or slot["rank"] for size in slot["shape"]] for key, slot in self._slots.items()}
-        self._empty = {key: self._value(numpy.zeros(empty[key], slot["dtype"])) for key, slot in self._slots.items()}
+        own = [value for value in self.session.get_inputs() if value.name not in self._slots]
+        self.inputs = tuple(value.name for value in own)
+        empty = empty_slots(self._manifest) if self._manifest else {}
+        self._empty = {key: self._value(tensor.numpy()) for key, tensor in empty.items()}
         self._adapters: dict[str, dict[str, Any]] = {}
         self._running: dict[int, Any] = {}
-        self._takes = ", ".join(f"{v.name}: {v.type} {v.shape}" for v in self.session.get_inputs())
+        self._takes = ", ".join(f"{v.name}: {v.type} {v.shape}" for v in own)
 
     def _check_slots(self) -> None:
         """The graph has what its manifest says: it may have been written over by another tool."""
-        found = {value.name: value for value in self.session.get_overridable_initializers()}
+        values = [*self.session.get_overridable_initializers(), *self.session.get_inputs()]
+        found = {value.name: value for value in values}
         for name, slot in self._slots.items():
             value = found.get(name)
             sizes = [0 if isinstance(size, str) else size for size in value.shape] if value else None
@@ -134,7 +137,7 @@ class Session:
         return other
 
     def load_adapter(self, path: str | os.PathLike[str], name: str | None = None) -> str:
-        """Read an ``.onnx_adapter`` file, and check it against the graph's manifest.
+        """Read an ``.onnx_adapter`` or ``.safetensors`` file, and check it against the graph's manifest.
 
         Returns:
             The name to run it by: `name`, or the file's own without its ending.
@@ -143,14 +146,7 @@ class Session:
             ExportError: the file is damaged, or for another base model, graph, shape or dtype.
         """
         place, name = str(path), Path(path).stem if name is None else name
-        adapters = require("onnxruntime").AdapterFormat
-        reason, remedy = "it is no adapter file that ONNX Runtime can read", "pass a file that save_onnx_adapter wrote"
-        with refusing(reason, place, remedy):
-            check_adapter(Path(path), remedy)
-            file = adapters.read_adapter(place)
-            # A copy: the values lie in the file's own memory.
-            factors = {key: value.numpy().copy() for key, value in file.get_parameters().items()}
-        version = file.get_model_version()
+        factors, version = read_factors(Path(path)) if Path(path).suffix == SUFFIX else _read_adapter(place)
         base = (self._manifest or read_manifest({}, str(self.path)))["base"]
         if version != base:
             remedy = "save it with save_onnx_adapter from the model that was exported, its base weights unchanged"
@@ -299,3 +295,15 @@ class Session:
         if not host and (first := self.providers[0]) in GPU:
             device = "cuda", int(self.session.get_provider_options()[first].get("device_id", 0))
         return require("onnxruntime").OrtValue.ortvalue_from_numpy(numpy.ascontiguousarray(array), *device)
+
+
+def _read_adapter(place: str) -> tuple[dict[str, numpy.ndarray], int]:
+    """A and B by name, and the version of their base model, in a file of ONNX Runtime's own format."""
+    adapters = require("onnxruntime").AdapterFormat
+    reason, remedy = "it is no adapter file that ONNX Runtime can read", "pass a file that save_onnx_adapter wrote"
+    with refusing(reason, place, remedy):
+        check_adapter(Path(place), remedy)
+        file = adapters.read_adapter(place)
+        # A copy: the values lie in the file's own memory.
+        factors = {key: value.numpy().copy() for key, value in file.get_parameters().items()}
+    return factors, file.get_model_version()

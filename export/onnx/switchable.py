@@ -26,10 +26,12 @@ from torch import nn
 
 from lora_fx.changes import borrowed, changing
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.export.onnx import portable
 from lora_fx.export.onnx.calls import Call
 from lora_fx.export.onnx.files import folder_beside, move_files, writable
 from lora_fx.export.onnx.loading import seal
 from lora_fx.export.onnx.runtimes import refuse, require
+from lora_fx.export.onnx.targets import OPTIONAL
 from lora_fx.export.onnx.weights import Weights, tensor_bytes
 from lora_fx.model.inventory import Place, base_parameters, inventory
 from lora_fx.model.marks import attach, child_name, detach
@@ -119,8 +121,9 @@ def factors_as_inputs(model: nn.Module, slots: Slots, call: Call) -> Iterator[Ca
         yield call.with_argument(model, FACTORS, factors, ranks)
 
 
-def open_slots(graph: Any, slots: Slots, inputs: int) -> dict[str, dict[str, Any]]:
-    """Give the inputs that are A and B their names, a place behind the model's own inputs, and empty defaults.
+def open_slots(graph: Any, slots: Slots, inputs: int, kind: str) -> dict[str, dict[str, Any]]:
+    """Give the inputs that are A and B their names, a place behind the model's own inputs, and empty defaults where
+    they are optional.
 
     Returns:
         What a session is told of each; the rank is the least that the graph runs with, the one of an empty slot.
@@ -141,11 +144,20 @@ def open_slots(graph: Any, slots: Slots, inputs: int) -> dict[str, dict[str, Any
             empty = torch.zeros(slot.layout.shape_of(factor, least), dtype=slot.dtype)
             value.shape = onnx_ir.Shape([size or f"{weight}.rank" for size in shape])
             value.name = name
-            value.const_value = TorchTensor(empty, name=name)
-            graph.initializers[name] = value
+            if kind == OPTIONAL:
+                value.const_value = TorchTensor(empty, name=name)
+                graph.initializers[name] = value
             dtype = str(slot.dtype).removeprefix("torch.")
             opened[name] = {"weight": weight, "dtype": dtype, "shape": shape, "rank": least}
     return opened
+
+
+def empty_slots(manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What makes each slot of a manifest one without an adapter: rank 0, or zeros where the graph does not run so."""
+    return {
+        name: torch.zeros([size or slot["rank"] for size in slot["shape"]], dtype=getattr(torch, slot["dtype"]))
+        for name, slot in manifest["inputs"].items()
+    }
 
 
 def _may_be_empty(factor: Any) -> bool:
@@ -206,7 +218,8 @@ def save_onnx_adapter(
     name: str = "default",
     beside: str = REFUSE,
 ) -> Path:
-    """Write one adapter of a model as an ``.onnx_adapter`` file, for the switchable graphs of the same base model.
+    """Write one adapter of a model, for the switchable graphs of the same base model, as an ``.onnx_adapter`` file,
+    which ONNX Runtime can load too, or as ``.safetensors``, for JavaScript: the path says which.
 
     The scale is in B. The file's model version is `base_version`: a `Session` refuses files of other base models.
 
@@ -233,15 +246,20 @@ def save_onnx_adapter(
         if factor.dtype == torch.bfloat16:
             reason = "the factor is bfloat16, which the file format cannot be given from Python"
             refuse(key, reason, "adapters of lora_fx are float32 beside bfloat16 weights: cast this one back")
-    file = onnxruntime.AdapterFormat()
-    file.set_adapter_version(1)
-    file.set_model_version(version)
-    values = {key: onnxruntime.OrtValue.ortvalue_from_numpy(t.contiguous().numpy()) for key, t in factors.items()}
-    file.set_parameters(values)
     with folder_beside(target) as folder:
         made = folder / target.name
-        file.export_adapter(str(made))
-        seal(made)
+        if target.suffix == portable.SUFFIX:
+            portable.write_factors(made, factors, version)
+        else:
+            file = onnxruntime.AdapterFormat()
+            file.set_adapter_version(1)
+            file.set_model_version(version)
+            values = {
+                key: onnxruntime.OrtValue.ortvalue_from_numpy(t.contiguous().numpy()) for key, t in factors.items()
+            }
+            file.set_parameters(values)
+            file.export_adapter(str(made))
+            seal(made)
         move_files([made], target)
     return target
 

@@ -1076,6 +1076,24 @@ MUTANTS = (
         tests=("tests/test_sessions.py::test_an_empty_slot_has_the_least_rank_that_the_runtime_survives",),
     ),
     Mutant(
+        "cache_axes_of_other_names", "export", "export/onnx/targets.py",
+        'TOKENS: {0: "batch_size",', 'TOKENS: {0: "batch",',
+        "transformers.js makes a first cache for a batch of 0.",
+        tests=("tests/test_runtimes.py::test_a_folder_says_the_tokens_of_torch_from_an_empty_cache_with_padding",),
+    ),
+    Mutant(
+        "required_slots_have_defaults", "export", "export/onnx/switchable.py",
+        "            if kind == OPTIONAL:\n", "            if kind:\n",
+        "Runtimes in JavaScript give the base model for every adapter, without a word.",
+        tests=("tests/test_runtimes.py::test_the_runtime_itself_asks_for_what_is_required",),
+    ),
+    Mutant(
+        "tensors_of_any_digest", "export", "export/onnx/portable.py",
+        "if said[_DIGEST] != found:", "if not found:",
+        "An adapter with flipped bits is loaded.",
+        tests=("tests/test_runtimes.py::test_damaged_and_foreign_files_of_tensors_are_refused",),
+    ),
+    Mutant(
         "zero_bias_of_two_axes", "export", "export/onnx/graphs.py",
         "custom_translation_table=_translations(),", "custom_translation_table=None,",
         "A conv3d without a bias is given one that the runtime refuses.",
