@@ -164,8 +164,13 @@ def move_weights(model: nn.Module, step: float) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and is_plain(parameter):
             least = 0.0 if parameter.dtype == torch.float64 else torch.finfo(parameter.dtype).eps
-            moved = parameter.to(torch.float64) * dither(parameter, max(step, least), draws)
-            parameter.copy_(moved.to(parameter.dtype))
+            for part in _pieces(parameter.detach()):
+                part.copy_(part.to(torch.float64) * dither(part, max(step, least), draws))
+
+
+def _pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What it consists of, in pieces that lie in a CPU's caches: fresh memory costs more than the numbers."""
+    return tensor.view(-1).split(2**14) if tensor.is_cpu and tensor.is_contiguous() else (tensor,)
 
 
 def compare(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor, noise: float, dtype: torch.dtype) -> Report:
@@ -468,9 +473,8 @@ def with_dense_weights(
             weight = parameter.detach()
             own = delta(weight, *storage.adapters).to(parameter.device)
             axis = storage.adapters[0].layout.sides.index("o")
-            changed = (
-                own.movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
-            )  # output features: a mask would be large
+            rows = own.movedim(axis, 0).unsqueeze(-1).flatten(1)
+            changed = rows.any(1).nonzero().flatten()  # output features: a mask would be as large as the weight
             old = weight.index_select(axis, changed)
             if storage.split:
                 undo.append(partial(storage.replace, parameter))
