@@ -95,7 +95,7 @@ def prove(path: Path, weights: Weights, contents: Contents, base: Any, base_weig
             wrong, folded[name] = misrounded(weight.load().cpu(), numbers, weight.adapters).numel(), numbers.numel()
             if wrong:
                 refuse(name, f"{wrong} of {folded[name]} elements are not W + δ rounded once", _REMEDY)
-        elif actual.tobytes() == base.graph.initializers[split.get(name, name)].const_value.tobytes():
+        elif actual.tobytes() == base.graph.initializers[split.get(name, name)].const_value.tobytes():  # type: ignore[union-attr]
             untouched += 1
         elif held:
             refuse(name, "no adapter is folded into it, and its numbers are not the base's", _REMEDY)
