@@ -34,18 +34,9 @@ REFUSED, SAME, OTHER, RAW = "refused", "same output", "another output", "raw"
 X = torch.linspace(-1, 1, 3 * 32).reshape(3, 32)
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(32, 16), nn.Linear(16, 32)
-
-    def forward(self, x):
-        return self.down(self.up(x).relu())
-
-
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return Net().eval()
+    return nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 32)).eval()
 
 
 def adapted() -> nn.Module:

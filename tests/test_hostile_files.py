@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +316,7 @@ def test_an_option_that_is_none(tmp_path, option):
                 assert bool(model(torch.ones(3, 8)).isfinite().all())
     for value in (1e308, -1e39, float("nan")):
         folder = hostile.peft_folder(tmp_path, lora_alpha=value)
-        call = lambda folder=folder: lora_fx.load_adapter(hostile.Net(), folder, check=False)  # noqa: E731
+        call = partial(lora_fx.load_adapter, hostile.Net(), folder, check=False)
         refused(call, "lora_alpha", "is not a finite number in float32", kind=FileError)
 
 

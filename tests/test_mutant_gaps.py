@@ -14,7 +14,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.checks.verification import compare, run, worst
+from lora_fx.checks.verification import compare, rounding_step, run, worst
 from lora_fx.deltas import exact_sum
 from lora_fx.errors import EquivalenceError
 from lora_fx.graph.capture import normalize_inputs
@@ -366,6 +366,24 @@ def test_the_plan_names_the_weights_that_the_inputs_did_not_reach():
 
 
 # ── rounding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Narrow(nn.Module):
+    """Weights of float32, which it multiplies with in bfloat16; or it rounds only x so."""
+
+    def __init__(self, weights: bool) -> None:
+        super().__init__()
+        self.up, self.weights = nn.Linear(6, 5), weights
+
+    def forward(self, x):
+        x, weight = x.bfloat16(), self.up.weight
+        return (F.linear(x, weight.bfloat16()) if self.weights else F.linear(x.float(), weight)).float()
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_weight_is_rounded_as_it_is_multiplied_with(weights, dtype):
+    model, inputs = Narrow(weights), normalize_inputs(nn.Identity(), torch.randn(3, 6))
+    assert rounding_step(model, inputs) == torch.finfo(dtype).eps / 2
 
 
 class Heads(nn.Module):

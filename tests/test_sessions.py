@@ -293,8 +293,8 @@ def test_a_file_without_slots_and_one_that_was_changed(place, tmp_path):
     onnx.save(file, tmp_path / "c.onnx")
     digest = onnx_digest(tmp_path / "c.onnx")
     refused(lambda: Session(tmp_path / "c.onnx"), "damaged, or were changed since", f"digest={digest!r}")
-    told = lambda: Session(tmp_path / "c.onnx", digest=digest)  # noqa: E731
-    refused(told, "no input 'head.weight.lora_A' of float32 [0, 7]", "another tool")
+    of_another = "no input 'head.weight.lora_A' of float32 [0, 7]"
+    refused(lambda: Session(tmp_path / "c.onnx", digest=digest), of_another, "another tool")
     refused(lambda: Session(tmp_path / "missing.onnx"), "cannot be read", "missing.onnx")
 
 

@@ -1,7 +1,8 @@
 """The patterns of somebody else's config, matched within a bound.
 
 A pattern of ten characters can take Python's matcher for ever, which nothing in the same process ends. So what repeats
-or branches is matched by a Python of its own, with the same `re` that PEFT uses, and that is ended after `SECONDS`.
+or branches is matched by a Python of its own, with the same `re` that PEFT uses, and that is ended after `SECONDS` of a
+processor; or of the clock after `PATIENCE`, for a busy machine is no fault of the pattern.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 
 from lora_fx.reading import refuse
 
-SECONDS = 1.0
+SECONDS = 1
+PATIENCE = 60
 EVERY = r"[^.]*"
 """PEFT's own pattern of any one name."""
 
@@ -23,7 +25,12 @@ _PLAIN = re.compile(r"(?:[^\\*+?{}()\[\]]|\\\.)*")
 
 _MATCH = """
 import json, re, sys
-patterns, names, how = json.load(sys.stdin)
+patterns, names, how, seconds = json.load(sys.stdin)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+except ImportError:  # Windows: the clock alone
+    pass
 found = []
 for pattern in patterns:
     match = getattr(re.compile(pattern), how)
@@ -41,7 +48,7 @@ def matching(
         around: patterns before and after it, which are then matched from the start on.
 
     Raises:
-        FileError: one is no pattern, or takes longer than `SECONDS`.
+        FileError: one is no pattern, or takes too long.
     """
     before, after = around or ("", "")
     if not patterns:
@@ -58,16 +65,17 @@ def matching(
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _MATCH],
-            input=json.dumps([whole, list(names), how]),
+            input=json.dumps([whole, list(names), how, SECONDS]),
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=PATIENCE,
         )
     except subprocess.TimeoutExpired as error:
-        reason = f"{shown} is not through with {len(names)} names after {SECONDS} s"
-        refuse(place, reason, remedy, error)
+        refuse(place, f"{shown} is not through with {len(names)} names after {PATIENCE} s", remedy, error)
     except OSError as error:
         refuse(place, f"{shown}: the process that matches it does not start: {error}", remedy, error)
+    if done.returncode < 0:  # a signal has ended it
+        refuse(place, f"{shown} is not through with {len(names)} names after {SECONDS} s of a processor", remedy)
     if done.returncode:
         refuse(place, f"{shown} is no pattern: {' '.join(done.stderr.splitlines()[-1:])[:200]}", remedy)
     return list(json.loads(done.stdout))

@@ -175,7 +175,8 @@ def export_onnx(
             with a cache: pass ``{"input_ids": tokens}``; other inputs, names and axes follow from the target.
         prove: translate the base model too, read the file back, and hold the one against the other: the same graph,
             node for node, and every folded element the sum rounded once. Takes twice the time.
-        check: run the file, and the model in float64 beside it: that takes the memory of two more models.
+        check: certify the model, run the file, and the model in float64 beside it: that takes the memory of two more
+            models. Without it nothing is checked but what `prove` does.
         weights: where the numbers of a model on meta are: a ``.safetensors`` file, an index of some, or their folder.
             They go from there into the file one tensor at a time, are folded in the precision that they have there, and
             rounded once to the model's dtype; torch runs nothing.
@@ -398,9 +399,7 @@ class Certify(Pass):
     def call(self, model: nn.Module, facts: Facts) -> Result:
         if facts[Job].checkpoint or not inventory(model).storages():
             return Result(model, False)
-        return Result(
-            model, False, (certify_adapted(model, facts[Job].call.inputs, facts.undo, gradients=False, whole=False),)
-        )
+        return Result(model, False, (certify_adapted(model, facts[Job].call.inputs, facts.undo, gradients=False),))
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,15 @@ _UNIT = 2.0**-53
 def delta(weight: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
     """Σ δ of adapters of this weight, in float64 and the weight's own axes: of low-rank ones from their plain fields
     alone, of others by what their kind says δ is."""
-    plain = weight.detach().to(torch.float64)
-    first, *others = (_delta(plain, adapter) for adapter in adapters)
+    first, *others = (_delta(weight, adapter) for adapter in adapters)
     return sum(others, start=first)
 
 
-def _delta(plain: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    if adapter.kind.low_rank:
+def _delta(weight: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    if adapter.kind.low_rank:  # it does not depend on W
         return _Product.of(adapter).delta()
     with torch.no_grad():
-        return adapter.delta(plain, _wide(adapter))
+        return adapter.delta(weight.detach().to(torch.float64), _wide(adapter))
 
 
 def _wide(adapter: Adapter) -> Theta:
@@ -137,7 +136,7 @@ class _Product:
         return cls(scale, over_axes(B, "o", "i"), over_axes(A.mT, "i", "o"), order, blocks)
 
     def delta(self) -> torch.Tensor:
-        return self.scale * self._sum(self.B, self.A)
+        return self._sum(self.B, self.A).mul_(self.scale)
 
     def size(self) -> torch.Tensor:
         """The same of absolute values: no partial sum is larger."""

@@ -1612,7 +1612,8 @@ MUTANTS = (
     # ── checks of other kinds ────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "no_delta_for_the_checks", "kinds", "lora_fx/checks/oracles.py",
-        "return adapter.delta(plain, _wide(adapter))", "return torch.zeros_like(plain)",
+        "return adapter.delta(weight.detach().to(torch.float64), _wide(adapter))",
+        "return torch.zeros_like(weight, dtype=torch.float64)",
         "The checks take a kind without factors for nothing.",
         tests=of_kinds("every_verb_takes_every_kind"),
     ),
@@ -2174,5 +2175,18 @@ MUTANTS = (
         "        return found if own.isdisjoint(found) else frozenset()", "        return frozenset()",
         "The branch of a weight that multiplies another adapted weight counts as one more use of that.",
         tests=("tests/test_certificate.py::test_the_branch_of_another_weight_is_no_use_of_this_one",),
+    ),
+    Mutant(
+        "casts_unseen", "verification", "lora_fx/checks/verification.py",
+        "        if rounding.step <= stored:\n            return stored\n", "        return stored\n",
+        "The noise of a model that multiplies in a narrower dtype than its weights' is measured as of theirs.",
+        tests=("tests/test_mutant_gaps.py::test_a_weight_is_rounded_as_it_is_multiplied_with",),
+    ),
+    Mutant(
+        "zeros_are_proof", "verification", "lora_fx/checks/certification.py",
+        "own if row.problem == _NOTHING and not own.problem else row",
+        'replace(own, problem="") if row.problem == _NOTHING else row',
+        "A use that multiplies zeros is certified without a measurement that shows it right.",
+        tests=("tests/test_certificate.py::test_a_use_of_zeros_whose_branch_is_lost_is_not_certified",),
     ),
 )  # fmt: skip
