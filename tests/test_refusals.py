@@ -106,7 +106,7 @@ def test_a_rule_that_is_malformed(settings, part):
         (17, "17 is no rule"),
         ({"were": "*", "rank": 2}, "did you mean 'where'"),
         ([{"where": "*", "rank": 2, "colour": 1}], "unknown key 'colour'"),
-        ("missing.toml", "cannot read it"),
+        ("missing.toml", "it cannot be read: No such file"),
     ],
 )
 def test_rules_that_are_no_rules(model, rules, part):
