@@ -187,7 +187,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "densenet121": dict(growth_rate=8, block_config=(1, 1, 1, 1)),
     "repvgg_a0": dict(),
     "hgnetv2_b0": dict(),
-    "naflexvit_base_patch16_gap": dict(),
+    "naflexvit_base_patch16_gap": dict(embed_dim=32, depth=2, num_heads=2),
     "mambaout_femto": dict(depths=(1, 1, 1, 1), dims=(16, 16, 32, 32)),
     "nextvit_small": dict(depths=(1, 1, 2, 1)),
     "hiera_tiny_224": dict(img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 1, 1, 1)),
