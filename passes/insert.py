@@ -90,9 +90,9 @@ class Rewrite(Pass):
 class Check(Pass):
     """Hold every use of what was inserted against the use of W + δ, in train and in eval mode.
 
-    A large model, or one that multiplies in a narrower dtype than float32, is recorded, and each use is measured by itself
-    in float64; of others, and where a use does not show what a weight does, the whole is held against the model with the
-    sums in its weights.
+    A large model, or one that multiplies in a narrower dtype than float32, is recorded, and each use is measured by
+    itself in float64; of others, and where a use does not show what a weight does, the whole is held against the model
+    with the sums in its weights.
 
     A rewritten forward that is not the path that ran is given up first: then whoever reads the weight is served. Where
     one of those wants a plain tensor, and no dropout acts on the branch, the weight reads as W + δ. Where the model
