@@ -138,9 +138,18 @@ class _InFloat32(TorchDispatchMode):
         product = func._overloadname == "default" and name.removesuffix("_") in ("mm", "bmm", "addmm", "baddbmm")
         if not (half and product):
             return func(*args, **kwargs)
-        op = getattr(torch, name.removesuffix("_"))
-        made = op(*(a.float() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+        *added, left, right = tensors
+        left, step = left.float(), max(1, _PART // max(right.shape[-2], 1))
+        made = torch.cat([left @ part.float() for part in right.split(step, -1)], -1)
+        for other in added:
+            made *= kwargs.get("alpha", 1)
+            if beta := kwargs.get("beta", 1):  # of 0, whatever is there does not count
+                made = made + beta * other.float()
         return args[0].copy_(made) if name.endswith("_") else made.to(dtype)
+
+
+#: elements of a factor that are widened at a time
+_PART = 2**20
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[None]:
