@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import torch
 
-from lora_fx.checks.verification import Draws, Report, compare, dither, relative_error
+from lora_fx.checks.verification import Draws, Report, compare, dither, noise_floor
 from lora_fx.export.onnx.files import save_model
 from lora_fx.export.onnx.graphs import as_torch, attribute
 from lora_fx.export.onnx.loading import load_model
@@ -195,4 +195,4 @@ def _judge(
     if not compare(expected, again, expected, 0.0, expected.dtype):
         reason = "the graph draws random numbers: it gives others on each run"
         refuse(f"{old}, output {name!r}", reason, f"export it in eval mode, or {UNCHECKED}")
-    return compare(expected, got, expected, relative_error(moved, expected, expected), expected.dtype)
+    return compare(expected, got, expected, noise_floor(expected, moved), expected.dtype)
