@@ -25,7 +25,9 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
     """torch.onnx's program, not optimized yet."""
     inputs = call.traced()
     # Without keyword inputs, torch takes a dict in the last place for them: this empty one is all that it takes then.
-    last = () if inputs.kwargs or not isinstance((inputs.args or (None,))[-1], dict) else ({},)
+    last: tuple[dict[str, Any], ...] = (
+        () if inputs.kwargs or not isinstance((inputs.args or (None,))[-1], dict) else ({},)
+    )
     shown = io.StringIO()  # where it fails, torch prints the graph so far; the exception says more
     remedy = "the exception this one was raised from says more; torch.export.export(model, ...) shows it alone"
     if hasattr(model, "set_experts_implementation"):

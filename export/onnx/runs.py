@@ -27,7 +27,8 @@ from lora_fx.checks.verification import (
 from lora_fx.errors import CaptureError, essence
 from lora_fx.export.onnx.calls import Call, graph_inputs, resized, tensors_in
 from lora_fx.export.onnx.padding import Padded, attention_to_nothing, padded_rows
-from lora_fx.export.onnx.runtimes import CPU, quiet_options, refuse, refusing
+from lora_fx.export.onnx.processes import Apart, Said
+from lora_fx.export.onnx.runtimes import CPU, refuse, refusing
 from lora_fx.graph.capture import Inputs, does_not_run, no_fast_paths
 from lora_fx.graph.own_state import undisturbed
 
@@ -73,23 +74,20 @@ def _excess(report: Report) -> float:
     return report.error / report.bound if report.bound else (math.inf if report.error else 0.0)
 
 
-def open_session(path: Path) -> tuple[Any, str]:
-    """A session on the CPU provider; or None, and what that provider lacks."""
-    import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as Missing
-
-    options = quiet_options()
-    options.intra_op_num_threads = torch.get_num_threads()
+def open_session(path: Path) -> tuple[Apart | None, str]:
+    """A session on the CPU provider, in a process of its own; or None, and what that provider lacks."""
     with refusing("ONNX Runtime does not load the file", path.name, "try another opset"):
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=[CPU]), ""
-        except Missing as error:
+            return Apart(path), ""
+        except Said as error:
+            if type(error).__name__ != "NotImplemented":
+                raise
             return None, f"{CPU} has no kernel for it: {essence(error)}"
 
 
 def compare_runs(
     model: nn.Module,
-    session: Any,
+    session: Apart,
     program: Any,
     call: Call,
     expected: list[torch.Tensor],
@@ -189,13 +187,15 @@ def run_torch(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
         return [as_real(tensor.detach()).cpu().clone() for tensor in tensors_in(output)]
 
 
-def run_session(session: Any, program: Any, inputs: Inputs, factors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+def run_session(
+    session: Apart, program: Any, inputs: Inputs, factors: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
     feeds = {value.name: as_real(t.detach()).cpu().numpy() for value, t in graph_inputs(program, inputs)}
     feeds |= {name: factor.numpy() for name, factor in factors.items()}
     shapes = {name: array.shape for name, array in feeds.items()}
     reason = f"ONNX Runtime does not run the file on inputs of shapes {shapes}"
     with refusing(reason, "the file", "nothing was written; make fewer axes dynamic, or try another opset"):
-        return [torch.from_numpy(array) for array in session.run(None, feeds)]
+        return [torch.from_numpy(array) for array in session.run(feeds)]
 
 
 def _other_shapes(model: nn.Module, program: Any, call: Call) -> list[tuple[Inputs, list[torch.Tensor]]]:
