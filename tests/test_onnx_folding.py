@@ -429,7 +429,8 @@ MET = {
     "a sum in a Gemm": ([*PLAIN[:2], "Gemm z lora_B p -> y"], {}, "Gemm y adds its C, p", "optimize=False"),
     "a vector": ([*PLAIN, "Mul d v -> e", "Add p e -> y"], {"v": WIDE}, "scaled by v, [8]", "into lora_A or lora_B"),
     "a vector within": (
-        [*PLAIN[:2], "Mul z v -> u", "MatMul u lora_B -> d", "Add p d -> y"], {"v": NARROW}, "scaled by v, [2]", "lora_A",
+        [*PLAIN[:2], "Mul z v -> u", "MatMul u lora_B -> d", "Add p d -> y"], {"v": NARROW},
+        "scaled by v, [2]", "into lora_A",
     ),
     "x scaled": (
         ["MatMul x W -> p", "Mul x v -> u", "MatMul u lora_A -> z", PLAIN[2], "Add p d -> y"], {"v": ROWS},

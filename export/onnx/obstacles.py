@@ -30,7 +30,7 @@ class Obstacle:
 
 
 def obstacles(reader: Reader) -> list[Obstacle]:
-    """Of every linear op that is an adapter's by its names, or as it lies beside PEFT's base_layer, where there is one."""
+    """Of every linear op that is an adapter's, by its names or by its place beside PEFT's base_layer."""
     every = [op for node in reader.model.graph.all_nodes() if (op := reader.linear(node)) is not None]
     named = [op for op in every if not reader.fixed(op.x)]  # DoRA has B·A of the unit matrix, for its norms
     bases = [scope.removesuffix("base_layer") for op in named if (scope := scope_of(op.node)).endswith(".base_layer")]
