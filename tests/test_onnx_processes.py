@@ -74,6 +74,29 @@ def test_a_crash_of_the_runtime_is_an_error(old, tmp_path_factory, monkeypatch, 
         assert export_onnx(MODEL, X, old).comparisons  # in another one
 
 
+class Half(nn.Module):
+    """ONNX Runtime 1.32 ends with a segmentation fault on its file, if its batch is dynamic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, 2, batch_first=True).half()
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+def test_a_file_that_crashes_the_runtime_ends_nothing(old, fresh):
+    """With a remedy that helps."""
+    x, message = torch.ones(2, 3, 4).half(), ""
+    try:
+        export_onnx(Half(), x, old, dynamic_shapes={"x": {0: "batch"}})
+    except ExportError as error:
+        message = str(error)
+        assert untouched(old) and not fresh[0].alive
+    assert not message or ("has ended" in message and "fewer axes dynamic" in message)
+    assert export_onnx(Half(), x, old).comparisons
+
+
 def test_it_is_started_once_and_again_where_it_has_ended(fresh, tmp_path):
     path, x = tmp_path / "m.onnx", {"x": numpy.ones((4, 3), numpy.float32)}
     write_file(path)

@@ -26,7 +26,8 @@ from lora_fx.export.onnx import worker
 from lora_fx.export.onnx.runtimes import refuse
 
 _SHOWN = 2000
-UNCHECKED = "make room if it was out of memory; report it to onnxruntime with the file that check=False writes"
+_REMEDY = "make room if it was out of memory; else make fewer axes dynamic, or export in float32, "
+_REMEDY += "and report the file that check=False writes to onnxruntime"
 
 
 class Said(RuntimeError):
@@ -134,7 +135,7 @@ class Runner:
             with suppress(ValueError):
                 how = f"by {signal.Signals(-code).name}"
         last = f"; it said last: {self._said}" if self._said else ""
-        refuse("ONNX Runtime", f"the process in which it ran the file has ended {how}{last}", UNCHECKED)
+        refuse("ONNX Runtime", f"the process in which it ran the file has ended {how}{last}", _REMEDY)
 
     def end(self, patience: float = 0.0) -> None:
         """End the process, if it has not ended after this many seconds; of the process that began it alone."""
