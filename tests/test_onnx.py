@@ -564,25 +564,18 @@ def test_another_opset_than_asked_for_is_refused(old, monkeypatch):
     ],
 )
 def test_what_the_runtime_does_wrong_is_told(old, monkeypatch, adapted_net, name, parts):
-    import onnxruntime
-
-    real = onnxruntime.InferenceSession
-
-    class Failing:
-        def __init__(self, *args, **kwargs) -> None:
+    class Failing(onnx_runs.Apart):
+        def __init__(self, path) -> None:
             if name == "_session":
                 raise RuntimeError("broken")
-            self.session = real(*args, **kwargs)
+            super().__init__(path)
 
-        def run(self, *args):
+        def run(self, feeds):
             if name == "_run_session":
                 raise RuntimeError("broken")
-            return [numpy.zeros((9, 9), numpy.float32) for _ in self.session.run(*args)]
+            return [numpy.zeros((9, 9), numpy.float32) for _ in super().run(feeds)]
 
-        def __getattr__(self, attribute):
-            return getattr(self.session, attribute)
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Failing)
+    monkeypatch.setattr(onnx_runs, "Apart", Failing)
     refused(old, *parts, *adapted_net)
 
 

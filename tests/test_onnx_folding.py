@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -403,6 +404,87 @@ def test_a_quantised_base_is_not_made_float(tmp_path):
     numbers = {"W": None, "Q": numpy.ones((6, 8), numpy.int8), "s": numpy.float32(0.5).reshape(())}
     path = summed(tmp_path, base=[node("DequantizeLinear", ["Q", "s"], ["W"])], **numbers)
     refused(path, "the weight is quantised", "stored in float", "quantise that one")
+
+
+def nodes_of(*rows: str) -> list:
+    """``op inputs -> output``, one node each."""
+    return [
+        onnx.helper.make_node(op, given.split(), [to]) for op, given, to in (re.split(" (.*) -> ", r) for r in rows)
+    ]
+
+
+PLAIN = ("MatMul x W -> p", "MatMul x lora_A -> z", "MatMul z lora_B -> d")
+WIDE, NARROW, ROWS = normal(8) + 2, normal(2) + 2, normal(6) + 2
+
+#: what stands in the way → the nodes, their other constants, what is said of it, and what to do
+MET = {
+    "lora_bias": ([*PLAIN, "Add d b -> e", "Add p e -> y"], {"b": WIDE}, "b is added to the branch", "merge it"),
+    "lora_bias in a Gemm": (
+        [*PLAIN[:2], "Gemm z lora_B b -> d", "Add p d -> y"], {"b": WIDE},
+        "Gemm d adds b to the product, as PEFT's lora_bias does", "merge_and_unload",
+    ),
+    "a bias of A": (
+        [PLAIN[0], "Gemm x lora_A b -> z", PLAIN[2], "Add p d -> y"], {"b": NARROW}, "Gemm z adds b", "merge it",
+    ),
+    "a sum in a Gemm": ([*PLAIN[:2], "Gemm z lora_B p -> y"], {}, "Gemm y adds its C, p", "optimize=False"),
+    "a vector": ([*PLAIN, "Mul d v -> e", "Add p e -> y"], {"v": WIDE}, "scaled by v, [8]", "into lora_A or lora_B"),
+    "a vector within": (
+        [*PLAIN[:2], "Mul z v -> u", "MatMul u lora_B -> d", "Add p d -> y"], {"v": NARROW},
+        "scaled by v, [2]", "into lora_A",
+    ),
+    "x scaled": (
+        ["MatMul x W -> p", "Mul x v -> u", "MatMul u lora_A -> z", PLAIN[2], "Add p d -> y"], {"v": ROWS},
+        "its input is multiplied by v first", "multiply that into lora_A",
+    ),
+    "DoRA": (
+        [*PLAIN, "Sub v one -> w", "Mul w p -> q", "Mul v d -> r", "Add q r -> s", "Add p s -> y"],
+        {"v": WIDE, "one": numpy.ones(1, numpy.float32)}, "as DoRA does it", "merge_and_unload",
+    ),
+    "not linear": ([*PLAIN[:2], "Relu z -> u", "MatMul u lora_B -> d", "Add p d -> y"], {}, "Relu u takes it", "fold"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MET)
+def test_what_an_adapter_meets_is_named(tmp_path, name):
+    rows, numbers, *parts = MET[name]
+    own = {"W": normal(6, 8), "lora_A": normal(6, 2), "lora_B": normal(2, 8)}
+    refused(made(tmp_path, nodes_of(*rows), {**own, **numbers}, x=("rows", 6)), *parts)
+
+
+@pytest.mark.parametrize("op", ["If", "Loop"])
+def test_an_adapter_in_a_body_is_named(tmp_path, op):
+    value, float_ = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    branch = nodes_of(*(row.replace(" x ", " v " if op == "Loop" else " x ") for row in PLAIN), "Add p d -> o")
+    numbers = {"W": normal(6, 6), "lora_A": normal(6, 2), "lora_B": normal(2, 6)}
+    if op == "If":
+        bodies = {
+            f"{n}_branch": onnx.helper.make_graph(branch, n, [], [value("o", float_, None)]) for n in ("then", "else")
+        }
+        node = onnx.helper.make_node("If", ["c"], ["y"], **bodies)
+    else:
+        given = [value("i", 7, []), value("c", 9, []), value("v", float_, None)]
+        given_back = [value("c2", 9, None), value("o", float_, None)]
+        body = onnx.helper.make_graph([*branch, *nodes_of("Identity c -> c2")], "body", given, given_back)
+        node = onnx.helper.make_node("Loop", ["n", "k", "x"], ["y"], body=body)
+        numbers |= {"n": numpy.array(3), "k": numpy.array(True)}
+    start = nodes_of("ReduceMax x -> m", "IsNaN m -> c") if op == "If" else []
+    for reduce in start[:1]:
+        reduce.attribute.append(onnx.helper.make_attribute("keepdims", 0))
+    path = made(tmp_path, [*start, node], numbers, x=("rows", 6))
+    refused(path, "inside of the " + ("then_branch of If" if op == "If" else "body of Loop"), "without torch.cond")
+
+
+@pytest.mark.parametrize(("setting", "part"), [("use_dora", "as DoRA does it"), ("lora_bias", "PEFT's lora_bias")])
+def test_settings_of_pefts_in_torchscripts_files(tmp_path, setting, part):
+    """Whose names are gone: what is left is the place beside base_layer."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, **{setting: True})
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 16), nn.ReLU()), config).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (torch.randn(3, 5, 12),), str(tmp_path / "m.onnx"), dynamo=False, opset_version=17)
+    refused(tmp_path / "m.onnx", part, "merge_and_unload")
 
 
 def test_what_an_if_captures_is_read_without_the_adapter(tmp_path):

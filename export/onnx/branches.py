@@ -210,6 +210,12 @@ class Reader:
                 found.update(node.outputs)
         return found
 
+    def fixed(self, value: Any) -> bool:
+        """No input of the graph can change it."""
+        from onnx_ir.convenience import get_const_tensor
+
+        return value in self._fixed or (value not in self._inputs and get_const_tensor(value) is not None)
+
     def constant(self, value: Any) -> torch.Tensor | None:
         """The numbers of a value that no input of the graph can change."""
         from onnx_ir.convenience import get_const_tensor
@@ -328,6 +334,10 @@ class Reader:
         by = self._scalar(node.inputs[1], node.inputs[0]) if op_type(node) == "Div" else None
         return (node.inputs[0], 1 / by) if by else (None, 1.0)
 
+    def passes(self, node: Any, value: Any) -> bool:
+        """A node gives on this value, times a number."""
+        return self._step(node)[0] is value
+
     def _gives_on(self, node: Any) -> bool:
         """It gives its first input on, number by number."""
         kind = op_type(node)
@@ -411,8 +421,8 @@ class Reader:
             return f"named {' and '.join(dict.fromkeys(found))}"
         if base is None:
             return ""
-        scope, peft, rest = _scope(base.node).rpartition(".base_layer")
-        inside = all(f"{_scope(op.node)}.".startswith(f"{scope}.") for op in (branch.down, branch.up))
+        scope, peft, rest = scope_of(base.node).rpartition(".base_layer")
+        inside = all(f"{scope_of(op.node)}.".startswith(f"{scope}.") for op in (branch.down, branch.up))
         if scope and peft and not rest and inside:
             return f"PEFT's, in {scope} beside its base_layer"
         if self.model.metadata_props.get("lora_fx.form") == "unfolded" and self.rank(branch) in self._ranks():
@@ -536,7 +546,7 @@ class Reader:
                 refuse(f"{self.place}, value {value.name}", reason, remedy)
 
 
-def _scope(node: Any) -> str:
+def scope_of(node: Any) -> str:
     """The module that a node is of, as torch's exporters say it: one in its metadata, the other in its name."""
     scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
     if len(scopes) > 1:

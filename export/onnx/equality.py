@@ -10,6 +10,7 @@ tried until the old file runs, and indices stay inside of the tables that they a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from typing import Any
 import numpy
 import torch
 
-from lora_fx.checks.verification import Draws, Report, compare, dither, relative_error
+from lora_fx.checks.verification import Draws, Report, compare, dither, noise_floor
+from lora_fx.errors import ExportError
 from lora_fx.export.onnx.files import save_model
 from lora_fx.export.onnx.graphs import as_torch, attribute
 from lora_fx.export.onnx.loading import load_model
+from lora_fx.export.onnx.processes import Apart
 from lora_fx.export.onnx.runs import Comparison
-from lora_fx.export.onnx.runtimes import CPU, quiet_options, refuse, refusing, require
+from lora_fx.export.onnx.runtimes import refuse, refusing, require
 
 UNCHECKED = "pass check=False, and compare the two files on inputs of your own"
 
@@ -60,10 +63,16 @@ def compare_files(old: Path, new: Path, folder: Path) -> tuple[Comparison, ...]:
     """
     require("onnxruntime")
     model = load_model(old, UNCHECKED)
-    before = _open(old, old)
+    with ExitStack() as stack:
+        return _compared(stack, model, old, new, folder)
+
+
+def _compared(stack: ExitStack, model: Any, old: Path, new: Path, folder: Path) -> tuple[Comparison, ...]:
+    before = stack.enter_context(_open(old, old))
     inputs = _inputs(before, model, str(old))
-    after, moved = _open(new, old), _open(_move(model, folder / "moved.onnx"), old)
-    names, found = [value.name for value in before.get_outputs()], []
+    after = stack.enter_context(_open(new, old))
+    moved = stack.enter_context(_open(_move(model, folder / "moved.onnx"), old))
+    names, found = before.outputs, []
     for feeds, expected in _draws(before, inputs, str(old)):
         runs = [expected, *(_run(session, feeds, old) for session in (before, after, moved))]
         shapes = tuple(feed.shape for feed in feeds.values())
@@ -76,32 +85,28 @@ def compare_files(old: Path, new: Path, folder: Path) -> tuple[Comparison, ...]:
     return tuple(found)
 
 
-def _open(path: Path, place: Path) -> Any:
-    import onnxruntime
-
-    options = quiet_options()
-    options.intra_op_num_threads = torch.get_num_threads()
+def _open(path: Path, place: Path) -> Apart:
     with refusing("ONNX Runtime does not load it on a CPU, to compare it", str(place), UNCHECKED):
-        return onnxruntime.InferenceSession(str(path), options, providers=[CPU])
+        return Apart(path)
 
 
-def _run(session: Any, feeds: Mapping[str, numpy.ndarray], place: Path) -> list[torch.Tensor]:
+def _run(session: Apart, feeds: Mapping[str, numpy.ndarray], place: Path) -> list[torch.Tensor]:
     with refusing("the folded file does not run where the file that was given does", str(place), UNCHECKED):
         return _outputs(session, feeds)
 
 
-def _outputs(session: Any, feeds: Mapping[str, numpy.ndarray]) -> list[torch.Tensor]:
-    return [torch.from_numpy(numpy.asarray(array)) for array in session.run(None, feeds)]
+def _outputs(session: Apart, feeds: Mapping[str, numpy.ndarray]) -> list[torch.Tensor]:
+    return [torch.from_numpy(numpy.asarray(array)) for array in session.run(feeds)]
 
 
-def _inputs(session: Any, model: Any, place: str) -> list[Input]:
+def _inputs(session: Apart, model: Any, place: str) -> list[Input]:
     rows, found = _tables(model), []
-    for value in session.get_inputs():
-        kind = value.type.removeprefix("tensor(").removesuffix(")")
+    for name, type_, shape in session.inputs:
+        kind = type_.removeprefix("tensor(").removesuffix(")")
         if kind not in (*_FLOATS, *_WHOLE, "bool"):
-            refuse(place, f"input {value.name!r} is {value.type}, of which none can be drawn at random", UNCHECKED)
-        named = (s if isinstance(s, int) or s else f"{value.name} {n}" for n, s in enumerate(value.shape))
-        found.append(Input(value.name, kind, tuple(named), rows.get(value.name)))
+            refuse(place, f"input {name!r} is {type_}, of which none can be drawn at random", UNCHECKED)
+        named = (s if isinstance(s, int) or s else f"{name} {n}" for n, s in enumerate(shape))
+        found.append(Input(name, kind, tuple(named), rows.get(name)))
     return found
 
 
@@ -120,7 +125,7 @@ def _tables(model: Any) -> dict[str, int]:
 
 
 def _draws(
-    session: Any, inputs: Sequence[Input], place: str
+    session: Apart, inputs: Sequence[Input], place: str
 ) -> Iterator[tuple[dict[str, numpy.ndarray], list[torch.Tensor]]]:
     """Inputs of two shapes that the file runs on, and what it gives; of one shape, twice, where it has but one."""
     generator, failure, seen = torch.Generator().manual_seed(0), "", list[tuple[Any, Any]]()
@@ -131,6 +136,8 @@ def _draws(
             feeds = {value.name: value.draw(sizes, generator, careful) for value in inputs}
             try:
                 expected = _outputs(session, feeds)
+            except ExportError:  # it has ended ONNX Runtime
+                raise
             except Exception as error:
                 failure = failure or str(error)
                 continue
@@ -195,4 +202,4 @@ def _judge(
     if not compare(expected, again, expected, 0.0, expected.dtype):
         reason = "the graph draws random numbers: it gives others on each run"
         refuse(f"{old}, output {name!r}", reason, f"export it in eval mode, or {UNCHECKED}")
-    return compare(expected, got, expected, relative_error(moved, expected, expected), expected.dtype)
+    return compare(expected, got, expected, noise_floor(expected, moved), expected.dtype)

@@ -40,6 +40,7 @@ from lora_fx.export.onnx.files import (
 )
 from lora_fx.export.onnx.graphs import describe, graph_digest, name_interface, operators, translate
 from lora_fx.export.onnx.optimization import Contents, optimize
+from lora_fx.export.onnx.processes import Apart
 from lora_fx.export.onnx.proof import Proof, fused_operators, prove
 from lora_fx.export.onnx.runs import Comparison, compare_runs, open_session, run_torch
 from lora_fx.export.onnx.runtimes import refuse, require
@@ -509,14 +510,19 @@ class Run(Pass):
     ensures = (given(Compared),)
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        job, program = facts[Job], facts[Translated].program
+        job = facts[Job]
         session, missing = None, "the model is on meta, and has nothing to compare it with"
         if not job.checkpoint:
             session, missing = open_session(facts[Written].files[0])
         if session is None:
             return Result(model, False, (Compared((), missing),))
+        with session:
+            return Result(model, False, (Compared(self._compared(model, session, facts)),))
+
+    def _compared(self, model: nn.Module, session: Apart, facts: Facts) -> tuple[Comparison, ...]:
+        job, program = facts[Job], facts[Translated].program
         if job.form != switchable.SWITCHABLE:
-            return Result(model, False, (Compared(compare_runs(model, session, program, job.call, job.expected)),))
+            return compare_runs(model, session, program, job.call, job.expected)
         found: list[Comparison] = []
         every, slots = inventory(model).adapters, switchable.read_manifest(facts[Optimised].graph.metadata_props, "")
         empty = switchable.empty_slots(slots) if job.slots == REQUIRED else {}
@@ -528,7 +534,7 @@ class Run(Pass):
                 fed, expected = switchable.factors_of(model, name) if name else {}, run_torch(model, job.call.inputs)
                 own = compare_runs(model, session, program, job.call, expected, empty | fed)
             found += [replace(comparison, adapter=name or "no adapter") for comparison in own]
-        return Result(model, False, (Compared(tuple(found)),))
+        return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ import torch
 
 from lora_fx.deltas.exact_sum import folded_weight
 from lora_fx.deltas.low_rank import LowRank
-from lora_fx.errors import few
+from lora_fx.errors import ExportError, few
 from lora_fx.export.onnx.branches import ADAPTER, REMEDY, Branch, Kind, Op, Reader, Site, op_type
 from lora_fx.export.onnx.equality import compare_files
 from lora_fx.export.onnx.files import check_file, folder_beside, move_files, save_model, writable
 from lora_fx.export.onnx.graphs import operators, order
 from lora_fx.export.onnx.loading import load_model
+from lora_fx.export.onnx.obstacles import obstacles
 from lora_fx.export.onnx.runs import Comparison
 from lora_fx.export.onnx.runtimes import refuse, refusing, require
 from lora_fx.graph.layout import Layout
@@ -114,10 +115,14 @@ def fold_onnx(
     before = operators(model).total()
     reader = Reader(model, str(path), unnamed)
     with refusing("its graph cannot be followed", str(path), REMEDY):
-        sites = reader.sites()
+        try:
+            sites = reader.sites()
+        except ExportError:
+            _refuse_met(reader, "a branch cannot be folded")
+            raise
     left = tuple(_described(base, branch) for base, branch in reader.left.values())
     if not sites:
-        _refuse_empty(str(path), left)
+        _refuse_empty(reader, left)
     alike: dict[Hashable, list[Site]] = {}
     for site in sites:
         alike.setdefault(site.key, []).append(site)
@@ -143,10 +148,19 @@ def _described(base: Op, branch: Branch) -> OnnxBranch:
     return OnnxBranch(base.constant.name, (branch.down.constant.name, branch.up.constant.name), branch.why)
 
 
-def _refuse_empty(place: str, left: Sequence[OnnxBranch]) -> NoReturn:
+def _refuse_met(reader: Reader, reason: str) -> None:
+    """With what an adapter's ops meet, where they meet something."""
+    met = obstacles(reader)
+    if met:
+        refuse(reader.place, f"{reason}: {few([*map(str, met)], _SHOWN)}", met[0].remedy)
+
+
+def _refuse_empty(reader: Reader, left: Sequence[OnnxBranch]) -> NoReturn:
+    place = reader.place
     if left:
         reason = f"no branch has the names of an adapter; {len(left)} look like one: {few([*map(str, left)], _SHOWN)}"
         refuse(place, reason, "pass unnamed=True if they are LoRA and not a bottleneck that the model has itself")
+    _refuse_met(reader, "the graph has no LoRA branch that can be folded")
     reason = "the graph has no LoRA branch: no Add of a linear op and of two narrow ones of the same input"
     remedy = 'export with adapters="unfolded", or the model of PEFT before it is merged'
     refuse(place, reason, f"{remedy}; the slots of a switchable graph have no numbers")
@@ -161,6 +175,7 @@ def _refuse_more(reader: Reader, branches: int) -> None:
     if used:
         names = few([*dict.fromkeys(used)], _SHOWN)
         reason = f"{branches} branches were found, and more are there: {names} are still in use"
+        _refuse_met(reader, reason)
         refuse(reader.place, reason, REMEDY)
 
 

@@ -24,6 +24,10 @@ from lora_fx.graph.capture import no_fast_paths, stoppable
 def translate(model: nn.Module, call: Call, opset: int) -> Any:
     """torch.onnx's program, not optimized yet."""
     inputs = call.traced()
+    # Without keyword inputs, torch takes a dict in the last place for them: this empty one is all that it takes then.
+    last: tuple[dict[str, Any], ...] = (
+        () if inputs.kwargs or not isinstance((inputs.args or (None,))[-1], dict) else ({},)
+    )
     shown = io.StringIO()  # where it fails, torch prints the graph so far; the exception says more
     remedy = "the exception this one was raised from says more; torch.export.export(model, ...) shows it alone"
     if hasattr(model, "set_experts_implementation"):
@@ -32,11 +36,11 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
     with stoppable(), ours, torch.no_grad(), no_fast_paths(), redirect_stderr(shown):
         program = torch.onnx.export(
             model.eval(),
-            inputs.args,
+            (*inputs.args, *last),
             kwargs=inputs.kwargs,
             dynamic_shapes=call.shapes,
             opset_version=opset,
-            custom_translation_table=_translations(),
+            custom_translation_table=_translations(opset),
             dynamo=True,
             optimize=False,
             verbose=False,
@@ -52,16 +56,26 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
     return program
 
 
-def _translations() -> dict[Any, Callable[..., Any]]:
-    """Our own, for convolutions: torch's give one without a bias a bias of zeros, which for conv3d has two axes, and
-    which nothing takes out again where the weight's channels are dynamic, as the rank of a slot is."""
+def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
+    """Our own. For convolutions: torch's give one without a bias a bias of zeros, which for conv3d has two axes, and
+    which nothing takes out again where the weight's channels are dynamic, as the rank of a slot is. For attention from
+    opset 23 on: torch's refuses keys and values of one head for all queries (Falcon), or as many as queries."""
     from onnxscript.function_libs.torch_lib.ops.core import aten_convolution
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention as by_steps
 
     def conv(x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1):  # type: ignore[no-untyped-def]
         return aten_convolution(x, weight, bias, stride, padding, dilation, groups=groups)
 
+    def attention(q, k, v, mask=None, dropout=0.0, is_causal=False, scale=None, enable_gqa=False):  # type: ignore[no-untyped-def]
+        whole = importlib.import_module("torch.onnx._internal.exporter._torchlib.ops.nn")
+        grouped = enable_gqa and q.shape[1] != k.shape[1]
+        broadcast = not grouped and not q.shape[1] == k.shape[1] == v.shape[1]
+        translate = by_steps if broadcast else whole.aten_scaled_dot_product_attention_23
+        return translate(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=grouped)
+
     aten = torch.ops.aten
-    return dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), conv)
+    own = dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), conv)
+    return own | ({aten.scaled_dot_product_attention.default: attention} if opset >= 23 else {})
 
 
 def name_interface(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lora_fx.checks.verification import as_real
 from lora_fx.export.onnx.graphs import order
 from lora_fx.export.onnx.weights import Weights
 
@@ -43,7 +44,7 @@ def optimize(model: Any, weights: Weights, wanted: bool = True) -> Contents:
 
     values = _blind(model, weights)
     read = frozenset(model.graph.initializers) & weights.keys()
-    axes = {name: (name, tuple(range(len(weights[name].shape)))) for name in read}
+    axes = {name: (name, tuple(range(len(model.graph.initializers[name].shape)))) for name in read}
     kept = {name: model.graph.initializers[name].const_value or values[name] for name in read}
     if not wanted:
         _let_in(model, values)
@@ -73,7 +74,7 @@ def _blind(model: Any, weights: Weights) -> dict[str, Any]:
         weight = weights.get(name)
         if weight is not None:
             made = weight.stored or weight.adapters
-            value.const_value = _lazy(weight.numbers, value) if made else TorchTensor(weight.load(), name=name)
+            value.const_value = _lazy(weight.numbers, value) if made else TorchTensor(as_real(weight.load()), name=name)
         if value.metadata_props.get(_KIND) == "PARAMETER":
             values[name], value.const_value = value.const_value, None
     return values
@@ -85,7 +86,7 @@ def _lazy(numbers: Callable[[], torch.Tensor], value: Any) -> Any:
     from onnx_ir.tensor_adapters import TorchTensor
 
     def make() -> Any:
-        return TorchTensor(numbers().contiguous(), name=value.name)
+        return TorchTensor(as_real(numbers()).contiguous(), name=value.name)
 
     return onnx_ir.LazyTensor(make, dtype=value.dtype, shape=onnx_ir.Shape(value.shape), name=value.name)
 

@@ -20,7 +20,8 @@ from typing import Any
 from lora_fx.checks.oracles import misrounded
 from lora_fx.export.onnx.graphs import as_torch, graph_lines, operators
 from lora_fx.export.onnx.optimization import Contents
-from lora_fx.export.onnx.runtimes import CPU, quiet_options, refuse
+from lora_fx.export.onnx.processes import optimized
+from lora_fx.export.onnx.runtimes import refuse, refusing
 from lora_fx.export.onnx.weights import Weights
 
 _REMEDY = "nothing was written; export without prove=True, and report it to lora_fx"
@@ -113,16 +114,10 @@ def prove(path: Path, weights: Weights, contents: Contents, base: Any, base_weig
 def fused_operators(path: Path, folder: Path) -> dict[str, int]:
     """What ONNX Runtime's optimizer makes of a file for a CPU: its own operators, and how many."""
     import onnx
-    import onnxruntime
 
     target = folder / f"{path.stem}.fused"
-    options = quiet_options()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(target)
-    # Numbers in a file of their own: only the nodes are read.
-    options.add_session_config_entry("session.disable_prepacking", "1")  # nothing will run
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{target.name}.data")
-    onnxruntime.InferenceSession(str(path), options, providers=[CPU])
+    with refusing("ONNX Runtime does not load the file", path.name, "try another opset"):
+        optimized(path, target)
     file = onnx.load(target, load_external_data=False)
     found = Counter(node.op_type for node in file.graph.node if node.domain not in ("", "ai.onnx"))
     return dict(sorted(found.items()))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from torch.utils import _pytree as pytree
 from lora_fx.changes import safe_point
 from lora_fx.checks.verification import (
     Report,
+    as_real,
     cast_inputs,
     compare,
-    copied,
     move_weights,
-    relative_error,
+    noise_floor,
     rounding_step,
+    widened,
 )
 from lora_fx.errors import CaptureError, essence
 from lora_fx.export.onnx.calls import Call, graph_inputs, resized, tensors_in
-from lora_fx.export.onnx.runtimes import CPU, quiet_options, refuse, refusing
+from lora_fx.export.onnx.padding import Padded, attention_to_nothing, padded_rows
+from lora_fx.export.onnx.processes import Apart, Said
+from lora_fx.export.onnx.runtimes import CPU, refuse, refusing
 from lora_fx.graph.capture import Inputs, does_not_run, no_fast_paths
 from lora_fx.graph.own_state import undisturbed
 
@@ -42,6 +46,8 @@ class Comparison:
     share of the elements that differ, `noise` the share that rounding changes."""
     adapter: str = ""
     """Which one was in the slots of a switchable graph."""
+    padded: tuple[Padded, ...] = ()
+    """Rows of padding, in which a query attends to nothing: where torch has 0, they were held against the mean."""
 
     @property
     def equivalent(self) -> bool:
@@ -53,7 +59,12 @@ class Comparison:
 
     def __str__(self) -> str:
         shapes = " ".join("×".join(map(str, s)) or "scalar" for s in self.shapes)
-        return f"{shapes}{f' with {self.adapter}' if self.adapter else ''}: {self.worst}"
+        text = f"{shapes}{f' with {self.adapter}' if self.adapter else ''}: {self.worst}"
+        if not self.padded:
+            return text
+        rows = ", ".join(map(str, self.padded))
+        why = f"padding by {self.padded[0].mask}, where attention to nothing is 0 in torch and the mean in the file"
+        return f"{text}; {rows} are {why}"
 
 
 def _excess(report: Report) -> float:
@@ -63,23 +74,20 @@ def _excess(report: Report) -> float:
     return report.error / report.bound if report.bound else (math.inf if report.error else 0.0)
 
 
-def open_session(path: Path) -> tuple[Any, str]:
-    """A session on the CPU provider; or None, and what that provider lacks."""
-    import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as Missing
-
-    options = quiet_options()
-    options.intra_op_num_threads = torch.get_num_threads()
+def open_session(path: Path) -> tuple[Apart | None, str]:
+    """A session on the CPU provider, in a process of its own; or None, and what that provider lacks."""
     with refusing("ONNX Runtime does not load the file", path.name, "try another opset"):
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=[CPU]), ""
-        except Missing as error:
+            return Apart(path), ""
+        except Said as error:
+            if type(error).__name__ != "NotImplemented":
+                raise
             return None, f"{CPU} has no kernel for it: {essence(error)}"
 
 
 def compare_runs(
     model: nn.Module,
-    session: Any,
+    session: Apart,
     program: Any,
     call: Call,
     expected: list[torch.Tensor],
@@ -92,21 +100,54 @@ def compare_runs(
     """
     runs = [(call.inputs, expected), *_other_shapes(model, program, call)]
     actual = [run_session(session, program, inputs, factors or {}) for inputs, _ in runs]
-    reference = copied(model).to(torch.float64)
+    reference = widened(model)
     wide = [run_torch(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
-    move_weights(reference, _step(model, call.inputs))
+    move_weights(reference, step := _step(model, call.inputs))
     moved = [run_torch(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
     comparisons = []
     for (inputs, outputs), got, exact, shifted in zip(runs, actual, wide, moved, strict=True):
         shapes = tuple(tuple(tensor.shape) for _, tensor in graph_inputs(program, inputs))
         reports = tuple(_judge(*four) for four in zip(outputs, got, exact, shifted, strict=True))
-        comparisons.append(comparison := Comparison(shapes, reports))
+        comparison, nothing = Comparison(shapes, reports), False
+        if not all(reports):
+            nothing, padded = _with_means(model, program, inputs, got, step)
+            comparison = replace(comparison, **padded)
         if not comparison.equivalent:
             number = comparison.reports.index(comparison.worst)
             reason = f"ONNX Runtime is not the model, on inputs of shapes {comparison}"
             remedy = "nothing was written; try another opset, and report it to lora_fx if no opset helps"
+            if nothing:
+                reason += (
+                    "; a query attends to nothing, as every key is masked: that is 0 in torch, the mean in the file"
+                )
+                remedy = "nothing was written; pass example inputs without padding, or export with opset=23"
             refuse(f"output {program.model.graph.outputs[number].name!r}", reason, remedy)
+        comparisons.append(comparison)
     return tuple(comparisons)
+
+
+def _with_means(
+    model: nn.Module, program: Any, inputs: Inputs, got: list[torch.Tensor], step: float
+) -> tuple[bool, dict[str, Any]]:
+    """Whether a query attends to nothing; and if only rows of padding show it, what else a comparison has to say."""
+    reference, wide = widened(model), cast_inputs(inputs, torch.float64)
+    try:
+        with attention_to_nothing(mean=False) as attention:
+            zeros = run_torch(reference, wide)
+        if not attention.met:
+            return False, {}
+        with attention_to_nothing(mean=True):
+            exact = run_torch(reference, wide)
+        padded = padded_rows(program, wide, zeros, exact, partial(run_torch, reference))
+        if not padded:
+            return True, {}
+        move_weights(reference, step)
+        with attention_to_nothing(mean=True):
+            moved, expected = run_torch(reference, wide), run_torch(model, inputs)
+    except CaptureError:  # it does not run below a dispatch mode, or step by step
+        return False, {}
+    reports = tuple(_judge(*four) for four in zip(expected, got, exact, moved, strict=True))
+    return True, {"reports": reports, "padded": padded} if all(reports) else {}
 
 
 def _judge(expected: torch.Tensor, got: torch.Tensor, exact: torch.Tensor, moved: torch.Tensor) -> Report:
@@ -116,8 +157,7 @@ def _judge(expected: torch.Tensor, got: torch.Tensor, exact: torch.Tensor, moved
         reason = f"ONNX Runtime returns {theirs} where torch returns {ours}"
         refuse("output", reason, "nothing was written; an axis that changes may be missing in dynamic_shapes")
     if expected.is_floating_point():
-        noise = max(relative_error(moved, exact, exact), relative_error(expected, exact, exact))
-        return compare(expected, got, exact, noise, expected.dtype)
+        return compare(expected, got, exact, noise_floor(exact, moved, expected), expected.dtype)
     dtype = str(expected.dtype).removeprefix("torch.")
     if not expected.numel():
         return Report(0.0, 0.0, 0.0, 0.0, dtype, 1)
@@ -144,20 +184,18 @@ def run_torch(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
             output = inputs.call(model)
         except Exception as error:
             raise does_not_run(model, error) from error
-        return [_real(tensor.detach()).cpu().clone() for tensor in tensors_in(output)]
+        return [as_real(tensor.detach()).cpu().clone() for tensor in tensors_in(output)]
 
 
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def run_session(session: Any, program: Any, inputs: Inputs, factors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    feeds = {value.name: _real(t.detach()).cpu().numpy() for value, t in graph_inputs(program, inputs)}
+def run_session(
+    session: Apart, program: Any, inputs: Inputs, factors: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    feeds = {value.name: as_real(t.detach()).cpu().numpy() for value, t in graph_inputs(program, inputs)}
     feeds |= {name: factor.numpy() for name, factor in factors.items()}
     shapes = {name: array.shape for name, array in feeds.items()}
     reason = f"ONNX Runtime does not run the file on inputs of shapes {shapes}"
     with refusing(reason, "the file", "nothing was written; make fewer axes dynamic, or try another opset"):
-        return [torch.from_numpy(array) for array in session.run(None, feeds)]
+        return [torch.from_numpy(array) for array in session.run(feeds)]
 
 
 def _other_shapes(model: nn.Module, program: Any, call: Call) -> list[tuple[Inputs, list[torch.Tensor]]]:

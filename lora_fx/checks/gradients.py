@@ -9,7 +9,6 @@ computes with it, and returns its gradient to nobody.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from lora_fx.changes import Undo, safe_point
 from lora_fx.checks.verification import called, in_mode, with_dense_weights
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import CaptureError
-from lora_fx.graph.capture import Inputs, does_not_run, output_tensors
+from lora_fx.graph.capture import Inputs, does_not_run, output_tensors, uncompiled
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import is_away
 from lora_fx.model.classes import unwired
@@ -111,7 +110,7 @@ def _gradients(
         CaptureError: the model does not run on the inputs in this mode, or not backward.
     """
     safe_point()
-    with undisturbed(model), in_mode(model, training), torch.enable_grad(), _uncompiled():
+    with undisturbed(model), in_mode(model, training), torch.enable_grad(), uncompiled():
         torch.manual_seed(0)
         outputs = [t for t in output_tensors(called(model, inputs)) if t.requires_grad]
         if not outputs or not of:
@@ -150,10 +149,3 @@ class _InFloat32(TorchDispatchMode):
 
 #: elements of a factor that are widened at a time
 _PART = 2**20
-
-
-def _uncompiled() -> contextlib.AbstractContextManager[None]:
-    """What is compiled runs as Python: nothing is compiled for one backward."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing that takes a second
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")

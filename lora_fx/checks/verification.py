@@ -25,7 +25,7 @@ from lora_fx.changes import Undo, in_turn, safe_point, undone
 from lora_fx.checks.oracles import delta
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import CaptureError, EquivalenceError, LoraFxError, essence
-from lora_fx.graph.capture import Inputs, does_not_run, normalize_inputs, output_tensors
+from lora_fx.graph.capture import Inputs, does_not_run, normalize_inputs, output_tensors, uncompiled
 from lora_fx.graph.nodes import is_float
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import Instead, is_away, is_plain, loader, refuse_any_away, refuse_shards, without_numbers
@@ -100,21 +100,28 @@ def noise_floors(model: nn.Module, inputs: Inputs, outputs: Sequence[torch.Tenso
     wide, wide_inputs, exact = in_float64(model, inputs)
     move_weights(wide, step)
     moved = run(wide, wide_inputs)
-    return [
-        (w, max(relative_error(x, w, w), relative_error(m, w, w)))
-        for x, w, m in zip(outputs, exact, moved, strict=True)
-    ]
+    return [(w, noise_floor(w, x, m)) for x, w, m in zip(outputs, exact, moved, strict=True)]
 
 
 def in_float64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, list[torch.Tensor]]:
     """A float64 copy, its inputs and its outputs; in the own dtype where a kernel takes no float64 (`grouped_mm`)."""
-    wide, wide_inputs = copied(model), cast_inputs(inputs, torch.float64)
-    wide._apply(partial(_cast, torch.float64))
+    wide, wide_inputs = widened(model), cast_inputs(inputs, torch.float64)
     try:
         return wide, wide_inputs, run(wide, wide_inputs)
     except CaptureError:
         wide = copied(model)
         return wide, inputs, run(wide, inputs)
+
+
+def noise_floor(exact: torch.Tensor, *others: torch.Tensor) -> float:
+    """How far the others are from float64, at most. What is not finite only in one of them, where a mask overflows in
+    another dtype, says nothing of rounding: a bound that anything would keep."""
+    return max(filter(math.isfinite, (relative_error(other, exact, exact) for other in others)), default=0.0)
+
+
+def widened(model: nn.Module) -> nn.Module:
+    """A copy in float64; what is complex stays so."""
+    return copied(model)._apply(partial(_cast, torch.float64))
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -187,7 +194,7 @@ def compare_all(
 ) -> Report:
     """Each output against what it must be; the noise is how far that moves with weights that are rounded once more."""
     triples = zip(outputs, exact, moved, strict=True)
-    return worst([compare(y, e, e, relative_error(m, e, e), y.dtype) for y, e, m in triples])
+    return worst([compare(y, e, e, noise_floor(e, m), y.dtype) for y, e, m in triples])
 
 
 def worst(reports: Sequence[Report]) -> Report:
@@ -252,7 +259,7 @@ def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 def rounding_step(model: nn.Module, inputs: Inputs) -> float:
     """The coarsest rounding step at which the model multiplies with a weight."""
     stored = max((torch.finfo(p.dtype).eps / 2 for p in model.parameters() if p.is_floating_point()), default=0.0)
-    with suppress(CaptureError), _Rounding() as rounding:
+    with suppress(CaptureError), uncompiled(), _Rounding() as rounding:
         run(model, inputs)
         if rounding.step <= stored:
             return stored
@@ -263,6 +270,7 @@ def rounding_step(model: nn.Module, inputs: Inputs) -> float:
 class _Rounding(TorchDispatchMode):
     """The coarsest rounding step of what any op puts out."""
 
+    supports_higher_order_operators = True  # `torch.cond` is one
     step = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

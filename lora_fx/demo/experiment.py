@@ -174,10 +174,12 @@ def export(model: nn.Module, test: Split, path: Path, adapters: str = "folded") 
     import onnx
 
     from lora_fx.export.onnx.export import export_onnx
-    from lora_fx.export.onnx.runs import open_session
+    from lora_fx.export.onnx.runtimes import CPU, open_session, quiet_options
 
     report = export_onnx(model, test.images[:2], path, dynamic_shapes={"images": {0: "batch"}}, adapters=adapters)
-    session, _ = open_session(path)
+    options = quiet_options()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = open_session(str(path), [CPU], options)
     predictions, accuracy, largest = {}, {}, 0.0
     for task, data in test.tasks().items():
         logits = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: data.images.numpy()})[0])

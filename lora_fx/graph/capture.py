@@ -114,6 +114,14 @@ def no_fast_paths() -> contextlib.AbstractContextManager[None]:
     return FAST_PATHS.set_for_now(False)
 
 
+def uncompiled() -> contextlib.AbstractContextManager[None]:
+    """What is compiled, and `torch.cond`, which compiles itself, runs as Python. Below a dispatch mode it must: there
+    dynamo gives up on what it meets, for good, and no later `torch.cond` of the process would run."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing that takes a second
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextlib.contextmanager
 def as_python() -> Iterator[None]:
     """What `torch.compile` has made of modules and functions runs as Python: no trace sees into it."""

@@ -108,11 +108,13 @@ def _run_file(path: Path, model: nn.Module, inputs: Inputs) -> list[torch.Tensor
     """What ONNX Runtime gives for the floating-point outputs."""
     from lora_fx.export.onnx.runs import open_session
 
-    session, _ = open_session(path)
     bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments  # in the signature's order
     tensors = [t for t in pytree.tree_leaves(bound) if isinstance(t, torch.Tensor)]
-    feeds = {value.name: t.numpy() for value, t in zip(session.get_inputs(), tensors, strict=True)}
-    outputs = [torch.from_numpy(array) for array in session.run(None, feeds)]
+    session, missing = open_session(path)
+    assert session is not None, missing
+    with session:
+        feeds = {name: t.numpy() for (name, _, _), t in zip(session.inputs, tensors, strict=True)}
+        outputs = [torch.from_numpy(array) for array in session.run(feeds)]
     return [t for t in outputs if t.is_floating_point()]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.checks.certification import Flow, Reading
-from lora_fx.checks.verification import Report, compare, in_float64, move_weights, relative_error, rounding_step
+from lora_fx.checks.verification import Report, compare, in_float64, move_weights, noise_floor, rounding_step
 from lora_fx.graph.capture import Inputs, capture_graph, no_fast_paths, normalize_inputs
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.program import find_weights, storage_key
@@ -120,7 +120,7 @@ def first_difference(before: nn.Module, after: nn.Module, example_inputs: Any = 
         if not all(key in values for values in runs) or runs[0][key].shape != runs[1][key].shape:
             continue
         mine, theirs, exact, moved = (values[key] for values in runs)
-        noise = max(relative_error(mine, exact, exact), relative_error(moved, exact, exact))
+        noise = noise_floor(exact, mine, moved)
         report = compare(mine, theirs, exact, noise, mine.dtype)
         if not report:
             keys = dict.fromkeys(storage_key(tape.flow.captured.tensors[root]) for root in reading.acting)

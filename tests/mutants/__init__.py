@@ -1039,6 +1039,25 @@ MUTANTS = (
                "tests/test_onnx.py::test_a_wrong_integer_is_caught"),
     ),
     Mutant(
+        "any_row_is_padding", "export", "export/onnx/padding.py",
+        "            if not bool((rows & ~padding", "            if not bool((rows & padding[:0].any() & ~padding",
+        "Rows that the mask does not call padding may come of attention to nothing.",
+        tests=("tests/test_onnx_padding.py::test_padding_that_reaches_other_rows_is_refused",),
+    ),
+    Mutant(
+        "a_bound_of_infinity", "export", "lora_fx/checks/verification.py",
+        "max(filter(math.isfinite, (relative_error(other, exact, exact) for other in others)), default=0.0)",
+        "max((relative_error(other, exact, exact) for other in others), default=0.0)",
+        "Where the float64 copy overflows, every file is the model.",
+        tests=("tests/test_onnx_padding.py::test_a_number_that_is_not_finite_gives_no_bound",),
+    ),
+    Mutant(
+        "the_dead_are_asked", "export", "export/onnx/processes.py",
+        "if not _runners or not _runners[-1].alive:", "if not _runners:",
+        "Once ONNX Runtime has crashed, no export of the process is checked any more.",
+        tests=("tests/test_onnx_processes.py::test_it_is_started_once_and_again_where_it_has_ended",),
+    ),
+    Mutant(
         "other_shapes_not_run", "export", "export/onnx/runs.py",
         "    if not sizes:\n        return []", "    if sizes is not None:\n        return []",
         "A file with dynamic axes is only run at the size it was traced with.",
@@ -1094,7 +1113,7 @@ MUTANTS = (
     ),
     Mutant(
         "zero_bias_of_two_axes", "export", "export/onnx/graphs.py",
-        "custom_translation_table=_translations(),", "custom_translation_table=None,",
+        "custom_translation_table=_translations(opset),", "custom_translation_table=None,",
         "A conv3d without a bias is given one that the runtime refuses.",
         tests=("tests/test_onnx.py::test_a_convolution_without_a_bias_is_given_none",),
     ),
