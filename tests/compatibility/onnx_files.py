@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +65,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "diffusers": "UNet2DModel UNet2DConditionModel ControlNetModel DiTTransformer2DModel SD3Transformer2DModel"
         " FluxTransformer2DModel AutoencoderKL WanTransformer3DModel SanaTransformer2DModel",
     },
-    "series and graphs": {"transformers": "patchtst autoformer", "torch_geometric": "GCNConv GATv2Conv GraphSAGE"},
+    "series and graphs": {"transformers": "patchtst patchtsmixer", "torch_geometric": "GCNConv GATv2Conv GraphSAGE"},
     "own nets": {
         "zoo": "native-decoder native-einsum-attention native-bilinear native-conv3d native-deconv native-experts"
         " native-parameter-list native-sliced-attention native-mha-kdim",
@@ -163,40 +163,35 @@ class FilesLife(Life):
             other = grown(self.inputs[0], axes)
             many = [self.inputs[0], self.inputs[1], *([other] if axes else [])]
             slots = [value.name for value in session.get_overridable_initializers()]
-            names = list(dict.fromkeys(name.removesuffix(".lora_A") for name in slots if name.endswith(".lora_A")))
-            for fed in (names, names[::2], []) if slots else (None,):
-                with only(self.model, fed):
+            adapters = list(dict.fromkeys(place.adapter for place in inventory(self.model).places))
+            for chosen in (adapters, adapters[::2], []) if slots else (adapters,):
+                with only(self.model, chosen):
                     oracle = Oracle(self.base, self.model)
-                    feeds = {} if fed is None else {k: v for name in fed for k, v in self._factors(name).items()}
+                    feeds = self._factors(slots, chosen)
+                    where = f"{len(feeds)} of {len(slots)} slots fed, " if slots else ""
                     for inputs in many:
-                        compare_file(session, inputs, oracle, self.model, feeds, fed)
+                        compare_file(session, inputs, oracle, self.model, feeds, where)
 
-    def _factors(self, weight: str) -> dict[str, torch.Tensor]:
-        """A and B of a slot: side by side those of all adapters of the weight."""
-        own = [checking.factors(adapter) for adapter in at(self.model, weight)]
-        return {
-            f"{weight}.lora_A": torch.cat([a for a, _ in own], -2).float(),
-            f"{weight}.lora_B": torch.cat([SCALE * b for _, b in own], -1).float(),
-        }
+    def _factors(self, slots: Iterable[str], chosen: Sequence[Adapter]) -> dict[str, torch.Tensor]:
+        """A and B of the slots that they have: side by side those of all adapters of a weight."""
+        found: dict[str, torch.Tensor] = {}
+        for weight in {slot.rpartition(".lora_")[0] for slot in slots}:
+            acting = {place.adapter: None for place in inventory(self.model).places if weight in place.weights}
+            own = [checking.factors(adapter) for adapter in acting if adapter in chosen]
+            if own:
+                found[f"{weight}.lora_A"] = torch.cat([a for a, _ in own], -2).float()
+                found[f"{weight}.lora_B"] = torch.cat([SCALE * b for _, b in own], -1).float()
+        return found
 
 
 def _next(level: str) -> str:
     return LEVELS[LEVELS.index(level) + 1]
 
 
-def at(model: nn.Module, weight: str) -> list[Adapter]:
-    """The adapters of a weight, by its name."""
-    return list(dict.fromkeys(place.adapter for place in inventory(model).places if weight in place.weights))
-
-
 @contextmanager
-def only(model: nn.Module, weights: list[str] | None) -> Iterator[None]:
-    """Inside, the adapters of other weights are zero; None for all."""
-    if weights is None:
-        yield
-        return
-    kept = {adapter for weight in weights for adapter in at(model, weight)}
-    others = [place.adapter for place in inventory(model).places if place.adapter not in kept]
+def only(model: nn.Module, chosen: Sequence[Adapter]) -> Iterator[None]:
+    """Inside, all other adapters are zero."""
+    others = [place.adapter for place in inventory(model).places if place.adapter not in chosen]
     before = {adapter: adapter.B.detach().clone() for adapter in others}
     with torch.no_grad():
         for adapter in before:
@@ -279,7 +274,7 @@ def returned(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
 
 
 def compare_file(
-    session: Any, inputs: Inputs, oracle: Oracle, model: nn.Module, feeds: Mapping[str, torch.Tensor], slots: Any
+    session: Any, inputs: Inputs, oracle: Oracle, model: nn.Module, feeds: Mapping[str, torch.Tensor], where: str
 ) -> None:
     """ONNX Runtime against the oracle, whose own rounding is the measure.
 
@@ -295,7 +290,7 @@ def compare_file(
     with suppress(RuntimeError, NotImplementedError, TypeError):  # a kernel that takes no float64
         exact = returned(copy.deepcopy(oracle.model).double(), cast_inputs(inputs, torch.float64))
     shapes = [[(str(t.dtype), *t.shape) for t in outputs] for outputs in (found, wanted)]
-    where = f"{'' if slots is None else f'{len(slots)} slots fed, '}inputs of {[*map(_shape, tensors_in(inputs))]}"
+    where = f"{where}inputs of {[*map(_shape, tensors_in(inputs))]}"
     if shapes[0] != shapes[1]:
         raise Wrong(f"{where}: outputs {shapes[0]}, and not {shapes[1]}")
     for n, (y, right, shifted, wide) in enumerate(zip(found, wanted, moved, exact, strict=True)):
@@ -328,7 +323,7 @@ def plain_fails(base: nn.Module, inputs: Inputs, opset: int, axes: dict[str, Any
         try:
             session = opened(file)
             for given in (inputs, *([grown(inputs, axes)] if axes else [])):
-                compare_file(session, given, Oracle(base, base), base, {}, None)
+                compare_file(session, given, Oracle(base, base), base, {}, "")
         except Exception as error:
             return f"torch's own file of the base: {_first(error)}"
     return ""
