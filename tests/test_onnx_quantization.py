@@ -112,8 +112,7 @@ def test_a_folded_weight_is_quantised_after_the_fold_and_proven_before(external,
     assert "proven: " in str(report) and "then quantised to int4: 2 products" in str(report)
 
 
-@pytest.mark.parametrize("opset", [18, 24])
-@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("kind, opset", [("int4", 18), ("int8", 24)])
 def test_the_error_is_reported_and_the_file_has_a_digest_of_its_own(kind, opset, tmp_path):
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(5, 64)

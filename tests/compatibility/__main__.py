@@ -7,6 +7,7 @@ environment of their own, which a second run finds again; all that they need com
     python -m tests.compatibility                             # everything: an hour or two
     python -m tests.compatibility --package vit_pytorch
     python -m tests.compatibility beit UNet2DModel
+    python -m tests.compatibility --onnx                      # files of some 100 architectures, by family; two hours
 
 The exit status says whether nothing was wrong, nothing raised what is none of our errors, and all was certified.
 """
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 PINNED = (
     "torch==2.13.0", "transformers==5.17.0", "diffusers==0.42.1", "torch-geometric==2.8.1", "x-transformers==2.31.10",
     "peft==0.21.2", "accelerate", "einops", "ftfy", "scipy", "pillow",
+    "onnx==1.23.2", "onnxruntime==1.32.0", "onnxscript==0.7.2",
 )  # fmt: skip
 #: installed without what they ask for: they would take another torch
 ALONE = ("torchvision==0.28.0", "timm==1.0.31", "open-clip-torch==3.3.0", "vit-pytorch==1.26.11")
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="models; all of them by default")
     parser.add_argument("--package", action="append", choices=list(TABLES), help="only this one; may be given again")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--onnx", action="store_true", help="export them, and run the files")
+    parser.add_argument("--onnx", action="store_true", help="export them, and run the files; and some of the zoo")
     parser.add_argument("--limit", type=float, default=150.0, metavar="SECONDS", help="of a processor, for a model")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep what came out there; what is in it is not run")

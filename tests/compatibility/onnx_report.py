@@ -31,7 +31,7 @@ def report(rows: Sequence[FilesRow], versions: Mapping[str, str]) -> str:
 
 def _theirs(row: FilesRow) -> list[str]:
     """Without the form: each reason once for a model."""
-    return list(dict.fromkeys(text.partition(", ")[2].partition(": ")[2] for text in row.theirs))
+    return list(dict.fromkeys(text.split(", ", 2)[2] for text in row.theirs))
 
 
 def _table(rows: Sequence[FilesRow]) -> str:
