@@ -39,7 +39,7 @@ FORMS = ("folded", "switchable")
 FAMILIES: dict[str, dict[str, str]] = {
     "own nets": {
         "zoo": "native-decoder native-einsum-attention native-bilinear native-conv3d native-deconv native-experts"
-        " native-parameter-list native-sliced-attention native-mha-kdim",
+        " native-parameter-list native-sliced-attention native-mha-kdim native-sliced-gate native-shared-parameter",
         "x_transformers": "alibi XTransformer",
     },
     "vision": {
@@ -52,7 +52,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         " WanTransformer3DModel SD3Transformer2DModel ControlNetModel UNet2DConditionModel",
     },
     "series and graphs": {
-        "torch_geometric": "GCNConv GATv2Conv GraphSAGE RGCNConv GIN TransformerConv",
+        "torch_geometric": "GCNConv GATv2Conv GraphSAGE RGCNConv GIN TransformerConv GAT EdgeCNN",
         "transformers": "patchtst patchtsmixer",
     },
     "detection, segmentation, depth": {
