@@ -62,6 +62,15 @@ def added_(m, op: str, x, weight, **options):
     return getattr(y, op)(x, weight, **options)
 
 
+def styled(m, x):
+    """As StyleGAN 2 has it: each sample a convolution of its own, in one with groups."""
+    w = m.a[None] * x.mean(1)[:, None, :, None]
+    w = w * torch.rsqrt(w.square().sum((2, 3), keepdim=True) + 1e-8)
+    batch, out, features, taps = w.shape
+    y = F.conv1d(x.mT.reshape(1, batch * features, -1), w.reshape(batch * out, features, taps), padding=1, groups=batch)
+    return y.view(batch, out, -1)
+
+
 QKV = dict(q=LINEAR(4, 6), k=LINEAR(4, 6), v=LINEAR(4, 6))
 V = dict(v=LINEAR(4, 6))
 MASK = dict(buf=(torch.arange(24).view(6, 4) % 3 > 0).float())
@@ -160,6 +169,22 @@ COMPUTED = {
         dict.fromkeys("ace", "linear oi W + δ"), lambda m, x: F.linear(x, torch.cat([m.c, m.e]) * 0.5 + m.a),
         dict(a=r(6, 4), c=r(2, 4), e=r(4, 4))),
 }  # fmt: skip
+#: An activation scales the weight before it multiplies.
+MODULATED = {
+    "a style": (
+        {"a": "bmm oi W + δ"}, lambda m, x: torch.bmm(x, (m.a * x.mean(1)[:, None, :]).mT), dict(a=r(6, 4))),
+    "a style, demodulated, of a convolution": (
+        {"a": "conv1d oii W + δ"}, lambda m, x: styled(m, x).mT, dict(a=r(6, 4, 3))),
+    "a scale for each output": (
+        {"a": "bmm io W + δ"}, lambda m, x: torch.bmm(x, m.a / (1 + x.mean((1, 2)).square())[:, None, None]),
+        dict(a=r(4, 6))),
+    "one scale": ({"a": "linear oi W + δ"}, lambda m, x: F.linear(x, m.a * x.mean()), dict(a=r(6, 4))),
+    "a table that scales activations is none": (
+        {}, lambda m, x: (m.v(x) * m.table) @ m.v(x).mT @ m.v(x), V | dict(table=r(7, 6))),
+    "latents, scaled": (
+        {"q.weight": "linear oi"}, lambda m, x: cross(m, m.q(m.latents * x.mean((1, 2))[:, None, None]), x),
+        QKV | dict(latents=r(5, 4))),
+}  # fmt: skip
 #: Ops that multiply inside, or into what is there.
 OPS = {
     "addmm_": (
@@ -178,7 +203,7 @@ OPS = {
         dict(a=r(2, 6, 2))),
     "inner": ({"a": "inner oi W + δ"}, lambda m, x: torch.inner(x, m.a), dict(a=r(6, 4))),
 }  # fmt: skip
-TABLE = FIXED | BOTH | COMPUTED | OPS
+TABLE = FIXED | BOTH | COMPUTED | MODULATED | OPS
 
 
 def build(name: str) -> nn.Module:
@@ -264,6 +289,17 @@ def test_of_two_weights_in_one_product_the_role_is_left_open():
     reasons = {row.name: row.reason for row in plan.rows if row.role == "other"}
     assert "multiplies latents, and either" in reasons["q"] and "multiplies q, and either" in reasons["latents"]
     assert reasons["q"] in str(plan)
+
+
+def test_what_is_written_into_a_constant_that_multiplies_is_refused():
+    def forward(m, x):
+        both = torch.empty(6, 4)
+        both[:2], both[2:] = m.a, m.c
+        return torch.bmm(x, both.t().expand(3, -1, -1) * 0.5)
+
+    with pytest.raises(PlanError, match=r"a, c: the weight is written into a tensor .*bmm\)") as caught:
+        lora_fx.plan(Odd(forward, a=r(2, 4), c=r(4, 4)), Rule(where="*", rank=1), X)
+    assert "torch.cat" in caught.value.refusals[0].remedy
 
 
 def test_a_product_into_out_is_refused():

@@ -19,7 +19,7 @@ from lora_fx.graph import layout
 from lora_fx.graph.capture import MODULE, Capture, capture_graph
 from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.layout import Layout
-from lora_fx.graph.nodes import base_name, first_operand, operands, shape_of
+from lora_fx.graph.nodes import base_name, first_operand, looked_into, operands, shape_of, written_by
 from lora_fx.graph.places import Stays, in_memory, is_parted, is_plain
 from lora_fx.graph.views import COPIES, MOVES, View, move
 
@@ -272,7 +272,8 @@ class _Reader:
     """One walk over the captured graph: views of weights are followed, matmuls become uses.
 
     What depends on no input, the result of another use too, is *fixed*. What is computed from weights and fixed values
-    alone (a cat, a mask, a standardised weight) and then multiplies is a use of each of them, dense. Of a product whose
+    alone (a cat, a mask, a standardised weight) and then multiplies is a use of each of them, dense; so is a weight
+    that an activation scales along some of its axes, as a style scales the inputs of a convolution. Of a product whose
     operands are both fixed the op says which is the weight, as `linear` does; of a plain matmul each may be one.
     """
 
@@ -282,7 +283,8 @@ class _Reader:
         self.made = {weight for weight in self.found.values() if _made_by_torch(model, weight)}
         self.views: dict[fx.Node, _Seen] = {}
         self.tuples: dict[fx.Node, tuple[_Seen, ...]] = {}
-        self.computed: dict[fx.Node, tuple[_Seen, ...]] = {}  # arithmetic of weights alone
+        self.computed: dict[fx.Node, tuple[_Seen, ...]] = {}  # arithmetic of weights alone, or of weights and a scale
+        self.assembled: dict[fx.Node, list[Weight]] = {}  # a constant, and the weights that are written into it
         self.fixed: set[fx.Node] = set(captured.tensors)
         for node, tensor in captured.tensors.items():
             weight = self.found.get(storage_key(tensor))
@@ -298,6 +300,7 @@ class _Reader:
         return tuple(dict.fromkeys(self.found.values()))
 
     def _read(self, node: fx.Node, name: str) -> None:
+        self._read_assembled(node, name)
         first = first_operand(node)
         if first in self.tuples and name == "getitem":
             index: Any = node.args[1]
@@ -342,8 +345,43 @@ class _Reader:
         for n in made_of:
             if n in self.views:
                 self._add(node, self.views[n], None, multiplies=False)
-        if node in self.fixed:
+        if node in self.fixed or self._modulates(node, made_of):
             self.computed[node] = self._sources(node, name, made_of)
+        for target in written_by(node):
+            if node in self.fixed:
+                self._assemble(target, {s.weight for n in made_of if n is not target for s in self._seen(n)})
+
+    def _modulates(self, node: fx.Node, made_of: list[fx.Node]) -> bool:
+        """A weight times an activation that is one number along some axis of the weight: what a style does to the
+        weight of a convolution. One that has a number for each element is what the weight scales, as a gate does."""
+        scales = [n for n in node.all_input_nodes if n not in self.fixed and n not in made_of]
+        if len(made_of) != 1 or base_name(node) not in ("mul", "div", *MOVES, *COPIES):
+            return False
+        if not scales:  # it moves what has been scaled
+            return made_of[0] not in self.fixed
+        shape = shape_of(made_of[0])
+        return any(
+            size > 1 and all(_size(n, axis) == 1 for n in scales)
+            for axis, size in zip(range(-len(shape), 0), shape, strict=True)
+        )
+
+    def _read_assembled(self, node: fx.Node, name: str) -> None:
+        made_of = [n for n in node.all_input_nodes if n in self.assembled]
+        if made_of and node in self.fixed:
+            self.assembled[node] = [weight for n in made_of for weight in self.assembled[n]]
+        for n in made_of:
+            for weight in self.assembled[n] if self._call(node, n) else ():
+                weight.refuse(
+                    f"is written into a tensor that multiplies then (by {name})",
+                    "make that tensor of it: torch.cat, torch.stack, torch.where, F.pad",
+                )
+
+    def _assemble(self, target: fx.Node, weights: set[Weight]) -> None:
+        """Weights that are written into a constant: no op gives the whole, so that no branch can stand beside it."""
+        below: fx.Node | None = target
+        while below is not None:
+            self.assembled.setdefault(below, []).extend(weights)
+            below = looked_into(below)
 
     def _times_itself(self, node: fx.Node, made_of: list[fx.Node]) -> bool:
         """One weight alone, W·Wᵀ: it is computed from it, as a norm is."""
@@ -413,4 +451,12 @@ def _axes(node: fx.Node, name: str, operand: fx.Node, view: View | None) -> View
     if name == "stack":
         dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         return view.unsqueeze(dim)
-    return view if len(shape) == view.ndim and (name == "cat" or shape == shape_of(operand)) else None
+    ahead = len(shape) - view.ndim  # axes of what scales it
+    kept = ahead >= 0 and shape[ahead:] == shape_of(operand)
+    return View((*shape[:ahead], *view.shape), (*[0] * ahead, *view.strides)) if kept or name == "cat" else None
+
+
+def _size(node: fx.Node, axis: int) -> int:
+    """Of an axis counted from the last; 1 where it is broadcast along it."""
+    shape = shape_of(node)
+    return shape[axis] if -axis <= len(shape) else 1

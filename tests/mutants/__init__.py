@@ -1685,6 +1685,12 @@ MUTANTS = (
         tests=of_sites("mask of experts"),
     ),
     Mutant(
+        "tables_are_modulated_weights", "sites", "lora_fx/graph/program.py",
+        "size > 1 and all(_size(n, axis) == 1 for n in scales)", "True",
+        "A table that scales activations is taken for a weight that they scale.",
+        tests=of_sites("a table that scales activations is none"),
+    ),
+    Mutant(
         "autocast_unknown", "sites", "lora_fx/graph/program.py",
         "for d in (dtype, *made))", "for d in (dtype,))",
         "A model with autocast in its forward is held to float32's bounds, and refused.",
