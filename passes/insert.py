@@ -90,7 +90,9 @@ class Rewrite(Pass):
 class Check(Pass):
     """Hold every use of what was inserted against the use of W + δ, in train and in eval mode.
 
-    Where the model multiplies in a narrower dtype than float32, each use is measured by itself in float64, too.
+    A large model, or one that multiplies in a narrower dtype than float32, is recorded, and each use is measured by
+    itself in float64; of others, and where a use does not show what a weight does, the whole is held against the model
+    with the sums in its weights.
 
     A rewritten forward that is not the path that ran is given up first: then whoever reads the weight is served. Where
     one of those wants a plain tensor, and no dropout acts on the branch, the weight reads as W + δ. Where the model
@@ -104,11 +106,10 @@ class Check(Pass):
         adapters, program = facts[Inserted].adapters, facts[Program]
         if program.capture is None:
             return Result(model, False)
-        inputs, rounding = program.capture.inputs, program.rounding()
         rewired = False
         while True:
             try:
-                missing = check_adapted(model, inputs, adapters, rounding, facts.undo)
+                missing = check_adapted(model, program, adapters, facts.undo)
                 break
             except EquivalenceError as error:
                 if not _give_way(model, adapters, error):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
 from typing import ClassVar
 
@@ -241,25 +242,73 @@ class Configured(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias) * self.settings["gain"]
 
 
-@pytest.mark.parametrize("fault", ["one row", "one use", "one per cent"])
-def test_apply_sees_a_small_fault_in_bfloat16(monkeypatch, fault):
+#: what happens to a branch: its output, how often one was made before, whether the model trains → another
+SMALL_FAULTS = {
+    "one row": lambda y, n, training: y.roll(1, -1).where(torch.arange(y.shape[-1]) == 5, y),
+    "one use": lambda y, n, training: y * float(n % 12 != 7),
+    "one per cent": lambda y, n, training: y * 1.01,
+    "one per cent of one use": lambda y, n, training: y * (1.01 if n % 12 == 7 else 1.0),
+    "no scale": lambda y, n, training: y * 0.5,
+    "the other sign": lambda y, n, training: -y,
+    "one row left out": lambda y, n, training: y.masked_fill(torch.arange(y.shape[-1]) == 5, 0.0),
+    "rows that are shifted": lambda y, n, training: y.roll(1, -1),
+    "tokens that are shifted": lambda y, n, training: y.roll(1, 0),
+    "a constant": lambda y, n, training: y + 2**-6,
+    "in train mode": lambda y, n, training: y * (1.01 if training else 1.0),
+}
+
+
+@pytest.mark.parametrize("fault", SMALL_FAULTS)
+@pytest.mark.parametrize("width", [128, 4096] if os.environ.get("LORA_FX_PROFILE") == "deep" else [128])
+def test_apply_sees_a_small_fault_in_bfloat16(monkeypatch, fault, width):
     """The whole model in bfloat16 would not tell: the noise of its outputs is larger than each of them."""
     torch.manual_seed(0)
-    width, x = 128, torch.randn(4, 128).bfloat16()
-    model = nn.Sequential(*(Configured(width, width) for _ in range(12))).bfloat16()
+    x = torch.randn(4, width).bfloat16()
+    model = nn.Sequential(*(Configured(width, width) for _ in range(12)), nn.Dropout(0.5)).bfloat16()
     state, honest, calls = reference.bits(model), AdaptedWeight.branch, itertools.count()
 
     def changed(self, *args):
-        out = honest(self, *args)
-        if fault == "one row":
-            return out.roll(1, -1).where(torch.arange(width) == 5, out)
-        return out * {"one use": float(next(calls) % 12 != 7), "one per cent": 1.01}[fault]
+        return SMALL_FAULTS[fault](honest(self, *args), next(calls), model.training)
 
     monkeypatch.setattr(AdaptedWeight, "branch", changed)
     monkeypatch.setattr(adapted_weight, "_at_once", lambda *_: None)
-    with pytest.raises(EquivalenceError, match=r"a use of the weight \(linear in \d+\) is not the use of W \+ δ"):
+    with pytest.raises(EquivalenceError, match=r"is not the (use of|model with) W \+ δ"):
         lora_fx.apply(model, Rule(where="*", rank=4, schedule="branch"), x)
     assert reference.same_bits(reference.bits(model), state)
+
+
+def test_the_check_of_a_model_in_bfloat16_writes_to_no_weight():
+    """It measures the uses, of which none needs W + δ as a whole, in train and in eval mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 96), nn.Dropout(0.5), nn.Linear(96, 64)).bfloat16()
+    versions = [p._version for p in model.parameters()]
+    lora_fx.apply(model, Rule(where="*", rank=4), torch.randn(4, 128).bfloat16())
+    assert [p._version for n, p in model.named_parameters() if "lora" not in n] == versions
+
+
+class Normed(nn.Module):
+    """What its weight is decides what it does, and is an output beside it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.how = nn.Linear(64, 64), how
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.how == "returned":
+            return y, self.a.weight.float().norm()
+        return y * 2 if float(self.a.weight.float().norm()) > 5 else y
+
+
+@pytest.mark.parametrize("how", ["returned", "decides"])
+def test_what_no_use_shows_is_checked_with_the_sums(how, monkeypatch):
+    torch.manual_seed(0)
+    asked, honest = [], certification._check_by_sums
+    monkeypatch.setattr(certification, "_check_by_sums", lambda *args: asked.append(args) or honest(*args))
+    model, x = Normed(how).bfloat16(), torch.randn(4, 64).bfloat16()
+    lora_fx.apply(model, Rule(where="*", rank=4), x)
+    assert asked
+    assert lora_fx.certify(model, x)
 
 
 class Positions(nn.Module):

@@ -12,6 +12,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Rule
+from lora_fx.checks.gradients import _InFloat32
+from lora_fx.checks.verification import compare
 from lora_fx.errors import EquivalenceError
 from lora_fx.graph.program import capture
 from lora_fx.model.inventory import inventory
@@ -231,3 +233,24 @@ def test_an_output_of_padding_alone_gives_theta_no_gradient():
     reference.fill(model)
     model(torch.full((2, 3), 2)).sum().backward()
     assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_products_by_way_of_float32():
+    """In the check's backward on a CPU: the same as torch's own kernels, but for rounding."""
+    torch.manual_seed(0)
+    x, w, y, b = (torch.randn(*shape).bfloat16() for shape in [(5, 3000), (3000, 900), (5, 900), (900,)])
+    broken = torch.full_like(y, float("nan"))
+    products = (
+        lambda: x @ w,
+        lambda: torch.addmm(b, x, w, beta=0.5, alpha=2),
+        lambda: y.clone().addmm_(x, w, alpha=3),
+        lambda: broken.clone().addmm_(x, w, beta=0),
+        lambda: torch.baddbmm(y[None], x[None], w[None], beta=2),
+        lambda: x[:0] @ w,
+    )
+    for product in products:
+        own = product()
+        with _InFloat32():
+            wide = product()
+        assert wide.dtype == own.dtype
+        assert compare(wide, own, own, 0.0, own.dtype)

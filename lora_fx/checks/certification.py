@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.changes import Undo, safe_point
 from lora_fx.checks.gradients import Reach, reach
-from lora_fx.checks.oracles import delta, grouped_mm
+from lora_fx.checks.oracles import delta, delta_in_parts, grouped_mm
 from lora_fx.checks.verification import (
     Draws,
     NotRun,
@@ -38,8 +38,13 @@ from lora_fx.checks.verification import (
     culprit,
     dither,
     filled,
+    in_mode,
     refuse_unmeasurable,
     relative_error,
+    rounded_once_more,
+    run_adapted,
+    run_itself,
+    silent,
     with_dense_weights,
     worst,
 )
@@ -56,11 +61,11 @@ from lora_fx.graph.capture import (
 from lora_fx.graph.forms import DENSE_OPS, FORMS, op_name
 from lora_fx.graph.nodes import base_name, call, first_operand, is_float, looked_into, shape_of, written_by
 from lora_fx.graph.own_state import undisturbed
-from lora_fx.graph.places import without_numbers
-from lora_fx.graph.program import capture, storage_key
+from lora_fx.graph.places import is_away, without_numbers
+from lora_fx.graph.program import Program, capture, storage_key
 from lora_fx.graph.views import COPIES, MOVES
 from lora_fx.model.classes import unwired
-from lora_fx.model.inventory import Storage, inventory
+from lora_fx.model.inventory import Inventory, Storage, inventory
 from lora_fx.tables import table
 
 
@@ -197,29 +202,51 @@ def certify_adapted(
 
 
 def check_adapted(
-    model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
+    model: nn.Module, program: Program, adapters: Sequence[Adapter], undo: list[Undo]
 ) -> tuple[NotRun, ...]:
     """The self-check of `apply`: the adapted model must be the model with W + δ in its weights. What comes back says in
     which mode the model itself does not run.
 
-    B is nonzero while this runs; what is kept to undo that is bounded: of large weights only some output features are
-    adapted. Afterwards A and B are what they were, and every weight.
+    B is nonzero while this runs. Afterwards A and B are what they were, and every weight.
+
+    Args:
+        program: of the model before, on the example inputs.
 
     Raises:
         EquivalenceError: it is not, in train or in eval mode; the error names the first use that is not covered.
         NotServed: it does not run or train where the model itself does.
     """
+    assert program.capture is not None
     if without_numbers(model):
         return ()
+    rounding = program.rounding()
+    coarse = any(step > torch.finfo(torch.float32).eps for step in rounding.values())
+    large = sum(storage.parameter.numel() for storage in inventory(model).storages()) > _LARGE
+    missing = _check_by_use(model, program.capture, adapters, rounding, undo) if coarse or large else None
+    if missing is None:
+        missing = _check_by_sums(model, program.capture.inputs, adapters, rounding, undo)
+        if coarse:
+            _refuse_wrong_uses(model, program.capture.inputs, adapters, undo)
+    with filled(model, adapters, 0, undo):
+        _refuse_lost(model, program.capture.inputs, adapters, undo)
+    return missing
+
+
+#: elements of adapted weights: up to these, writing the sums W + δ takes less time than recording the model
+_LARGE = 2**22
+
+
+def _check_by_sums(
+    model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
+) -> tuple[NotRun, ...]:
+    """The whole model against itself with the sums in its weights. What is kept to undo that is bounded: of large
+    weights only some output features are adapted."""
     reports: list[Report] = []
     for seed in range(3):  # rounding can flip a router's choice: such an error goes away with other numbers
         with filled(model, adapters, seed, undo):
             found = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
             reports = [report for report in found if isinstance(report, Report)]
             if all(reports):
-                if any(step > torch.finfo(torch.float32).eps for step in rounding.values()):
-                    _refuse_wrong_uses(model, inputs, adapters, undo)
-                _refuse_lost(model, inputs, adapters, undo)
                 return tuple(report for report in found if isinstance(report, NotRun))
     raise EquivalenceError(
         f"the adapted model is not the model with W + δ: {worst(reports)}",
@@ -228,22 +255,104 @@ def check_adapted(
     )
 
 
+def _check_by_use(
+    model: nn.Module, before: Capture, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
+) -> tuple[NotRun, ...] | None:
+    """No weight is written to. In each mode the model with B = 0 is the model itself, bit for bit; what it does with
+    B ≠ 0 is the recorded program, up to what rounding A and B once more would do; and in that every use is the use of
+    W + δ, in float64. None where one of the three cannot be said so.
+    """
+    inputs, here = before.inputs, inventory(model)
+    storages = here.storages()
+    acting = [adapter for storage in storages for adapter in storage.adapters]
+    away = any(is_away(*owner) for storage in storages for owner in storage.owners)
+    if away or not all(adapter.kind.name == "lora" for adapter in acting):  # whose θ that makes no δ is known
+        return None
+    base = Flow(before, storages, here.modules).counts()
+
+    def itself(training: bool) -> list[torch.Tensor] | NotRun:
+        with unwired(model):
+            return run_itself(model, inputs, training)
+
+    with filled(model, adapters, 0, undo, whole=True):
+        plain: list[torch.Tensor] | NotRun = [as_real(t) for t in before.outputs]
+        moved: list[torch.Tensor] = []
+        for training in (False, True):
+            with in_mode(model, training):
+                was, changed = plain, moved
+                if training:
+                    plain = itself(training)
+                if isinstance(plain, NotRun):
+                    return (plain,)
+                moved = run_adapted(model, inputs)
+                if training and _same(plain, was) and _same(moved, changed):
+                    continue  # both modes are one
+                with silent(acting, undo):
+                    started = run_adapted(model, inputs)
+                # While it is recorded a model may take another kernel.
+                if not _same(started, plain) and (training or not _same(started, itself(training))):
+                    return None
+                program = _measure_uses(model, inputs, storages, here, base, rounding, undo)
+                if program is None or not compare_all(moved, *program):
+                    return None
+    return ()
+
+
+def _same(a: Sequence[torch.Tensor] | NotRun, b: Sequence[torch.Tensor] | NotRun) -> bool:
+    """The same numbers, bit for bit but for the sign of 0."""
+    if isinstance(a, NotRun) or isinstance(b, NotRun):
+        return False
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | (x.isnan() & y.isnan())).all())
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _measure_uses(
+    model: nn.Module,
+    inputs: Inputs,
+    storages: Sequence[Storage],
+    here: Inventory,
+    base: Counter[Storage],
+    rounding: Mapping[int, float],
+    undo: list[Undo],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """What the recorded program gives, and what it gives with A and B rounded once more, where every use is measured.
+    None where it reads weights in a way that no use shows, or not as often as the model itself.
+
+    Raises:
+        EquivalenceError: a use is not the use of W + δ.
+    """
+    try:
+        captured = capture_graph(model, inputs, as_is=True)
+    except CaptureError:
+        return None
+    flow = Flow(captured, storages, here.modules)
+    if captured.transformed or flow.unmeasured or flow.counts() != base:
+        return None
+    with rounded_once_more(storages, rounding, undo):
+        rows, moved = _measured(model, flow)
+    _refuse_wrong(rows)
+    return None if any(r.bypass for r in flow.readings) else ([as_real(t) for t in captured.outputs], moved)
+
+
 def _refuse_wrong_uses(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], undo: list[Undo]) -> None:
     """Look at each use by itself, in float64: what rounding does to the outputs of the whole could hide one of them."""
     with filled(model, adapters, 0, undo, whole=True):
         captured, here = capture_graph(model, inputs), inventory(model)
-        if captured.transformed:
-            return
-        storages = here.storages()
-        flow = Flow(captured, storages, here.modules)
-        wrong = [row for row in _measure(model, flow, storages, flow.counts()) if row.error > row.bound]
-    if wrong:
-        raise EquivalenceError(
-            f"a use of the weight ({wrong[0].form} in {wrong[0].module or 'the model'}) is not the use of W + δ: error "
-            f"{wrong[0].error:.3g} against a bound of {wrong[0].bound:.3g}, in {wrong[0].dtype}",
-            place=wrong[0].weight,
-            remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
-        )
+        if not captured.transformed:
+            _refuse_wrong(_measured(model, Flow(captured, here.storages(), here.modules))[0])
+
+
+def _refuse_wrong(rows: Sequence[Coverage]) -> None:
+    for row in rows:
+        if row.error > row.bound:
+            raise EquivalenceError(
+                f"a use of the weight ({row.form} in {row.module or 'the model'}) is not the use of W + δ: error "
+                f"{row.error:.3g} against a bound of {row.bound:.3g}, in {row.dtype}",
+                place=row.weight,
+                remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
+            )
 
 
 def _refuse_lost(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], undo: list[Undo]) -> None:
@@ -328,6 +437,12 @@ class Flow:
         consumers = [n for n in captured.graph.nodes if n.op == "call_function" and self._consumes(n)]
         self.readings = [self._reading(node) for node in consumers]
 
+    @property
+    def unmeasured(self) -> bool:
+        """A weight decides something, or is an output, without a use: `if W.norm() > 1`, `return y, W.norm()`."""
+        users = (user for node in self.carriers for user in node.users)
+        return any(user.op == "output" or not _is_tensors(user.meta.get("val")) for user in users)
+
     def counts(self) -> Counter[Storage]:
         """weight → how many nodes consume it."""
         acting = (storage for reading in self.readings for storage in reading.acting.values())
@@ -363,6 +478,14 @@ class Flow:
         for node in (reading.end, *(n for n in reading.node.all_input_nodes if n in self.carriers)):
             is_inside(node)
         return frozenset(node for node, within in found.items() if within)
+
+    def is_linear(self, reading: Reading) -> bool:
+        """x·Wᵀ of one weight, as it is, whose branches of low rank stand beside it: they are the same for every W."""
+        root, *others = reading.acting
+        storage = reading.acting[root]
+        beside = all(n in (root, reading.node) or n not in self.carriers for n in self.inside(reading))
+        alone = not others and not reading.between and beside and base_name(reading.node) == "linear"
+        return alone and storage is not None and all(adapter.kind.low_rank for adapter in storage.adapters)
 
     def around(self, reading: Reading) -> frozenset[fx.Node]:
         """What those nodes are computed from."""
@@ -519,6 +642,10 @@ class Flow:
         return self._made_by(inputs[0]) if not made and len(inputs) == 1 else made
 
 
+def _is_tensors(value: Any) -> bool:
+    return all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+
+
 def _is_add(node: fx.Node) -> bool:
     return op_name(node.target) in ("add", "add_", "__add__", "__iadd__")
 
@@ -538,10 +665,8 @@ def _moves(node: fx.Node, carriers: Mapping[fx.Node, Any]) -> bool:
 
 def _measure(model: nn.Module, flow: Flow, storages: Sequence[Storage], base: Counter[Storage]) -> list[Coverage]:
     """A row for each use of each adapted weight; `base` counts those of the base model."""
-    with undisturbed(model), torch.no_grad():
-        replay = _Replay(flow)
-        replay.run(*flow.arguments())
-    adapted, rows = flow.counts(), replay.rows
+    rows, _ = _measured(model, flow)
+    adapted = flow.counts()
     for storage in storages:
         if not base[storage]:
             rows.append(_row(storage, "", "", Realisation.UNSEEN, problem="the example inputs do not reach it"))
@@ -549,6 +674,15 @@ def _measure(model: nn.Module, flow: Flow, storages: Sequence[Storage], base: Co
             reason = f"the base model reads it {base[storage]} times, the adapted one {adapted[storage]} times"
             rows.append(_row(storage, "", "", Realisation.MISSED, problem=reason))
     return rows
+
+
+def _measured(model: nn.Module, flow: Flow) -> tuple[list[Coverage], list[torch.Tensor]]:
+    """A row for each use, and what the recorded program gives, with the random draws of `run`."""
+    with undisturbed(model), torch.no_grad():
+        torch.manual_seed(0)
+        replay = _Replay(flow)
+        outputs = replay.run(*flow.arguments())
+    return replay.rows, [as_real(t) for t in outputs]
 
 
 def _name(storage: Storage) -> str:
@@ -575,20 +709,29 @@ class _Replay(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         safe_point()
-        if node in self._readings:
-            self._compute_apart(self._readings[node])
+        reading = self._readings.get(node)
+        beside = reading is not None and self.flow.is_linear(reading)
+        if reading is not None and not beside:
+            self._compute_apart(reading)
         result = super().run_node(node)
+        if reading is not None and beside:
+            self._compute_apart(reading, result)
         for judge in self._judges.pop(node, ()):
             judge(_floats(result))
         return result
 
-    def _compute_apart(self, reading: Reading) -> None:
+    def _compute_apart(self, reading: Reading, plain: torch.Tensor | None = None) -> None:
         """The use with the dense sums, before the model runs it: it may write into its operands. In float64, and what
-        was recorded in float64 too; where an op of it takes none, in its own dtype, which rounding blurs."""
+        was recorded in float64 too; where an op of it takes none, in its own dtype, which rounding blurs.
+
+        Args:
+            plain: what the model has made of W alone, where the branches stand beside that.
+        """
         try:
-            rows = self._judged(reading, *self._computed(reading, wide=True))
+            known = self._computed(reading, wide=True) if plain is None else self._without_weight(reading, plain)
+            rows = self._judged(reading, *known)
             if any(row.problem == _NOTHING for row in rows):  # it multiplies zeros: an empty cache, a first state
-                drawn = self._judged(reading, *self._computed(reading, wide=True, drawn=True))
+                drawn = self._judged(reading, *self._computed(reading, wide=True, drawn=True))  # with W, which is rare
                 pairs = zip(rows, drawn, strict=True)
                 rows = [own if row.problem == _NOTHING and not own.problem else row for row, own in pairs]
         except (MemoryError, torch.OutOfMemoryError):
@@ -631,6 +774,26 @@ class _Replay(fx.Interpreter):
         without = {root: use.dense(whole | {root: plain[root]}) for root in adapted}
         shaken = use.dense(whole, shake, draws) if wide else use.dense(moved)
         return use.dense(whole), shaken, without, use.recorded(plain) if wide else []
+
+    def _without_weight(
+        self, reading: Reading, plain: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[fx.Node, list[torch.Tensor]], list[torch.Tensor]]:
+        """As `_computed`, where branches stand beside x·Wᵀ, on some rows of x: neither W nor δ has to be there in
+        float64 as a whole."""
+        ((root, storage),) = reading.acting.items()
+        assert storage is not None
+        use, x_node = _Use(self.flow, reading, self.env, True), first_operand(reading.node)
+        assert x_node is not None
+        x = use.given(x_node).reshape(-1, storage.weight.shape[1])
+        chosen = torch.linspace(0, len(x) - 1, min(len(x), _ROWS), device=x.device).long()
+        shake = torch.finfo(torch.float64).eps / 2 * math.sqrt(max(storage.weight.shape))
+        both = torch.cat([x[chosen], x[chosen] * dither(x[chosen], shake, Draws(0))])
+        parts = [both @ part.to(both.device).mT for part in delta_in_parts(storage.weight, *storage.adapters)]
+        own, shaken = torch.cat(parts, -1).chunk(2)
+        zero = torch.zeros_like(plain, dtype=torch.float64)
+        (branches,) = (t.reshape(len(x), -1)[chosen] for t in use.recorded({reading.node: zero}))
+        without = plain.reshape(len(x), -1)[chosen].to(torch.float64)
+        return [without + own], [without + shaken], {root: [without]}, [without + branches]
 
     def _judged(
         self,
@@ -681,7 +844,7 @@ class _Use:
             )
 
         for n in self.reading.node.all_input_nodes:
-            if n not in self.flow.carriers and n not in self.flow.factors and is_float(value := self._given(n)):
+            if n not in self.flow.carriers and n not in self.flow.factors and is_float(value := self.given(n)):
                 self.drawn[n] = pytree.tree_map_only(torch.Tensor, normal, value)
 
     def dense(
@@ -695,7 +858,7 @@ class _Use:
         made = dict[fx.Node, Any](weights)
         if draws is not None:
             for n in self.reading.node.all_input_nodes:
-                if n not in self.flow.carriers and is_float(value := self._given(n)):
+                if n not in self.flow.carriers and is_float(value := self.given(n)):
                     made[n] = pytree.tree_map(lambda t: t * dither(t, shake, draws), value)
         value = self._run(self.reading.node, partial(self._plain, made))
         for step in self.reading.between:
@@ -709,7 +872,7 @@ class _Use:
         def value(node: fx.Node) -> Any:
             if node not in made:
                 known = node.op != "call_function" or (node in self.env and node not in inside)
-                made[node] = self._given(node) if known else self._run(node, value)
+                made[node] = self.given(node) if known else self._run(node, value)
             return made[node]
 
         return _floats(value(self.reading.end))
@@ -719,7 +882,7 @@ class _Use:
         if node in made:
             return made[node]
         if node not in self.flow.carriers:
-            return self._given(node)
+            return self.given(node)
         if node in self.flow.sums:
             carried = [n for n in node.all_input_nodes if n in self.flow.carriers]
             return self._plain(made, next((n for n in carried if n not in self.flow.mixed), carried[0]))
@@ -727,9 +890,10 @@ class _Use:
 
     def _after(self, value: Any, node: fx.Node) -> Any:
         """An operand of what stands between the use and its branch: `value`, or what the model has."""
-        return self._given(node) if node in self.env or node in self.flow.captured.tensors else value
+        return self.given(node) if node in self.env or node in self.flow.captured.tensors else value
 
-    def _given(self, node: fx.Node) -> Any:
+    def given(self, node: fx.Node) -> Any:
+        """An operand, as it has reached the use."""
         if node in self.drawn:
             return self.drawn[node]
         value = tensor if (tensor := self.flow.captured.tensors.get(node)) is not None else self.env[node]
@@ -761,6 +925,9 @@ def _widened(value: Any) -> Any:
         return value.to(torch.complex128 if value.is_complex() else torch.float64)
     return value
 
+
+#: Of so many rows of x a product is measured: each goes the same way.
+_ROWS = 128
 
 _NOTHING = "nothing to measure: on these inputs its output does not depend on the adapters"
 

@@ -7,8 +7,8 @@ folded[k]  =  round(W[k] + Σ δ[k])             with an error bound, as fractio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -32,6 +32,19 @@ def _delta(weight: torch.Tensor, adapter: Adapter) -> torch.Tensor:
         return _Product.of(adapter).delta()
     with torch.no_grad():
         return adapter.delta(weight.detach().to(torch.float64), _wide(adapter))
+
+
+def delta_in_parts(weight: torch.Tensor, *adapters: Adapter) -> Iterator[torch.Tensor]:
+    """`delta` of adapters of low rank, some indices of the weight's first axis after others: in parts that lie in a
+    CPU's caches."""
+    products = [_Product.of(adapter) for adapter in adapters]
+    step = max(1, _PART // max(weight[0].numel(), 1))
+    for start in range(0, len(weight), step):
+        first, *others = (product.part(start, min(step, len(weight) - start)).delta() for product in products)
+        yield sum(others, start=first)
+
+
+_PART = 2**18  # elements
 
 
 def _wide(adapter: Adapter) -> Theta:
@@ -108,10 +121,8 @@ class _Product:
     scale: float
     B: torch.Tensor
     A: torch.Tensor
-    order: tuple[int, ...]
-    """The weight's axes: the batch's, those of the outputs, those of the inputs."""
-    blocks: tuple[int, int, int]
-    """How many elements each of the three has."""
+    sides: str
+    """Of each axis of the weight, ``b``, ``o`` or ``i``."""
 
     @classmethod
     def of(cls, adapter: Adapter) -> _Product:
@@ -131,12 +142,15 @@ class _Product:
             whole[..., list(adapter.rows), :] = B
             B = whole
         scale = adapter.alpha / (math.sqrt(rank) if adapter.scaling == "rslora" else rank)
-        order = (*axes["b"], *axes["o"], *axes["i"])
-        blocks = math.prod(size["b"]), math.prod(size["o"]), math.prod(size["i"])
-        return cls(scale, over_axes(B, "o", "i"), over_axes(A.mT, "i", "o"), order, blocks)
+        return cls(scale, over_axes(B, "o", "i"), over_axes(A.mT, "i", "o"), sides)
 
     def delta(self) -> torch.Tensor:
         return self._sum(self.B, self.A).mul_(self.scale)
+
+    def part(self, start: int, size: int) -> _Product:
+        """Of these indices of the first axis."""
+        B, A = (f.narrow(0, start, size) if f.shape[0] > 1 else f for f in (self.B, self.A))
+        return replace(self, B=B, A=A)
 
     def size(self) -> torch.Tensor:
         """The same of absolute values: no partial sum is larger."""
@@ -144,11 +158,11 @@ class _Product:
 
     def _sum(self, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """Σᵣ B[…, r] · A[…, r], as one matrix product of each batch: nothing of rank × the weight's size is made."""
-        batch, outputs, inputs = self.blocks
-        left, right = (factor.permute(*self.order, -1) for factor in (B, A))
-        product = left.reshape(batch, outputs, -1) @ right.reshape(batch, inputs, -1).mT
-        sizes = [max(B.shape[k], A.shape[k]) for k in self.order]
-        return product.reshape(sizes).permute([self.order.index(k) for k in range(len(sizes))])
+        order = sorted(range(len(self.sides)), key=lambda k: "boi".index(self.sides[k]))
+        sizes = [max(B.shape[k], A.shape[k]) for k in order]
+        batch = math.prod(size for k, size in zip(order, sizes, strict=True) if self.sides[k] == "b")
+        left, right = (factor.permute(*order, -1).reshape(batch, -1, factor.shape[-1]) for factor in (B, A))
+        return (left @ right.mT).reshape(sizes).permute([order.index(k) for k in range(len(sizes))])
 
     def exact(self, index: tuple[int, ...], shape: Sequence[int]) -> Fraction:
         """One element, not rounded."""

@@ -327,24 +327,40 @@ def check_once(
     with in_mode(model, training):
         with unwired(model):
             with with_dense_weights(model, undo):
-                try:
-                    dense = run(model, inputs)
-                except CaptureError as error:
-                    if not training:
-                        raise
-                    return NotRun(essence(error).partition("\n")[0])
+                dense = run_itself(model, inputs, training)
+            if isinstance(dense, NotRun):
+                return dense
             with with_dense_weights(model, undo, rounding):
                 moved = run(model, inputs)
-        try:
-            adapted = run(model, inputs)
-        except CaptureError as error:
-            raise NotServed(
-                f"the adapted model does not run where the model with W + δ does: {essence(error)}",
-                place=culprit(model, error) or type(model).__name__,
-                remedy="leave out what its forward reads in another way, with a rule without a rank",
-            ) from error
+        adapted = run_adapted(model, inputs)
     _same_structure(adapted, dense)
     return compare_all(adapted, dense, moved)
+
+
+def run_itself(model: nn.Module, inputs: Inputs, training: bool) -> list[torch.Tensor] | NotRun:
+    """The outputs of a model without adapters; in train mode not every one runs on every input."""
+    try:
+        return run(model, inputs)
+    except CaptureError as error:
+        if not training:
+            raise
+        return NotRun(essence(error).partition("\n")[0])
+
+
+def run_adapted(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """The outputs of an adapted model that runs without its adapters.
+
+    Raises:
+        NotServed: it does not run with them.
+    """
+    try:
+        return run(model, inputs)
+    except CaptureError as error:
+        raise NotServed(
+            f"the adapted model does not run where the model with W + δ does: {essence(error)}",
+            place=culprit(model, error) or type(model).__name__,
+            remedy="leave out what its forward reads in another way, with a rule without a rank",
+        ) from error
 
 
 def culprit(model: nn.Module, error: BaseException) -> str:
@@ -393,6 +409,29 @@ def filled(
             for parameter in adapter.parameters():
                 undo.append(partial(parameter.detach().copy_, parameter.detach().clone()))
             _fill(adapter, storages[adapter].weight if adapter in storages else None, generator, whole)
+        yield
+
+
+@contextmanager
+def silent(adapters: Sequence[Adapter], undo: list[Undo]) -> Iterator[None]:
+    """B = 0 in all of these, which are of low rank; then what it was."""
+    with undone(undo), torch.no_grad():
+        for adapter in dict.fromkeys(adapters):
+            undo.append(partial(adapter.B.detach().copy_, adapter.B.detach().clone()))
+            adapter.B.zero_()
+        yield
+
+
+@contextmanager
+def rounded_once_more(storages: Sequence[Storage], rounding: Mapping[int, float], undo: list[Undo]) -> Iterator[None]:
+    """A and B of all adapters moved by as much as the model rounds them at the weight (`Program.rounding`)."""
+    draws = Draws(2)
+    with undone(undo), torch.no_grad():
+        for storage in storages:
+            step = rounding.get(storage_of(storage.parameter), torch.finfo(storage.parameter.dtype).eps / 2)
+            for factor in (p.detach() for adapter in storage.adapters for p in adapter.parameters()):
+                undo.append(partial(factor.copy_, factor.clone()))
+                factor.mul_(dither(factor, step, draws))
         yield
 
 
@@ -449,8 +488,12 @@ def scatter(adapter: Adapter, weight: torch.Tensor, generator: torch.Generator, 
 
 
 def _size(tensor: torch.Tensor) -> float:
-    """Root mean square."""
-    return float(tensor.detach().norm(dtype=torch.float64)) / math.sqrt(max(tensor.numel(), 1))
+    """Root mean square, of large ones that of a part: every so manyth index of the first axis."""
+    some = tensor.detach()[:: max(1, tensor.numel() // _SOME)]
+    return float(some.norm(dtype=torch.float64)) / math.sqrt(max(some.numel(), 1))
+
+
+_SOME = 2**20
 
 
 @contextmanager

@@ -70,6 +70,8 @@ class Capture:
     tensors: dict[fx.Node, torch.Tensor]
     """Each node that stands for a parameter, buffer or constant of the model → that tensor."""
     inputs: Inputs
+    outputs: tuple[torch.Tensor, ...] = ()
+    """What the model gave while it was recorded; of a model on meta, tensors without numbers."""
     lowered: bool = False
     """It was recorded below transforms and autograd."""
 
@@ -145,10 +147,11 @@ def inputs_on_meta(inputs: Inputs) -> Inputs:
     return Inputs(args, kwargs)
 
 
-def capture_graph(model: nn.Module, example_inputs: Any = None, lowered: bool = False) -> Capture:
-    """Run `model` once, in eval mode, and record the concrete graph of what it did. A model on meta runs there.
+def capture_graph(model: nn.Module, example_inputs: Any = None, lowered: bool = False, as_is: bool = False) -> Capture:
+    """Run `model` once and record the concrete graph of what it did. A model on meta runs there.
 
     Args:
+        as_is: in the mode it is in; else in eval mode.
         lowered: record what is left below transforms and autograd: in other ops, each of which can be run again.
 
     Raises:
@@ -158,11 +161,11 @@ def capture_graph(model: nn.Module, example_inputs: Any = None, lowered: bool = 
     inputs = normalize_inputs(model, example_inputs)
     with in_turn():  # tracing patches torch, here and in torch.fx
         if not any(parameter.is_meta for parameter in model.parameters()):
-            return _capture(model, inputs, lowered)
+            return _capture(model, inputs, lowered, as_is)
         own = _state(model)
         with on_meta(model):
             made = dict(zip(map(id, _state(model)), own, strict=True))
-            found = _capture(model, inputs_on_meta(inputs), lowered)
+            found = _capture(model, inputs_on_meta(inputs), lowered, as_is)
     tensors = {node: made.get(id(tensor), tensor) for node, tensor in found.tensors.items()}
     return replace(found, tensors=tensors, inputs=inputs)
 
@@ -171,25 +174,28 @@ def _state(model: nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _capture(model: nn.Module, inputs: Inputs, lowered: bool) -> Capture:
+def _capture(model: nn.Module, inputs: Inputs, lowered: bool, as_is: bool) -> Capture:
     state = _state(model)
     flat, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
     leaves = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+    outputs: list[torch.Tensor] = []
 
     def run(tensors: list[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
         given = iter(leaves)
         traced = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
         args, kwargs = pytree.tree_unflatten(traced, spec)
-        return output_tensors(model(*args, **kwargs))
+        outputs[:] = output_tensors(model(*args, **kwargs))
+        return list(outputs)
 
     with undisturbed(model), no_fast_paths(), as_python(), recorded(), torch.no_grad(), stoppable():
-        model.eval()
+        if not as_is:
+            model.eval()
         module = _make_fx(model, run, state, leaves, lowered)
     tensors = dict(zip(module.graph.find_nodes(op="placeholder"), state, strict=False))
     for node in module.graph.find_nodes(op="get_attr"):
         if isinstance(value := getattr(module, node.target, None), torch.Tensor):
             tensors[node] = value
-    return Capture(module.graph, module, tensors, inputs, lowered)
+    return Capture(module.graph, module, tensors, inputs, tuple(outputs), lowered)
 
 
 def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list, lowered: bool) -> fx.GraphModule:

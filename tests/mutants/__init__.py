@@ -985,15 +985,14 @@ MUTANTS = (
     ),
     Mutant(
         "uses_unchecked_in_bfloat16", "verification", "lora_fx/checks/certification.py",
-        "                    _refuse_wrong_uses(model, inputs, adapters, undo)\n",
-        "                    pass\n",
+        "        if row.error > row.bound:\n            raise EquivalenceError(",
+        "        if False:\n            raise EquivalenceError(",
         "What rounding in bfloat16 hides in the outputs of the whole model is not looked for at its uses.",
         tests=("tests/test_certificate.py::test_apply_sees_a_small_fault_in_bfloat16",),
     ),
     Mutant(
         "uses_measured_in_their_own_dtype", "verification", "lora_fx/checks/certification.py",
-        "            rows = self._judged(reading, *self._computed(reading, wide=True))\n",
-        "            raise NotImplementedError\n",
+        "            rows = self._judged(reading, *known)\n", "            raise NotImplementedError\n",
         "The certificate measures a use in the dtype of the model, where rounding could hide its effect.",
         tests=("tests/test_certificate.py::test_what_rounding_in_its_dtype_would_hide_is_measured_in_float64",),
     ),
@@ -2080,7 +2079,7 @@ MUTANTS = (
     # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "no_gradient_is_no_fault", "gradients", "lora_fx/checks/certification.py",
-        "                _refuse_lost(model, inputs, adapters, undo)\n", "",
+        "        _refuse_lost(model, program.capture.inputs, adapters, undo)\n", "        pass\n",
         "A model whose autograd function takes the weight gives right outputs, and its adapter never trains.",
         tests=(f"{GRADIENTS}::test_who_wants_a_plain_tensor_gets_the_sum_and_theta_its_gradient",),
     ),
