@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_fx
 from tests import zoo
-from tests.compatibility import Model, checking, naming, report, running
+from tests.compatibility import Model, checking, naming, onnx_files, onnx_report, report, running
 from tests.compatibility.__main__ import main
 from tests.compatibility.transformers_models import tiny
 
@@ -166,3 +166,75 @@ def test_an_unknown_package_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["--here", "--package", "nobody"])
     assert "invalid choice: 'nobody'" in capsys.readouterr().err
+
+
+# ── ONNX files ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def files(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(onnx_files, "OPSETS", (20,))
+    return onnx_files
+
+
+def test_files_of_a_model_are_right_folded_and_switchable(files):
+    row = files.check(small())
+    assert row.verdict == "right" and row.adapters == 2, row
+    assert row.files == {"folded 20": "batch", "switchable 20": "batch"} and not row.theirs
+
+
+def test_a_file_with_another_weight_is_wrong(files, monkeypatch):
+    import onnx
+
+    def careless(model, inputs, path, export=lora_fx.export_onnx, **options):
+        export(model, inputs, path, **options)
+        file = onnx.load(path)
+        weights = [t for t in file.graph.initializer if t.name == "up.weight"]
+        numbers = onnx.numpy_helper.to_array(weights[0]).copy()
+        numbers[0, 0] += 0.01
+        weights[0].CopyFrom(onnx.numpy_helper.from_array(numbers, weights[0].name))
+        onnx.save(file, path)
+
+    monkeypatch.setattr(lora_fx, "export_onnx", careless)
+    monkeypatch.setattr(files, "FORMS", ("switchable",))
+    row = files.check(small())
+    assert row.verdict == "wrong" and not row.files
+    assert "switchable, opset 20, batch: 4 of 4 slots fed" in row.wrong[0] and "DIFFERENT" in row.wrong[0]
+
+
+def test_a_refusal_is_ours_where_torch_exports_the_base_and_torchs_where_it_does_not(files, monkeypatch):
+    def refusing(*given, **options):
+        raise lora_fx.errors.ExportError("no such graph", place="up.weight", remedy="none")
+
+    monkeypatch.setattr(lora_fx, "export_onnx", refusing)
+    monkeypatch.setattr(files, "FORMS", ("folded",))
+    monkeypatch.setattr(files, "LEVELS", ("fixed",))
+    row = files.check(small())
+    assert row.verdict == "refused" and not row.faults and not row.theirs
+    assert row.refused == ["folded, opset 20, fixed: ExportError: up.weight: no such graph"]
+    row = files.check(Model("ours", "random", lambda: (Drawing(), torch.randn(2, 4))))
+    assert row.verdict == "torch refuses" and not row.refused
+    assert all("torch's exporter: " in text for text in row.theirs) and len(row.theirs) == 1
+
+
+class Drawing(nn.Linear):
+    """What it does depends on numbers: torch.export has no graph of it."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x):
+        return super().forward(x) if float(x.detach().abs().sum()) > 0 else x
+
+
+def test_each_family_has_its_line(tmp_path):
+    right = onnx_files.FilesRow("zoo", "whisper", 3, files={"folded 20": "batch", "switchable 23": "fixed"})
+    theirs = onnx_files.FilesRow("zoo", "mamba", 2, theirs=["folded, opset 20, batch: torch's exporter: no"])
+    report.append(tmp_path / "rows", right)
+    assert report.read(tmp_path / "rows", onnx_files.FilesRow) == [right]
+    text = onnx_report.report([right, theirs], {"torch": "2.13.0"})
+    assert "| speech | 1 | 1 | 0 | 0 | 1 | 0 | 1 | 1 | 0 | 0 | 0 | 0 |" in text
+    assert "| state space and recurrence | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 1 | 0 | 0 | 0 |" in text
+    assert "- batch: torch's exporter: no: mamba" in text and "**speech**: whisper." in text

@@ -14,8 +14,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,18 @@ from lora_fx.export.onnx.files import (
 )
 from lora_fx.export.onnx.graphs import describe, graph_digest, name_interface, operators, translate
 from lora_fx.export.onnx.optimization import Contents, optimize
-from lora_fx.export.onnx.processes import Apart
 from lora_fx.export.onnx.proof import Proof, fused_operators, prove
-from lora_fx.export.onnx.runs import Comparison, compare_runs, open_session, run_torch
+from lora_fx.export.onnx.quantization import (
+    Loss,
+    Quantized,
+    left_float,
+    losses,
+    products,
+    quantise,
+    refuse_dtypes,
+    refuse_kind,
+)
+from lora_fx.export.onnx.runs import Comparison, compare_runs, open_session, run_session, run_torch
 from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.export.onnx.targets import OPTIONAL, REQUIRED, SLOTS, TARGETS, Step, Target, step_of
 from lora_fx.export.onnx.tasks import GRAPH
@@ -108,10 +117,13 @@ class ExportReport:
     """Where a model with branches was exported: that every use of every adapted weight was W + δ; see `certify`."""
     proof: Proof | None = None
     """Where it was asked for: the file is the base graph, and its weights are the folded ones."""
+    quantized: Quantized | None = None
+    """Where it was asked for: `comparisons`, `certificate` and `proof` are then of the file before, in float."""
 
     @property
     def largest(self) -> float:
-        """The largest absolute difference of one element; NaN where nothing was run."""
+        """The largest absolute difference of one element; NaN where nothing was run. Of a quantised file, that of the
+        float one: see `quantized`."""
         return max((r.largest for c in self.comparisons for r in c.reports), default=math.nan)
 
     def __str__(self) -> str:
@@ -127,6 +139,7 @@ class ExportReport:
         if self.certificate is not None:
             lines.append(f"  {str(self.certificate).splitlines()[-1]}")
         lines += [f"  {self.proof}"] if self.proof else []
+        lines += [f"  then {self.quantized}"] if self.quantized else []
         lines += [f"  NOT RUN, only checked by onnx.checker: {self.not_run}"] if self.not_run else []
         return "\n".join(lines)
 
@@ -148,6 +161,7 @@ def export_onnx(
     check: bool = True,
     weights: str | os.PathLike[str] | None = None,
     external_data: bool | None = None,
+    quantize: str | None = None,
 ) -> ExportReport:
     """Write `model`, in eval mode, as an ONNX file, and compare ONNX Runtime's outputs with torch's.
 
@@ -184,6 +198,10 @@ def export_onnx(
         external_data: weights in a file of their own, ``<path>.data``; None where they need it, above 2 GB. A kill at
             any moment leaves the old graph with the old weights or the new one with the new (they may then have the
             name ``<path>.<8 digits>.data``, which the next export clears away).
+        quantize: "int8" or "int4" to have ONNX Runtime's tools quantise the weights of MatMul and Gemm, after the fold.
+            What `check` and `prove` say is of the float file; the quantised one is run on the example inputs, and the
+            report has by how much it is off from torch. A switchable file keeps its slots in float. The tools take the
+            memory of four (int4) to seven (int8) models.
 
     Returns:
         What was written, and by how much ONNX Runtime differs from torch.
@@ -200,7 +218,7 @@ def export_onnx(
     passes = exporting(
         example_inputs, path, dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names,
         opset=opset, optimize=optimize, adapters=adapters, slots=slots, target=target, prove=prove, check=check,
-        weights=weights, external_data=external_data,
+        weights=weights, external_data=external_data, quantize=quantize,
     )  # fmt: skip
     return Pipeline("export_onnx", passes)(model).facts[ExportReport]
 
@@ -211,13 +229,13 @@ def exporting(
     """The passes of `export_onnx`: its options are their fields."""
     measured, checks = ([Certify], [Run]) if check else ([], [])
     proofs = [Prove] if prove else []
-    kinds: tuple[Any, ...] = (Prepare, *measured, Translate, Optimise, Write, *checks, *proofs, Publish)
-    options |= {"example_inputs": example_inputs, "path": path, "prove": prove}
+    integers = [] if options.get("quantize") is None else [Quantise]
+    kinds: tuple[Any, ...] = (Prepare, *measured, Translate, Optimise, Write, *checks, *proofs, *integers, Publish)
     _refuse_names(options)
-    passes = tuple(kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options}) for kind in kinds)
-    if options:
-        raise TypeError(f"export_onnx takes no {', '.join(options)}")
-    return passes
+    if unknown := options.keys() - {f.name for kind in kinds for f in fields(kind)}:
+        raise TypeError(f"export_onnx takes no {', '.join(sorted(unknown))}")
+    options |= {"example_inputs": example_inputs, "path": path, "prove": prove, "check": check}
+    return tuple(kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options}) for kind in kinds)
 
 
 def _refuse_names(options: Mapping[str, Any]) -> None:
@@ -318,6 +336,7 @@ class Prepare(Pass):
     target: str = "ort"
     prove: bool = False
     weights: str | os.PathLike[str] | None = None
+    quantize: str | None = None
 
     name = "prepare"
     ensures = (given(Job),)
@@ -337,11 +356,24 @@ class Prepare(Pass):
             reason = f"{self.target} gives a graph nothing for {self.slots} slots: it would fail, or be the base model"
             can = [f'target="{name}", slots="{own}"' for name, row in TARGETS.items() for own in row.slots]
             refuse("adapters", reason, f'export with adapters="folded", or with {"; ".join(can)}')
+        if self.quantize is not None:
+            self._refuse_quantize()
+
+    def _refuse_quantize(self) -> None:
+        refuse_kind(str(self.quantize))
+        if self.weights is not None:
+            reason = "the tools hold all weights in memory, and weights= is there so that nothing does"
+            refuse("quantize", reason, "build the model with its weights, or quantise the float file with another tool")
+        if self.adapters == "unfolded":
+            reason = 'adapters="unfolded": A and B are weights of the graph, and would be integers too'
+            refuse("quantize", reason, 'export with adapters="folded" or "switchable"')
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         target = TARGETS[self.target]
         path = writable(self.path, folder=bool(target.graph))
         refuse_unready(model)
+        if self.quantize is not None:
+            refuse_dtypes(model, self.quantize)
         checkpoint = self._checkpoint(model)
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require(package)
@@ -516,25 +548,29 @@ class Run(Pass):
             session, missing = open_session(facts[Written].files[0])
         if session is None:
             return Result(model, False, (Compared((), missing),))
-        with session:
-            return Result(model, False, (Compared(self._compared(model, session, facts)),))
-
-    def _compared(self, model: nn.Module, session: Apart, facts: Facts) -> tuple[Comparison, ...]:
-        job, program = facts[Job], facts[Translated].program
-        if job.form != switchable.SWITCHABLE:
-            return compare_runs(model, session, program, job.call, job.expected)
         found: list[Comparison] = []
-        every, slots = inventory(model).adapters, switchable.read_manifest(facts[Optimised].graph.metadata_props, "")
-        empty = switchable.empty_slots(slots) if job.slots == REQUIRED else {}
-        for name in ("", *job.adapters):
-            with borrowed(model):
-                for adapter in every:
-                    adapter.change(active=adapter.name == name)
-                wire(model)
-                fed, expected = switchable.factors_of(model, name) if name else {}, run_torch(model, job.call.inputs)
-                own = compare_runs(model, session, program, job.call, expected, empty | fed)
-            found += [replace(comparison, adapter=name or "no adapter") for comparison in own]
-        return tuple(found)
+        with session, closing(_in_slots(model, job, facts[Optimised].graph)) as states:
+            for name, expected, fed in states:
+                own = compare_runs(model, session, facts[Translated].program, job.call, expected, fed)
+                found += [replace(comparison, adapter=name) for comparison in own]
+        return Result(model, False, (Compared(tuple(found)),))
+
+
+def _in_slots(model: nn.Module, job: Job, graph: Any) -> Generator[tuple[str, list[torch.Tensor], dict[str, Any]]]:
+    """What may be in the slots of a file: its name, what torch returns with it, and the factors. While one is looked
+    at, the model has that adapter alone. A file without slots has one such state, without a name."""
+    if job.form != switchable.SWITCHABLE:
+        yield "", job.expected, {}
+        return
+    every, slots = inventory(model).adapters, switchable.read_manifest(graph.metadata_props, "")
+    empty = switchable.empty_slots(slots) if job.slots == REQUIRED else {}
+    for name in ("", *job.adapters):
+        with borrowed(model):
+            for adapter in every:
+                adapter.change(active=adapter.name == name)
+            wire(model)
+            fed = switchable.factors_of(model, name) if name else {}
+            yield name or "no adapter", run_torch(model, job.call.inputs), empty | fed
 
 
 @dataclass(frozen=True)
@@ -559,6 +595,42 @@ class Prove(Pass):
         (file, *_) = save_model(base.graph, inside / "base.onnx", None)
         fused = [fused_operators(path, inside) for path in (written.files[0], file)]
         return Result(model, False, (replace(proof, fused=fused[0], base_fused=fused[1]),))
+
+
+@dataclass(frozen=True)
+class Quantise(Pass):
+    """Put integers in the place of float weights, and measure what that costs. What was found out before is of the file
+    in float, which is gone then."""
+
+    quantize: str
+    check: bool = True
+    external_data: bool | None = None
+
+    name = "quantise"
+    requires = (given(Job), given(Translated), given(Optimised), given(Written))
+    ensures = (given(Quantized),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        job, written, target = facts[Job], facts[Written], facts[Job].layout
+        file, before, external = written.files[0], written.bytes, len(written.files) > 1
+        inside = written.scratch / "quantised"
+        inside.mkdir()
+        graph = quantise(file, inside, self.quantize, external)
+        # The configurations beside it say already whether there is a data file.
+        files = save_model(graph, file, external or self.external_data, target.data)
+        check_file(files[0])
+        written = replace(written, files=files)
+        found: list[Loss] = []
+        if self.check:
+            session, missing = open_session(files[0])
+            if session is None:
+                refuse("quantize", missing, "leave quantize out")
+            with session, closing(_in_slots(model, job, graph)) as states:
+                for name, expected, fed in states:
+                    actual = run_session(session, facts[Translated].program, job.call.inputs, fed)
+                    found += losses([value.name for value in graph.graph.outputs], expected, actual, name)
+        said = Quantized(self.quantize, products(graph), left_float(graph), (before, written.bytes), tuple(found))
+        return Result(model, False, (replace(facts[Optimised], graph=graph), written, said))
 
 
 @dataclass(frozen=True)
@@ -592,6 +664,7 @@ class Publish(Pass):
             not_run=compared.not_run,
             certificate=facts.get(Certificate),
             proof=facts.get(Proof),
+            quantized=facts.get(Quantized),
         )
         if job.layout.graph:
             move_folder(written.place, written.files, written.configs, job.path)

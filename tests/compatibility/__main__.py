@@ -7,6 +7,7 @@ environment of their own, which a second run finds again; all that they need com
     python -m tests.compatibility                             # everything: an hour or two
     python -m tests.compatibility --package vit_pytorch
     python -m tests.compatibility beit UNet2DModel
+    python -m tests.compatibility --onnx                      # files of some 100 architectures, by family; two hours
 
 The exit status says whether nothing was wrong, nothing raised what is none of our errors, and all was certified.
 """
@@ -24,10 +25,13 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.registry import one_registry
+
 ROOT = Path(__file__).parent.parent.parent
 PINNED = (
     "torch==2.13.0", "transformers==5.17.0", "diffusers==0.42.1", "torch-geometric==2.8.1", "x-transformers==2.31.10",
     "peft==0.21.2", "accelerate", "einops", "ftfy", "scipy", "pillow",
+    "onnx==1.23.2", "onnxruntime==1.32.0", "onnxscript==0.7.2",
 )  # fmt: skip
 #: installed without what they ask for: they would take another torch
 ALONE = ("torchvision==0.28.0", "timm==1.0.31", "open-clip-torch==3.3.0", "vit-pytorch==1.26.11")
@@ -40,6 +44,7 @@ TABLES = {
     "open_clip": "image_models",
     "x_transformers": "sequence_models",
     "torch_geometric": "graph_models",
+    "zoo": "zoo_models",
 }
 
 
@@ -77,22 +82,27 @@ def prepare() -> None:
 def check_here(options: argparse.Namespace) -> int:
     """Run it in this Python, which has the packages."""
     prepare()
-    from tests.compatibility import report, running
+    from tests.compatibility import onnx_files, onnx_report, report, running
 
+    mode, written = running.Mode(), report.report
+    if options.onnx:
+        mode, written = running.Mode(onnx_files.FilesRow, onnx_files.check), onnx_report.report
+        one_registry()
     running.warm_up()
-    packages = options.package or list(TABLES)
+    packages = options.package or [package for package in TABLES if options.onnx or package != "zoo"]
     tables = dict.fromkeys(TABLES[package] for package in packages)
     found = [m for t in tables for m in importlib.import_module(f"tests.compatibility.{t}").models()]
+    found = onnx_files.of_families(found) if options.onnx and not options.names else found
     chosen = [m for m in found if m.package in packages and (not options.names or m.name in options.names)]
     start, limits = time.monotonic(), running.Limits(options.limit)
-    rows = report.read(options.rows) if options.rows else []
+    rows = report.read(options.rows, mode.row) if options.rows else []
     done = {(row.package, row.name) for row in rows}
-    for row in running.run([m for m in chosen if (m.package, m.name) not in done], options.jobs, limits):
+    for row in running.run([m for m in chosen if (m.package, m.name) not in done], options.jobs, limits, mode):
         rows.append(row)
         print(report.line(row), flush=True)
         if options.rows:
             report.append(options.rows, row)
-    text = report.report(rows, {name: _version(name) for name in ("torch", *(row.package for row in rows))})
+    text = written(rows, {name: _version(name) for name in ("torch", *(row.package for row in rows))})
     if options.markdown:
         report.write(options.markdown, text)
     print(f"\n{report.summary(rows)}\n{(time.monotonic() - start) / 60:.0f} minutes")
@@ -100,7 +110,7 @@ def check_here(options: argparse.Namespace) -> int:
 
 
 def _version(package: str) -> str:
-    names = {"open_clip": "open_clip_torch"}
+    names = {"open_clip": "open_clip_torch", "zoo": "lora-fx"}
     return importlib.metadata.version(names.get(package, package))
 
 
@@ -109,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="models; all of them by default")
     parser.add_argument("--package", action="append", choices=list(TABLES), help="only this one; may be given again")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--onnx", action="store_true", help="export them, and run the files; and some of the zoo")
     parser.add_argument("--limit", type=float, default=150.0, metavar="SECONDS", help="of a processor, for a model")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep what came out there; what is in it is not run")

@@ -79,9 +79,13 @@ class Different(Wrong):
     """Numbers are further apart than rounding explains."""
 
 
-def check(model: Model) -> Row:
-    """Build the model, adapt all of it, and compare every step."""
-    row = Row(model.package, model.name)
+def check(model: Model, row: Row | None = None, life: type[Life] | None = None) -> Row:
+    """Build the model, adapt all of it, and compare every step.
+
+    Args:
+        row: to fill in; life: the steps; by default those of this module.
+    """
+    row = row or Row(model.package, model.name)
     try:
         base, inputs = model.build()
         others = model.build(seed=1)[1]
@@ -90,7 +94,7 @@ def check(model: Model) -> Row:
     except Exception as error:
         row.idle = f"{type(error).__name__}: {error}"[:300]
     if not row.idle:
-        _Life(row, base, [inputs, others]).live()
+        (life or Life)(row, base, [inputs, others]).live()
     return row
 
 
@@ -104,7 +108,9 @@ def _unfit(base: nn.Module, inputs: Inputs) -> str:
     return ""
 
 
-class _Life:
+class Life:
+    """The steps, each of which adds to the row what it finds."""
+
     def __init__(self, row: Row, base: nn.Module, inputs: Sequence[Inputs]) -> None:
         self.row, self.inputs = row, inputs
         self.base = base.requires_grad_(False)  # as an adapted model is: some kernels choose by that
@@ -325,7 +331,7 @@ def _told(error: Exception) -> str:
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _seeded() -> None:
+def seeded() -> None:
     torch.manual_seed(0)
     random.seed(0)
     with suppress(ImportError):
@@ -335,7 +341,7 @@ def _seeded() -> None:
 
 
 @contextmanager
-def _kept(model: nn.Module, training: bool) -> Iterator[None]:
+def kept(model: nn.Module, training: bool) -> Iterator[None]:
     """Inside, every module is in that mode; afterwards modes, buffers and tensors that it keeps are what they were."""
     flags = [(m, m.training) for m in model.modules()]
     tensors = [(m, _tensors_of(m)) for m in model.modules()]
@@ -364,14 +370,14 @@ def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def called(model: nn.Module, inputs: Inputs, training: bool = False) -> list[torch.Tensor]:
     """The model's outputs on a fixed seed, and its buffers after that."""
-    with _kept(model, training):
-        _seeded()
-        outputs = [t.clone() for t in output_tensors(_fresh(inputs).call(model))]
+    with kept(model, training):
+        seeded()
+        outputs = [t.clone() for t in output_tensors(fresh(inputs).call(model))]
         own = {name: b for name, b in model.named_buffers() if "_lora_" not in name}
         return [*outputs, *(b.clone() for b in own.values())]
 
 
-def _fresh(inputs: Inputs) -> Inputs:
+def fresh(inputs: Inputs) -> Inputs:
     """A copy: a model may write into what it is given."""
     return copy.deepcopy(inputs)
 
@@ -380,9 +386,9 @@ def _loss(
     model: nn.Module, inputs: Inputs, parameters: Sequence[nn.Parameter], training: bool = False
 ) -> tuple[float, tuple[torch.Tensor | None, ...]]:
     """Outputs times random numbers, added up; and the gradient of that."""
-    with _kept(model, training), torch.enable_grad():
-        _seeded()
-        outputs = [t for t in output_tensors(_fresh(inputs).call(model)) if t.requires_grad]
+    with kept(model, training), torch.enable_grad():
+        seeded()
+        outputs = [t for t in output_tensors(fresh(inputs).call(model)) if t.requires_grad]
         generator = torch.Generator().manual_seed(0)
         terms = [(t * torch.randn(t.shape, generator=generator).to(t.dtype))[t.isfinite()].sum() for t in outputs]
         if not terms:

@@ -9,15 +9,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tests.compatibility.checking import Row
 
 VERDICTS = ("right", "refused", "wrong", "raw", "not certified")
 
 
-def read(file: Path) -> list[Row]:
+def read(file: Path, kind: type[Row] = Row) -> list[Any]:
     """The rows that a run before this one has kept."""
-    return [Row(**json.loads(text)) for text in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    return [kind(**json.loads(text)) for text in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def append(file: Path, row: Row) -> None:
@@ -51,11 +52,11 @@ def report(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
     packages = dict.fromkeys(row.package for row in rows)
     said = f"{summary(rows)}. torch {versions['torch']}, {datetime.date.today():%d %B %Y}."
     parts = ["## The table", _table(rows, packages, versions), said]
-    parts += _reasons("What was refused", rows, lambda row: row.refused)
-    parts += _reasons("What raised an error that is none of ours", rows, lambda row: row.raw)
-    parts += _reasons("What was wrong", rows, lambda row: row.wrong)
-    parts += _reasons("What was not certified", rows, lambda row: row.uncertified)
-    parts += _reasons("What is worth a note", rows, lambda row: row.notes)
+    parts += reasons("What was refused", rows, lambda row: row.refused)
+    parts += reasons("What raised an error that is none of ours", rows, lambda row: row.raw)
+    parts += reasons("What was wrong", rows, lambda row: row.wrong)
+    parts += reasons("What was not certified", rows, lambda row: row.uncertified)
+    parts += reasons("What is worth a note", rows, lambda row: row.notes)
     parts += ["## Which models", *(_names(rows, package) for package in packages)]
     return "\n\n".join(parts) + "\n"
 
@@ -73,7 +74,7 @@ def _table(rows: Sequence[Row], packages: Iterable[str], versions: Mapping[str, 
     return "\n".join(lines)
 
 
-def _reasons(title: str, rows: Sequence[Row], of: Callable[[Row], list[str]]) -> list[str]:
+def reasons(title: str, rows: Sequence[Row], of: Callable[[Row], list[str]]) -> list[str]:
     """One line for each reason, without names and numbers, and the models it was given for."""
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:

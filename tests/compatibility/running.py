@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO
 
@@ -54,7 +54,15 @@ def warm_up() -> None:
     lora_fx.capture(nn.Linear(2, 2), torch.ones(1, 2))
 
 
-def run(models: Sequence[Model], at_once: int, limits: Limits) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Mode:
+    """What is done with each model."""
+
+    row: type[Row] = Row
+    check: Callable[[Model], Row] = check
+
+
+def run(models: Sequence[Model], at_once: int, limits: Limits, mode: Mode = Mode()) -> Iterator[Row]:
     """A row for each model, as they end."""
     waiting = list(models)
     running: dict[int, _Running] = {}
@@ -62,14 +70,14 @@ def run(models: Sequence[Model], at_once: int, limits: Limits) -> Iterator[Row]:
         while waiting or running:
             while waiting and len(running) < at_once:
                 own = _Running(waiting.pop(0), _file(), _file(), time.monotonic())
-                running[_start(own, limits)] = own
+                running[_start(own, limits, mode)] = own
             time.sleep(0.05)
             for pid, own in list(running.items()):
                 over = _over(pid, own, limits)
                 status = exit_status(pid, kill=bool(over))
                 if status is not None:
                     del running[pid]
-                    yield _row(own, status, over)
+                    yield _row(own, status, over, mode)
     finally:
         for pid in running:
             exit_status(pid, kill=True)
@@ -89,23 +97,23 @@ def _over(pid: int, own: _Running, limits: Limits) -> str:
     return ""
 
 
-def _row(own: _Running, status: int, over: str) -> Row:
+def _row(own: _Running, status: int, over: str, mode: Mode) -> Row:
     own.result.seek(0)
     own.output.seek(0)
     text, printed = own.result.read(), own.output.read()
     own.result.close()
     own.output.close()
     if status == 0:
-        row = Row(**json.loads(text))
+        row = mode.row(**json.loads(text))
     else:
         last = printed.strip().splitlines()[-1:] or [""]
         ended = "the time limit" if status == -signal.SIGXCPU else f"the process ended with {status}"
-        row = Row(own.model.package, own.model.name, raw=[over or f"{ended}: {last[0][:200]}"])
+        row = mode.row(own.model.package, own.model.name, raw=[over or f"{ended}: {last[0][:200]}"])
     row.seconds = time.monotonic() - own.start
     return row
 
 
-def _start(own: _Running, limits: Limits) -> int:
+def _start(own: _Running, limits: Limits, mode: Mode) -> int:
     """Fork a process that checks the model."""
     sys.stdout.flush()
     pid = os.fork()
@@ -117,7 +125,7 @@ def _start(own: _Running, limits: Limits) -> int:
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limits.seconds), math.ceil(limits.seconds) + 5))
         for stream in (1, 2):
             os.dup2(own.output.fileno(), stream)
-        json.dump(asdict(check(own.model)), own.result)
+        json.dump(asdict(mode.check(own.model)), own.result)
         own.result.flush()
         status = 0
     except BaseException:

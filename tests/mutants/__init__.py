@@ -1118,6 +1118,18 @@ MUTANTS = (
         tests=("tests/test_onnx.py::test_a_convolution_without_a_bias_is_given_none",),
     ),
     Mutant(
+        "quantised_slots", "export", "export/onnx/quantization.py",
+        "    for name in slots:\n        model.graph.initializers.pop(name).const_value = None\n", "",
+        "The defaults of a switchable graph's A and B are quantised as weights.",
+        tests=("tests/test_onnx_quantization.py",),
+    ),
+    Mutant(
+        "quantised_graph_of_the_float_one", "export", "export/onnx/quantization.py",
+        "GRAPH: graph_digest(model)}", "}",
+        "A quantised file is taken for the graph that it was made from.",
+        tests=("tests/test_onnx_quantization.py",),
+    ),
+    Mutant(
         "damaged_graph_opens", "export", "export/onnx/loading.py",
         "    if (wanted if given is None else given) == found:\n", "    if wanted or given:\n",
         "A file that has some digest is taken for whole: a doubled weight is run.",
