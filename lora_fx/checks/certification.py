@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -173,20 +173,16 @@ def certify_adapted(
         )
     refuse_unmeasurable(model)
     active = [adapter for storage in storages for adapter in storage.adapters]
-    with filled(model, active, 0, undo):
-        # The base model takes the adapted one's path with the adapted one's numbers.
-        with unwired(model), with_dense_weights(model, undo):
+    seen = None
+    if whole and not _is_small(storages):
+        with unwired(model):
             program = capture(model, inputs)
-            assert program.capture is not None
-            # What ran inside of a vmap cannot be run again outside of it; what is left below it can.
-            lowered = program.capture.transformed
-            recorded = capture_graph(model, inputs, lowered) if lowered else program.capture
-            base = Flow(recorded, storages, found.modules).counts()
-        flow = Flow(capture_graph(model, inputs, lowered), storages, found.modules)
-        rows = tuple(_measure(model, flow, storages, base))
-        modes = (False, True) if whole else ()
-        reports = [check_once(model, inputs, training, program.rounding(), undo) for training in modes]
+        seen = _by_use(model, program, active, undo)
+    with filled(model, active, 0, undo):
+        if seen is None or any(row.error > row.bound for row in seen.rows):
+            seen = _by_use_and_sums(model, inputs, found, whole, undo)
         reached = reach(model, inputs, storages, undo) if gradients else Reach()
+    rows, reports = seen.rows, seen.whole
     notes = tuple(str(report) for report in reports if isinstance(report, NotRun))
     if reached.error is not None and not reached.lost:
         why = essence(reached.error).partition("\n")[0]
@@ -194,11 +190,29 @@ def certify_adapted(
     labels = {a: f"{_name(storage)} ({a.name})" for storage in storages for a in storage.adapters}
     free, lost = (tuple(labels[a] for a in found) for found in (reached.free, reached.lost))
     measured = tuple(report for report in reports if isinstance(report, Report))
-    if lowered and measured and all(measured):
+    if seen.lowered and measured and all(measured):
         why = "inside of a transform of torch.func it cannot be measured by itself"
         rows = tuple(replace(row, problem=why) if row.problem else row for row in rows)
     idle = {place.adapter.name for place in found.places if not place.adapter.active}
     return Certificate(rows, measured, free, lost, tuple(sorted(idle)), notes=notes)
+
+
+def _by_use_and_sums(model: nn.Module, inputs: Inputs, here: Inventory, whole: bool, undo: list[Undo]) -> _Seen:
+    """Each use on the x that reaches it, and the whole model against itself with the sums in its weights."""
+    storages = here.storages()
+    # The base model takes the adapted one's path with the adapted one's numbers.
+    with unwired(model), with_dense_weights(model, undo):
+        program = capture(model, inputs)
+        assert program.capture is not None
+        # What ran inside of a vmap cannot be run again outside of it; what is left below it can.
+        lowered = program.capture.transformed
+        recorded = capture_graph(model, inputs, lowered) if lowered else program.capture
+        base = Flow(recorded, storages, here.modules).counts()
+    flow = Flow(capture_graph(model, inputs, lowered), storages, here.modules)
+    rows = (*_measured(model, flow)[0], *_not_as_often(storages, base, flow.counts()))
+    modes = (False, True) if whole else ()
+    reports = [check_once(model, inputs, training, program.rounding(), undo) for training in modes]
+    return _Seen(rows, tuple(reports), lowered)
 
 
 def check_adapted(
@@ -219,26 +233,34 @@ def check_adapted(
     assert program.capture is not None
     if without_numbers(model):
         return ()
-    rounding = program.rounding()
-    coarse = any(step > torch.finfo(torch.float32).eps for step in rounding.values())
-    large = sum(storage.parameter.numel() for storage in inventory(model).storages()) > _LARGE
-    missing = _check_by_use(model, program.capture, adapters, rounding, undo) if coarse or large else None
-    if missing is None:
-        missing = _check_by_sums(model, program.capture.inputs, adapters, rounding, undo)
-        if coarse:
-            _refuse_wrong_uses(model, program.capture.inputs, adapters, undo)
+    inputs, rounding = program.capture.inputs, program.rounding()
+    if (seen := _by_use(model, program, adapters, undo)) is not None:
+        _refuse_wrong(seen.rows)
+        whole = seen.whole
+    else:
+        whole = tuple(_by_sums(model, inputs, adapters, rounding, undo))
+        if _is_coarse(rounding):
+            _refuse_wrong_uses(model, inputs, adapters, undo)
     with filled(model, adapters, 0, undo):
-        _refuse_lost(model, program.capture.inputs, adapters, undo)
-    return missing
+        _refuse_lost(model, inputs, adapters, undo)
+    return tuple(report for report in whole if isinstance(report, NotRun))
 
 
 #: elements of adapted weights: up to these, writing the sums W + δ takes less time than recording the model
-_LARGE = 2**22
+_SMALL = 2**22
 
 
-def _check_by_sums(
+def _is_small(storages: Sequence[Storage]) -> bool:
+    return sum(storage.parameter.numel() for storage in storages) <= _SMALL
+
+
+def _is_coarse(rounding: Mapping[int, float]) -> bool:
+    return any(step > torch.finfo(torch.float32).eps for step in rounding.values())
+
+
+def _by_sums(
     model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
-) -> tuple[NotRun, ...]:
+) -> list[Report | NotRun]:
     """The whole model against itself with the sums in its weights. What is kept to undo that is bounded: of large
     weights only some output features are adapted."""
     reports: list[Report] = []
@@ -247,7 +269,7 @@ def _check_by_sums(
             found = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
             reports = [report for report in found if isinstance(report, Report)]
             if all(reports):
-                return tuple(report for report in found if isinstance(report, NotRun))
+                return found
     raise EquivalenceError(
         f"the adapted model is not the model with W + δ: {worst(reports)}",
         place=_suspect(model, inputs, adapters, rounding, undo),
@@ -255,18 +277,33 @@ def _check_by_sums(
     )
 
 
-def _check_by_use(
-    model: nn.Module, before: Capture, adapters: Sequence[Adapter], rounding: Mapping[int, float], undo: list[Undo]
-) -> tuple[NotRun, ...] | None:
+@dataclass(frozen=True)
+class _Seen:
+    """What was measured."""
+
+    rows: tuple[Coverage, ...]
+    whole: tuple[Report | NotRun, ...]
+    """The model as it runs, in eval and in train mode, against its recorded program, or against the model itself with
+    the sums in its weights."""
+    lowered: bool = False
+    """The program was recorded below transforms of torch.func, inside of which no use can be measured."""
+
+
+def _by_use(model: nn.Module, program: Program, adapters: Sequence[Adapter], undo: list[Undo]) -> _Seen | None:
     """No weight is written to. In each mode the model with B = 0 is the model itself, bit for bit; what it does with
     B ≠ 0 is the recorded program, up to what rounding A and B once more would do; and in that every use is the use of
-    W + δ, in float64. None where one of the three cannot be said so.
+    W + δ, in float64. None where one of the three cannot be said so, or where a whole copy is measured sooner.
+
+    Args:
+        program: of the model without its adapters.
     """
-    inputs, here = before.inputs, inventory(model)
-    storages = here.storages()
+    before, rounding, here = program.capture, program.rounding(), inventory(model)
+    assert before is not None
+    inputs, storages = before.inputs, here.storages()
     acting = [adapter for storage in storages for adapter in storage.adapters]
+    small = _is_small(storages) and not _is_coarse(rounding)
     away = any(is_away(*owner) for storage in storages for owner in storage.owners)
-    if away or not all(adapter.kind.name == "lora" for adapter in acting):  # whose θ that makes no δ is known
+    if small or away or not all(adapter.kind.name == "lora" for adapter in acting):  # whose θ that makes no δ is known
         return None
     base = Flow(before, storages, here.modules).counts()
 
@@ -274,6 +311,7 @@ def _check_by_use(
         with unwired(model):
             return run_itself(model, inputs, training)
 
+    rows, whole = list[Coverage](), list[Report | NotRun]()
     with filled(model, adapters, 0, undo, whole=True):
         plain: list[torch.Tensor] | NotRun = [as_real(t) for t in before.outputs]
         moved: list[torch.Tensor] = []
@@ -283,19 +321,24 @@ def _check_by_use(
                 if training:
                     plain = itself(training)
                 if isinstance(plain, NotRun):
-                    return (plain,)
+                    whole.append(plain)
+                    break
                 moved = run_adapted(model, inputs)
                 if training and _same(plain, was) and _same(moved, changed):
-                    continue  # both modes are one
+                    whole += whole  # both modes are one
+                    break
                 with silent(acting, undo):
                     started = run_adapted(model, inputs)
                 # While it is recorded a model may take another kernel.
                 if not _same(started, plain) and (training or not _same(started, itself(training))):
                     return None
-                program = _measure_uses(model, inputs, storages, here, base, rounding, undo)
-                if program is None or not compare_all(moved, *program):
+                found = _measure_uses(model, inputs, storages, here, base, rounding, undo)
+                if found is None or not (report := compare_all(moved, *found[1:])):
                     return None
-    return ()
+                if wrong := [row for row in found[0] if row.error > row.bound]:
+                    return _Seen(tuple(wrong), ())
+                rows, whole = rows or found[0], [*whole, report]
+    return _Seen((*rows, *_not_as_often(storages, base, base)), tuple(whole))
 
 
 def _same(a: Sequence[torch.Tensor] | NotRun, b: Sequence[torch.Tensor] | NotRun) -> bool:
@@ -316,13 +359,9 @@ def _measure_uses(
     base: Counter[Storage],
     rounding: Mapping[int, float],
     undo: list[Undo],
-) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
-    """What the recorded program gives, and what it gives with A and B rounded once more, where every use is measured.
-    None where it reads weights in a way that no use shows, or not as often as the model itself.
-
-    Raises:
-        EquivalenceError: a use is not the use of W + δ.
-    """
+) -> tuple[list[Coverage], list[torch.Tensor], list[torch.Tensor]] | None:
+    """A row for each use, what the recorded program gives, and what it gives with A and B rounded once more. None where
+    it reads weights in a way that no use shows, or not as often as the model itself."""
     try:
         captured = capture_graph(model, inputs, as_is=True)
     except CaptureError:
@@ -332,8 +371,8 @@ def _measure_uses(
         return None
     with rounded_once_more(storages, rounding, undo):
         rows, moved = _measured(model, flow)
-    _refuse_wrong(rows)
-    return None if any(r.bypass for r in flow.readings) else ([as_real(t) for t in captured.outputs], moved)
+    outputs = [as_real(t) for t in captured.outputs]
+    return None if any(reading.bypass for reading in flow.readings) else (rows, outputs, moved)
 
 
 def _refuse_wrong_uses(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], undo: list[Undo]) -> None:
@@ -663,17 +702,14 @@ def _moves(node: fx.Node, carriers: Mapping[fx.Node, Any]) -> bool:
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _measure(model: nn.Module, flow: Flow, storages: Sequence[Storage], base: Counter[Storage]) -> list[Coverage]:
-    """A row for each use of each adapted weight; `base` counts those of the base model."""
-    rows, _ = _measured(model, flow)
-    adapted = flow.counts()
+def _not_as_often(storages: Sequence[Storage], base: Counter[Storage], adapted: Counter[Storage]) -> Iterator[Coverage]:
+    """A row for each adapted weight that the base model does not read, or the adapted one another number of times."""
     for storage in storages:
         if not base[storage]:
-            rows.append(_row(storage, "", "", Realisation.UNSEEN, problem="the example inputs do not reach it"))
+            yield _row(storage, "", "", Realisation.UNSEEN, problem="the example inputs do not reach it")
         elif adapted[storage] != base[storage]:
             reason = f"the base model reads it {base[storage]} times, the adapted one {adapted[storage]} times"
-            rows.append(_row(storage, "", "", Realisation.MISSED, problem=reason))
-    return rows
+            yield _row(storage, "", "", Realisation.MISSED, problem=reason)
 
 
 def _measured(model: nn.Module, flow: Flow) -> tuple[list[Coverage], list[torch.Tensor]]:
@@ -784,15 +820,16 @@ class _Replay(fx.Interpreter):
         assert storage is not None
         use, x_node = _Use(self.flow, reading, self.env, True), first_operand(reading.node)
         assert x_node is not None
-        x = use.given(x_node).reshape(-1, storage.weight.shape[1])
+        outputs, inputs = storage.weight.shape
+        x = use.given(x_node).reshape(-1, inputs)
         chosen = torch.linspace(0, len(x) - 1, min(len(x), _ROWS), device=x.device).long()
-        shake = torch.finfo(torch.float64).eps / 2 * math.sqrt(max(storage.weight.shape))
+        shake = torch.finfo(torch.float64).eps / 2 * math.sqrt(max(outputs, inputs))
         both = torch.cat([x[chosen], x[chosen] * dither(x[chosen], shake, Draws(0))])
         parts = [both @ part.to(both.device).mT for part in delta_in_parts(storage.weight, *storage.adapters)]
         own, shaken = torch.cat(parts, -1).chunk(2)
         zero = torch.zeros_like(plain, dtype=torch.float64)
-        (branches,) = (t.reshape(len(x), -1)[chosen] for t in use.recorded({reading.node: zero}))
-        without = plain.reshape(len(x), -1)[chosen].to(torch.float64)
+        (branches,) = (t.reshape(-1, outputs)[chosen] for t in use.recorded({reading.node: zero}))
+        without = plain.reshape(-1, outputs)[chosen].to(torch.float64)
         return [without + own], [without + shaken], {root: [without]}, [without + branches]
 
     def _judged(
@@ -927,7 +964,7 @@ def _widened(value: Any) -> Any:
 
 
 #: Of so many rows of x a product is measured: each goes the same way.
-_ROWS = 128
+_ROWS = 8
 
 _NOTHING = "nothing to measure: on these inputs its output does not depend on the adapters"
 

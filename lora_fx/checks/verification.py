@@ -233,6 +233,8 @@ def relative_error(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor) ->
     a, b, reference = a.to(torch.float64), b.to(torch.float64), reference.to(torch.float64)
     same = (a == b) | (a.isnan() & b.isnan())  # infinities of a mask on both sides are no difference
     difference = torch.where(same, 0.0, a - b)
+    if not difference.numel():
+        return 0.0
     if not bool(difference.isfinite().all()):
         return math.inf
     size = torch.where(reference.isfinite(), reference, 0.0).square().mean().sqrt()
@@ -501,7 +503,7 @@ def _size(tensor: torch.Tensor) -> float:
     return float(some.norm(dtype=torch.float64)) / math.sqrt(max(some.numel(), 1))
 
 
-_SOME = 2**20
+_SOME = 2**16
 
 
 @contextmanager

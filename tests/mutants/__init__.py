@@ -2098,7 +2098,7 @@ MUTANTS = (
     # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "no_gradient_is_no_fault", "gradients", "lora_fx/checks/certification.py",
-        "        _refuse_lost(model, program.capture.inputs, adapters, undo)\n", "        pass\n",
+        "        _refuse_lost(model, inputs, adapters, undo)\n", "        pass\n",
         "A model whose autograd function takes the weight gives right outputs, and its adapter never trains.",
         tests=(f"{GRADIENTS}::test_who_wants_a_plain_tensor_gets_the_sum_and_theta_its_gradient",),
     ),
