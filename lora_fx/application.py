@@ -111,13 +111,14 @@ def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = T
     """Measure every use of every adapted weight: is it W + δ, and how is it realised?
 
     Each use is held against the same op on the dense sum, on the x that reaches it, with random factors (B ≠ 0), in the
-    recorded program of the adapted model, and in float64 whatever the model's dtype; then the whole model against the
-    model with the dense sums, in eval and in train mode. Of a folded model the branches are put back for that, every
-    folded element is checked to be the sum rounded once, and the model is folded again. Afterwards the model is bitwise
-    what it was.
+    recorded program of the adapted model, and in float64 whatever the model's dtype. Then the whole model, in eval and
+    in train mode: against the model with the dense sums, or, where it is large and no weight is to be written, against
+    that program, and with B = 0 against the base model, bit for bit. Of a folded model the branches are put back for
+    that, every folded element is checked to be the sum rounded once, and the model is folded again. Afterwards the
+    model is bitwise what it was.
 
-    Takes two captures and some ten runs of the model, the dense sum of one weight at a time in float64, and, for a
-    folded model, a second copy of its folded weights.
+    Takes two captures and some ten runs of the model, of kinds other than `lora` the dense sum of one weight at a time
+    in float64, and, for a folded model, a second copy of its folded weights.
 
     Args:
         example_inputs: as in `apply`. What they do not reach is listed as unseen, never as covered.

@@ -63,6 +63,11 @@ def test_call_overhead_runs(run):
         assert f"\n{name}" in out
 
 
+REAL_SIZE = [
+    "forward", "apply(check=False)", "apply", "load_adapter(check=False)", "load_adapter", "certify",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "options", "rows"),
     [
@@ -70,6 +75,7 @@ def test_call_overhead_runs(run):
         ("experts.py", ["--tokens", "16"], ["16"]),
         ("folding.py", [], ["float32", "bfloat16"]),
         ("scale.py", [], ["1", "2"]),
+        ("real_size.py", [], REAL_SIZE),
         pytest.param("onnx_memory.py", ["--part", "stream"], ["0.00"], marks=pytest.mark.onnx),
         pytest.param("onnx_graphs.py", ["--part", "latency"], LATENCIES, marks=pytest.mark.onnx),
     ],

@@ -136,6 +136,16 @@ def test_arrays_pass_through_a_pipe_bit_for_bit(array):
         assert got.dtype == array.dtype and got.shape == array.shape and got.tobytes() == array.tobytes()
 
 
+def test_a_relative_path_is_that_of_the_caller(fresh, tmp_path, monkeypatch):
+    """Who may have gone to another folder since the process began."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert export_onnx(MODEL, X, f"{name}.onnx").comparisons
+    with processes.Apart(Path("second.onnx")) as session:
+        assert session.outputs
+
+
 def test_what_the_runtime_raises_has_its_name(fresh, tmp_path):
     write_file(tmp_path / "m.onnx", "Nonsense")
     with pytest.raises(processes.Said, match="Nonsense") as caught:

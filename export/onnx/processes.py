@@ -44,7 +44,7 @@ class Apart:
 
     def __init__(self, path: Path) -> None:
         self._number, self._runner = next(_NUMBERS), _running()
-        said = {"do": "open", "path": str(path), "threads": torch.get_num_threads()}
+        said = {"do": "open", "path": str(path.absolute()), "threads": torch.get_num_threads()}
         found, _ = self._ask(said)
         self.inputs: list[tuple[str, str, tuple[int | str | None, ...]]]
         """Name, type and shape of each."""
@@ -68,7 +68,7 @@ class Apart:
 
 def optimized(path: Path, target: Path) -> None:
     """Write what ONNX Runtime's optimizer makes of a file, with its numbers in a file of their own."""
-    _running().ask({"do": "optimize", "path": str(path), "target": str(target)}, {})
+    _running().ask({"do": "optimize", "path": str(path.absolute()), "target": str(target.absolute())}, {})
 
 
 class Runner:
