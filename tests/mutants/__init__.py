@@ -991,6 +991,12 @@ MUTANTS = (
         tests=("tests/test_certificate.py::test_apply_sees_a_small_fault_in_bfloat16",),
     ),
     Mutant(
+        "weights_that_decide_are_uses", "verification", "lora_fx/checks/certification.py",
+        "if captured.transformed or flow.unmeasured or", "if captured.transformed or",
+        "What a forward does with a weight beside multiplying is not checked in bfloat16.",
+        tests=("tests/test_certificate.py::test_what_no_use_shows_is_checked_with_the_sums",),
+    ),
+    Mutant(
         "uses_measured_in_their_own_dtype", "verification", "lora_fx/checks/certification.py",
         "            rows = self._judged(reading, *known)\n", "            raise NotImplementedError\n",
         "The certificate measures a use in the dtype of the model, where rounding could hide its effect.",
