@@ -14,7 +14,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.checks import certification
+from lora_fx.checks import certification, uses
 from lora_fx.deltas import adapted_weight
 from lora_fx.deltas.adapted_weight import AdaptedWeight
 from lora_fx.deltas.exact_sum import ExactSum
@@ -223,7 +223,7 @@ def test_an_effect_that_rounding_could_hide_is_not_certified(monkeypatch):
             raise NotImplementedError("no kernel takes float64")
         return value
 
-    monkeypatch.setattr(certification, "_widened", narrow)
+    monkeypatch.setattr(uses, "_widened", narrow)
     certificate = lora_fx.certify(model, x)
     assert 2 / 128 < certificate.rows[0].effect < 3 / 64 and certificate.rows[0].dtype == "bfloat16"
     assert not certificate and all(certificate.whole)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
 from lora_fx import LoraFxError, Rule, application, changes
-from lora_fx.checks import certification, verification
+from lora_fx.checks import certification, flow, uses, verification
 from lora_fx.deltas import exact_sum
 from lora_fx.deltas.exact_sum import ExactSum
 from lora_fx.errors import ExportError, FileError, FoldError
@@ -181,7 +181,7 @@ FILES = {
     m.__file__
     for m in (
         application, changes, classes, marks, wiring, folding, exact_sum, insert, adapter_files, certification,
-        verification,
+        flow, uses, verification,
     )
 }  # fmt: skip
 

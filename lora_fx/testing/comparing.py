@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.checks.certification import Flow, Reading
+from lora_fx.checks.flow import Flow, Reading
 from lora_fx.checks.verification import Report, compare, in_float64, move_weights, noise_floor, rounding_step
 from lora_fx.graph.capture import Inputs, capture_graph, no_fast_paths, normalize_inputs
 from lora_fx.graph.own_state import undisturbed

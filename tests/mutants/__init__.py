@@ -997,7 +997,7 @@ MUTANTS = (
         tests=("tests/test_certificate.py::test_what_no_use_shows_is_checked_with_the_sums",),
     ),
     Mutant(
-        "uses_measured_in_their_own_dtype", "verification", "lora_fx/checks/certification.py",
+        "uses_measured_in_their_own_dtype", "verification", "lora_fx/checks/uses.py",
         "            rows = self._judged(reading, *known)\n", "            raise NotImplementedError\n",
         "The certificate measures a use in the dtype of the model, where rounding could hide its effect.",
         tests=("tests/test_certificate.py::test_what_rounding_in_its_dtype_would_hide_is_measured_in_float64",),
@@ -1673,25 +1673,25 @@ MUTANTS = (
         tests=of_kinds("the_self_check_moves_theta_of_every_kind"),
     ),
     Mutant(
-        "mixed_not_followed", "kinds", "lora_fx/checks/certification.py",
+        "mixed_not_followed", "kinds", "lora_fx/checks/flow.py",
         "if (own := self.factors.get(n) or self.mixed.get(n))", "if (own := self.factors.get(n))",
         "A sum with a δ that is made of W is not known for one.",
         tests=of_kinds("every_verb_takes_every_kind"),
     ),
     Mutant(
-        "two_sums_are_one", "sites", "lora_fx/checks/certification.py",
+        "two_sums_are_one", "sites", "lora_fx/checks/flow.py",
         "if plain and _is_add(node) and any(", "if _is_add(node) and any(",
         "Of two adapted weights that are added before they multiply, the certificate holds one.",
         tests=of_sites("a sum of two"),
     ),
     Mutant(
-        "certificate_writes_into_the_model", "sites", "lora_fx/checks/certification.py",
+        "certificate_writes_into_the_model", "sites", "lora_fx/checks/uses.py",
         "return own.clone() if argument in written else own", "return own",
         "A use in place is held against one that has been written into already.",
         tests=("tests/test_certificate.py::test_what_writes_in_place_is_measured_as_it_is",),
     ),
     Mutant(
-        "uses_of_constants_uncounted", "sites", "lora_fx/checks/certification.py",
+        "uses_of_constants_uncounted", "sites", "lora_fx/checks/flow.py",
         "used = pure and bool(carried) and self._multiplies(node)", "used = False",
         "A Linear on a constant is taken for a part of the next weight.",
         tests=of_sites("linears on a constant"),
@@ -2018,7 +2018,7 @@ MUTANTS = (
     # ── histories: what holds a model against its dense twin ─────────────────────────────────────────────────────────
     Mutant(
         "histories_forgive", "histories", "lora_fx/testing/agreement.py",
-        "        return SLACK * max(relative_error(moved, b, b), least)\n", "        return 1.0\n",
+        "        return SLACK * max(noise_floor(b, moved), least)\n", "        return 1.0\n",
         "A history may be off by as much as there is.",
         tests=(f"{HISTORIES}::test_a_defect_in_a_history_is_found_and_named[a buffer]",),
     ),
@@ -2213,7 +2213,7 @@ MUTANTS = (
         "An axis of one element gets another stride, and torch's convolutions round in another order.",
     ),
     Mutant(
-        "branch_of_another_is_a_use", "verification", "lora_fx/checks/certification.py",
+        "branch_of_another_is_a_use", "verification", "lora_fx/checks/flow.py",
         "        return found if own.isdisjoint(found) else frozenset()", "        return frozenset()",
         "The branch of a weight that multiplies another adapted weight counts as one more use of that.",
         tests=("tests/test_certificate.py::test_the_branch_of_another_weight_is_no_use_of_this_one",),
@@ -2225,7 +2225,7 @@ MUTANTS = (
         tests=("tests/test_mutant_gaps.py::test_a_weight_is_rounded_as_it_is_multiplied_with",),
     ),
     Mutant(
-        "zeros_are_proof", "verification", "lora_fx/checks/certification.py",
+        "zeros_are_proof", "verification", "lora_fx/checks/uses.py",
         "own if row.problem == _NOTHING and not own.problem else row",
         'replace(own, problem="") if row.problem == _NOTHING else row',
         "A use that multiplies zeros is certified without a measurement that shows it right.",
