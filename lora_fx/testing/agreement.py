@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.checks.verification import SLACK, relative_error
+from lora_fx.checks.verification import SLACK, noise_floor, relative_error
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.testing.comparing import same_bits
 from lora_fx.testing.twins import MARK, NUDGE
@@ -131,7 +131,7 @@ class Comparison:
     def _bound(self, b: torch.Tensor, moved: torch.Tensor) -> float:
         dtype = max((self.precision, b.dtype), key=lambda d: torch.finfo(d).eps)
         least = torch.finfo(dtype).eps * (NUDGE / 2 if dtype == torch.float64 else 1.0)
-        return SLACK * max(relative_error(moved, b, b), least)
+        return SLACK * max(noise_floor(b, moved), least)
 
 
 def _parts(module: nn.Module) -> dict[str, dict[str, Any]]:
