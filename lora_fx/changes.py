@@ -312,6 +312,17 @@ class Switch:
 GRADIENTS = Switch(torch.is_grad_enabled, torch.set_grad_enabled)
 FAST_PATHS = Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
 ONEDNN = Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
+
+
+def onednn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in this dtype on this CPU."""
+    if dtype == torch.bfloat16:
+        return torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return torch._C._has_mkldnn
+
+
 TRACER = Switch(sys.gettrace, sys.settrace)
 PROFILER = Switch(sys.getprofile, sys.setprofile)
 

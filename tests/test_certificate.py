@@ -253,6 +253,7 @@ SMALL_FAULTS = {
     "one row left out": lambda y, n, training: y.masked_fill(torch.arange(y.shape[-1]) == 5, 0.0),
     "rows that are shifted": lambda y, n, training: y.roll(1, -1),
     "tokens that are shifted": lambda y, n, training: y.roll(1, 0),
+    "one element of one token": lambda y, n, training: y.roll(1, 0).triu(2 - len(y)).roll(-1, 0),
     "a constant": lambda y, n, training: y + 2**-6,
     "in train mode": lambda y, n, training: y * (1.01 if training else 1.0),
 }
@@ -263,7 +264,7 @@ SMALL_FAULTS = {
 def test_apply_sees_a_small_fault_in_bfloat16(monkeypatch, fault, width):
     """The whole model in bfloat16 would not tell: the noise of its outputs is larger than each of them."""
     torch.manual_seed(0)
-    x = torch.randn(4, width).bfloat16()
+    x = torch.randn(32, width).bfloat16()
     model = nn.Sequential(*(Configured(width, width) for _ in range(12)), nn.Dropout(0.5)).bfloat16()
     state, honest, calls = reference.bits(model), AdaptedWeight.branch, itertools.count()
 
@@ -284,6 +285,35 @@ def test_the_check_of_a_model_in_bfloat16_writes_to_no_weight():
     versions = [p._version for p in model.parameters()]
     lora_fx.apply(model, Rule(where="*", rank=4), torch.randn(4, 128).bfloat16())
     assert [p._version for n, p in model.named_parameters() if "lora" not in n] == versions
+
+
+class Products(nn.Module):
+    """The ways in which a matrix multiplies the rows of x; one is scaled, one holds NaN in the rows of padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(24, 16)
+        self.b, self.c, self.d = (nn.Parameter(torch.randn(16, 16) / 4) for _ in range(3))
+        self.bias = nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        y = self.a(x) @ self.b
+        y = torch.addmm(self.bias, y, self.c, alpha=3, beta=2)
+        return (y.where(torch.arange(len(y)).unsqueeze(-1) < 4, float("nan")) @ self.d).nan_to_num()
+
+
+def test_products_of_rows_are_measured_without_their_weights(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Products(), torch.randn(6, 24)
+    lora_fx.apply(model, Rule(where="*", rank=4), x)
+    measured = []
+    honest = uses.moved_by
+    monkeypatch.setattr(uses, "moved_by", lambda x, *own: measured.append(own) or honest(x, *own))
+    monkeypatch.setattr(uses, "delta", lambda *_: pytest.fail("a whole δ was made"))
+    certificate = lora_fx.certify(model, x)
+    assert certificate, certificate
+    assert len(measured) == len(certificate.rows) == 4
+    assert all(row.bound < 2**-40 < row.effect for row in certificate.rows)
 
 
 class Normed(nn.Module):

@@ -292,8 +292,9 @@ def _by_use(model: nn.Module, program: Program, adapters: Sequence[Adapter], und
                     break
                 with silent(acting, undo):
                     started = run_adapted(model, inputs)
-                # While it is recorded a model may take another kernel.
-                if not _same(started, plain) and (training or not _same(started, itself(training))):
+                if not training and not _same(started, plain):  # it may take another kernel while it is recorded
+                    plain = itself(training)
+                if not _same(started, plain):
                     return None
                 found = _measure_uses(model, inputs, storages, here, base, rounding, undo)
                 if found is None or not (report := compare_all(moved, *found[1:])):

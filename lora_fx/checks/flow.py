@@ -15,7 +15,7 @@ from lora_fx.graph.capture import (
     MODULE,
     Capture,
 )
-from lora_fx.graph.forms import DENSE_OPS, FORMS, op_name
+from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.nodes import base_name, first_operand, looked_into, shape_of, written_by
 from lora_fx.graph.program import storage_key
 from lora_fx.graph.views import COPIES, MOVES
@@ -111,13 +111,19 @@ class Flow:
             is_inside(node)
         return frozenset(node for node, within in found.items() if within)
 
-    def is_linear(self, reading: Reading) -> bool:
-        """x·Wᵀ of one weight, as it is, whose branches of low rank stand beside it: they are the same for every W."""
-        root, *others = reading.acting
-        storage = reading.acting[root]
-        beside = all(n in (root, reading.node) or n not in self.carriers for n in self.inside(reading))
-        alone = not others and not reading.between and beside and base_name(reading.node) == "linear"
-        return alone and storage is not None and all(adapter.kind.low_rank for adapter in storage.adapters)
+    def by_rows(self, reading: Reading) -> Call | None:
+        """alpha·x·Wᵀ of one weight, as it is, whose branches of low rank stand beside it: they are the same for every
+        W. None for any other use."""
+        (root, storage), *others = reading.acting.items()
+        if others or reading.between or storage is None or not all(a.kind.low_rank for a in storage.adapters):
+            return None
+        if not all(n in (root, reading.node) or n not in self.carriers for n in self.inside(reading)):
+            return None
+        node = reading.node
+        found = find(node.target, node.args, node.kwargs, lambda n: len(shape_of(n)) if n is root else None)
+        if found is None or not found.form.by_rows or found.out_dims != (-1,):
+            return None
+        return found if found.sides == storage.adapters[0].layout.sides and len(found.sides) == 2 else None
 
     def around(self, reading: Reading) -> frozenset[fx.Node]:
         """What those nodes are computed from."""

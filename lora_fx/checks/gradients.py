@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_fx.changes import Undo, safe_point
+from lora_fx.changes import Undo, onednn_has, safe_point
 from lora_fx.checks.verification import called, in_mode, with_dense_weights
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import CaptureError
@@ -117,7 +117,7 @@ def _gradients(
             return [None] * len(of)
         try:
             cotangents = [torch.randn_like(t) for t in outputs]
-            with _InFloat32():
+            with _InFloat32(*(t for t in (torch.bfloat16, torch.float16) if not onednn_has(t))):
                 return torch.autograd.grad(outputs, of, cotangents, allow_unused=True)
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -126,16 +126,20 @@ def _gradients(
 
 
 class _InFloat32(TorchDispatchMode):
-    """On a CPU, products of narrower numbers by way of float32: without instructions for bfloat16 torch's kernels take
-    forty times as long for g·W as for x·Wᵀ."""
+    """On a CPU, products of these dtypes by way of float32: without instructions for one, torch's kernels take forty
+    times as long for g·W as for x·Wᵀ."""
+
+    def __init__(self, *dtypes: torch.dtype) -> None:
+        super().__init__()
+        self.dtypes = dtypes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.removeprefix("aten::")
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         dtype = tensors[0].dtype if tensors else torch.float32
-        half = dtype in (torch.bfloat16, torch.float16) and all(t.is_cpu and t.dtype == dtype for t in tensors)
+        narrow = dtype in self.dtypes and all(t.is_cpu and t.dtype == dtype for t in tensors)
         product = func._overloadname == "default" and name.removesuffix("_") in ("mm", "bmm", "addmm", "baddbmm")
-        if not (half and product):
+        if not (narrow and product):
             return func(*args, **kwargs)
         *added, left, right = tensors
         left, step = left.float(), max(1, _PART // max(right.shape[-2], 1))

@@ -7,8 +7,8 @@ folded[k]  =  round(W[k] + Σ δ[k])             with an error bound, as fractio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -34,17 +34,10 @@ def _delta(weight: torch.Tensor, adapter: Adapter) -> torch.Tensor:
         return adapter.delta(weight.detach().to(torch.float64), _wide(adapter))
 
 
-def delta_in_parts(weight: torch.Tensor, *adapters: Adapter) -> Iterator[torch.Tensor]:
-    """`delta` of adapters of low rank, some indices of the weight's first axis after others: in parts that lie in a
-    CPU's caches."""
-    products = [_Product.of(adapter) for adapter in adapters]
-    step = max(1, _PART // max(weight[0].numel(), 1))
-    for start in range(0, len(weight), step):
-        first, *others = (product.part(start, min(step, len(weight) - start)).delta() for product in products)
-        yield sum(others, start=first)
-
-
-_PART = 2**18  # elements
+def moved_by(x: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
+    """Σ x·δᵀ of adapters of low rank of one matrix, (rows, in) → (rows, out), in float64, without making a δ."""
+    first, *others = (_Product.of(adapter).times(x) for adapter in adapters)
+    return sum(others, start=first)
 
 
 def _wide(adapter: Adapter) -> Theta:
@@ -147,10 +140,10 @@ class _Product:
     def delta(self) -> torch.Tensor:
         return self._sum(self.B, self.A).mul_(self.scale)
 
-    def part(self, start: int, size: int) -> _Product:
-        """Of these indices of the first axis."""
-        B, A = (f.narrow(0, start, size) if f.shape[0] > 1 else f for f in (self.B, self.A))
-        return replace(self, B=B, A=A)
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """x·δᵀ of a matrix."""
+        B, A = (factor.reshape(-1, factor.shape[-1]).to(x.device) for factor in (self.B, self.A))
+        return (x @ A @ B.mT).mul_(self.scale)
 
     def size(self) -> torch.Tensor:
         """The same of absolute values: no partial sum is larger."""

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.changes import safe_point
 from lora_fx.checks.flow import Flow, Reading
-from lora_fx.checks.oracles import delta, delta_in_parts, grouped_mm
+from lora_fx.checks.oracles import delta, grouped_mm, moved_by
 from lora_fx.checks.verification import (
     Draws,
     Report,
@@ -25,7 +25,8 @@ from lora_fx.checks.verification import (
     relative_error,
 )
 from lora_fx.deltas.realisation import Realisation
-from lora_fx.graph.nodes import base_name, call, first_operand, is_float, written_by
+from lora_fx.graph.forms import Call
+from lora_fx.graph.nodes import base_name, call, is_float, written_by
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.model.inventory import Storage
 
@@ -85,6 +86,9 @@ def _row(storage: Storage, *rest: Any, **more: Any) -> Coverage:
     return Coverage(names_of(storage), tuple(a.name for a in storage.adapters), *rest, **more)
 
 
+_Computed = tuple[list[torch.Tensor], list[torch.Tensor], dict[fx.Node, list[torch.Tensor]], list[torch.Tensor]]
+
+
 class _Replay(fx.Interpreter):
     """Runs a captured graph on its own inputs, and holds each use of an adapted weight against the dense sum."""
 
@@ -102,26 +106,21 @@ class _Replay(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         safe_point()
         reading = self._readings.get(node)
-        beside = reading is not None and self.flow.is_linear(reading)
-        if reading is not None and not beside:
-            self._compute_apart(reading)
+        product = None if reading is None else self.flow.by_rows(reading)
+        if reading is not None and product is None:
+            self._compute_apart(reading, partial(self._computed, reading, wide=True))
         result = super().run_node(node)
-        if reading is not None and beside:
-            self._compute_apart(reading, result)
+        if reading is not None and product is not None:
+            self._compute_apart(reading, partial(self._without_weight, reading, product, result))
         for judge in self._judges.pop(node, ()):
             judge(_floats(result))
         return result
 
-    def _compute_apart(self, reading: Reading, plain: torch.Tensor | None = None) -> None:
+    def _compute_apart(self, reading: Reading, computed: Callable[[], _Computed]) -> None:
         """The use with the dense sums, before the model runs it: it may write into its operands. In float64, and what
-        was recorded in float64 too; where an op of it takes none, in its own dtype, which rounding blurs.
-
-        Args:
-            plain: what the model has made of W alone, where the branches stand beside that.
-        """
+        was recorded in float64 too; where an op of it takes none, in its own dtype, which rounding blurs."""
         try:
-            known = self._computed(reading, wide=True) if plain is None else self._without_weight(reading, plain)
-            rows = self._judged(reading, *known)
+            rows = self._judged(reading, *computed())
             if any(row.problem == _NOTHING for row in rows):  # it multiplies zeros: an empty cache, a first state
                 drawn = self._judged(reading, *self._computed(reading, wide=True, drawn=True))  # with W, which is rare
                 pairs = zip(rows, drawn, strict=True)
@@ -136,9 +135,7 @@ class _Replay(fx.Interpreter):
         else:
             self.rows += rows
 
-    def _computed(
-        self, reading: Reading, wide: bool, drawn: bool = False
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[fx.Node, list[torch.Tensor]], list[torch.Tensor]]:
+    def _computed(self, reading: Reading, wide: bool, drawn: bool = False) -> _Computed:
         """The outputs with W + Σ δ, with that moved by as much as rounding may, and with the plain W for one of them;
         and, in float64, what the recorded nodes from the use to the end of its branches give.
 
@@ -167,25 +164,26 @@ class _Replay(fx.Interpreter):
         shaken = use.dense(whole, shake, draws) if wide else use.dense(moved)
         return use.dense(whole), shaken, without, use.recorded(plain) if wide else []
 
-    def _without_weight(
-        self, reading: Reading, plain: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[fx.Node, list[torch.Tensor]], list[torch.Tensor]]:
-        """As `_computed`, where branches stand beside x·Wᵀ, on some rows of x: neither W nor δ has to be there in
-        float64 as a whole."""
+    def _without_weight(self, reading: Reading, product: Call, plain: torch.Tensor) -> _Computed:
+        """As `_computed`, where branches stand beside x·Wᵀ: on sums of all rows of x with random weights. Such sums are
+        equal where each row is, and nothing of the size of W or δ has to be there in float64 (Freivalds 1977).
+
+        Args:
+            plain: what the model has made of W alone.
+        """
         ((root, storage),) = reading.acting.items()
         assert storage is not None
-        use, x_node = _Use(self.flow, reading, self.env, True), first_operand(reading.node)
-        assert x_node is not None
-        outputs, inputs = storage.weight.shape
-        x = use.given(x_node).reshape(-1, inputs)
-        chosen = torch.linspace(0, len(x) - 1, min(len(x), _ROWS), device=x.device).long()
-        shake = torch.finfo(torch.float64).eps / 2 * math.sqrt(max(outputs, inputs))
-        both = torch.cat([x[chosen], x[chosen] * dither(x[chosen], shake, Draws(0))])
-        parts = [both @ part.to(both.device).mT for part in delta_in_parts(storage.weight, *storage.adapters)]
-        own, shaken = torch.cat(parts, -1).chunk(2)
-        zero = torch.zeros_like(plain, dtype=torch.float64)
-        (branches,) = (t.reshape(-1, outputs)[chosen] for t in use.recorded({reading.node: zero}))
-        without = plain.reshape(-1, outputs)[chosen].to(torch.float64)
+        size, draws = storage.adapters[0].layout.size, Draws(0)
+        use = _Use(self.flow, reading, self.env, True)
+        x, y = use.given(product.x).reshape(-1, size("i")), plain.reshape(-1, size("o")).to(torch.float64)
+        finite = x.isfinite().all(-1) & y.isfinite().all(-1)  # nothing is known of the others
+        x, y = x[finite], y[finite]
+        weights = torch.randn(_SUMS, len(x), generator=draws.on(x.device), device=x.device, dtype=torch.float64)
+        shake = torch.finfo(torch.float64).eps / 2 * math.sqrt(max(size("i"), size("o")))
+        both = torch.cat([weights @ x, weights @ (x * dither(x, shake, draws))])
+        own, shaken = (moved_by(both, *storage.adapters) * product.options.get("alpha", 1)).chunk(2)
+        (branches,) = use.recorded({reading.node: torch.zeros_like(plain, dtype=torch.float64)})
+        without, branches = weights @ y, weights @ branches.reshape(-1, size("o"))[finite]
         return [without + own], [without + shaken], {root: [without]}, [without + branches]
 
     def _judged(
@@ -319,8 +317,8 @@ def _widened(value: Any) -> Any:
     return value
 
 
-#: Of so many rows of x a product is measured: each goes the same way.
-_ROWS = 8
+#: So many sums of the rows of x are measured: one tells, but for bad luck.
+_SUMS = 2
 
 _NOTHING = "nothing to measure: on these inputs its output does not depend on the adapters"
 

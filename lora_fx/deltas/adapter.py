@@ -274,7 +274,9 @@ class Adapter(Beside):
     @torch.no_grad()
     def start(self, weight: torch.Tensor, init: Any = "kaiming") -> None:
         """Fill θ so that the adapted weight is W, bit for bit."""
-        self.kind.start(Theta(**vars(self.theta), init=init), self.matrix(weight.detach()))
+        weight = weight.detach()
+        matrix = self._part(weight) if self.kind.low_rank else self.matrix(weight)
+        self.kind.start(Theta(**vars(self.theta), init=init), matrix)
 
     def delta(self, weight: Any = None, theta: Theta | None = None) -> Any:
         """δ(W, θ) in the weight's own shape and θ's dtype; a low-rank one asks for no W."""
@@ -288,7 +290,11 @@ class Adapter(Beside):
 
     def matrix(self, weight: Any) -> Any:
         """What it adapts of the weight, as its kind sees it: (batch…, out, in), in θ's dtype."""
-        matrix = self.layout.to_matrix(weight).to(self.dtype if weight.dtype != torch.float64 else weight.dtype)
+        return self._part(weight).to(self.dtype if weight.dtype != torch.float64 else weight.dtype)
+
+    def _part(self, weight: Any) -> Any:
+        """The same in the weight's own dtype."""
+        matrix = self.layout.to_matrix(weight)
         if self.rows is None:
             return matrix
         index = self._buffers.get("index")

@@ -69,7 +69,8 @@ class Kind:
     shapes: Callable[[Space], Mapping[str, Sequence[int]]]
     """The tensors of θ: name → shape."""
     start: Callable[[Theta, torch.Tensor], Any]
-    """(θ, W) → None: fill θ in place, so that δ(W, θ) = 0. W has θ's dtype."""
+    """(θ, W) → None: fill θ in place, so that δ(W, θ) = 0. W has θ's dtype; of a kind with factors its own, for most of
+    them do not look at it."""
     delta: Callable[[Any, Theta], Any] | None = None
     """(W, θ) → δ, of W's shape, by torch's differentiable functions alone, in any floating dtype."""
     factors: Callable[[Theta], tuple[Any, Any]] | None = None

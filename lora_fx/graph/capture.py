@@ -12,18 +12,18 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
-from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, foreign, in_turn, safe_point
+from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, foreign, in_turn, onednn_has, safe_point
 from lora_fx.errors import CaptureError
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import hooks_aside, is_torchs, refuse_preloaded, refuse_shards
@@ -217,14 +217,19 @@ def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list, lowered: b
         _error_on_data_dependent_ops=False,
     )
     try:
-        # While it traces, torch hands a bfloat16 LSTM to oneDNN on CPUs whose oneDNN has none; eager mode does not.
-        with _module_paths(model), _described_in_one_mode(), ONEDNN.set_for_now(False):
+        with _module_paths(model), _described_in_one_mode(), _kernels_of_eager_mode(tensors):
             return trace(tensors, leaves)
     except CaptureError:
         raise
     except Exception as error:
         runs = mode == "real" and _runs(run, tensors, leaves)
         raise (_not_recorded(model, error) if runs else does_not_run(model, error)) from error
+
+
+def _kernels_of_eager_mode(tensors: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+    """While it traces, torch hands a bfloat16 LSTM to oneDNN on CPUs whose oneDNN has none; eager mode does not."""
+    lacking = any(t.dtype in (torch.bfloat16, torch.float16) and not onednn_has(t.dtype) for t in tensors)
+    return ONEDNN.set_for_now(False) if lacking else contextlib.nullcontext()
 
 
 def _runs(run: Any, tensors: list, leaves: list) -> bool:
@@ -280,10 +285,11 @@ def _described_in_one_mode() -> Iterator[None]:
     def described(value: Any, *args: Any, **options: Any) -> Any:
         if not isinstance(value, torch.Tensor) or is_fake(value) or threading.get_ident() != here:
             return describe(value, *args, **options)
-        with mode:
-            if value.layout != torch.strided:  # it has no strides
-                return torch.empty(value.shape, device=value.device, dtype=value.dtype)
-            return torch.empty_strided(value.shape, value.stride(), device=value.device, dtype=value.dtype)
+        if value.layout == torch.strided:
+            meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        else:  # it has no strides
+            meta = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        return FakeTensor(mode, meta, value.device)  # as the mode would make it, without a dispatch
 
     with _set_for_now(proxy_tensor, "extract_val", described):
         yield

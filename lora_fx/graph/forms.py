@@ -59,6 +59,9 @@ class Form:
     """(call, z, B) → the branch."""
     looks_up: bool = False
     """x holds indices: dropout on the (one-hot) branch input drops whole rows of z, and no pattern means it."""
+    by_rows: bool = False
+    """Of a matrix the op is alpha·x·Wᵀ, and what does not depend on W: it multiplies each row of x (…, in), whichever
+    other rows there are. ``alpha`` is an option of the call, 1 where there is none."""
     role: str = ""
     """What every use in this form does; empty where the dataflow around it tells, as around a linear."""
 
@@ -283,9 +286,9 @@ def _grouped_mm_up(call: Call, z: Any, B: Any) -> Any:
 
 
 TABLE = (
-    Form("linear", frozenset({"linear"}), _parse_linear, _linear, _linear),
-    Form("matmul", frozenset({"matmul", "mm", "bmm", "__rmatmul__"}), _parse_matmul, _matmul, _matmul),
-    Form("addmm", frozenset({"addmm", "baddbmm"}), _parse_addmm, _matmul, _addmm_up),
+    Form("linear", frozenset({"linear"}), _parse_linear, _linear, _linear, by_rows=True),
+    Form("matmul", frozenset({"matmul", "mm", "bmm", "__rmatmul__"}), _parse_matmul, _matmul, _matmul, by_rows=True),
+    Form("addmm", frozenset({"addmm", "baddbmm"}), _parse_addmm, _matmul, _addmm_up, by_rows=True),
     Form("einsum", frozenset({"einsum"}), _parse_einsum,
          down=lambda call, x, A: torch.einsum(call.options["down"], x, A),
          up=lambda call, z, B: torch.einsum(call.options["up"], z, B)),

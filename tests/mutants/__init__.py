@@ -998,9 +998,22 @@ MUTANTS = (
     ),
     Mutant(
         "uses_measured_in_their_own_dtype", "verification", "lora_fx/checks/uses.py",
-        "            rows = self._judged(reading, *known)\n", "            raise NotImplementedError\n",
+        "            rows = self._judged(reading, *computed())\n", "            raise NotImplementedError\n",
         "The certificate measures a use in the dtype of the model, where rounding could hide its effect.",
         tests=("tests/test_certificate.py::test_what_rounding_in_its_dtype_would_hide_is_measured_in_float64",),
+    ),
+    Mutant(
+        "one_row_is_measured", "verification", "lora_fx/checks/uses.py",
+        "        x, y = x[finite], y[finite]\n",
+        "        x, y, finite = x[finite][:1], y[finite][:1], finite.nonzero()[:1, 0]\n",
+        "The check looks at the first row of x alone, and not at a sum of all of them.",
+        tests=("tests/test_certificate.py::test_apply_sees_a_small_fault_in_bfloat16",),
+    ),
+    Mutant(
+        "padding_hides_the_rest", "verification", "lora_fx/checks/uses.py",
+        "finite = x.isfinite().all(-1) & y.isfinite().all(-1)", "finite = x.isfinite().all(-1) | True",
+        "One NaN in a row of padding makes every sum NaN, which equals any other.",
+        tests=("tests/test_certificate.py::test_products_of_rows_are_measured_without_their_weights",),
     ),
     Mutant(
         "self_check_leaves_b", "verification", "lora_fx/checks/verification.py",
@@ -1565,8 +1578,8 @@ MUTANTS = (
     ),
     Mutant(
         "matrix_in_the_weights_dtype", "kinds", "lora_fx/deltas/adapter.py",
-        "matrix = self.layout.to_matrix(weight).to(self.dtype if weight.dtype != torch.float64 else weight.dtype)",
-        "matrix = self.layout.to_matrix(weight)",
+        "return self._part(weight).to(self.dtype if weight.dtype != torch.float64 else weight.dtype)",
+        "return self._part(weight)",
         "A kind is given a bfloat16 W beside its float32 θ.",
         tests=of_kinds("every_kind_in_every_dtype"),
     ),
