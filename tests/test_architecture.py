@@ -23,8 +23,9 @@ ROOMS = [
     {"passes"},
     {"export"},
     {"application"},
+    {"face"},
     {"lora_fx"},
-    {"testing", "demo"},
+    {"testing", "demo", "paper"},
     {"cli"},
 ]
 
