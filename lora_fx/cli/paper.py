@@ -11,6 +11,7 @@ from lora_fx.cli.lazy import Lazy, Row
 
 ROWS = {
     "subspaces": Row("lora_fx.cli.paper:subspaces", "φ(A₁, A₂, i, j) of two adapters: figures 3 and 4."),
+    "counts": Row("lora_fx.cli.paper:counts", "Its tables of trainable parameters, counted on its architectures."),
     "amplification": Row("lora_fx.cli.paper:amplification", "Which directions of W are amplified: table 7."),
 }
 
@@ -78,3 +79,18 @@ def amplification(adapter: Path, base: Path, out: Path, seed: int, rank: int | N
     said: dict[str, Any] = {"adapter": adapter.name, "rank": rank, "seed": seed, "rows": [a.to_json() for a in found]}
     with written(out, "amplification", table_of_amplifications(found), said) as folder:
         draw_amplifications(found, folder / "amplification.png")
+
+
+@click.command()
+@_out
+def counts(out: Path) -> None:
+    """Every row of the paper's tables whose ranks are given: theirs, ours, equal or not, and why not. On shapes alone:
+    nothing is allocated."""
+    from lora_fx.paper.counts import checkpoint, count, rows_to_json, table_of_counts
+    from lora_fx.paper.figures import draw_counts
+    from lora_fx.paper.outcome import needs_figures, written
+
+    needs_figures()
+    found, stored = count(), checkpoint()
+    with written(out, "counts", table_of_counts(found, stored), rows_to_json(found, stored)) as folder:
+        draw_counts(found, folder / "counts.png")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.paper.amplification import Amplified
+from lora_fx.paper.counts import Count
 from lora_fx.paper.subspaces import Overlap
 
 PER_FIGURE = 4
@@ -128,3 +129,20 @@ def _short(names: Sequence[str]) -> list[str]:
     while len(names) > 1 and all(len(w) > shared + 1 for w in words) and len({w[shared] for w in words}) == 1:
         shared += 1
     return [".".join(w[shared:]) for w in words]
+
+
+def draw_counts(found: Sequence[Count], path: Path) -> Path:
+    """Every row of the paper's tables: printed against counted, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    for label, marker, chosen in (("equal", "o", True), ("not equal", "x", False)):
+        own = [c for c in found if (c.equal != "no") == chosen]
+        axis.scatter([1e6 * float(c.claim.theirs) for c in own], [c.ours for c in own], marker=marker, label=label)
+    ends = [min(c.ours for c in found), max(c.ours for c in found)]
+    axis.plot(ends, ends, color="#9aa5b1", linewidth=0.8, zorder=0)
+    axis.set(xscale="log", yscale="log", xlabel="trainable parameters, as printed", ylabel="… as counted")
+    axis.legend(frameon=False)
+    figure.savefig(path)
+    return path

@@ -2323,4 +2323,22 @@ MUTANTS = (
         "The help of the command line imports torch.",
         tests=("tests/test_demo.py::test_it_answers_without_torch",),
     ),
+    Mutant(
+        "counts_are_rounded_only", "paper", "lora_fx/paper/counts.py",
+        "(ROUND_DOWN, ROUND_HALF_UP))", "(ROUND_HALF_UP, ROUND_HALF_UP))",
+        "18.87 million is not the 18.8 that the paper cuts it to.",
+        tests=("tests/test_paper_counts.py::test_digits_are_cut_or_rounded",),
+    ),
+    Mutant(
+        "bottlenecks_without_biases", "paper", "lora_fx/paper/counts.py",
+        "(2 * width * rank + rank + width)", "(2 * width * rank)",
+        "Adapter layers have no biases, and their counts are below the paper's.",
+        tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
+    ),
+    Mutant(
+        "prefixes_in_one_layer", "paper", "lora_fx/paper/counts.py",
+        '"PreLayer": layers', '"PreLayer": 1',
+        "Prefix-layer tuning has as few parameters as prefix-embedding tuning.",
+        tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
+    ),
 )  # fmt: skip
