@@ -8,6 +8,7 @@ from lora_fx.application import (
     certify,
     deactivate,
     fold,
+    memory,
     pipeline,
     plan,
     remove,
@@ -15,6 +16,7 @@ from lora_fx.application import (
     unfold,
 )
 from lora_fx.checks.certification import Certificate
+from lora_fx.checks.footprint import Memory
 from lora_fx.checks.verification import Report, verify
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.kind_registration import register_kind
@@ -39,6 +41,7 @@ __all__ = [
     "Form",
     "Kind",
     "LoraFxError",
+    "Memory",
     "Pipeline",
     "Plan",
     "Program",
@@ -54,6 +57,7 @@ __all__ = [
     "fold",
     "fold_onnx",
     "load_adapter",
+    "memory",
     "pipeline",
     "plan",
     "register_form",

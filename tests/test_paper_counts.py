@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,9 @@ def said(tmp_path_factory):
     out = tmp_path_factory.mktemp("counts")
     assert main(["paper", "counts", "-o", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["counts.json", "counts.png", "counts.txt"]
-    assert "GPT-3 in 16 bits, r = 4 on q and v: 349.2 GB → 37.7 MB" in (out / "counts.txt").read_text()
+    text = (out / "counts.txt").read_text(encoding="utf-8")
+    assert "GPT-3 in 16 bits, r = 4 on q and v: 349.2 GB → 37.7 MB" in text
+    assert text in (Path(__file__).parent.parent / "docs" / "paper.md").read_text(encoding="utf-8")
     return json.loads((out / "counts.json").read_text())
 
 

@@ -12,6 +12,7 @@ from lora_fx.cli.lazy import Lazy, Row
 ROWS = {
     "subspaces": Row("lora_fx.cli.paper:subspaces", "φ(A₁, A₂, i, j) of two adapters: figures 3 and 4."),
     "counts": Row("lora_fx.cli.paper:counts", "Its tables of trainable parameters, counted on its architectures."),
+    "memory": Row("lora_fx.cli.paper:memory", "GPT-3's training memory, with adapters and without, on its shape."),
     "amplification": Row("lora_fx.cli.paper:amplification", "Which directions of W are amplified: table 7."),
 }
 
@@ -94,3 +95,19 @@ def counts(out: Path) -> None:
     found, stored = count(), checkpoint()
     with written(out, "counts", table_of_counts(found, stored), rows_to_json(found, stored)) as folder:
         draw_counts(found, folder / "counts.png")
+
+
+@click.command()
+@_out
+@click.option("--layers", type=click.IntRange(1), default=96, show_default=True, help="Fewer, for a quick look.")
+def memory(out: Path, layers: int) -> None:
+    """What a training step of GPT-3 holds, by part, against the paper's 1.2 TB → 350 GB. On its shape alone: nothing is
+    allocated. For a model of yours: lora_fx.memory(model, rules)."""
+    from lora_fx.paper.figures import draw_memory
+    from lora_fx.paper.outcome import needs_figures, written
+    from lora_fx.paper.training_memory import gpt3_memory, shown
+
+    needs_figures()
+    found = gpt3_memory(layers)
+    with written(out, "memory", shown(found), {"layers": layers, **found.to_json()}) as folder:
+        draw_memory(found, folder / "memory.png")

@@ -84,6 +84,13 @@ def _gpt3(a: Architecture) -> nn.Module:
     return nn.ModuleDict({**parts, "blocks": blocks, "norm": nn.LayerNorm(a.width)})
 
 
+def gpt3_that_runs(layers: int = 96, width: int = 12288) -> nn.Module:
+    """GPT-3's shape on meta, as a GPT-2 of that size: with a forward."""
+    t = _transformers()
+    with torch.device("meta"):
+        return t.GPT2LMHeadModel(t.GPT2Config(n_embd=width, n_layer=layers, n_head=width // 128, n_positions=2048))
+
+
 def _named(q: str, k: str, v: str, o: str) -> dict[str, dict[str, str]]:
     return {site: {"where": where} for site, where in zip("qkvo", (q, k, v, o), strict=True)}
 

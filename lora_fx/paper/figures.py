@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_fx import Memory
 from lora_fx.paper.amplification import Amplified
 from lora_fx.paper.counts import Count
 from lora_fx.paper.subspaces import Overlap
@@ -143,6 +144,25 @@ def draw_counts(found: Sequence[Count], path: Path) -> Path:
     ends = [min(c.ours for c in found), max(c.ours for c in found)]
     axis.plot(ends, ends, color="#9aa5b1", linewidth=0.8, zorder=0)
     axis.set(xscale="log", yscale="log", xlabel="trainable parameters, as printed", ylabel="… as counted")
+    axis.legend(frameon=False)
+    figure.savefig(path)
+    return path
+
+
+def draw_memory(memory: Memory, path: Path) -> Path:
+    """The parts of a step's memory, stacked, with adapters and without."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 4.4), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    columns = [memory.full.to_json(), memory.adapted.to_json()]
+    below = [0.0, 0.0]
+    for part in ("weights", "adapters", "gradients", "optimizer", "activations"):
+        heights = [column[part] / 1e9 for column in columns]
+        axis.bar(range(2), heights, 0.6, bottom=below, label=part)
+        below = [low + height for low, height in zip(below, heights, strict=True)]
+    axis.set_xticks(range(2), ["full fine-tuning", "adapted"])
+    axis.set(ylabel="GB")
     axis.legend(frameon=False)
     figure.savefig(path)
     return path

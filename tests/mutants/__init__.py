@@ -97,6 +97,7 @@ HISTORIES = "tests/test_histories.py"
 GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"
 PAPER = "tests/test_paper.py"
+MEMORY = "tests/test_memory.py"
 
 AREAS = {
     "algebra": Area((GAPS, "tests/test_forms.py"), "native-chain", "l2"),
@@ -124,6 +125,7 @@ AREAS = {
     "places": Area(("tests/test_places.py",)),
     "gradients": Area((GRADIENTS,)),
     "paper": Area((PAPER,)),
+    "memory": Area((MEMORY,)),
 }
 
 MUTANTS = (
@@ -2340,5 +2342,38 @@ MUTANTS = (
         '"PreLayer": layers', '"PreLayer": 1',
         "Prefix-layer tuning has as few parameters as prefix-embedding tuning.",
         tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
+    ),
+    # ── memory, before anything runs ─────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "weights_are_activations", "memory", "lora_fx/checks/footprint.py",
+        "        if storage_of(tensor) not in own:", "        if True:",
+        "A weight that autograd keeps is counted twice: as a weight, and as an activation.",
+        tests=(f"{MEMORY}::test_it_is_what_is_measured", f"{MEMORY}::test_gpt3_holds_what_the_paper_says_with_adapters",
+               f"{MEMORY}::test_only_what_is_kept_is_counted"),
+    ),
+    Mutant(
+        "adapters_are_weights", "memory", "lora_fx/checks/footprint.py",
+        "for key, t in everything.items() if key not in adapters)", "for key, t in everything.items())",
+        "Adapters are counted among the model's own weights too.",
+    ),
+    Mutant(
+        "optimizer_has_no_state", "memory", "lora_fx/checks/footprint.py",
+        "        made.step()\n", "",
+        "The state of an optimizer is seen before its first step, when there is none.",
+    ),
+    Mutant(
+        "training_sees_the_trace", "memory", "lora_fx/checks/footprint.py",
+        "        with _untraced():\n", "        with nullcontext():\n",
+        "transformers sees a trace, and keeps a mask and repeated keys that training has not.",
+    ),
+    Mutant(
+        "memory_in_eval_mode", "memory", "lora_fx/checks/footprint.py",
+        "        model.train()\n        yield", "        model.eval()\n        yield",
+        "Masks of dropout are not counted.",
+    ),
+    Mutant(
+        "memory_in_the_models_dtype", "memory", "lora_fx/checks/footprint.py",
+        "return dtype if dtype is not None and", "return dtype if False and",
+        "The dtype that is asked for is not taken.",
     ),
 )  # fmt: skip
