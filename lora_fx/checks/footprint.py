@@ -25,7 +25,7 @@ from lora_fx.graph.capture import Inputs, as_python, does_not_run
 from lora_fx.graph.program import storage_of
 from lora_fx.tables import table
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop, "adafactor": torch.optim.Adafactor,
 }  # fmt: skip

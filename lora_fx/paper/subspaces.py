@@ -102,9 +102,9 @@ def matching(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> Non
         if missing := [name for name in one if name not in other]:
             reason = f"the {which} adapter does not adapt {few(missing, 3)}; it adapts {few(list(other), 3)}"
             raise LoraFxError(reason, place="the two adapters", remedy=remedy)
-    for name, one in first.items():
-        if one.shape != second[name].shape:
-            sizes = [f"{a}×{b}" for a, b in (one.shape, second[name].shape)]
+    for name, own in first.items():
+        if own.shape != second[name].shape:
+            sizes = [f"{a}×{b}" for a, b in (own.shape, second[name].shape)]
             raise LoraFxError(f"the weight is {sizes[0]} for one, {sizes[1]} for the other", place=name, remedy=remedy)
 
 
