@@ -16,6 +16,7 @@ from lora_fx.application import (
     switch,
     unfold,
 )
+from lora_fx.budget import Budget
 from lora_fx.checks.certification import Certificate
 from lora_fx.checks.verification import Report, verify
 from lora_fx.deltas.adapter import Adapter
@@ -40,6 +41,7 @@ except PackageNotFoundError:  # a copy that is not installed
 
 __all__ = [
     "Adapter",
+    "Budget",
     "Call",
     "Certificate",
     "ExportReport",

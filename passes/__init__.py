@@ -6,6 +6,7 @@ from lora_fx.passes.fold import Fold, Unfold
 from lora_fx.passes.insert import Check, Insert, Inserted, Rewrite
 from lora_fx.passes.pipeline import Pipeline, Run, Step
 from lora_fx.passes.planning import Analyse, Capture, Plan, Row, Schedule, Select, Sites
+from lora_fx.passes.prune import Prune
 
 __all__ = [
     "Activate",
@@ -20,6 +21,7 @@ __all__ = [
     "Pass",
     "Pipeline",
     "Plan",
+    "Prune",
     "Remove",
     "Require",
     "Result",

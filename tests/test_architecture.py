@@ -22,7 +22,7 @@ ROOMS = [
     {"checks"},
     {"passes"},
     {"export"},
-    {"application"},
+    {"application", "budget"},
     {"lora_fx"},
     {"testing", "demo"},
     {"cli"},

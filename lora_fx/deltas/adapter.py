@@ -244,10 +244,18 @@ class Adapter(Beside):
 
     @property
     def dtype(self) -> torch.dtype:
+        return self._first.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
+
+    @property
+    def _first(self) -> nn.Parameter:
         # Not through the attribute: while a module is traced, reading a parameter gives a proxy.
         first = next(iter(self._parameters.values()))
         assert first is not None
-        return first.dtype
+        return first
 
     def low_rank(self, tensors: dict[str, Any] | None = None, index: Any = None, scale: Any = None) -> LowRank:
         """Its delta as a value, of a kind that has factors: of θ as it is now, or of these in its place."""

@@ -1274,7 +1274,7 @@ MUTANTS = (
     ),
     Mutant(
         "options_skipped", "files", "export/adapters/peft.py",
-        "or key in _FREE or value is None", "or key in _FREE or key in _REASONS or value is None",
+        "if key in known or value is None", "if key in known or key in _REASONS or value is None",
         "Options that change what an adapter computes (a bias of the branch, whole modules) are skipped.",
         tests=("tests/test_adapter_files.py::test_options_that_are_refused",),
     ),
@@ -2236,6 +2236,31 @@ MUTANTS = (
         "        if rounding.step <= stored:\n            return stored\n", "        return stored\n",
         "The noise of a model that multiplies in a narrower dtype than its weights' is measured as of theirs.",
         tests=("tests/test_mutant_gaps.py::test_a_weight_is_rounded_as_it_is_multiplied_with",),
+    ),
+    Mutant(
+        "budget_keeps_the_least", "kinds", "lora_fx/budget.py",
+        "scores.argsort(descending=True, stable=True)", "scores.argsort(stable=True)",
+        "The budget keeps the singular values that matter least.",
+        tests=("tests/test_budget.py::test_the_most_important_ones_act_by_the_formulas_of_the_paper",),
+    ),
+    Mutant(
+        "importance_without_vectors", "kinds", "lora_fx/budget.py",
+        'own["singular"].squeeze(-1) + own["P"].mean(-2) + own["Q"].mean(-1)', 'own["singular"].squeeze(-1)',
+        "The importance of a singular value leaves out its two vectors.",
+        tests=("tests/test_budget.py::test_the_most_important_ones_act_by_the_formulas_of_the_paper",),
+    ),
+    Mutant(
+        "pruning_changes_the_scale", "kinds", "passes/prune.py",
+        '"alpha": adapter.scale * divisor}', '"alpha": adapter.alpha}',
+        "A pruned adapter divides its alpha by fewer ranks.",
+        tests=("tests/test_budget.py::test_pruned_ranks_leave_the_forward_the_file_and_the_fold",),
+    ),
+    Mutant(
+        "adalora_scale_of_what_is_left", "files", "export/adapters/peft.py",
+        "    alpha, first = config[\"lora_alpha\"], config[\"init_r\"]\n",
+        "    alpha, first = config[\"lora_alpha\"], config[\"target_r\"]\n",
+        "An AdaLoRA of PEFT's is scaled by the rank that is left, and not by the one that its training began with.",
+        tests=("tests/test_peft_adalora.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
         "zeros_are_proof", "verification", "lora_fx/checks/uses.py",
