@@ -40,6 +40,17 @@ def moved_by(x: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
     return sum(others, start=first)
 
 
+def delta_size(weight: torch.Tensor, adapter: Adapter) -> float:
+    """The root mean square of δ; of factors without making it: ‖B·A‖² = Σ (Bᵀ·B) ⊙ (A·Aᵀ)."""
+    if not adapter.kind.low_rank:
+        own = delta(weight, adapter)
+        return float(own.square().mean().sqrt()) if own.numel() else 0.0
+    assert adapter.kind.factors is not None
+    A, B = (factor.detach() for factor in adapter.kind.factors(_wide(adapter)))
+    squares = ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0)
+    return abs(adapter.scale) * math.sqrt(float(squares) / max(weight.numel(), 1))
+
+
 def _wide(adapter: Adapter) -> Theta:
     """θ in float64."""
     return adapter.theta_of({name: p.detach().to(torch.float64) for name, p in adapter.named_parameters()})
