@@ -62,10 +62,24 @@ def misrounded(weight: torch.Tensor, folded: torch.Tensor, adapters: Sequence[Ad
     float64 has no wider type beside it: there a sum of n terms may be off by n roundings of what is added up. A δ that
     is no product of factors is known in float64 only: an element is right where it is within `SHARE` of that.
     """
-    plain = weight.detach().to(torch.float64)
     if not all(adapter.kind.low_rank for adapter in adapters):
-        return _off(folded, plain, delta(weight, *adapters))
-    products = [_Product.of(adapter) for adapter in adapters]
+        return _off(folded, weight.detach().to(torch.float64), delta(weight, *adapters))
+    products, found = [_Product.of(adapter) for adapter in adapters], []
+    row = weight[0].numel() if len(weight) else 0
+    step = max(1, _PART // max(row, 1))
+    for start in range(0, len(weight), step):
+        size = min(step, len(weight) - start)
+        parts = [product.part(start, size) for product in products]
+        wrong = _misrounded(weight.narrow(0, start, size), folded.narrow(0, start, size), adapters, parts)
+        found.append(wrong + start * row)
+    return torch.cat(found) if found else torch.tensor([], dtype=torch.long)
+
+
+def _misrounded(
+    weight: torch.Tensor, folded: torch.Tensor, adapters: Sequence[Adapter], products: Sequence[_Product]
+) -> torch.Tensor:
+    """The same for some indices of the first axis, with the products' parts of these."""
+    plain = weight.detach().to(torch.float64)
     total = sum((product.delta() for product in products), start=plain)
     size = sum((product.size() for product in products), start=plain.abs())
     error = sum(2 * adapter.rank + 2 for adapter in adapters) * _UNIT * size

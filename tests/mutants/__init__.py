@@ -1084,7 +1084,7 @@ MUTANTS = (
     ),
     Mutant(
         "optimizer_sees_the_weights", "export", "export/onnx/optimization.py",
-        "values[name], value.const_value = value.const_value, None", "values[name] = value.const_value",
+        'if value.metadata_props.get(_KIND) != "PARAMETER":', 'if value.metadata_props.get(_KIND) != "BUFFER":',
         "The graph depends on the numbers: zero biases are dropped, equal weights merged.",
         tests=("tests/test_onnx.py::test_zeros_ones_and_equal_weights_leave_the_graph_alone",),
     ),
@@ -1099,6 +1099,43 @@ MUTANTS = (
         "        if mine != theirs:", "        if not (mine and theirs):",
         "A proof takes any graph for the base's.",
         tests=("tests/test_onnx_proof.py::test_another_graph_is_found",),
+    ),
+    Mutant(
+        "any_trace_is_of_the_base", "export", "export/onnx/export.py",
+        "            if same and adapted & made.blind.read <= made.blind.empty:\n",
+        "            if adapted & made.blind.read <= made.blind.empty:\n",
+        "A file with branches in it is held against itself, and proven.",
+        tests=("tests/test_onnx_proof.py::test_branches_that_were_traced_are_found",),
+    ),
+    Mutant(
+        "proof_of_what_numbers_have_made", "export", "export/onnx/export.py",
+        "            if same and adapted & made.blind.read <= made.blind.empty:\n", "            if same:\n",
+        "A graph that was optimized with a look at the folded numbers is held against itself, and proven.",
+        tests=("tests/test_onnx_proof.py::test_a_graph_that_was_made_for_the_folded_numbers_is_found",),
+    ),
+    Mutant(
+        "proof_holds_every_page", "export", "export/onnx/proof.py",
+        "            actual.release()\n", "            pass\n",
+        "In the end of a proof the whole file is in memory.",
+        tests=("tests/test_onnx_proof.py::test_a_proof_maps_one_weight_after_another",),
+    ),
+    Mutant(
+        "lengths_of_one_byte", "export", "export/onnx/files.py",
+        "    while size >> 7:\n", "    while False:\n",
+        "A file whose graph has more than 127 bytes cannot be written.",
+        tests=("tests/test_onnx.py::test_float16_is_run",),
+    ),
+    Mutant(
+        "nothing_is_checked", "export", "export/onnx/files.py",
+        "        checked(path)\n", "        str(path)\n",
+        "A file that is no ONNX is written, where ONNX Runtime does not run it.",
+        tests=("tests/test_onnx.py::test_refusals_name_the_value_and_the_remedy_and_write_nothing",),
+    ),
+    Mutant(
+        "quantised_weight_not_turned", "export", "export/onnx/quantization.py",
+        "as_torch(weight.const_value).t().contiguous()", "as_torch(weight.const_value).contiguous()",
+        "A Gemm that is taken apart multiplies by W where it was Wᵀ.",
+        tests=("tests/test_onnx_quantization.py::test_numbers_that_fit_come_out_as_they_are_and_slots_stay_in_float",),
     ),
     Mutant(
         "slot_without_the_scale", "export", "export/onnx/switchable.py",
@@ -1726,6 +1763,24 @@ MUTANTS = (
         "size > 1 and all(_size(n, axis) == 1 for n in scales)", "True",
         "A table that scales activations is taken for a weight that they scale.",
         tests=of_sites("a table that scales activations is none"),
+    ),
+    Mutant(
+        "weights_in_a_cond_not_told", "sites", "lora_fx/graph/program.py",
+        "            if name in _BRANCHING:\n", "            if name in ():\n",
+        "A weight that a branch of torch.cond multiplies with is left out without a word.",
+        tests=("tests/test_sites.py::test_weights_inside_of_a_cond_are_refused_and_the_others_are_sites",),
+    ),
+    Mutant(
+        "hooks_in_a_cond", "sites", "lora_fx/graph/capture.py",
+        "        if torch.compiler.is_dynamo_compiling():  # a", "        if False:  # a",
+        "A model that calls modules in a branch of torch.cond is not captured.",
+        tests=("tests/test_sites.py::test_weights_inside_of_a_cond_are_refused_and_the_others_are_sites",),
+    ),
+    Mutant(
+        "parts_counted_from_their_own_start", "verification", "lora_fx/checks/oracles.py",
+        "found.append(wrong + start * row)", "found.append(wrong)",
+        "Of a large weight the wrong elements are those of its first part.",
+        tests=("tests/test_testing.py::test_misrounded_elements_are_those_that_fractions_call_misrounded",),
     ),
     Mutant(
         "autocast_unknown", "sites", "lora_fx/graph/program.py",
