@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -18,6 +18,7 @@ from lora_fx.deltas.kinds import Theta
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNIT = 2.0**-53
+_PART = 2**18  # elements that are judged at a time: in a CPU's caches
 
 
 def delta(weight: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
@@ -164,6 +165,11 @@ class _Product:
 
     def delta(self) -> torch.Tensor:
         return self._sum(self.B, self.A).mul_(self.scale)
+
+    def part(self, start: int, size: int) -> _Product:
+        """Of these indices of the first axis."""
+        B, A = (f.narrow(0, start, size) if f.shape[0] > 1 else f for f in (self.B, self.A))
+        return replace(self, B=B, A=A)
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """x·δᵀ of a matrix."""
