@@ -32,6 +32,7 @@ from lora_fx.model.classes import is_wired, unwire
 from lora_fx.model.inventory import Inventory, Storage, inventory, weight_name
 from lora_fx.model.marks import FoldRecord, PutAway
 from lora_fx.passes.base import UNFOLDED, Condition, Facts, Pass, Result
+from lora_fx.passes.keeping import forget_classes
 from lora_fx.passes.wiring import keep_keys
 
 _UNDOABLE = 2**25  # elements up to which a final fold can be undone until it is whole: that takes 32 MiB or less
@@ -111,7 +112,9 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
     storages = here.storages()
     sums = [foldable(storage) for storage in storages]
     for_good = final and sum(whole.weight.numel() for whole in sums) > _UNDOABLE
-    unwire(model)
+    unwire(model, here)
+    if final:
+        forget_classes(here.modules)
     ways: defaultdict[nn.Module, dict[str, Way | KeptWeight]] = defaultdict(dict)
     originals: defaultdict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
     with torch.no_grad():
@@ -135,7 +138,7 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
             for module in here.modules:
                 children = {c: PutAway(a, c in module._modules) for c, a in here.of(module).items()}
                 _put_away(module, FoldRecord(children, ways[module], originals[module]), final)
-            keep_keys(model)
+            keep_keys(inventory(model))
 
 
 def foldable(storage: Storage) -> ExactSum | RoundedSum:
