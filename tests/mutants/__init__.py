@@ -897,7 +897,7 @@ MUTANTS = (
     ),
     Mutant(
         "checksum_always_equal", "unfold", "lora_fx/deltas/rounding.py",
-        "return int(flat.view(torch.int64 if aligned", "return 0 and int(flat.view(torch.int64 if aligned",
+        "return one == other.to(one.device)", "return one == one",
         "A weight that was written to after the fold is unfolded into nonsense.",
         tests=("tests/test_fold.py::test_unfolding_refuses_a_weight_that_was_written_to",),
     ),
@@ -910,8 +910,8 @@ MUTANTS = (
     ),
     Mutant(
         "unfold_writes_before_it_looks", "unfold", "passes/fold.py",
-        "if weight is None or not way.starts_at(weight):", "if weight is None:",
-        "Unfolding finds out that a weight was written to when it has written to it itself.",
+        "        if not right:\n", "        if False:\n",
+        "Unfolding does not look whether a weight was written to since.",
     ),
     # ── roles ────────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -1648,7 +1648,7 @@ MUTANTS = (
     ),
     Mutant(
         "kept_weight_starts_anywhere", "kinds", "lora_fx/deltas/rounded_sum.py",
-        "return weight.dtype == self.original.dtype and checksum(weight) == self.folded", "return True",
+        "return same(checksum(weight), self.folded)", "return torch.tensor(True)",
         "A folded weight that was trained since is overwritten by unfold.",
         tests=of_kinds("a_folded_weight_that_was_written_to_is_not_unfolded"),
     ),
