@@ -12,6 +12,7 @@ from lora_fx.model.classes import unwire
 from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import detach, unmark
 from lora_fx.passes.base import UNFOLDED, Facts, Pass, Result
+from lora_fx.passes.keeping import forget_classes
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Remove(Pass):
                 remedy=f"name what is to go: {', '.join(map(repr, here.names)) or 'the model has no adapters'}",
             )
         here.require(self.names)
-        unwire(model)
+        unwire(model, here)
+        forget_classes(here.modules)
         for place in here.places:
             if place.adapter.name in self.names:
                 detach(place.owner, place.child)

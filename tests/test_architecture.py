@@ -14,7 +14,7 @@ HEAVY = ("onnx", "onnxruntime", "onnxscript", "transformers", "peft", "sklearn",
 
 #: from the bottom up; a module imports from its own room and from rooms below it
 ROOMS = [
-    {"errors", "tables"},
+    {"errors", "tables", "walking"},
     {"changes", "reading"},
     {"graph"},
     {"deltas"},

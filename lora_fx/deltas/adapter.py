@@ -155,9 +155,10 @@ class Adapter(Beside):
         """Become active, or cease to be: then θ does not train. `requires_grad` comes back as it was."""
         if whether == self.active:
             return
-        names = self._trained if whether else tuple(name for name, p in self.named_parameters() if p.requires_grad)
+        own: Any = self._parameters
+        names = self._trained if whether else tuple(name for name, p in own.items() if p.requires_grad)
         for name in names:
-            self.get_parameter(name).requires_grad_(whether)
+            own[name].requires_grad_(whether)
         self.change(active=whether, _trained=names)
 
     @property

@@ -108,6 +108,7 @@ AREAS = {
     "rounding": Area(("tests/test_fold.py", GAPS), "native-chain", "l3"),
     "unfold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l5"),
     "changes": Area(("tests/test_concurrency.py",)),
+    "switching": Area(("tests/test_switching.py",)),
     "passes": Area(("tests/test_pipeline.py",)),
     "roles": Area(("tests/test_roles.py",)),
     "sites": Area(("tests/test_sites.py", "tests/test_refusals.py")),
@@ -505,9 +506,34 @@ MUTANTS = (
     ),
     Mutant(
         "deactivated_adapter_trains", "wiring", "lora_fx/deltas/adapter.py",
-        "self.get_parameter(name).requires_grad_(whether)", "pass",
+        "own[name].requires_grad_(whether)", "pass",
         "activate() leaves the adapters trainable that do not act, and frozen the ones that do.",
         tests=(GAPS,),
+    ),
+    Mutant(
+        "kept_class_never_given", "switching", "passes/keeping.py",
+        "if one.key == key and self._holds(module, one):", "if False:",
+        "Each switch traces every module anew.",
+    ),
+    Mutant(
+        "kept_class_for_others", "switching", "passes/keeping.py",
+        "one.key == key and ", "",
+        "A module gets the class that reads a weight with an adapter that does not act.",
+    ),
+    Mutant(
+        "kept_class_of_old_values", "switching", "passes/keeping.py",
+        "all(_same(self._value(owners[path], name), was) for path, name, was in kept.read)", "True",
+        "An attribute that was set while no adapter acted has its old value in the forward.",
+    ),
+    Mutant(
+        "kept_class_of_old_code", "switching", "passes/keeping.py",
+        "and _are(_content(code.base), code.content)", "",
+        "A method that was replaced while no adapter acted runs on in the forward.",
+    ),
+    Mutant(
+        "kept_classes_of_removed_adapters", "switching", "passes/activate.py",
+        "forget_classes(here.modules)", "pass",
+        "What was generated for adapters that are gone stays in memory.",
     ),
     Mutant(
         "inlined_keywords_lost", "wiring", "passes/rewriting.py",
@@ -871,7 +897,7 @@ MUTANTS = (
     ),
     Mutant(
         "checksum_always_equal", "unfold", "lora_fx/deltas/rounding.py",
-        "return int(flat.view(torch.int64 if aligned", "return 0 and int(flat.view(torch.int64 if aligned",
+        "return one == other.to(one.device)", "return one == one",
         "A weight that was written to after the fold is unfolded into nonsense.",
         tests=("tests/test_fold.py::test_unfolding_refuses_a_weight_that_was_written_to",),
     ),
@@ -884,8 +910,8 @@ MUTANTS = (
     ),
     Mutant(
         "unfold_writes_before_it_looks", "unfold", "passes/fold.py",
-        "if weight is None or not way.starts_at(weight):", "if weight is None:",
-        "Unfolding finds out that a weight was written to when it has written to it itself.",
+        "        if not right:\n", "        if False:\n",
+        "Unfolding does not look whether a weight was written to since.",
     ),
     # ── roles ────────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -1672,7 +1698,7 @@ MUTANTS = (
     ),
     Mutant(
         "kept_weight_starts_anywhere", "kinds", "lora_fx/deltas/rounded_sum.py",
-        "return weight.dtype == self.original.dtype and checksum(weight) == self.folded", "return True",
+        "return same(checksum(weight), self.folded)", "return torch.tensor(True)",
         "A folded weight that was trained since is overwritten by unfold.",
         tests=of_kinds("a_folded_weight_that_was_written_to_is_not_unfolded"),
     ),
