@@ -1,6 +1,6 @@
 """Passes over a model, and pipelines of them."""
 
-from lora_fx.passes.activate import Activate, Remove, Require
+from lora_fx.passes.activate import Activate, Remove, Require, Restore
 from lora_fx.passes.base import Condition, Facts, Pass, Result, given
 from lora_fx.passes.fold import Fold, Unfold
 from lora_fx.passes.insert import Check, Insert, Inserted, Rewrite
@@ -24,6 +24,7 @@ __all__ = [
     "Prune",
     "Remove",
     "Require",
+    "Restore",
     "Result",
     "Rewrite",
     "Row",

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import nn
 
+from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import AdapterError
 from lora_fx.model.classes import unwire
 from lora_fx.model.inventory import inventory
@@ -43,6 +44,50 @@ class Activate(Pass):
         for adapter in here.adapters:
             facts.undo.append(partial(adapter.act, adapter.active))  # a fold may have put it away
             adapter.act(adapter.name in self.names)
+        return Result(model, True)
+
+
+@dataclass(frozen=True)
+class Acting:
+    """How one adapter was: whether it acted, and what of its θ trained."""
+
+    adapter: Adapter
+    active: bool
+    trained: tuple[str, ...]
+    """When it last acted."""
+    flags: tuple[bool, ...]
+    """``requires_grad`` of each tensor of θ."""
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Acting:
+        return cls(adapter, adapter.active, adapter._trained, tuple(p.requires_grad for p in adapter.parameters()))
+
+    def restore(self) -> None:
+        self.adapter.change(active=self.active, _trained=self.trained)
+        for parameter, flag in zip(self.adapter.parameters(), self.flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def acting(model: nn.Module) -> tuple[Acting, ...]:
+    """How each adapter of the model is."""
+    return tuple(map(Acting.of, inventory(model).adapters))
+
+
+@dataclass(frozen=True)
+class Restore(Pass):
+    """Make the adapters as they were, those of them that are still there."""
+
+    before: tuple[Acting, ...]
+
+    name = "restore"
+    requires = (UNFOLDED,)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        here = {*inventory(model).adapters}
+        for own in self.before:
+            if own.adapter in here:
+                facts.undo.append(Acting.of(own.adapter).restore)
+                own.restore()
         return Result(model, True)
 
 

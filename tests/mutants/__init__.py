@@ -2344,6 +2344,12 @@ MUTANTS = (
         tests=("tests/test_peft_adalora.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
+        "flags_of_a_block_stay", "switching", "passes/activate.py",
+        "            parameter.requires_grad_(flag)\n", "            pass\n",
+        "What a block has frozen or thawed stays so after it.",
+        tests=("tests/test_active.py::test_what_was_frozen_or_thawed_inside_is_as_it_was",),
+    ),
+    Mutant(
         "zeros_are_proof", "verification", "lora_fx/checks/uses.py",
         "own if row.problem == _NOTHING and not own.problem else row",
         'replace(own, problem="") if row.problem == _NOTHING else row',
