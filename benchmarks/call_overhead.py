@@ -2,6 +2,8 @@
 
     python benchmarks/call_overhead.py [--rounds 200]
 
+And what it costs to switch the adapters of a Llama off and on again: 24 layers of 7 linears.
+
 A linear 64 → 64 of 8 rows, and torch's attention, 64 wide with 4 heads, of 2×8 tokens; rank 4, one thread, 50 calls of
 each candidate in a round, without gradients and with; the time that the thread computes. Needs peft (the `test` extra).
 
@@ -25,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from measuring import arguments, paired, report, shown
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_fx
 from lora_fx import Rule
@@ -104,6 +107,39 @@ def attentions(x: torch.Tensor) -> dict[str, nn.Module]:
     }
 
 
+def switching(layers: int) -> dict[str, Callable[[], None]]:
+    """All adapters off, and on again."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, vocab_size=64
+    )
+    rule, inputs = Rule(where="*_proj", rank=4), {"input_ids": torch.arange(16)[None]}
+    other = peft.get_peft_model(LlamaForCausalLM(config), peft.LoraConfig(r=4, target_modules=r".*_proj")).base_model
+
+    def off_and_on(model: nn.Module) -> Callable[[], None]:
+        def switched() -> None:
+            lora_fx.activate(model)
+            lora_fx.activate(model, "default")
+
+        return switched
+
+    def peft_off_and_on() -> None:
+        other.disable_adapter_layers()
+        other.enable_adapter_layers()
+
+    generated = lora_fx.apply(LlamaForCausalLM(config), rule, inputs, check=False)
+    return {
+        "PEFT": peft_off_and_on,
+        "lora_fx, generated forwards": off_and_on(generated),
+        "lora_fx, dispatched": off_and_on(lora_fx.apply(WithoutInputs(config), rule, check=False)),
+    }
+
+
+class WithoutInputs(LlamaForCausalLM):
+    """Planned from its module types: whoever reads a weight is served."""
+
+    dummy_inputs = None
+
+
 def called(module: nn.Module, x: torch.Tensor, **options: bool) -> Callable[[], None]:
     inputs = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
 
@@ -152,6 +188,10 @@ def main() -> None:
                 us = [f"{1e6 * seconds / CALLS:.1f}" for seconds in (median, least)]
                 rows.append((name, title, *us, shown(times.ratio(name, "hand-written"))))
     report("A call of a small adapted layer", ("", "", "µs", "least", "/ hand-written"), rows, options)
+    works = switching(2 if options.tiny else 24)
+    times = paired(works, max(3, options.rounds // 10), clock=thread_time)
+    rows = [(name, f"{1e3 * times.median(name):.1f}", shown(times.ratio(name, "PEFT"))) for name in works]
+    report("Adapters of 168 linears off and on again", ("", "ms", "/ PEFT"), rows, options)
     seconds_to_import()  # compiles
     found = [seconds_to_import() for _ in range(1 if options.tiny else 15)]
     rows = [("import lora_fx", f"{statistics.median(found):.3f}", f"{min(found):.3f}–{max(found):.3f}")]

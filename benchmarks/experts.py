@@ -58,8 +58,9 @@ class ByHand(nn.Module):
         super().__init__()
         experts, outputs, inputs = weight.shape
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        self.A = nn.Parameter(torch.randn(experts, rank, inputs))
-        self.B = nn.Parameter(torch.zeros(experts, outputs, rank))
+        like = {"device": weight.device, "dtype": weight.dtype}
+        self.A = nn.Parameter(torch.randn(experts, rank, inputs, **like))
+        self.B = nn.Parameter(torch.zeros(experts, outputs, rank, **like))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _ByHand.apply(x, self.weight, self.A, self.B)
@@ -74,13 +75,17 @@ def step(model: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
 def main() -> None:
     parser = arguments(__doc__, rounds=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4, 16, 64], help="for each expert")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--sizes", type=int, nargs=3, default=[16, 256, 512], help="experts, inputs, outputs")
     options = parser.parse_args()
-    sizes = (4, 16, 24) if options.tiny else (16, 256, 512)
+    sizes = (4, 16, 24) if options.tiny else tuple(options.sizes)
+    place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
     rows = []
     for tokens in options.tokens:
         torch.manual_seed(0)
-        base = Model(*sizes)
-        x, gradient = (torch.randn(sizes[0], tokens, width) for width in sizes[1:])
+        base = Model(*sizes).to(**place)
+        x, gradient = (torch.randn(sizes[0], tokens, width, **place) for width in sizes[1:])
         config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=[], target_parameters=["experts.weight"])
         ours = lora_fx.apply(copy.deepcopy(base), Rule(where="*", rank=8, alpha=16), x)
         theirs = peft.get_peft_model(copy.deepcopy(base), config)
@@ -96,7 +101,7 @@ def main() -> None:
         milliseconds = (f"{1e3 * times.median(n):.1f}" for n in candidates)
         ratios = (shown(times.ratio(n, "PEFT")) for n in ("lora_fx", "by hand", "floor"))
         rows.append((str(tokens), *milliseconds, *ratios))
-    title = f"Experts: {sizes[0]} of {sizes[1]}×{sizes[2]}, rank 8, forward and backward"
+    title = f"Experts: {sizes[0]} of {sizes[1]}×{sizes[2]}, {options.dtype}, rank 8, forward and backward"
     header = ("tokens an expert", *(f"{n}, ms" for n in candidates), "lora_fx / PEFT", "by hand / PEFT", "floor / PEFT")
     report(title, header, rows, options)
 

@@ -138,7 +138,8 @@ def listed(counts: dict[str, int] | None) -> str:
 
 def latency(options: Any) -> None:
     # Short calls on one thread: on a machine that does other things too, long ones never run alone.
-    width, layers, length = (32, 1, 8) if options.tiny else (128, 2, 32)
+    large = (768, 12, 128) if options.device == "cuda" else (128, 2, 32)
+    width, layers, length = (32, 1, 8) if options.tiny else large
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder, model, inputs = Path(place), bert("sdpa", width, layers), masked(2, length)
@@ -148,8 +149,9 @@ def latency(options: Any) -> None:
         adapter = save_onnx_adapter(model, folder / "a.onnx_adapter")
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads, settings.log_severity_level = 1, 3
-        sessions = {form: Session(path, options=settings) for form, path in made.items()}
-        sessions["base again"] = Session(made["base"], options=settings)
+        providers = ["CUDAExecutionProvider" if options.device == "cuda" else "CPUExecutionProvider"]
+        sessions = {form: Session(path, providers=providers, options=settings) for form, path in made.items()}
+        sessions["base again"] = Session(made["base"], providers=providers, options=settings)
         sessions["switchable"].load_adapter(adapter, "a")
         for batch in (1, 16):
             feeds = {name: tensor.numpy() for name, tensor in masked(batch, length).items()}
@@ -170,6 +172,7 @@ def latency(options: Any) -> None:
 def main() -> None:
     parser = arguments(__doc__, rounds=60)
     parser.add_argument("--part", choices=("fusion", "latency"), help="one of the two tables")
+    parser.add_argument("--device", default="cpu", help="of the latency")
     options = parser.parse_args()
     torch.manual_seed(0)
     numpy.random.seed(0)

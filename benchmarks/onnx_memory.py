@@ -1,15 +1,20 @@
-"""Memory: a file streamed from a checkpoint that is never in memory, and sessions that share weights.
+"""Memory and processor time of exports: of one that is held against torch's own, and of one that is streamed from a
+checkpoint which is never in memory; and the memory of sessions that share weights.
 
-    python benchmarks/onnx_memory.py [--part stream | sessions]
+    python benchmarks/onnx_memory.py [--part cost | stream | sessions]
 
-Each measurement in a process of its own: its highest resident size, above that of the imports. Needs transformers (the
-`test` extra), and, at full size, 10 GB of disk.
+Each measurement in a process of its own: its processor time with that of the process in which ONNX Runtime runs, on one
+thread, and its highest resident size (with the file pages that it has mapped). Needs transformers (the `test` extra),
+and, at full size, 10 GB of disk.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +26,7 @@ import numpy
 import torch
 from measuring import arguments, report
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lora_fx
 from lora_fx import Rule
@@ -42,10 +47,28 @@ def llama(tiny: bool, layers: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def peak() -> float:
-    """The highest resident size of this process, in MiB. (`getrusage` gives the parent's to a child.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def gpt2(tiny: bool) -> GPT2LMHeadModel:
+    """124 M parameters."""
+    sizes = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=128, n_positions=64) if tiny else {}
+    return GPT2LMHeadModel(GPT2Config(use_cache=False, **sizes)).eval()
+
+
+def peak(pid: int | str = "self") -> float:
+    """The highest resident size of a process, in MiB. (`getrusage` gives the parent's to a child.)"""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def children() -> list[int]:
+    """The processes that this one has started and that are there: ONNX Runtime's."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return [int(pid) for task in tasks for pid in task.read_text().split()]
+
+
+def processor() -> float:
+    """Seconds of this process and of its children."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in children()]
+    return time.process_time() + sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def resident() -> float:
@@ -87,19 +110,42 @@ def adapter(folder: Path, tiny: bool) -> None:
     lora_fx.save_adapter(model, folder / "adapter")
 
 
-def export(folder: Path, tiny: bool) -> dict[str, float]:
+def export(folder: Path, tiny: bool, prove: bool) -> dict[str, float]:
     model = on_meta(tiny)
-    before, start = peak(), time.perf_counter()
+    before, start, used = peak(), time.perf_counter(), processor()
     lora_fx.load_adapter(model, folder / "adapter", IDS)
     made = lora_fx.export_onnx(
-        model, IDS, folder / "model.onnx", dynamic_shapes=AXES, weights=folder, external_data=True
+        model, IDS, folder / "model.onnx", dynamic_shapes=AXES, weights=folder, external_data=True, prove=prove
     )
     return {
         "MiB": peak() - before,
+        "worker": max(map(peak, children()), default=0.0),
         "s": time.perf_counter() - start,
+        "CPU s": processor() - used,
         "bytes": made.bytes,
-        "adapters": len(made.adapters),
+        "proven": float(made.proof is not None and len(made.proof.folded)),
     }
+
+
+def exported(folder: Path, tiny: bool, how: str) -> dict[str, float]:
+    """GPT-2 with an adapter, or its base by torch alone."""
+    importlib.import_module("onnxscript.optimizer")  # what takes seconds for the first time, and is no export
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = gpt2(tiny)
+    if how != "torch":
+        lora_fx.apply(model, RULE, IDS, check=False)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.02)
+    used, options = processor(), dict(dynamic_shapes=AXES)
+    if how == "torch":
+        torch.onnx.export(model, (), folder / "m.onnx", kwargs=IDS, dynamo=True, verbose=False, **options)
+    else:
+        asked = {"check": False} if how == "unchecked" else {"prove": True}
+        lora_fx.export_onnx(model, IDS, folder / "m.onnx", **options, **asked)
+    return {"CPU s": processor() - used, "MiB": peak(), "worker": max(map(peak, children()), default=0.0)}
 
 
 def load(folder: Path, tiny: bool) -> dict[str, float]:
@@ -137,7 +183,12 @@ def tasks(folder: Path, tiny: bool) -> dict[str, float]:
 
 
 STEPS: dict[str, Any] = {
-    "export": export, "load": load, "adapter": adapter, "tasks": tasks,
+    "load": load, "adapter": adapter, "tasks": tasks,
+    "export": lambda folder, tiny: export(folder, tiny, prove=False),
+    "prove": lambda folder, tiny: export(folder, tiny, prove=True),
+    "torch": lambda folder, tiny: exported(folder, tiny, "torch"),
+    "unchecked": lambda folder, tiny: exported(folder, tiny, "unchecked"),
+    "proven": lambda folder, tiny: exported(folder, tiny, "proven"),
     "alone": lambda folder, tiny: sessions(folder, tiny, shared=False),
     "shared": lambda folder, tiny: sessions(folder, tiny, shared=True),
 }  # fmt: skip
@@ -156,14 +207,53 @@ def stream(options: Any) -> None:
         folder = Path(place)
         size = checkpoint(folder, options.tiny)
         in_a_process("adapter", folder, options.tiny)
-        exported = in_a_process("export", folder, options.tiny)
-        loaded = in_a_process("load", folder, options.tiny)
-    row = (
-        f"{size / 1e9:.2f}", f"{exported['bytes'] / 1e9:.2f}", f"{exported['MiB']:.0f}", f"{exported['s']:.0f}",
-        "yes" if loaded["finite"] and loaded["spread"] else "NO",
+        rows = []
+        for label, step in (("as it is", "export"), ("with a proof", "prove")):
+            made = in_a_process(step, folder, options.tiny)
+            loaded = in_a_process("load", folder, options.tiny)
+            rows.append((
+                label, f"{size / 1e9:.2f}", f"{made['bytes'] / 1e9:.2f}", f"{made['MiB']:.0f}",
+                f"{made['worker']:.0f}", f"{made['CPU s']:.0f}", f"{made['s']:.0f}",
+                "yes" if loaded["finite"] and loaded["spread"] else "NO",
+            ))  # fmt: skip
+            (folder / "model.onnx.data").unlink()
+    header = (
+        "", "checkpoint, GB", "file, GB", "highest resident size above the imports, MiB",
+        "of the checker's process, MiB", "CPU s", "s", "loads and runs",
     )  # fmt: skip
-    header = ("checkpoint, GB", "file, GB", "highest resident size above the imports, MiB", "s", "loads and runs")
-    report("Exported from a checkpoint: a Llama on meta, query and value folded", header, [row], options)
+    report("Exported from a checkpoint: a Llama on meta, query and value folded", header, rows, options)
+
+
+def cost(options: Any) -> None:
+    """In turns, and each against torch in the same round: the machine may do other things too."""
+    steps = {
+        "torch.onnx.export of the base": "torch",
+        "export_onnx(check=False)": "unchecked",
+        "export_onnx(prove=True)": "proven",
+    }
+    rounds = []
+    for _ in range(1 if options.tiny else options.rounds):
+        found = {}
+        for step in steps.values():
+            with tempfile.TemporaryDirectory() as place:
+                found[step] = in_a_process(step, Path(place), options.tiny)
+        rounds.append(found)
+
+    def median(step: str, what: str, to_torch: bool = False) -> float:
+        return statistics.median(f[step][what] / (f["torch"][what] if to_torch else 1) for f in rounds)
+
+    rows = [
+        (
+            label, f"{median(step, 'CPU s'):.1f}", f"{median(step, 'CPU s', True):.2f}", f"{median(step, 'MiB'):.0f}",
+            f"{median(step, 'MiB', True):.2f}", f"{median(step, 'worker'):.0f}",
+        )
+        for label, step in steps.items()
+    ]  # fmt: skip
+    header = ("", "CPU s", "/ torch", "highest resident size, MiB", "/ torch", "of ONNX Runtime's process, MiB")
+    note = (
+        f"Medians of {len(rounds)} rounds. Query and value folded; prove=True checks, too: certificate, three shapes."
+    )
+    report("Cost of an export: GPT-2, 124 M parameters, one thread", header, rows, options, note)
 
 
 def shared_sessions(options: Any) -> None:
@@ -182,17 +272,17 @@ def shared_sessions(options: Any) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--part", choices=("stream", "sessions"), help="one of the two tables")
+    parser = arguments(__doc__, rounds=3)
+    parser.add_argument("--part", choices=("cost", "stream", "sessions"), help="one of the tables")
     parser.add_argument("--run", nargs=2, help="one step, in this process")
     options = parser.parse_args()
     if options.run:
         print(json.dumps(STEPS[options.run[0]](Path(options.run[1]), options.tiny)))
         return
-    if options.part != "sessions":
-        stream(options)
-    if options.part != "stream":
-        shared_sessions(options)
+    parts = {"cost": cost, "stream": stream, "sessions": shared_sessions}
+    for name, part in parts.items():
+        if options.part in (None, name):
+            part(options)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,14 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError
+from lora_fx.walking import modules_of
 
 Undo = Callable[[], Any]
 
 _RUNS = frozenset({"_call_impl", "forward", "generate"})  # functions that run a model, given as their first argument
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+_KINDS_OF_TABLES = (dict, set)
 
 _LOOK = 0.1  # seconds after which who waits for its turn looks for signals
 _INSISTS = 3  # how many Ctrl-C it takes to stop a verb that comes to no safe point
@@ -351,11 +354,12 @@ class _Before:
 
     def __init__(self, model: nn.Module) -> None:
         self.switches = [(switch, switch.read()) for switch in (GRADIENTS, FAST_PATHS, ONEDNN)]
-        self.modules = [(m, type(m), _tables(m)) for m in model.modules()]
+        modules = modules_of(model)
+        self.modules = [(m, type(m), _tables(m)) for m in modules]
         # A GraphModule has a class of its own, which is given another forward with each graph.
-        classes = [type(m) for m in model.modules() if isinstance(m, fx.GraphModule)]
+        classes = [type(m) for m in modules if isinstance(m, fx.GraphModule)]
         self.forwards = [(cls, vars(cls)["forward"]) for cls in classes if "forward" in vars(cls)]
-        self.trainable = [(p, p.requires_grad) for p in model.parameters()]
+        self.trainable = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
 
     def restore(self) -> None:
         for switch, was in self.switches:
@@ -375,10 +379,11 @@ class _Before:
 
 def _tables(module: nn.Module) -> list[tuple[Any, Any]]:
     """The dictionaries that a module keeps its parts in, with copies; a GraphModule's meta has our marks in one."""
-    tables = [module.__dict__, *(module.__dict__.get(key) for key in _TABLES)]
+    own = module.__dict__
+    tables = [own, *[own.get(key) for key in _TABLES]]
     if isinstance(module, fx.GraphModule):
         tables += [module.meta, *module.meta.values()]
-    return [(table, table.copy()) for table in tables if isinstance(table, dict | set)]
+    return [(table, table.copy() if table else ()) for table in tables if isinstance(table, _KINDS_OF_TABLES)]
 
 
 # ── who runs it ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -386,7 +391,7 @@ def _tables(module: nn.Module) -> list[tuple[Any, Any]]:
 
 def _refuse_running(model: nn.Module, verb: str) -> None:
     """Another thread may also be inside a module around the model; this one's own caller knows what it does."""
-    paths = {id(m): name or "the model" for name, m in model.named_modules()}
+    paths: dict[int, str] = {}  # made when a thread runs a model at all
     names = {t.ident: t.name for t in threading.enumerate()}
     mine = "call it after that forward, not in it or in a hook"
     theirs = "wait until that forward has returned: join the thread, or take one lock for forwards and changes"
@@ -394,6 +399,7 @@ def _refuse_running(model: nn.Module, verb: str) -> None:
         own = thread == threading.get_ident()
         who = "this thread" if own else f"thread {names.get(thread, str(thread))!r}"
         for module in _running(frame):
+            paths = paths or {id(m): name or "the model" for name, m in model.named_modules()}
             if any(id(m) in paths for m in ([module] if own else module.modules())):
                 raise LoraFxError(
                     f"{verb} would change the model while {who} is inside a forward of {type(module).__name__}",

@@ -1,11 +1,12 @@
 """Passes over a model, and pipelines of them."""
 
-from lora_fx.passes.activate import Activate, Remove, Require
+from lora_fx.passes.activate import Activate, Remove, Require, Restore
 from lora_fx.passes.base import Condition, Facts, Pass, Result, given
 from lora_fx.passes.fold import Fold, Unfold
 from lora_fx.passes.insert import Check, Insert, Inserted, Rewrite
 from lora_fx.passes.pipeline import Pipeline, Run, Step
 from lora_fx.passes.planning import Analyse, Capture, Plan, Row, Schedule, Select, Sites
+from lora_fx.passes.prune import Prune
 
 __all__ = [
     "Activate",
@@ -20,8 +21,10 @@ __all__ = [
     "Pass",
     "Pipeline",
     "Plan",
+    "Prune",
     "Remove",
     "Require",
+    "Restore",
     "Result",
     "Rewrite",
     "Row",

@@ -7,11 +7,13 @@ from functools import partial
 
 from torch import nn
 
+from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import AdapterError
 from lora_fx.model.classes import unwire
 from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import detach, unmark
 from lora_fx.passes.base import UNFOLDED, Facts, Pass, Result
+from lora_fx.passes.keeping import forget_classes
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,50 @@ class Activate(Pass):
 
 
 @dataclass(frozen=True)
+class Acting:
+    """How one adapter was: whether it acted, and what of its θ trained."""
+
+    adapter: Adapter
+    active: bool
+    trained: tuple[str, ...]
+    """When it last acted."""
+    flags: tuple[bool, ...]
+    """``requires_grad`` of each tensor of θ."""
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Acting:
+        return cls(adapter, adapter.active, adapter._trained, tuple(p.requires_grad for p in adapter.parameters()))
+
+    def restore(self) -> None:
+        self.adapter.change(active=self.active, _trained=self.trained)
+        for parameter, flag in zip(self.adapter.parameters(), self.flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def acting(model: nn.Module) -> tuple[Acting, ...]:
+    """How each adapter of the model is."""
+    return tuple(map(Acting.of, inventory(model).adapters))
+
+
+@dataclass(frozen=True)
+class Restore(Pass):
+    """Make the adapters as they were, those of them that are still there."""
+
+    before: tuple[Acting, ...]
+
+    name = "restore"
+    requires = (UNFOLDED,)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        here = {*inventory(model).adapters}
+        for own in self.before:
+            if own.adapter in here:
+                facts.undo.append(Acting.of(own.adapter).restore)
+                own.restore()
+        return Result(model, True)
+
+
+@dataclass(frozen=True)
 class Remove(Pass):
     """Take these adapters out for good; after the last one no module is marked any more."""
 
@@ -63,7 +109,8 @@ class Remove(Pass):
                 remedy=f"name what is to go: {', '.join(map(repr, here.names)) or 'the model has no adapters'}",
             )
         here.require(self.names)
-        unwire(model)
+        unwire(model, here)
+        forget_classes(here.modules)
         for place in here.places:
             if place.adapter.name in self.names:
                 detach(place.owner, place.child)

@@ -28,7 +28,7 @@ from torch import nn
 
 from lora_fx.changes import Undo, changing, safe_point
 from lora_fx.errors import LoraFxError, PipelineError, PlanError
-from lora_fx.model.inventory import inventory
+from lora_fx.model.inventory import is_folded
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ class Condition:
 
 UNFOLDED = Condition(
     "a model that is not folded",
-    lambda model, facts: "the model is folded: its adapters are in its weights" if inventory(model).folded else "",
+    lambda model, facts: "the model is folded: its adapters are in its weights" if is_folded(model) else "",
     "lora_fx.unfold(model) first, or make the fold final: fold(model, final=True)",
     PlanError,
 )

@@ -25,6 +25,7 @@ from torch import nn
 from lora_fx.changes import Undo, uninterrupted
 from lora_fx.deltas.exact_sum import ExactSum, Way, check_foldable, kept, scratches
 from lora_fx.deltas.rounded_sum import KeptWeight, RoundedSum, rounded_sum
+from lora_fx.deltas.rounding import read
 from lora_fx.errors import FoldError
 from lora_fx.graph.places import refuse_away
 from lora_fx.model import marks
@@ -32,6 +33,7 @@ from lora_fx.model.classes import is_wired, unwire
 from lora_fx.model.inventory import Inventory, Storage, inventory, weight_name
 from lora_fx.model.marks import FoldRecord, PutAway
 from lora_fx.passes.base import UNFOLDED, Condition, Facts, Pass, Result
+from lora_fx.passes.keeping import forget_classes
 from lora_fx.passes.wiring import keep_keys
 
 _UNDOABLE = 2**25  # elements up to which a final fold can be undone until it is whole: that takes 32 MiB or less
@@ -111,7 +113,9 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
     storages = here.storages()
     sums = [foldable(storage) for storage in storages]
     for_good = final and sum(whole.weight.numel() for whole in sums) > _UNDOABLE
-    unwire(model)
+    unwire(model, here)
+    if final:
+        forget_classes(here.modules)
     ways: defaultdict[nn.Module, dict[str, Way | KeptWeight]] = defaultdict(dict)
     originals: defaultdict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
     with torch.no_grad():
@@ -135,7 +139,7 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
             for module in here.modules:
                 children = {c: PutAway(a, c in module._modules) for c, a in here.of(module).items()}
                 _put_away(module, FoldRecord(children, ways[module], originals[module]), final)
-            keep_keys(model)
+            keep_keys(inventory(model))
 
 
 def foldable(storage: Storage) -> ExactSum | RoundedSum:
@@ -182,8 +186,11 @@ def _take_back(model: nn.Module, undo: list[Undo]) -> None:
     """Unfold the weights; the adapters are back, but nothing reads them yet."""
     here = inventory(model)
     written = [_way(here, m, attribute) for m, record in here.records.items() for attribute in record.ways]
-    for weight, way in written:
-        way.take_back(weight, undo)
+    for (name, *_), right in zip(written, read([way.starts_at(weight) for _, weight, way in written]), strict=True):
+        if not right:
+            raise _written(name)
+    exact = [way.take_back(weight, undo) for _, weight, way in written]
+    assert all(read(exact)), "unfolding is exact"
     for module, record in here.records.items():
         module._parameters.update(record.originals)
         marks.drop_fold_record(module)
@@ -192,15 +199,19 @@ def _take_back(model: nn.Module, undo: list[Undo]) -> None:
         marks.attach(place.owner, place.child, place.adapter.to(place.parameter.device), registered)
 
 
-def _way(here: Inventory, module: nn.Module, attribute: str) -> tuple[torch.Tensor, Way | KeptWeight]:
-    """A weight that is still what the fold has made it, and its way back."""
+def _way(here: Inventory, module: nn.Module, attribute: str) -> tuple[str, torch.Tensor, Way | KeptWeight]:
+    """The name of a folded weight, the weight, and its way back."""
     weight, way = module._parameters[attribute], here.records[module].ways[attribute]
     name = weight_name(here.modules[module][0], attribute)
     refuse_away(module, attribute, name, "what unfolds it would be lost with the next forward", FoldError)
-    if weight is None or not way.starts_at(weight):
-        raise FoldError(
-            "the folded weight has been written to or cast since it was folded",
-            place=name,
-            remedy="unfold before training, loading or casting; or keep the model as it is: it cannot be unfolded",
-        )
-    return weight.detach(), way
+    if weight is None:
+        raise _written(name)
+    return name, weight.detach(), way
+
+
+def _written(name: str) -> FoldError:
+    return FoldError(
+        "the folded weight has been written to or cast since it was folded",
+        place=name,
+        remedy="unfold before training, loading or casting; or keep the model as it is: it cannot be unfolded",
+    )

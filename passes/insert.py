@@ -17,7 +17,7 @@ from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import EquivalenceError, KindError, PlanError
 from lora_fx.graph.places import loaded
 from lora_fx.graph.program import Program
-from lora_fx.model.classes import is_wired, spec_of
+from lora_fx.model.classes import is_wired, own_class
 from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import attach, child_name, mark_reader
 from lora_fx.model.training import freeze
@@ -25,6 +25,7 @@ from lora_fx.passes.base import Condition, Facts, Pass, Result, given
 from lora_fx.passes.planning import Plan, Row
 from lora_fx.passes.realising import demote
 from lora_fx.passes.wiring import wire
+from lora_fx.walking import modules_of
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Insert(Pass):
 
 
 def _why_unwired(model: nn.Module, facts: Facts) -> str:
-    adapters = any(place.adapter.active for place in inventory(model).places)
-    return "no module has a class that reads them" if adapters and not is_wired(model) else ""
+    acts = any(isinstance(module, Adapter) and module.active for module in modules_of(model))
+    return "no module has a class that reads them" if acts and not is_wired(model) else ""
 
 
 WIRED = Condition("active adapters are read", _why_unwired, "put a Rewrite behind what changes the adapters")
@@ -143,8 +144,7 @@ def _give_way(model: nn.Module, adapters: tuple[Adapter, ...], error: Equivalenc
 
 def _held(owner: tuple[nn.Module, str]) -> tuple[type[nn.Module], str]:
     module, attribute = owner
-    spec = spec_of(module)
-    return spec.base if spec else type(module), attribute
+    return own_class(module), attribute
 
 
 def _insert(model: nn.Module, row: Row, name: str) -> Adapter:

@@ -111,6 +111,12 @@ class Watch:
         self.root = root
         self._first = _place(forward.__code__)
         self.attribute = attribute
+        self.touched: dict[tuple[nn.Module, str], None] = {}
+        """What has been read off modules, by model code."""
+        self.named: dict[tuple[int, str, tuple[str, ...]], dict[str, Any]] = {}
+        """What model code has looked up: id of the scope, name, attributes from there on → the scope."""
+        self.lasting = True
+        """Nothing came from a closure, which nobody can look into later."""
         self.read: set[str] = set()
         """Immutable attributes and methods of the module, which the trace has baked in."""
         self.why = ""
@@ -156,10 +162,18 @@ class Watch:
         if is_model_file(code.co_filename):
             if why := _why_not(frame, code in self._inner):
                 self.refuse(f"{code.co_qualname} {why}")
+            self._note_names(frame, code in self._inner)
             self._inner.update(inner for inner in code.co_consts if isinstance(inner, CodeType))
             self._frames.append(frame)
         elif code not in _torch_code() and not code.co_filename.startswith((*_OWN, _FX)):
             self.refuse(f"it calls {code.co_qualname}")
+
+    def _note_names(self, frame: FrameType, inner: bool) -> None:
+        for name, path, free in _chains(frame.f_code):
+            if not free:
+                self.named[id(frame.f_globals), name, path] = frame.f_globals
+            elif not (inner or name == "__class__"):
+                self.lasting = False
 
     def _reader(self) -> Callable[[nn.Module, str], Any]:
         def __getattribute__(module: nn.Module, name: str) -> Any:
@@ -172,6 +186,7 @@ class Watch:
     def _value(self, module: nn.Module, name: str) -> Any:
         """What model code gets for `module.<name>`."""
         own, kind = vars(module), type(module)
+        self.touched[module, name] = None
         spec = classes.spec_of(module)
         if spec is not None and any(name == attribute for attribute, *_ in spec.reads):
             return object.__getattribute__(module, name)

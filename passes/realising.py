@@ -102,7 +102,8 @@ _WAYS = (Realisation.GRAPH, Realisation.DISPATCH, Realisation.DENSE)
 def demote(adapters: Iterable[Adapter], to: Realisation = Realisation.DISPATCH) -> None:
     """A rewritten forward is not the path that runs, or cannot be made: whoever reads the weight is served."""
     for adapter in adapters:
-        adapter.change(realised=max(adapter.realised, to, key=_WAYS.index))
+        if _WAYS.index(adapter.realised) < _WAYS.index(to):
+            adapter.change(realised=to)
 
 
 def reads_by_dispatch(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,8 @@ class Tracer(fx.Tracer):
         self.paths: dict[nn.Module, str] = {}
         self.tensors: dict[str, fx.Proxy] = {}
         self.absent = False
+        self.adapted: dict[tuple[nn.Module, str], None] = {}
+        """The adapted weights that have been read."""
         self.thread = threading.get_ident()  # forwards of other models may be running in others
 
     def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
@@ -73,6 +75,7 @@ class Tracer(fx.Tracer):
 
     def read(self, owner: nn.Module, attribute: str, children: tuple[str, ...]) -> Any:
         """`owner.<attribute>` as an adapted weight of proxies."""
+        self.adapted[owner, attribute] = None
         prefix = self.path_of(owner)
         prefix = f"{prefix}." if prefix else ""
         parameter = owner._parameters[attribute]
@@ -119,6 +122,18 @@ class Tracer(fx.Tracer):
 
 
 @dataclass(frozen=True)
+class Relied:
+    """What a trace has relied on: as long as all of it is there still, another one would be the same."""
+
+    owners: Mapping[str, nn.Module]
+    """The modules that were read from, and those that the graph names, by their paths."""
+    read: tuple[tuple[str, str], ...]
+    """Path and attribute."""
+    named: tuple[tuple[dict[str, Any], str, tuple[str, ...]], ...]
+    """Scope, name, and the attributes that were read from there on."""
+
+
+@dataclass(frozen=True)
 class Traced:
     """A forward as a graph."""
 
@@ -127,6 +142,8 @@ class Traced:
     """Immutable attributes and methods of the module that are in the graph."""
     absent: bool = False
     """It reads a None that stands in the place of a tensor."""
+    relied: Relied | None = None
+    """None where nobody can tell."""
 
 
 class _EveryCall(TorchFunctionMode):
@@ -167,7 +184,18 @@ def trace_forward(module: nn.Module, plain: bool = False, reader: Reader | None 
     except Exception as error:
         raise Untraceable(f"its trace raises {essence(error).partition(chr(10))[0]}") from error
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op != "get_attr")
-    return Traced(graph, frozenset(watch.read), tracer.absent)
+    return Traced(graph, frozenset(watch.read), tracer.absent, _relied(module, graph, tracer, watch))
+
+
+def _relied(module: nn.Module, graph: fx.Graph, tracer: Tracer, watch: Watch) -> Relied | None:
+    if not watch.lasting:
+        return None
+    read = [(tracer.path_of(owner), name) for owner, name in (*watch.touched, *tracer.adapted)]
+    named = ((scope, name, path) for (_, name, path), scope in watch.named.items())
+    targets = [(n.op, str(n.target)) for n in graph.nodes if n.op in ("get_attr", "call_module")]
+    paths = {target if op == "call_module" else target.rpartition(".")[0] for op, target in targets}
+    owners = {path: module.get_submodule(path) for path in ("", *paths, *(path for path, _ in read))}
+    return Relied(owners, tuple(dict.fromkeys(read)), tuple(named))
 
 
 def rewrite_graph(module: fx.GraphModule, inlined: Callable[[nn.Module], bool], reader: Reader) -> fx.Graph:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from torch import fx, nn
 
 from lora_fx.changes import safe_point
-from lora_fx.model.classes import READER, Reader, give_class, give_forward, reads_of, unwire
+from lora_fx.deltas.adapter import Adapter
+from lora_fx.model.classes import READER, Reader, Reads, give_class, give_forward, own_class, reads_of, unwire
 from lora_fx.model.inventory import Inventory, inventory
 from lora_fx.model.marks import give_back_conversions, hold_size, is_reader, keep_conversions, release_size, unmark
+from lora_fx.passes.keeping import Keeper, Key
 from lora_fx.passes.purity import Untraceable
 from lora_fx.passes.realising import agree, demote, reads_by_dispatch
 from lora_fx.passes.rewriting import Traced, rewrite_graph, trace_forward
+from lora_fx.walking import modules_of
+
+Active = Mapping[nn.Module, dict[str, Adapter]]
+"""Module → its active adapters by child name."""
 
 
 def wire(model: nn.Module) -> None:
@@ -33,76 +40,104 @@ def wire(model: nn.Module) -> None:
 
 def _wire(model: nn.Module) -> list[nn.Module]:
     """Marked modules that could not be rewritten as a graph come back; then the model is half done."""
-    unwire(model)
     here = inventory(model)
+    unwire(model, here)
     agree(here)
     for adapter in here.adapters:
         adapter.inlined = False
     active = {module: own for module in here.modules if (own := here.of(module, active=True))}
+    reads = {module: reads_of(own) for module, own in active.items()}
+    by_dispatch = {module: _by_dispatch(module, own) for module, own in active.items()}
+    rewritten = [module for module in here.modules if _is_rewritten(module, active)]
+    keys = {m: Key(own_class(m), by_dispatch.get(m, ()), reads.get(m, ())) for m in rewritten}
+    keeper = Keeper(active, reads)
+    kept = {module: cls for module, key in keys.items() if (cls := keeper.find(module, key)) is not None}
+    again = [m for m in here.modules if m not in kept and (m in keys or _calls_rewritten(m, active))]
+    traced, failed = _traced(again, active, reads)
+    for module in active:
+        if module not in kept:
+            give_class(module, by_dispatch[module])
+    if failed:
+        return failed
+    for module, cls in kept.items():
+        module.__class__ = cls
+    for module, new in traced.items():
+        give_forward(module, new.graph, new.baked, reads.get(module, ()))
+        if new.relied is not None:
+            keeper.keep(module, keys[module], new.relied)
+    keep_keys(here)
+    return []
+
+
+def _by_dispatch(module: nn.Module, own: Mapping[str, Adapter]) -> Reads:
+    """A GraphModule reads its own weights in its graph, however others read theirs."""
+    return () if isinstance(module, fx.GraphModule) else reads_of(reads_by_dispatch(own))
+
+
+def _traced(
+    modules: list[nn.Module], active: Active, reads: Mapping[nn.Module, Reads]
+) -> tuple[dict[nn.Module, Traced], list[nn.Module]]:
+    """These as graphs, and those of them that cannot be."""
+    if not modules:
+        return {}, []
     reader = Reader()
+    traced: dict[nn.Module, Traced] = {}
     failed: list[nn.Module] = []
-    graphs: list[tuple[nn.Module, Traced]] = []
-    for module, own in active.items():
-        give_class(module, reads_of(own))
+    for module in active:
+        give_class(module, reads[module])
         module.__dict__[READER] = reader
-    for module in here.modules:
+    for module in modules:
         safe_point()
-        if _is_rewritten(module, here) or _calls_rewritten(module, here):
-            try:
-                graphs.append((module, _graph_of(module, here, reader)))
-            except Untraceable:
-                failed.append(module)
-    for module, own in active.items():
+        try:
+            traced[module] = _graph_of(module, active, reader)
+        except Untraceable:
+            failed.append(module)
+    for module in active:
         del module.__dict__[READER]
-        graph = isinstance(module, fx.GraphModule)  # reads its own weights in its graph, however others read theirs
-        give_class(module, reads_of({} if graph else reads_by_dispatch(own)))
-    if not failed:
-        for module, new in graphs:
-            give_forward(module, new.graph, new.baked, reads_of(active.get(module, {})))
-        keep_keys(model)
-    return failed
+    return traced, failed
 
 
-def _graph_of(module: nn.Module, here: Inventory, reader: Reader) -> Traced:
+def _graph_of(module: nn.Module, active: Active, reader: Reader) -> Traced:
     if isinstance(module, fx.GraphModule):
-        return Traced(rewrite_graph(module, lambda child: _is_inlined(child, here), reader), frozenset())
+        return Traced(rewrite_graph(module, lambda child: _is_inlined(child, active), reader), frozenset())
     return trace_forward(module, reader=reader)
 
 
-def _is_rewritten(module: nn.Module, here: Inventory) -> bool:
+def _is_rewritten(module: nn.Module, active: Active) -> bool:
     """A reader with something to add: where no adapter is active the original forward stays."""
-    return is_reader(module) and any(here.of(below, active=True) for below in module.modules())
+    return is_reader(module) and (module in active or any(below in active for below in modules_of(module)))
 
 
-def _calls_rewritten(module: nn.Module, here: Inventory) -> bool:
+def _calls_rewritten(module: nn.Module, active: Active) -> bool:
     """A GraphModule whose graph calls a module that is rewritten: its branches belong into that graph."""
     if not isinstance(module, fx.GraphModule):
         return False
     called = (module.get_submodule(str(n.target)) for n in module.graph.nodes if n.op == "call_module")
-    return any(_is_inlined(child, here) for child in called)
+    return any(_is_inlined(child, active) for child in called)
 
 
-def _is_inlined(child: nn.Module, here: Inventory) -> bool:
+def _is_inlined(child: nn.Module, active: Active) -> bool:
     """Hooks would be lost: a child with hooks stays a call, and is rewritten where it is."""
-    return _is_rewritten(child, here) and not child._forward_hooks and not child._forward_pre_hooks
+    return _is_rewritten(child, active) and not child._forward_hooks and not child._forward_pre_hooks
 
 
-def keep_keys(model: nn.Module) -> None:
+def keep_keys(here: Inventory) -> None:
     """A transformers model is saved under its own keys for as long as it has adapters.
 
     Otherwise `save_pretrained` renames, splits and merges by patterns over the keys. The factors' keys match them too,
     but factors cannot be split like their weight (rank 1 raises), and the Trainer, which does not convert them back,
     would resume with fresh factors. `from_pretrained` reads a model's own keys as well.
     """
-    for module in model.modules():
-        if not hasattr(module, "save_pretrained"):
+    for module in here.modules:
+        if not hasattr(type(module), "save_pretrained"):
             continue
-        places = inventory(module).places
-        if places:
+        below = set(map(id, modules_of(module)))
+        owners = {place.owner for place in here.places if id(place.owner) in below}
+        if owners:
             keep_conversions(module)
         else:
             give_back_conversions(module)
-        if {place.owner for place in places} & _embeddings(module):
+        if owners & _embeddings(module):
             hold_size(module)
         else:
             release_size(module)

@@ -96,4 +96,4 @@ def everything(base: torch.nn.Module, inputs, kind: str) -> Rule:
     def takes(site) -> bool:
         return EVERYTHING.matches(site) and (kind != "bias" or site.weight.name in with_bias)
 
-    return Rule(when=takes, kind=kind, **({"rank": 2, "alpha": 3} if kind == "dora" else {}))
+    return Rule(when=takes, kind=kind, **({"rank": 2, "alpha": 3} if kind in ("dora", "adalora") else {}))

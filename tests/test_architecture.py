@@ -14,7 +14,7 @@ HEAVY = ("onnx", "onnxruntime", "onnxscript", "transformers", "peft", "sklearn",
 
 #: from the bottom up; a module imports from its own room and from rooms below it
 ROOMS = [
-    {"errors", "tables"},
+    {"errors", "tables", "walking"},
     {"changes", "reading"},
     {"graph"},
     {"deltas"},
@@ -23,7 +23,6 @@ ROOMS = [
     {"passes"},
     {"export"},
     {"application"},
-    {"face"},
     {"lora_fx"},
     {"testing", "demo", "paper"},
     {"cli"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -12,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -76,7 +78,7 @@ REAL_SIZE = [
         ("folding.py", [], ["float32", "bfloat16"]),
         ("scale.py", [], ["1", "2"]),
         ("real_size.py", [], REAL_SIZE),
-        pytest.param("onnx_memory.py", ["--part", "stream"], ["0.00"], marks=pytest.mark.onnx),
+        pytest.param("onnx_memory.py", ["--part", "stream"], ["as it is", "with a proof"], marks=pytest.mark.onnx),
         pytest.param("onnx_graphs.py", ["--part", "latency"], LATENCIES, marks=pytest.mark.onnx),
     ],
 )
@@ -87,3 +89,41 @@ def test_a_benchmark_runs_and_its_table_is_json_too(run, tmp_path, name, options
     assert found["title"] in out and "torch 2." in found["machine"]
     assert [next(iter(row.values())) for row in found["rows"]] == rows
     assert all(row.values() for row in found["rows"])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module("gpu")
+    for name in ("gpu", "measuring"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_gpu_script_says_that_there_is_no_gpu(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "gpu.md")])
+    with pytest.raises(SystemExit, match="there is no CUDA device: nothing was measured"):
+        gpu.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_gpu_script_goes_on_after_a_failure_and_a_part_that_takes_too_long(gpu, monkeypatch, tmp_path):
+    good = next(part for part in gpu.PARTS if part.name == "experts")
+    good = dataclasses.replace(good, seconds=200)
+    wrong, slow = dataclasses.replace(good, dry=("--nonsense",)), dataclasses.replace(good, seconds=0)
+    monkeypatch.setattr(gpu, "PARTS", (wrong, slow, good))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "gpu.md"), "--dry-run"])
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main()
+    _, first, second, third = (tmp_path / "gpu.md").read_text().split("\n## ")
+    assert "not measured" in first and "unrecognized arguments: --nonsense" in first
+    assert "took longer than its 0 s" in second
+    assert "not measured" not in third and "| tokens an expert | lora_fx, ms |" in third
+
+
+def test_the_gpu_script_takes_less_than_eight_minutes_and_its_options_are_there(gpu):
+    assert sum(part.seconds for part in gpu.PARTS) <= 480
+    for part in gpu.PARTS:
+        texts = [(BENCHMARKS / name).read_text() for name in (part.script, "measuring.py") if part.script]
+        for option in (*part.options, *part.dry):
+            assert not option.startswith("--") or any(f'"{option}"' in text for text in texts), (part.name, option)

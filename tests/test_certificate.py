@@ -278,12 +278,13 @@ def test_apply_sees_a_small_fault_in_bfloat16(monkeypatch, fault, width):
     assert reference.same_bits(reference.bits(model), state)
 
 
-def test_the_check_of_a_model_in_bfloat16_writes_to_no_weight():
+@pytest.mark.parametrize("kind", ["lora", "adalora"])
+def test_the_check_of_a_model_in_bfloat16_writes_to_no_weight(kind):
     """It measures the uses, of which none needs W + δ as a whole, in train and in eval mode."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 96), nn.Dropout(0.5), nn.Linear(96, 64)).bfloat16()
     versions = [p._version for p in model.parameters()]
-    lora_fx.apply(model, Rule(where="*", rank=4), torch.randn(4, 128).bfloat16())
+    lora_fx.apply(model, Rule(where="*", kind=kind, rank=4), torch.randn(4, 128).bfloat16())
     assert [p._version for n, p in model.named_parameters() if "lora" not in n] == versions
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import lora_fx
 from lora_fx import Rule
@@ -297,3 +298,34 @@ def test_a_sum_that_cancels_is_found_among_all_floats():
 
     delta = LowRank(Layout("oi", (4, 5)), torch.ones(3, 5), torch.ones(4, 3), 1.0, 3)
     assert torch.equal(folded_weight(torch.full((4, 5), -3.0), [delta], torch.float32, "w"), torch.zeros(4, 5))
+
+
+class _Waits(TorchFunctionMode):
+    """Counts the calls for which Python waits until a GPU has computed what they ask for."""
+
+    NAMES = frozenset({"tolist", "item", "nonzero", "equal", "unique", "any", "all", "cpu", "numpy"})
+    ASKS = frozenset({"__bool__", "__int__", "__float__", "__index__"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in self.NAMES | self.ASKS:
+            self.seen.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("elements", [64, 16])
+def test_an_unfold_waits_for_the_device_twice_however_many_blocks_there_are(monkeypatch, elements):
+    monkeypatch.setattr(exact_sum, "_BLOCK", elements)
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3))).bfloat16()
+    before = copy.deepcopy(model.state_dict())
+    lora_fx.apply(model, Rule(where="*", rank=2), torch.randn(2, 8).bfloat16())
+    reference.fill(model)
+    lora_fx.fold(model)
+    with _Waits() as waits:
+        lora_fx.unfold(model)
+    assert waits.seen == ["tolist", "tolist"]
+    assert all(torch.equal(model.state_dict()[name], numbers) for name, numbers in before.items())

@@ -29,7 +29,11 @@ from lora_fx.model.inventory import inventory
 from lora_fx.testing import adapters, assert_kind, models, rules_for
 from tests import reference
 
-SETTINGS = {"lora": {"rank": 2, "alpha": 3}, "dora": {"rank": 2, "alpha": 3}, "bias": {}, "full": {}}
+SETTINGS = {
+    **{low_rank: {"rank": 2, "alpha": 3} for low_rank in ("lora", "dora", "adalora")},
+    "bias": {},
+    "full": {},
+}
 
 
 class Model(nn.Module):
@@ -101,6 +105,8 @@ def by_hand(kind: str, weight: torch.Tensor, adapter) -> torch.Tensor:
         return W + t["shift"][:, 0]
     if kind == "full":
         return t["weight"]
+    if kind == "adalora":
+        return W + 3 / 2 * t["P"] @ t["singular"].squeeze().diag() @ t["Q"]
     V = W + 3 / 2 * t["B"] @ t["A"]
     return V if kind == "lora" else t["magnitude"] * V / V.square().sum(1, keepdim=True).sqrt()
 
@@ -381,7 +387,7 @@ def test_a_low_rank_kind_from_outside_has_branches_schedules_and_the_exact_fold(
 
 
 def test_an_unknown_kind():
-    with pytest.raises(RuleError, match=r"(?s)there is no kind 'lore'.*lora, dora, bias, full"):
+    with pytest.raises(RuleError, match=r"(?s)there is no kind 'lore'.*lora, dora, adalora, bias, full"):
         Rule(where="*", kind="lore", rank=2)
 
 
@@ -579,7 +585,7 @@ def test_a_feature_without_a_direction_is_refused_by_dora_on_apply_and_on_load(t
 
 
 @pytest.mark.laws
-@pytest.mark.parametrize("name", ["lora", "dora", "bias", "full", "loha"])
+@pytest.mark.parametrize("name", ["lora", "dora", "adalora", "bias", "full", "loha"])
 @settings(max_examples=80 if os.environ.get("LORA_FX_PROFILE") == "deep" else 3)
 @given(data=st.data())
 def test_the_laws_of_a_kind_over_random_models(name, data):
@@ -1031,7 +1037,7 @@ def test_a_file_knows_the_settings_of_a_dense_kind():
 
 @settings(max_examples=2, database=None)
 @given(st.data())
-@pytest.mark.parametrize("kind", ["dora", "full", "bias"])
+@pytest.mark.parametrize("kind", ["dora", "adalora", "full", "bias"])
 def test_rules_and_theta_are_drawn_for_the_kind(kind, data):
     drawn, inputs = data.draw(models(dtypes=(torch.float64,), training=(False,)))
     rules = data.draw(rules_for(drawn, inputs, kinds=(kind,)))

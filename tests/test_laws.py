@@ -25,10 +25,11 @@ pytestmark = pytest.mark.laws
 FLOAT32_ONLY = {"qwen3-moe-grouped", "gpt-oss-grouped"}
 
 
-THETA = ("A", "B", "magnitude", "shift", "weight")
+THETA = ("A", "B", "magnitude", "P", "singular", "Q", "shift", "weight")
 DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
 KINDS = [(case, "lora") for case in ZOO]
-KINDS += [(case, kind) for k, kind in enumerate(("dora", "bias", "full")) for case in (ZOO if DEEP else ZOO[k::12])]
+OTHERS = "dora", "adalora", "bias", "full"
+KINDS += [(case, kind) for k, kind in enumerate(OTHERS) for case in (ZOO if DEEP else ZOO[k::12])]
 
 
 def label(chosen: tuple[Case, str]) -> str:

@@ -44,9 +44,9 @@ def untouched(path: Path) -> bool:
     return [p.name for p in path.parent.iterdir()] == [path.name] and path.read_bytes() == b"old"
 
 
-def faulty(folder: Path, monkeypatch, line: str) -> None:
-    """The program with a line more where it is asked to run a file."""
-    text, place = Path(worker.__file__).read_text(), '        if said["do"] == "run":\n'
+def faulty(folder: Path, monkeypatch, line: str, do: str = "run") -> None:
+    """The program with a line more where it is asked to run a file, or to do something else with it."""
+    text, place = Path(worker.__file__).read_text(), f'if said["do"] == "{do}":\n'
     assert text.count(place) == 1
     program = folder / "worker_that_fails.py"
     program.write_text(text.replace(place, f"{place}            {line}\n"))
@@ -72,6 +72,14 @@ def test_a_crash_of_the_runtime_is_an_error(old, tmp_path_factory, monkeypatch, 
     assert not fresh[0].alive
     if line == "os.abort()":
         assert export_onnx(MODEL, X, old).comparisons  # in another one
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals have no names there")
+def test_a_crash_of_the_checker_is_an_error(old, tmp_path_factory, monkeypatch, fresh):
+    faulty(tmp_path_factory.mktemp("program"), monkeypatch, "os.abort()", "check")
+    with pytest.raises(ExportError, match="has ended by SIGABRT"):
+        export_onnx(MODEL, X, old)
+    assert untouched(old)
 
 
 class Half(nn.Module):

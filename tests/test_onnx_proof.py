@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ import lora_fx
 from lora_fx import Rule
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx import export as onnx_export
+from lora_fx.export.onnx import optimization as onnx_optimization
+from lora_fx.export.onnx import proof as onnx_proof
 from lora_fx.export.onnx import weights as onnx_weights
 from tests import reference
 from tests.onnx_proofs import Variant, export
@@ -179,10 +184,10 @@ def test_one_element_one_bit_off_is_found(tmp_path, monkeypatch):
 
 
 def test_a_weight_that_no_adapter_is_on_must_stay(tmp_path, monkeypatch):
-    def touched(graph, weights, wanted=True, real=onnx_export.optimize):
+    def touched(unfilled, weights, real=onnx_export.fill):
         if any(weight.adapters for weight in weights.values()):
             model.down.weight.data[0, 0] += 1
-        return real(graph, weights, wanted)
+        return real(unfilled, weights)
 
     model = adapted(Net())
     kept = model.down.weight.data.clone()
@@ -193,7 +198,7 @@ def test_a_weight_that_no_adapter_is_on_must_stay(tmp_path, monkeypatch):
         model.down.weight.data.copy_(kept)
         return files
 
-    monkeypatch.setattr(onnx_export, "optimize", touched)
+    monkeypatch.setattr(onnx_export, "fill", touched)
     monkeypatch.setattr(onnx_export, "save_model", restored)
     unproven(model, tmp_path, "down.weight", "its numbers are not the base's")
 
@@ -218,6 +223,58 @@ def test_another_graph_is_found(tmp_path, monkeypatch, change):
 
     monkeypatch.setattr(onnx_export, "save_model", changed)
     unproven(adapted(Net()), tmp_path, "the graph is not the base's", "where the base has", "m.onnx")
+
+
+def test_branches_that_were_traced_are_found(tmp_path, monkeypatch):
+    """What was traced for the file is not the base then, which is translated by itself."""
+    monkeypatch.setattr(onnx_weights, "unwired", lambda model: nullcontext())
+    unproven(adapted(Net()), tmp_path, "the graph is not the base's")
+
+
+def test_a_graph_that_was_made_for_the_folded_numbers_is_found(tmp_path, monkeypatch):
+    """The optimizer drops a bias of zeros, if it sees them."""
+
+    def sighted(graph, weights, wanted=True):
+        if not any(weight.adapters for weight in weights.values()):
+            return blind(graph, weights, wanted)
+        with monkeypatch.context() as patch:
+            patch.setattr(onnx_optimization, "_optimize_blind", lambda graph: (real(graph), drop(graph)))
+            found = blind(graph, weights, wanted)
+        return dataclasses.replace(found, empty=found.empty - {"up.weight"})
+
+    def drop(graph):
+        next(node for node in graph.graph if node.op_type == "Gemm").replace_input_with(2, None)
+
+    real = onnx_optimization._optimize_blind
+    blind = onnx_export.blind
+    monkeypatch.setattr(onnx_export, "blind", sighted)
+    unproven(adapted(Net()), tmp_path, "the graph is not the base's")
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["the base was traced", "a copy was split off"])
+def test_the_base_is_translated_again_where_another_model_was_traced(tmp_path, monkeypatch, split):
+    calls, real = [], torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *given, **options: calls.append(0) or real(*given, **options))
+    ids = torch.arange(10).reshape(2, 5)
+    model, x = (adapted(Tied(), Rule(form="linear", rank=2), ids), ids) if split else (adapted(Net()), X)
+    proof = lora_fx.export_onnx(model, x, tmp_path / "m.onnx", prove=True, check=False).proof
+    assert len(calls) == 1 + split and bool(proof.split) == split
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
+def test_a_proof_maps_one_weight_after_another(tmp_path, monkeypatch):
+    """A page that was read stays in memory while it is mapped: in the end the whole file would be."""
+    seen, real = [], onnx_proof.operators
+
+    def looked(file):
+        seen.append(sum("m.onnx.data" in line for line in Path("/proc/self/maps").read_text().splitlines()))
+        return real(file)
+
+    monkeypatch.setattr(onnx_proof, "operators", looked)
+    ids = torch.arange(10).reshape(2, 5)
+    model = adapted(Tied(), Rule(form="linear", rank=2), ids)
+    lora_fx.export_onnx(model, ids, tmp_path / "m.onnx", prove=True, check=False, external_data=True)
+    assert seen == [0]
 
 
 def test_with_its_branches_a_file_is_not_proven(tmp_path):

@@ -112,6 +112,18 @@ def test_a_folded_weight_is_quantised_after_the_fold_and_proven_before(external,
     assert "proven: " in str(report) and "then quantised to int4: 2 products" in str(report)
 
 
+@pytest.mark.parametrize("kind", quantization.KINDS)
+def test_a_weight_that_two_products_share(kind, tmp_path):
+    """onnxruntime 1.26 would turn it twice, which a square one lets it do without a word."""
+    torch.manual_seed(0)
+    lin, x = nn.Linear(64, 64), torch.randn(5, 64)
+    made = [
+        export_onnx(nn.Sequential(lin, nn.Tanh(), other).eval(), x, tmp_path / "m.onnx", quantize=kind).quantized
+        for other in (lin, copy.deepcopy(lin))
+    ]
+    assert made[0].losses == made[1].losses and [one.products for one in made] == [2, 2]
+
+
 @pytest.mark.parametrize("kind, opset", [("int4", 18), ("int8", 24)])
 def test_the_error_is_reported_and_the_file_has_a_digest_of_its_own(kind, opset, tmp_path):
     torch.manual_seed(0)

@@ -302,6 +302,28 @@ def test_what_is_written_into_a_constant_that_multiplies_is_refused():
     assert "torch.cat" in caught.value.refusals[0].remedy
 
 
+def chosen(m, x):
+    h = m.l(x)
+    return torch.cond(x.sum() > 0, lambda h: m.a(h), lambda h: (h @ m.b).relu(), (h,))
+
+
+def test_weights_inside_of_a_cond_are_refused_and_the_others_are_sites():
+    """In a branch that calls modules, too; and the remedies help."""
+    build = lambda how=chosen: Odd(how, l=LINEAR(4, 5), a=LINEAR(5, 6), b=r(5, 6))  # noqa: E731
+    with pytest.raises(PlanError, match="inside of torch's cond, by a graph of its own") as caught:
+        lora_fx.plan(build(), RULE, X)
+    assert all(word in str(caught.value) for word in ("b, a.weight", "torch.where", "otherwise='skip'"))
+    for rule in (Rule(where="l*", rank=2), Rule(where="*", rank=2, otherwise="skip")):
+        model = lora_fx.apply(build().eval(), rule, X)
+        assert {p.rpartition("_lora")[0] for p, _ in model.named_parameters() if p.endswith(".A")} >= {"l.weight"}
+        reference.fill(model)
+        folded = lora_fx.fold(copy.deepcopy(model))
+        for x in (X, -X):
+            assert_equivalent(model, folded, x)
+    plan = lora_fx.plan(build(lambda m, x: torch.where(x.sum() > 0, m.a(m.l(x)), (m.l(x) @ m.b).relu())), RULE, X)
+    assert {"a.weight", "b", "l.weight"} <= {row.name for row in plan.rows}
+
+
 def test_a_product_into_out_is_refused():
     model = Odd(lambda m, x: torch.mm(x[0], m.a, out=torch.empty(7, 6)), a=r(4, 6))
     with pytest.raises(PlanError, match=r"a: the weight multiplies into out=…, .*\n.*assign the result"):

@@ -41,6 +41,7 @@ from lora_fx.deltas.schedules import AUTO
 from lora_fx.errors import KindError, RuleError
 from lora_fx.export.adapters import peft as peft_format
 from lora_fx.export.adapters.folder import (
+    ADALORA,
     HEADER,
     OWN,
     PEFT,
@@ -638,6 +639,14 @@ def _read_peft(model: nn.Module, folder: Folder) -> list[_Saved]:
         refuse(folder.option("target_modules"), reason, ITS_BASE)
     if why := peft_format.why_not_together([layer for _, layer in targeted], bool(config.get("fan_in_fan_out"))):
         refuse(folder.option("fan_in_fan_out"), why, peft_format.TRAIN)
+    if config["peft_type"] == ADALORA:
+        for name, layer in targeted:
+            own = _read_adalora(name, layer, folder)
+            saved += [own] if own.settings["rank"] else []  # its training may have left nothing of a layer
+            for key in layer.adalora_keys.values():
+                del rest[key]
+        peft_format.check_rest(model, rest, folder)
+        return saved
     kind, targets = kind_named("dora" if config.get("use_dora") else "lora"), [layer.target for _, layer in targeted]
     ranks, alphas = peft_format.ranks(folder, targets), peft_format.alphas(folder, targets)
     for name, layer in targeted:
@@ -660,3 +669,16 @@ def _read_peft(model: nn.Module, folder: Folder) -> list[_Saved]:
         saved.append(_Saved((name,), kind, theta, layer.layout, None, settings, folder.tensor(layer.keys[0])))
     peft_format.check_rest(model, rest, folder)
     return saved
+
+
+def _read_adalora(name: str, layer: Layer, folder: Folder) -> _Saved:
+    """One weight's, with the scale that it has in PEFT."""
+    theta, config = layer.adalora(folder), folder.config
+    rank = len(theta["singular"])
+    settings = {
+        "rank": rank,
+        "alpha": peft_format.adalora_scale(config) * rank,
+        "dropout": float(config.get("lora_dropout") or 0.0),
+    }
+    place = folder.tensor(layer.adalora_keys["singular"])
+    return _Saved((name,), kind_named("adalora"), theta, layer.layout, None, settings, place)

@@ -25,7 +25,7 @@ import torch
 from lora_fx.reading import boundary, contents, packed, refuse, tensor_table, tensors_digest, to_json
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PEFT, OWN = "LORA", "LORA_FX"  # peft_type: PEFT's own, and what only lora_fx can read
+PEFT, ADALORA, OWN = "LORA", "ADALORA", "LORA_FX"  # peft_type: two of PEFT's own, and what only lora_fx can read
 HEADER, DIGEST, VERSION = "lora_fx", "lora_fx_sha256", 1
 
 _RESTORE = "restore the file from where the adapter was saved"
@@ -111,7 +111,13 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_to_transform": (lambda v: _is_int(v) or _are(_is_int)(v), "an integer or a list of integers"),
     "layers_pattern": (lambda v: _is_text(v) or _are(_is_text)(v), "a name or a list of names"),
 }
-_NEEDED = ("r", "lora_alpha")  # PEFT has no null there
+_NEEDED = ("r", "lora_alpha", "init_r")  # PEFT has no null there
+
+#: what an AdaLoRA's config has besides, or means by a word of the same name
+_ADALORA_TYPES = {
+    "init_r": _TYPES["r"],
+    "rank_pattern": (_table_of(_are(lambda v: isinstance(v, bool))), "a table of lists of true and false"),
+}
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -120,9 +126,9 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         refuse(str(file), f"it holds a {type(config).__name__}, not a table", _RESTORE)
     kind = config.get("peft_type")
-    if kind not in (PEFT, OWN):
+    if kind not in (PEFT, ADALORA, OWN):
         refuse(f"{file}, peft_type", f"{kind!r} is no LoRA adapter", "load it with the library that wrote it")
-    for key, (test, wanted) in _TYPES.items():
+    for key, (test, wanted) in (_TYPES | (_ADALORA_TYPES if kind == ADALORA else {})).items():
         default = key not in config or (config[key] is None and key not in _NEEDED)
         if not default and not test(config[key]):
             refuse(f"{file}, {key}", f"{repr(config[key])[:200]} is not {wanted}", _RESTORE)

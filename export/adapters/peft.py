@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lora_fx.deltas.low_rank import LowRank
-from lora_fx.export.adapters.folder import Folder
+from lora_fx.export.adapters.folder import ADALORA, Folder
 from lora_fx.export.adapters.patterns import EVERY, matching
 from lora_fx.graph.layout import Layout
 from lora_fx.model.classes import spec_of
@@ -83,6 +83,39 @@ class Layer:
         """Why PEFT has no DoRA here; empty where it has."""
         known = self.kind in ("linear", "conv1d", "embedding", "conv")
         return "" if known else f"PEFT has no DoRA for {self.target}, which it adapts as {self.kind}"
+
+    @property
+    def adalora_keys(self) -> dict[str, str]:
+        """Tensor of the kind `adalora` → its key."""
+        names = {"P": "lora_B", "singular": "lora_E", "Q": "lora_A"}
+        return {tensor: f"{_PREFIX}{self.path}.{name}" for tensor, name in names.items()}
+
+    def adalora(self, folder: Folder) -> dict[str, torch.Tensor]:
+        """P (out, rank), λ (rank, 1) and Q (rank, in) out of a folder: the ranks that its training has left."""
+        known = self.kind in ("linear", "conv1d") or (self.kind == "conv" and len(self.layout.shape) == 4)
+        if not known:
+            refuse(
+                folder.tensor(self.path),
+                f"PEFT has no AdaLoRA for {self.target}, which it adapts as {self.kind}",
+                TRAIN,
+            )
+        config, entry = folder.config, f"{self.path}.lora_E"
+        alive = (config.get("rank_pattern") or {}).get(entry, [True] * config["init_r"])
+        if len(alive) != config["init_r"]:
+            reason = f"{entry} says of {len(alive)} ranks whether they act, and init_r is {config['init_r']}"
+            refuse(folder.option("rank_pattern"), reason, "restore both files of one save")
+        rank, found = sum(alive), {}
+        shapes = {"P": (self.layout.size("o"), rank), "singular": (rank, 1), "Q": (rank, self.layout.size("i"))}
+        for tensor, key in self.adalora_keys.items():
+            value = folder.tensors.get(key)
+            if value is None:
+                remedy = "restore the file; its config says that this layer is adapted"
+                refuse(folder.tensor(key), "the key is missing", remedy)
+            if tuple(value.shape) != shapes[tensor]:
+                reason = f"its shape is {tuple(value.shape)}; rank {rank} on {self.target} {self.layout.shape} wants "
+                refuse(folder.tensor(key), f"{reason}{shapes[tensor]}", "restore both files of one save")
+            found[tensor] = value
+        return found
 
     def sizes(self, folder: Folder) -> dict[str, torch.Tensor]:
         """DoRA's m out of a folder, (out, 1)."""
@@ -302,6 +335,9 @@ _FREE = frozenset({
     "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "qalora_group_size", "runtime_config",
 })  # fmt: skip
+_ADALORA = frozenset({
+    "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+})  # fmt: skip
 
 #: initialisations that leave the base weights alone
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -323,8 +359,9 @@ _REASONS = {
 def check_options(folder: Folder) -> None:
     """Every option that changes what the adapter computes is honoured or refused by name."""
     config = folder.config
+    known = _READ | _FREE | (_ADALORA if config["peft_type"] == ADALORA else frozenset())
     for key, value in config.items():
-        if key in _READ or key in _FREE or value is None or value is False or value in ("", [], {}):
+        if key in known or value is None or value is False or value in ("", [], {}):
             continue
         why = _REASONS.get(key, "lora_fx does not know what this option does to the adapter")
         refuse(folder.option(key), f"{key}={value!r}: {why}", _MERGE)
@@ -419,6 +456,12 @@ def ranks(folder: Folder, targets: Sequence[str]) -> dict[str, int]:
 def alphas(folder: Folder, targets: Sequence[str]) -> dict[str, float]:
     alpha = folder.config.get("lora_alpha")
     return _values(folder, "alpha_pattern", targets, 8 if alpha is None else alpha)
+
+
+def adalora_scale(config: Mapping[str, Any]) -> float:
+    """PEFT divides by the rank that the training began with, and a little more; pruning leaves that as it is."""
+    alpha, first = config["lora_alpha"], config["init_r"]
+    return (alpha if alpha > 0 else float(first)) / (first + 1e-5)
 
 
 def release(config: dict) -> tuple[int, ...]:

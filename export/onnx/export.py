@@ -39,7 +39,7 @@ from lora_fx.export.onnx.files import (
     writable,
 )
 from lora_fx.export.onnx.graphs import describe, graph_digest, name_interface, operators, translate
-from lora_fx.export.onnx.optimization import Contents, optimize
+from lora_fx.export.onnx.optimization import Blind, Filled, blind, fill
 from lora_fx.export.onnx.proof import Proof, fused_operators, prove
 from lora_fx.export.onnx.quantization import (
     Loss,
@@ -55,7 +55,7 @@ from lora_fx.export.onnx.runs import Comparison, compare_runs, open_session, run
 from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.export.onnx.targets import OPTIONAL, REQUIRED, SLOTS, TARGETS, Step, Target, step_of
 from lora_fx.export.onnx.tasks import GRAPH
-from lora_fx.export.onnx.weights import Checkpoint, Weights, adapter_digest, structure
+from lora_fx.export.onnx.weights import Checkpoint, Weights, adapter_digest, seen, structure
 from lora_fx.graph.capture import inputs_on_meta, normalize_inputs, refuse_unready
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import refuse_any_away
@@ -112,7 +112,7 @@ class ExportReport:
     comparisons: tuple[Comparison, ...]
     """ONNX Runtime against torch: the example inputs, then two other shapes where axes are dynamic."""
     not_run: str = ""
-    """Why ONNX Runtime did not run the file: then only `onnx.checker` has seen it."""
+    """Why ONNX Runtime did not run the file: unless that is `check=False`, only `onnx.checker` has seen it then."""
     certificate: Certificate | None = None
     """Where a model with branches was exported: that every use of every adapted weight was W + δ; see `certify`."""
     proof: Proof | None = None
@@ -140,7 +140,7 @@ class ExportReport:
             lines.append(f"  {str(self.certificate).splitlines()[-1]}")
         lines += [f"  {self.proof}"] if self.proof else []
         lines += [f"  then {self.quantized}"] if self.quantized else []
-        lines += [f"  NOT RUN, only checked by onnx.checker: {self.not_run}"] if self.not_run else []
+        lines += [f"  NOT RUN: {self.not_run}"] if self.not_run else []
         return "\n".join(lines)
 
 
@@ -188,10 +188,10 @@ def export_onnx(
         target: "ort" for the file alone. "genai", "optimum" and "transformers.js" load a folder, which is then what
             `path` names: the graph, and the configurations that the runtime reads. They run decoders of transformers
             with a cache: pass ``{"input_ids": tokens}``; other inputs, names and axes follow from the target.
-        prove: translate the base model too, read the file back, and hold the one against the other: the same graph,
-            node for node, and every folded element the sum rounded once. Takes twice the time.
-        check: certify the model, run the file, and the model in float64 beside it: that takes the memory of two more
-            models. Without it nothing is checked but what `prove` does.
+        prove: read the file back, and hold it against the base model's: the same graph, node for node, and every folded
+            element the sum rounded once.
+        check: certify the model, have onnx check the file, run it, and the model in float64 beside it: that takes the
+            memory of two more models. Without it nothing is checked but what `prove` does.
         weights: where the numbers of a model on meta are: a ``.safetensors`` file, an index of some, or their folder.
             They go from there into the file one tensor at a time, are folded in the precision that they have there, and
             rounded once to the model's dtype; torch runs nothing.
@@ -282,6 +282,8 @@ class Translated:
     program: Any
     weights: Weights
     slots: switchable.Slots
+    seen: tuple[object, ...]
+    """What was traced: if it was the base model itself, a proof need not have that translated again."""
     how: Translate
     """A proof has the base model translated in the same way."""
 
@@ -290,9 +292,14 @@ class Translated:
 class Optimised:
     """The graph as it is written."""
 
-    graph: Any
-    contents: Contents
+    filled: Filled
+    blind: Blind
+    """The same before any number was in it."""
     how: Optimise
+
+    @property
+    def graph(self) -> Any:
+        return self.filled.graph
 
 
 @dataclass(frozen=True)
@@ -463,7 +470,7 @@ class Translate(Pass):
                 call = stack.enter_context(switchable.factors_as_inputs(model, slots, call))
                 call = replace(call, inputs=inputs_on_meta(call.inputs)) if job.checkpoint else call
             weights = stack.enter_context(structure(model, job.form == "folded", job.checkpoint))
-            return Translated(translate(model, call, self.opset), weights, slots, self)
+            return Translated(translate(model, call, self.opset), weights, slots, seen(model, weights), self)
 
 
 @dataclass(frozen=True)
@@ -498,15 +505,21 @@ class Optimise(Pass):
         return Result(model, False, (made,))
 
     def of(self, job: Job, translated: Translated) -> Optimised:
-        program = translated.program
-        contents = optimize(program.model, translated.weights, self.optimize)
-        name_interface(program, job.call, self.input_names, self.output_names)
-        return Optimised(program.model, contents, self)
+        unfilled = blind(translated.program.model, translated.weights, self.optimize)
+        made = self.filled(job, translated, unfilled, translated.weights)
+        translated.program.model = made.graph  # whose inputs and outputs have the names that the file gives them
+        return Optimised(made, unfilled, self)
+
+    def filled(self, job: Job, translated: Translated, unfilled: Blind, weights: Weights) -> Filled:
+        """With these numbers, and names of inputs and outputs."""
+        made = fill(unfilled, weights)
+        name_interface(made.graph.graph, translated.program, job.call, self.input_names, self.output_names)
+        return made
 
 
 @dataclass(frozen=True)
 class Write(Pass):
-    """Write the file beside its target, and have onnx check it.
+    """Write the file beside its target.
 
     Args:
         external_data: as in `export_onnx`.
@@ -525,7 +538,6 @@ class Write(Pass):
         graph = place / job.layout.graph
         graph.parent.mkdir(parents=True, exist_ok=True)
         files = save_model(facts[Optimised].graph, graph, self.external_data, job.layout.data)
-        check_file(files[0])
         configs = [place / name for name in job.layout.configs]
         for file, said in zip(configs, job.layout.configs.values(), strict=True):
             assert job.step is not None
@@ -535,7 +547,8 @@ class Write(Pass):
 
 @dataclass(frozen=True)
 class Run(Pass):
-    """Run the file in ONNX Runtime and hold it against torch: a switchable one with each adapter, and with none."""
+    """Have onnx check the file, run it in ONNX Runtime and hold it against torch: a switchable one with each adapter,
+    and with none."""
 
     name = "run"
     requires = (given(Job), given(Translated), given(Optimised), given(Written))
@@ -543,6 +556,7 @@ class Run(Pass):
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         job = facts[Job]
+        check_file(facts[Written].files[0])
         session, missing = None, "the model is on meta, and has nothing to compare it with"
         if not job.checkpoint:
             session, missing = open_session(facts[Written].files[0])
@@ -575,7 +589,7 @@ def _in_slots(model: nn.Module, job: Job, graph: Any) -> Generator[tuple[str, li
 
 @dataclass(frozen=True)
 class Prove(Pass):
-    """Translate the base model too, and hold the file against it."""
+    """Hold the file, as it is read back, against the base model's graph and numbers."""
 
     name = "prove"
     requires = (given(Job), given(Translated), given(Optimised), given(Written))
@@ -583,18 +597,28 @@ class Prove(Pass):
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
         translated, made, written = facts[Translated], facts[Optimised], facts[Written]
-        job = replace(facts[Job], form="base")
-        with unwired(model):
-            plain = translated.how.of(model, job)
-            base = made.how.of(job, plain)
-        proof = prove(written.files[0], translated.weights, made.contents, base.graph, plain.weights)
+        base, weights = self._base(model, replace(facts[Job], form="base"), translated, made)
+        proof = prove(written.files[0], translated.weights, made.filled, base, weights)
         if not facts.get(Compared) or facts[Compared].not_run or written.bytes > INLINE:
             return Result(model, False, (proof,))
         inside = written.scratch / "base"
         inside.mkdir()
-        (file, *_) = save_model(base.graph, inside / "base.onnx", None)
+        (file, *_) = save_model(base, inside / "base.onnx", True)
         fused = [fused_operators(path, inside) for path in (written.files[0], file)]
         return Result(model, False, (replace(proof, fused=fused[0], base_fused=fused[1]),))
+
+    def _base(self, model: nn.Module, job: Job, translated: Translated, made: Optimised) -> tuple[Any, Weights]:
+        """The base model's graph, and its weights. Where what was traced for the file was the base model itself, and no
+        adapted weight had numbers while it was optimized, it is the file's graph from before any came in, with the
+        base's; else the base is translated by itself."""
+        adapted = {name for name, weight in translated.weights.items() if weight.adapters}
+        with unwired(model):
+            with structure(model, False, job.checkpoint) as weights:
+                same = seen(model, weights) == translated.seen
+            if same and adapted & made.blind.read <= made.blind.empty:
+                return made.how.filled(job, translated, made.blind, weights).graph, weights
+            plain = translated.how.of(model, job)
+            return made.how.of(job, plain).graph, plain.weights
 
 
 @dataclass(frozen=True)
@@ -618,10 +642,10 @@ class Quantise(Pass):
         graph = quantise(file, inside, self.quantize, external)
         # The configurations beside it say already whether there is a data file.
         files = save_model(graph, file, external or self.external_data, target.data)
-        check_file(files[0])
         written = replace(written, files=files)
         found: list[Loss] = []
         if self.check:
+            check_file(files[0])
             session, missing = open_session(files[0])
             if session is None:
                 refuse("quantize", missing, "leave quantize out")
@@ -630,7 +654,11 @@ class Quantise(Pass):
                     actual = run_session(session, facts[Translated].program, job.call.inputs, fed)
                     found += losses([value.name for value in graph.graph.outputs], expected, actual, name)
         said = Quantized(self.quantize, products(graph), left_float(graph), (before, written.bytes), tuple(found))
-        return Result(model, False, (replace(facts[Optimised], graph=graph), written, said))
+        return Result(
+            model,
+            False,
+            (replace(facts[Optimised], filled=replace(facts[Optimised].filled, graph=graph)), written, said),
+        )
 
 
 @dataclass(frozen=True)

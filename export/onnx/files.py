@@ -15,6 +15,7 @@ from typing import Any
 from lora_fx.changes import foreign, signals_wait
 from lora_fx.errors import LoraFxError
 from lora_fx.export.onnx.loading import SEAL, seal
+from lora_fx.export.onnx.processes import checked
 from lora_fx.export.onnx.runtimes import refuse, refusing
 
 INLINE = 2**31 - 2**26
@@ -64,7 +65,7 @@ def save_model(model: Any, path: Path, external_data: bool | None, suffix: str =
     try:
         if not (external_data or size > INLINE):
             onnx_ir.external_data.load_to_model(model)  # what was read from another file's data
-            onnx_ir.save(model, path)
+            _write(model, path)
         else:
             onnx_ir.save(model, path, external_data=data.name)
     except Exception as error:
@@ -77,12 +78,61 @@ def save_model(model: Any, path: Path, external_data: bool | None, suffix: str =
     return [path, *beside]
 
 
-def check_file(path: Path) -> None:
+def _write(model: Any, path: Path) -> None:
+    """One message, as protobuf makes it, but without a copy of all numbers in memory: they go into the file one tensor
+    after another, as the last fields of the graph."""
     import onnx
+    import onnx_ir
 
+    values = model.graph.initializers.values()
+    kept = {value: value.const_value for value in values}
+    streamed = {value.name: t for value, t in kept.items() if t.nbytes > _STREAMED and t.dtype.name != "STRING"}
+    try:
+        for value in values:
+            if (tensor := streamed.get(value.name)) is not None:
+                head = onnx.TensorProto(name=value.name, data_type=tensor.dtype.value, dims=tensor.shape.numpy())
+                value.const_value = onnx_ir.TensorProtoTensor(head)
+        proto = onnx_ir.to_proto(model)
+    finally:
+        for value, tensor in kept.items():
+            value.const_value = tensor
+    heads = [tensor.SerializeToString() for tensor in proto.graph.initializer]
+    numbers = [streamed.get(tensor.name) for tensor in proto.graph.initializer]
+    del proto.graph.initializer[:]
+    graph = proto.graph.SerializeToString(deterministic=True)
+    proto.ClearField("graph")
+    raw = [b"" if tensor is None else _start(_RAW_DATA, tensor.nbytes) for tensor in numbers]
+    sizes = [len(h) + len(r) + (0 if t is None else t.nbytes) for h, r, t in zip(heads, raw, numbers, strict=True)]
+    starts = [_start(_INITIALIZER, size) for size in sizes]
+    with open(path, "wb") as file:
+        file.write(proto.SerializeToString(deterministic=True))
+        file.write(_start(_GRAPH, len(graph) + sum(map(len, starts)) + sum(sizes)))
+        file.write(graph)
+        for start, head, begin, tensor in zip(starts, heads, raw, numbers, strict=True):
+            file.write(start + head + begin)
+            if tensor is not None:
+                before = file.tell()
+                tensor.tofile(file)
+                assert file.tell() - before == tensor.nbytes, f"{tensor.name}: other bytes than its shape says"
+
+
+_STREAMED = 1024  # bytes: what has more of them goes straight from where it is into the file
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9  # numbers of the fields in onnx.proto: of ModelProto, GraphProto, TensorProto
+
+
+def _start(field: int, size: int) -> bytes:
+    """What stands before the bytes of a field: its number, that its length comes, and that, seven bits in a byte."""
+    said = [field << 3 | 2]
+    while size >> 7:
+        said.append(size & 127 | 128)
+        size >>= 7
+    return bytes([*said, size])
+
+
+def check_file(path: Path) -> None:
     remedy = "try another opset; report it to lora_fx with the model if no opset helps"
     with refusing("onnx.checker refuses the file", path.name, remedy):
-        onnx.checker.check_model(str(path), full_check=True)
+        checked(path)
 
 
 def move_folder(made: Path, files: list[Path], configs: list[Path], target: Path) -> None:

@@ -79,14 +79,13 @@ def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
 
 
 def name_interface(
-    program: Any, call: Call, input_names: Sequence[str] | None, output_names: Sequence[str] | None
+    graph: Any, program: Any, call: Call, input_names: Sequence[str] | None, output_names: Sequence[str] | None
 ) -> None:
     """Names of inputs and outputs: the given ones, else those of the call's arguments and of the keys of a dict that
     the model returns; caches are ``past_key_values.0.key`` and ``present.0.key``, as in Optimum's files."""
-    graph = program.model.graph
     for values, given, own, place in (
         (graph.inputs[: len(call.names)], input_names, call.names, "input_names"),
-        (graph.outputs, output_names, _output_names(program), "output_names"),
+        (graph.outputs, output_names, _output_names(program, len(graph.outputs)), "output_names"),
     ):
         if given is not None and (len(given) != len(values) or len({*given}) != len(given)):
             reason = f"{place} is {[*given]}: {len({*given})} names for {len(values)} tensors"
@@ -101,10 +100,9 @@ def name_interface(
             value.name = name
 
 
-def _output_names(program: Any) -> list[str]:
+def _output_names(program: Any, total: int) -> list[str]:
     """A name for each output; empty where the model says none."""
     spec = program.exported_program.call_spec.out_spec
-    total = len(program.model.graph.outputs)
     if spec.num_leaves != total:
         return [""] * total
     structure = pytree.tree_unflatten(list(range(total)), spec)

@@ -71,6 +71,16 @@ def optimized(path: Path, target: Path) -> None:
     _running().ask({"do": "optimize", "path": str(path.absolute()), "target": str(target.absolute())}, {})
 
 
+def checked(path: Path) -> None:
+    """Have `onnx.checker` look at a file, and infer its shapes.
+
+    Raises:
+        Said: what it says against the file.
+        ExportError: the process has ended.
+    """
+    _running().ask({"do": "check", "path": str(path.absolute())}, {})
+
+
 class Runner:
     """The process. One thread asks at a time."""
 

@@ -3,15 +3,21 @@
     graph(folded) = graph(base)          line for line: nodes, attributes, topology, names, shapes, types
     W'            = round(W + Σ δ)   element for element, for the folded weights; all others to the bit
 
-The base model is translated once more, by itself, and the file is read back: nothing of what wrote it is trusted. What
-a folded weight must be is computed without the fold's own algebra (`lora_fx.checks.oracles`).
+The file is read back: nothing of what filled and wrote it is trusted. What a folded weight must be is computed without
+the fold's own algebra (`lora_fx.checks.oracles`). The base's graph is one of two. Where what torch traced for the file
+was the base model itself, as the modules and tensors say that a trace meets (`lora_fx.export.onnx.weights.seen`), and
+no adapted weight had numbers while the graph was optimized, it is that graph with the base's numbers let in by
+themselves. Else the base is translated and optimized once more. That torch translates one model twice to one graph is
+taken for granted in the first case.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -19,7 +25,7 @@ from typing import Any
 
 from lora_fx.checks.oracles import misrounded
 from lora_fx.export.onnx.graphs import as_torch, graph_lines, operators
-from lora_fx.export.onnx.optimization import Contents
+from lora_fx.export.onnx.optimization import Filled
 from lora_fx.export.onnx.processes import optimized
 from lora_fx.export.onnx.runtimes import refuse, refusing
 from lora_fx.export.onnx.weights import Weights
@@ -68,12 +74,12 @@ class Proof:
         return "\n  ".join(lines)
 
 
-def prove(path: Path, weights: Weights, contents: Contents, base: Any, base_weights: Weights) -> Proof:
+def prove(path: Path, weights: Weights, contents: Filled, base: Any, base_weights: Weights) -> Proof:
     """Hold the file against the base model's program.
 
     Args:
         weights, contents: what the file's initializers stand for.
-        base: the base model's program, translated and optimized by itself.
+        base: the base model's graph, with the base's numbers.
     """
     import onnx_ir
 
@@ -102,6 +108,8 @@ def prove(path: Path, weights: Weights, contents: Contents, base: Any, base_weig
             refuse(name, "no adapter is folded into it, and its numbers are not the base's", _REMEDY)
         else:
             evaluated.append(name)
+        if isinstance(actual, onnx_ir.ExternalTensor):  # it is mapped: every file page that was read is resident
+            actual.release()
     adapted: dict[tuple[Any, ...], list[str]] = {}
     for name, weight in weights.items():
         if weight.adapters:
@@ -116,6 +124,9 @@ def fused_operators(path: Path, folder: Path) -> dict[str, int]:
     import onnx
 
     target = folder / f"{path.stem}.fused"
+    if os.name == "posix":  # of the numbers, which nobody reads, nothing has to be written
+        with suppress(FileExistsError):
+            (folder / f"{target.name}.data").symlink_to(os.devnull)
     with refusing("ONNX Runtime does not load the file", path.name, "try another opset"):
         optimized(path, target)
     file = onnx.load(target, load_external_data=False)

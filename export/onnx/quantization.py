@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lora_fx.checks.verification import relative_error
-from lora_fx.export.onnx.graphs import as_torch, graph_digest
+from lora_fx.export.onnx.graphs import as_torch, attribute, graph_digest
 from lora_fx.export.onnx.runtimes import refuse, refusing, require
 from lora_fx.export.onnx.tasks import GRAPH
 
@@ -103,6 +103,7 @@ def quantise(file: Path, folder: Path, kind: str, external: bool) -> Any:
     bare, made = folder / "bare.onnx", folder / "quantised.onnx"
     for name in slots:
         model.graph.initializers.pop(name).const_value = None
+    _gemms_apart(model)
     onnx_ir.save(model, bare, external_data=f"{bare.name}.data" if external else None)
     with refusing(f"ONNX Runtime's tool for {kind} does not take the file", file.name, _REMEDY), _root_logger_kept():
         KINDS[kind].run(bare, made, external)
@@ -119,6 +120,35 @@ def quantise(file: Path, folder: Path, kind: str, external: bool) -> Any:
     return model
 
 
+def _gemms_apart(model: Any) -> None:
+    """y = x·Wᵀ + b as a MatMul and an Add, with Wᵀ as the constant: the tools quantise no Gemm, and the one of
+    onnxruntime 1.26 that takes them apart turns a weight that two of them share twice."""
+    import onnx_ir
+    from onnx_ir.passes import common
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    held, plain = model.graph.initializers, {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    for node in [node for node in model.graph.all_nodes() if node.op_type == "Gemm" and not node.domain]:
+        x, weight, *bias = node.inputs
+        given = {name: attribute(node, name) for name in plain}
+        if held.get(weight.name) is not weight or any(given[n] not in (None, plain[n]) for n in plain):
+            continue
+        if attribute(node, "transB"):
+            name = f"{weight.name}.turned"
+            if name not in held:
+                turned = as_torch(weight.const_value).t().contiguous()
+                held[name] = onnx_ir.val(name, shape=turned.shape, type=weight.type)
+                held[name].const_value = TorchTensor(turned, name=name)
+            weight = held[name]
+        new = [onnx_ir.node("MatMul", [x, weight], name=f"{node.name}_MatMul")]
+        if bias and bias[0] is not None:
+            new.append(onnx_ir.node("Add", [new[0].outputs[0], bias[0]], name=f"{node.name}_Add"))
+        (old,), (made,) = node.outputs, new[-1].outputs
+        new[0].outputs[0].name = f"{old.name}_MatMul"
+        onnx_ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, [old], [made])
+    common.RemoveUnusedNodesPass()(model)
+
+
 def _int8(file: Path, made: Path, external: bool) -> None:
     """Unsigned weights: products of signed ones overflow on processors without VNNI."""
     tool = require("onnxruntime.quantization")
@@ -130,9 +160,7 @@ def _int8(file: Path, made: Path, external: bool) -> None:
 
 def _int4(file: Path, made: Path, external: bool) -> None:
     onnx, tool = require("onnx"), require("onnxruntime.quantization.matmul_nbits_quantizer")
-    model = require("onnxruntime.quantization.onnx_model").ONNXModel(onnx.load(file))
-    model.replace_gemm_with_matmul()
-    quantizer = tool.MatMulNBitsQuantizer(model.model, bits=4, block_size=_BLOCK)
+    quantizer = tool.MatMulNBitsQuantizer(onnx.load(file), bits=4, block_size=_BLOCK)
     quantizer.process()
     quantizer.model.save_model_to_file(str(made), external)
 

@@ -83,7 +83,7 @@ def slots_in(model: nn.Module) -> Iterator[Slots]:
                 detach(place.owner, place.child)
             owner, first = places[0].owner, places[0].adapter
             slot = Adapter(
-                first.layout, rank=_TRACED, alpha=_TRACED, name=_SLOT, dtype=first.dtype, device=first.A.device
+                first.layout, rank=_TRACED, alpha=_TRACED, name=_SLOT, dtype=first.dtype, device=first.device
             ).eval()
             slot.change(realised=first.realised)
             slots[name] = slot

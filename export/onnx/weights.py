@@ -105,6 +105,25 @@ def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = No
         yield weights
 
 
+def seen(model: nn.Module, weights: Weights) -> tuple[object, ...]:
+    """What a trace of a model meets: where two are equal, two traces are of one program.
+
+    These are the modules themselves, what each runs (its class, a forward or hooks of its own), and what it reads:
+    which names have one tensor, which storage each is of, and its type. A graph that was written anew is another one.
+    """
+    modules: list[object] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        own, kind = vars(module), type(module)
+        hooks = [tuple(h.values()) for h in (module._forward_hooks, module._forward_pre_hooks)]
+        modules.append((path, id(module), kind, kind.forward, own.get("forward"), *hooks, module.training))
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    tensors = [
+        (n, first.setdefault(id(t), n), weights[n].storage, weights[n].dtype, weights[n].shape) for n, t in named
+    ]
+    return (*modules, *tensors)
+
+
 def _kept_originals(model: nn.Module) -> dict[str, int]:
     """Of a model that has been folded: parameter name → its storage in the base model, where the fold split it off."""
     here = inventory(model)

@@ -77,6 +77,10 @@ class Runner:
             return {}, {str(n): output for n, output in enumerate(outputs)}
         if said["do"] == "optimize":
             self._session(said)
+        elif said["do"] == "check":
+            import onnx
+
+            onnx.checker.check_model(said["path"], full_check=True)
         else:
             self.sessions.pop(said["number"], None)
         return {}, {}

@@ -266,7 +266,7 @@ def _by_use(model: nn.Module, program: Program, adapters: Sequence[Adapter], und
     acting = [adapter for storage in storages for adapter in storage.adapters]
     small = _is_small(storages) and not _is_coarse(rounding)
     away = any(is_away(*owner) for storage in storages for owner in storage.owners)
-    if small or away or not all(adapter.kind.name == "lora" for adapter in acting):  # whose θ that makes no δ is known
+    if small or away or not all(adapter.kind.low_rank for adapter in acting):
         return None
     base = Flow(before, storages, here.modules).counts()
 
@@ -290,7 +290,7 @@ def _by_use(model: nn.Module, program: Program, adapters: Sequence[Adapter], und
                 if training and _same(plain, was) and _same(moved, changed):
                     whole += whole  # both modes are one
                     break
-                with silent(acting, undo):
+                with silent(storages, undo):
                     started = run_adapted(model, inputs)
                 if not training and not _same(started, plain):  # it may take another kernel while it is recorded
                     plain = itself(training)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -18,6 +18,7 @@ from lora_fx.deltas.kinds import Theta
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNIT = 2.0**-53
+_PART = 2**18  # elements that are judged at a time: in a CPU's caches
 
 
 def delta(weight: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
@@ -40,6 +41,17 @@ def moved_by(x: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
     return sum(others, start=first)
 
 
+def delta_size(weight: torch.Tensor, adapter: Adapter) -> float:
+    """The root mean square of δ; of factors without making it: ‖B·A‖² = Σ (Bᵀ·B) ⊙ (A·Aᵀ)."""
+    if not adapter.kind.low_rank:
+        own = delta(weight, adapter)
+        return float(own.square().mean().sqrt()) if own.numel() else 0.0
+    assert adapter.kind.factors is not None
+    A, B = (factor.detach() for factor in adapter.kind.factors(_wide(adapter)))
+    squares = ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0)
+    return abs(adapter.scale) * math.sqrt(float(squares) / max(weight.numel(), 1))
+
+
 def _wide(adapter: Adapter) -> Theta:
     """θ in float64."""
     return adapter.theta_of({name: p.detach().to(torch.float64) for name, p in adapter.named_parameters()})
@@ -51,10 +63,24 @@ def misrounded(weight: torch.Tensor, folded: torch.Tensor, adapters: Sequence[Ad
     float64 has no wider type beside it: there a sum of n terms may be off by n roundings of what is added up. A δ that
     is no product of factors is known in float64 only: an element is right where it is within `SHARE` of that.
     """
-    plain = weight.detach().to(torch.float64)
     if not all(adapter.kind.low_rank for adapter in adapters):
-        return _off(folded, plain, delta(weight, *adapters))
-    products = [_Product.of(adapter) for adapter in adapters]
+        return _off(folded, weight.detach().to(torch.float64), delta(weight, *adapters))
+    products, found = [_Product.of(adapter) for adapter in adapters], []
+    row = weight[0].numel() if len(weight) else 0
+    step = max(1, _PART // max(row, 1))
+    for start in range(0, len(weight), step):
+        size = min(step, len(weight) - start)
+        parts = [product.part(start, size) for product in products]
+        wrong = _misrounded(weight.narrow(0, start, size), folded.narrow(0, start, size), adapters, parts)
+        found.append(wrong + start * row)
+    return torch.cat(found) if found else torch.tensor([], dtype=torch.long)
+
+
+def _misrounded(
+    weight: torch.Tensor, folded: torch.Tensor, adapters: Sequence[Adapter], products: Sequence[_Product]
+) -> torch.Tensor:
+    """The same for some indices of the first axis, with the products' parts of these."""
+    plain = weight.detach().to(torch.float64)
     total = sum((product.delta() for product in products), start=plain)
     size = sum((product.size() for product in products), start=plain.abs())
     error = sum(2 * adapter.rank + 2 for adapter in adapters) * _UNIT * size
@@ -139,6 +165,11 @@ class _Product:
 
     def delta(self) -> torch.Tensor:
         return self._sum(self.B, self.A).mul_(self.scale)
+
+    def part(self, start: int, size: int) -> _Product:
+        """Of these indices of the first axis."""
+        B, A = (f.narrow(0, start, size) if f.shape[0] > 1 else f for f in (self.B, self.A))
+        return replace(self, B=B, A=A)
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """x·δᵀ of a matrix."""

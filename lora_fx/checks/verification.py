@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.changes import Undo, in_turn, safe_point, undone
-from lora_fx.checks.oracles import delta
+from lora_fx.checks.oracles import delta, delta_size
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import CaptureError, EquivalenceError, LoraFxError, essence
 from lora_fx.graph.capture import Inputs, does_not_run, normalize_inputs, output_tensors, uncompiled
@@ -416,19 +416,26 @@ def filled(
     generator = torch.Generator().manual_seed(seed)
     with undone(undo):
         for adapter in dict.fromkeys(adapters):
-            for parameter in adapter.parameters():
-                undo.append(partial(parameter.detach().copy_, parameter.detach().clone()))
+            _keep(adapter, undo)
             _fill(adapter, storages[adapter].weight if adapter in storages else None, generator, whole)
         yield
 
 
+def _keep(adapter: Adapter, undo: list[Undo]) -> None:
+    for parameter in adapter.parameters():
+        undo.append(partial(parameter.detach().copy_, parameter.detach().clone()))
+
+
 @contextmanager
-def silent(adapters: Sequence[Adapter], undo: list[Undo]) -> Iterator[None]:
-    """B = 0 in all of these, which are of low rank; then what it was."""
-    with undone(undo), torch.no_grad():
-        for adapter in dict.fromkeys(adapters):
-            undo.append(partial(adapter.B.detach().copy_, adapter.B.detach().clone()))
-            adapter.B.zero_()
+def silent(storages: Sequence[Storage], undo: list[Undo]) -> Iterator[None]:
+    """θ of all adapters as it starts, with δ = 0; then what it was."""
+    adapters = [(adapter, storage.weight) for storage in storages for adapter in storage.adapters]
+    devices = {adapter.device for adapter, _ in adapters if adapter.device.type == "cuda"}
+    with undone(undo):
+        with torch.random.fork_rng(devices):
+            for adapter, weight in adapters:
+                _keep(adapter, undo)
+                adapter.start(weight)
         yield
 
 
@@ -491,7 +498,7 @@ def scatter(adapter: Adapter, weight: torch.Tensor, generator: torch.Generator, 
         for name, parameter in adapter.named_parameters():
             own = min(step, 1.0) if free and name not in free else step
             parameter.copy_(before[name] + own * noise[name].to(parameter.device))
-        found = _size(delta(weight, adapter))
+        found = delta_size(weight, adapter)
         if wanted / 2 <= found <= wanted * 2 or (found < wanted and found < 1.25 * last):  # a delta may be bounded
             break
         step, last = (step * 2.0, found) if found < wanted else (step / 2.0, 0.0)

@@ -155,9 +155,10 @@ class Adapter(Beside):
         """Become active, or cease to be: then θ does not train. `requires_grad` comes back as it was."""
         if whether == self.active:
             return
-        names = self._trained if whether else tuple(name for name, p in self.named_parameters() if p.requires_grad)
+        own: Any = self._parameters
+        names = self._trained if whether else tuple(name for name, p in own.items() if p.requires_grad)
         for name in names:
-            self.get_parameter(name).requires_grad_(whether)
+            own[name].requires_grad_(whether)
         self.change(active=whether, _trained=names)
 
     @property
@@ -244,10 +245,18 @@ class Adapter(Beside):
 
     @property
     def dtype(self) -> torch.dtype:
+        return self._first.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
+
+    @property
+    def _first(self) -> nn.Parameter:
         # Not through the attribute: while a module is traced, reading a parameter gives a proxy.
         first = next(iter(self._parameters.values()))
         assert first is not None
-        return first.dtype
+        return first
 
     def low_rank(self, tensors: dict[str, Any] | None = None, index: Any = None, scale: Any = None) -> LowRank:
         """Its delta as a value, of a kind that has factors: of θ as it is now, or of these in its place."""

@@ -19,7 +19,7 @@ import torch
 
 from lora_fx.changes import Undo, safe_point
 from lora_fx.deltas.low_rank import LowRank
-from lora_fx.deltas.rounding import Remainder, Scratch, between, checksum, nearest, remember, round_once
+from lora_fx.deltas.rounding import Remainder, Scratch, between, checksum, nearest, remember, round_once, same
 from lora_fx.errors import FoldError
 from lora_fx.graph.layout import Layout
 
@@ -85,26 +85,30 @@ class Way:
     """As they were when they were folded."""
     magnitude: float
     remainders: tuple[Remainder, ...]
-    folded: int
+    folded: torch.Tensor
     """Checksum of the folded weight: it must still be what it was."""
-    original: int
+    original: torch.Tensor
     """Checksum of the original weight: it must be what comes out."""
 
     @property
     def bytes(self) -> int:
         return sum(r.bytes for r in self.remainders)
 
-    def starts_at(self, weight: torch.Tensor) -> bool:
-        """The folded weight is bitwise what the fold has made it."""
-        return _checksum(weight) == self.folded
+    def starts_at(self, weight: torch.Tensor) -> torch.Tensor:
+        """The folded weight is bitwise what the fold has made it; the answer is on its device."""
+        return same(_checksum(weight), self.folded)
 
-    def take_back(self, weight: torch.Tensor, undo: list[Undo]) -> None:
-        """Write the weight that was; `undo` gets what folds each block again, for an unfold that is cut short."""
+    def take_back(self, weight: torch.Tensor, undo: list[Undo]) -> torch.Tensor:
+        """Write the weight that was; `undo` gets what folds each block again, for an unfold that is cut short.
+
+        Returns:
+            Whether it is the one that was, on its device.
+        """
         whole, scratch = ExactSum(weight, tuple(map(_wide, self.deltas)), self.magnitude), _scratch(weight)
         for part, remainder in zip(whole.blocks(), self.remainders, strict=True):
             old = remainder.restore(part.guess(scratch))
             _write(part.weight, old, undo, partial(_fold_block, part), scratch)
-        assert _checksum(weight) == self.original, "unfolding is exact"
+        return same(_checksum(weight), self.original)
 
 
 def kept(delta: LowRank) -> LowRank:
@@ -357,8 +361,11 @@ def _blocks(weight: torch.Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def _checksum(weight: torch.Tensor) -> int:
-    return sum(checksum(weight[start:stop]) for start, stop in _blocks(weight))
+def _checksum(weight: torch.Tensor) -> torch.Tensor:
+    found = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start, stop in _blocks(weight):
+        found += checksum(weight[start:stop])
+    return found
 
 
 def _largest(values: torch.Tensor) -> float:

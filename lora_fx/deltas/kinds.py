@@ -188,6 +188,27 @@ DORA = Kind(
     settings=_FACTORED,
 )
 
+
+def _adalora_start(theta: Theta, weight: torch.Tensor) -> None:
+    """Λ = 0; P and Q are Gaussian, as wide as PEFT's."""
+    theta.P.normal_(std=0.02)
+    theta.Q.normal_(std=0.02)
+    theta.singular.zero_()
+
+
+#: Zhang et al., ICLR 2023: δ = s·P·Λ·Q, Λ a diagonal, P and Q pressed to be orthogonal (`lora_fx.Budget`)
+ADALORA = Kind(
+    "adalora",
+    shapes=lambda space: {
+        "P": (*space.batch, space.out, space.rank),
+        "singular": (*space.batch, space.rank, 1),
+        "Q": (*space.batch, space.rank, space.inner),
+    },
+    start=_adalora_start,
+    factors=lambda theta: (theta.singular * theta.Q, theta.P),
+    settings={key: value for key, value in LORA.settings.items() if key != "init"},
+)
+
 #: Zaken et al., ACL 2022 (BitFit)
 BIAS = Kind(
     "bias",
@@ -206,4 +227,4 @@ FULL = Kind(
 )
 
 #: name → row; read whenever a kind is asked for, since rows come and go (`lora_fx.deltas.kind_registration`)
-KINDS = {kind.name: kind for kind in (LORA, DORA, BIAS, FULL)}
+KINDS = {kind.name: kind for kind in (LORA, DORA, ADALORA, BIAS, FULL)}

@@ -15,7 +15,7 @@ import torch
 
 from lora_fx.changes import Undo
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.rounding import Scratch, checksum, round_once
+from lora_fx.deltas.rounding import Scratch, checksum, round_once, same
 from lora_fx.errors import FoldError
 
 
@@ -70,18 +70,21 @@ class KeptWeight:
     """The way from the folded weight back: the original one."""
 
     original: torch.Tensor
-    folded: int
+    folded: torch.Tensor
     """Checksum of the folded weight: it must still be what it was."""
 
     @property
     def bytes(self) -> int:
         return self.original.numel() * self.original.element_size()
 
-    def starts_at(self, weight: torch.Tensor) -> bool:
-        """The folded weight is bitwise what the fold has made it."""
-        return weight.dtype == self.original.dtype and checksum(weight) == self.folded
+    def starts_at(self, weight: torch.Tensor) -> torch.Tensor:
+        """The folded weight is bitwise what the fold has made it; the answer is on its device."""
+        if weight.dtype != self.original.dtype:
+            return torch.zeros((), dtype=torch.bool, device=weight.device)
+        return same(checksum(weight), self.folded)
 
-    def take_back(self, weight: torch.Tensor, undo: list[Undo]) -> None:
-        """Write the weight that was; `undo` gets the folded one."""
+    def take_back(self, weight: torch.Tensor, undo: list[Undo]) -> torch.Tensor:
+        """Write the weight that was; `undo` gets the folded one. It is the one that was, as what comes says."""
         undo.append(partial(weight.copy_, weight.clone()))
         weight.copy_(self.original)
+        return torch.ones((), dtype=torch.bool, device=weight.device)

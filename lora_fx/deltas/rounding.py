@@ -11,6 +11,7 @@ numbers of which that could move the guess are kept in full.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -137,11 +138,21 @@ def from_ordinal(steps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return bits.contiguous().reshape(-1).view(dtype).reshape(steps.shape)
 
 
-def checksum(values: torch.Tensor) -> int:
-    """A sum over the bits: different for any one changed element."""
+def checksum(values: torch.Tensor) -> torch.Tensor:
+    """A sum over the bits, modulo 2⁶⁴: different for any one changed element. It stays on the device."""
     flat = values.detach().contiguous().view(-1)
     aligned = flat.numel() * flat.element_size() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
-    return int(flat.view(torch.int64 if aligned else _INTEGERS[flat.element_size()]).sum(dtype=torch.int64))
+    return flat.view(torch.int64 if aligned else _INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Whether two checksums are; a model may have moved since one was taken."""
+    return one == other.to(one.device)
+
+
+def read(answers: Sequence[torch.Tensor]) -> list[bool]:
+    """What devices have found out, all at once: they are waited for once, and not for each."""
+    return torch.stack([one.to(answers[0].device) for one in answers]).tolist() if answers else []
 
 
 # ── what rounding took away ──────────────────────────────────────────────────────────────────────────────────────────

@@ -304,10 +304,14 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
     create: Any = fx.proxy.TracerBase.create_node
 
     def enter(module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():  # a branch of `torch.cond`; what is below could not be compiled
+            return
         if threading.get_ident() == here:
             stack.append(paths.get(module, stack[-1] if stack else ""))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return
         if threading.get_ident() == here:
             stack.pop()
 

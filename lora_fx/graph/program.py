@@ -345,6 +345,12 @@ class _Reader:
         for n in made_of:
             if n in self.views:
                 self._add(node, self.views[n], None, multiplies=False)
+            if name in _BRANCHING:
+                for seen in self._seen(n):
+                    seen.weight.refuse(
+                        f"is read inside of torch's {name}, by a graph of its own, which no adapter reaches",
+                        "choose by torch.where, which computes both sides, or by a Python if",
+                    )
         if node in self.fixed or self._modulates(node, made_of):
             self.computed[node] = self._sources(node, name, made_of)
         for target in written_by(node):
@@ -433,6 +439,9 @@ class _Reader:
         sides = call.sides if call is not None and view is not None else ""
         place = node.meta.get(MODULE, "")
         weight.uses.append(Use(weight, node, view or View.of(weight.shape), place, None, True, sides))
+
+
+_BRANCHING = frozenset({"cond", "while_loop", "map_impl", "scan"})
 
 
 def _multiplies(name: str) -> bool:

@@ -34,8 +34,9 @@ from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.places import is_moved, is_shard, refuse_shard
 from lora_fx.graph.views import View
-from lora_fx.model.inventory import inventory
+from lora_fx.model.inventory import Inventory, inventory
 from lora_fx.model.marks import ORIGINAL, attribute_of, forget, remember
+from lora_fx.walking import modules_of
 
 _IMPORT = "import "
 _FREES = re.compile(r";  [\w =]+ = None$", re.MULTILINE)  # how generated code lets go of what it does not read again
@@ -46,6 +47,8 @@ Reads = tuple[tuple[str, tuple[str, ...], bool], ...]
 
 def reads_of(adapters: Mapping[str, Adapter]) -> Reads:
     """What a module reads, from its adapters by child name."""
+    if not adapters:
+        return ()
     reads: dict[str, tuple[str, ...]] = {}
     for child in adapters:
         reads[attribute_of(child)] = (*reads.get(attribute_of(child), ()), child)
@@ -58,6 +61,12 @@ def spec_of(module: nn.Module) -> Spec | None:
     return getattr(type(module), "_lora_fx", None)
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without what we have made of it."""
+    spec = spec_of(module)
+    return spec.base if spec else type(module)
+
+
 def is_generated(cls: type) -> bool:
     """Whether the class is one of ours, and not another tool's that was derived from one."""
     return "_lora_fx" in vars(cls)
@@ -65,9 +74,10 @@ def is_generated(cls: type) -> bool:
 
 def give_class(module: nn.Module, reads: Reads = ()) -> None:
     """The class in which the module reads these weights with their branches; its own for none."""
-    spec = spec_of(module)
-    base = spec.base if spec else type(module)
-    module.__class__ = generated_class(Spec(base, reads)) if reads else base
+    base = own_class(module)
+    cls = generated_class(Spec(base, reads)) if reads else base
+    if type(module) is not cls:
+        module.__class__ = cls
 
 
 def give_forward(module: nn.Module, graph: fx.Graph, baked: frozenset[str], fallback: Reads) -> None:
@@ -88,10 +98,10 @@ def give_forward(module: nn.Module, graph: fx.Graph, baked: frozenset[str], fall
     module.__class__ = generated_class(Spec(base, reads, code.src, names, baked, fallback))
 
 
-def _refuse_derived(model: nn.Module) -> None:
+def _refuse_derived(here: Inventory) -> None:
     """Raise where another tool has derived a class from a generated one (a parametrization, `fully_shard`): with the
     generated class that one would go."""
-    for path, module in model.named_modules():
+    for module, (path, *_) in here.modules.items():
         if spec_of(module) is not None and not is_generated(type(module)):
             raise LoraFxError(
                 f"since the module was adapted it has been given the class {type(module).__name__}, and would lose it",
@@ -101,15 +111,18 @@ def _refuse_derived(model: nn.Module) -> None:
             )
 
 
-def unwire(model: nn.Module) -> None:
+def unwire(model: nn.Module, here: Inventory | None = None) -> None:
     """Give every module its original class and graph back; adapters stay where they are, and do nothing.
+
+    Args:
+        here: the model's inventory, where it has been taken.
 
     Raises:
         LoraFxError: another tool has built on what would go.
     """
-    inventory(model)  # refuses displaced weights
-    _refuse_derived(model)
-    for module in model.modules():
+    here = here or inventory(model)  # refuses displaced weights
+    _refuse_derived(here)
+    for module in here.modules:
         spec = spec_of(module)
         if spec is not None:
             module.__class__ = spec.base
@@ -136,7 +149,7 @@ def unwired(model: nn.Module) -> Iterator[None]:
 
 def is_wired(model: nn.Module) -> bool:
     """Whether a module has a class or a graph of ours."""
-    return any(spec_of(m) is not None or ORIGINAL in m.__dict__ for m in model.modules())
+    return any(spec_of(m) is not None or ORIGINAL in m.__dict__ for m in modules_of(model))
 
 
 def show(module: nn.Module) -> str:
@@ -148,7 +161,7 @@ def show(module: nn.Module) -> str:
         return _FREES.sub("", spec.source.strip())
     reads = spec.reads if spec else ()
     notes = [f"# self.{read} {'is the sum' if dense else 'reads'} with {', '.join(own)}" for read, own, dense in reads]
-    base = spec.base if spec else type(module)
+    base = own_class(module)
     try:
         source = textwrap.dedent(inspect.getsource(base.forward)).strip()
     except (OSError, TypeError):  # made by exec, or in C

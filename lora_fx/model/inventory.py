@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import AdapterError, LoraFxError
 from lora_fx.graph.places import is_shard, loaded
 from lora_fx.graph.program import storage_of
-from lora_fx.model.marks import FoldRecord, attribute_of, child_name, fold_record
+from lora_fx.model.marks import SEPARATOR, FoldRecord, attribute_of, child_name, fold_record
+from lora_fx.walking import modules_of, paths_of
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -188,27 +190,38 @@ def inventory(model: nn.Module) -> Inventory:
         LoraFxError: an adapted or folded weight is no parameter any more, so that its branch would be left out.
     """
     modules: dict[nn.Module, tuple[str, ...]] = {}
-    inside = {module for adapter in model.modules() if isinstance(adapter, Adapter) for module in adapter.modules()}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if module not in inside:
-            modules[module] = (*modules.get(module, ()), path)
+    for path, module in paths_of(model, leaves=Adapter):
+        if not isinstance(module, Adapter):
+            modules[module] = (*modules[module], path) if module in modules else (path,)
     places: list[Place] = []
     put_away: list[Place] = []
-    records = {module: record for module in modules if (record := fold_record(module)) is not None}
+    records: dict[nn.Module, FoldRecord] = {}
     for module, paths in modules.items():
-        children = {**module._modules, **module.__dict__}  # a module under two names may have its adapter in both
-        own = [Place(paths, module, name, child) for name, child in children.items() if isinstance(child, Adapter)]
-        _refuse_displaced(module, paths[0], [place.attribute for place in own], records)
+        record = fold_record(module)
+        own = [Place(paths, module, name, child) for name, child in _adapters_of(module)]
+        if record is not None:
+            records[module] = record
+            put_away += [Place(paths, module, child, away.adapter, True) for child, away in record.children.items()]
+        if own or record is not None:
+            _refuse_displaced(module, paths[0], [place.attribute for place in own], record)
         places += own
-        kept = records[module].children if module in records else {}
-        put_away += [Place(paths, module, child, away.adapter, True) for child, away in kept.items()]
     return Inventory(modules, tuple(places), tuple(put_away), records)
 
 
-def _refuse_displaced(
-    module: nn.Module, path: str, adapted: list[str], records: Mapping[nn.Module, FoldRecord]
-) -> None:
-    for attribute in (*adapted, *(records[module].attributes if module in records else ())):
+def is_folded(model: nn.Module) -> bool:
+    """The model carries what `unfold` needs."""
+    return any(fold_record(module) is not None for module in modules_of(model))
+
+
+def _adapters_of(module: nn.Module) -> list[tuple[str, Adapter]]:
+    """Beside its weights, by the child's name: a module under two names may have its adapter in both tables."""
+    tables: tuple[dict[str, Any], ...] = (module._modules, module.__dict__)
+    named = {name: own for table in tables for name, own in table.items() if SEPARATOR in name}
+    return [(name, own) for name, own in named.items() if isinstance(own, Adapter)]
+
+
+def _refuse_displaced(module: nn.Module, path: str, adapted: list[str], record: FoldRecord | None) -> None:
+    for attribute in (*adapted, *(record.attributes if record is not None else ())):
         if attribute not in module._parameters:
             raise LoraFxError(
                 "since it was adapted the weight has ceased to be a parameter: something computes it now",

@@ -24,17 +24,17 @@ _FOLDED = "_lora_fx_folded"  # what unfolding this module needs
 _PRESERVED = "_user_preserved_attributes"  # in a GraphModule's meta: attributes that torch gives to its copies
 _CONVERSIONS = "_lora_fx_conversions"  # how transformers would have rewritten the model's keys on saving
 _RESIZE = "resize_token_embeddings"
-_SEPARATOR = "_lora_"
+SEPARATOR = "_lora_"
 
 
 def child_name(attribute: str, adapter: str, part: str = "") -> str:
     """The name of the `Adapter` child beside its weight: ``weight_lora_default``, ``weight_lora_default_query``."""
-    return f"{attribute}{_SEPARATOR}{adapter}" + (f"_{part.rpartition('.')[2]}" if part else "")
+    return f"{attribute}{SEPARATOR}{adapter}" + (f"_{part.rpartition('.')[2]}" if part else "")
 
 
 def attribute_of(child: str) -> str:
     """The attribute that the weight has, beside which an adapter of this name stands."""
-    return child.partition(_SEPARATOR)[0]
+    return child.partition(SEPARATOR)[0]
 
 
 def attach(owner: nn.Module, child: str, adapter: Adapter, register: bool = True) -> None:

@@ -110,6 +110,7 @@ AREAS = {
     "rounding": Area(("tests/test_fold.py", GAPS), "native-chain", "l3"),
     "unfold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l5"),
     "changes": Area(("tests/test_concurrency.py",)),
+    "switching": Area(("tests/test_switching.py",)),
     "passes": Area(("tests/test_pipeline.py",)),
     "roles": Area(("tests/test_roles.py",)),
     "sites": Area(("tests/test_sites.py", "tests/test_refusals.py")),
@@ -509,9 +510,34 @@ MUTANTS = (
     ),
     Mutant(
         "deactivated_adapter_trains", "wiring", "lora_fx/deltas/adapter.py",
-        "self.get_parameter(name).requires_grad_(whether)", "pass",
+        "own[name].requires_grad_(whether)", "pass",
         "activate() leaves the adapters trainable that do not act, and frozen the ones that do.",
         tests=(GAPS,),
+    ),
+    Mutant(
+        "kept_class_never_given", "switching", "passes/keeping.py",
+        "if one.key == key and self._holds(module, one):", "if False:",
+        "Each switch traces every module anew.",
+    ),
+    Mutant(
+        "kept_class_for_others", "switching", "passes/keeping.py",
+        "one.key == key and ", "",
+        "A module gets the class that reads a weight with an adapter that does not act.",
+    ),
+    Mutant(
+        "kept_class_of_old_values", "switching", "passes/keeping.py",
+        "all(_same(self._value(owners[path], name), was) for path, name, was in kept.read)", "True",
+        "An attribute that was set while no adapter acted has its old value in the forward.",
+    ),
+    Mutant(
+        "kept_class_of_old_code", "switching", "passes/keeping.py",
+        "and _are(_content(code.base), code.content)", "",
+        "A method that was replaced while no adapter acted runs on in the forward.",
+    ),
+    Mutant(
+        "kept_classes_of_removed_adapters", "switching", "passes/activate.py",
+        "forget_classes(here.modules)", "pass",
+        "What was generated for adapters that are gone stays in memory.",
     ),
     Mutant(
         "inlined_keywords_lost", "wiring", "passes/rewriting.py",
@@ -875,7 +901,7 @@ MUTANTS = (
     ),
     Mutant(
         "checksum_always_equal", "unfold", "lora_fx/deltas/rounding.py",
-        "return int(flat.view(torch.int64 if aligned", "return 0 and int(flat.view(torch.int64 if aligned",
+        "return one == other.to(one.device)", "return one == one",
         "A weight that was written to after the fold is unfolded into nonsense.",
         tests=("tests/test_fold.py::test_unfolding_refuses_a_weight_that_was_written_to",),
     ),
@@ -888,8 +914,8 @@ MUTANTS = (
     ),
     Mutant(
         "unfold_writes_before_it_looks", "unfold", "passes/fold.py",
-        "if weight is None or not way.starts_at(weight):", "if weight is None:",
-        "Unfolding finds out that a weight was written to when it has written to it itself.",
+        "        if not right:\n", "        if False:\n",
+        "Unfolding does not look whether a weight was written to since.",
     ),
     # ── roles ────────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -1088,7 +1114,7 @@ MUTANTS = (
     ),
     Mutant(
         "optimizer_sees_the_weights", "export", "export/onnx/optimization.py",
-        "values[name], value.const_value = value.const_value, None", "values[name] = value.const_value",
+        'if value.metadata_props.get(_KIND) != "PARAMETER":', 'if value.metadata_props.get(_KIND) != "BUFFER":',
         "The graph depends on the numbers: zero biases are dropped, equal weights merged.",
         tests=("tests/test_onnx.py::test_zeros_ones_and_equal_weights_leave_the_graph_alone",),
     ),
@@ -1103,6 +1129,43 @@ MUTANTS = (
         "        if mine != theirs:", "        if not (mine and theirs):",
         "A proof takes any graph for the base's.",
         tests=("tests/test_onnx_proof.py::test_another_graph_is_found",),
+    ),
+    Mutant(
+        "any_trace_is_of_the_base", "export", "export/onnx/export.py",
+        "            if same and adapted & made.blind.read <= made.blind.empty:\n",
+        "            if adapted & made.blind.read <= made.blind.empty:\n",
+        "A file with branches in it is held against itself, and proven.",
+        tests=("tests/test_onnx_proof.py::test_branches_that_were_traced_are_found",),
+    ),
+    Mutant(
+        "proof_of_what_numbers_have_made", "export", "export/onnx/export.py",
+        "            if same and adapted & made.blind.read <= made.blind.empty:\n", "            if same:\n",
+        "A graph that was optimized with a look at the folded numbers is held against itself, and proven.",
+        tests=("tests/test_onnx_proof.py::test_a_graph_that_was_made_for_the_folded_numbers_is_found",),
+    ),
+    Mutant(
+        "proof_holds_every_page", "export", "export/onnx/proof.py",
+        "            actual.release()\n", "            pass\n",
+        "In the end of a proof the whole file is in memory.",
+        tests=("tests/test_onnx_proof.py::test_a_proof_maps_one_weight_after_another",),
+    ),
+    Mutant(
+        "lengths_of_one_byte", "export", "export/onnx/files.py",
+        "    while size >> 7:\n", "    while False:\n",
+        "A file whose graph has more than 127 bytes cannot be written.",
+        tests=("tests/test_onnx.py::test_float16_is_run",),
+    ),
+    Mutant(
+        "nothing_is_checked", "export", "export/onnx/files.py",
+        "        checked(path)\n", "        str(path)\n",
+        "A file that is no ONNX is written, where ONNX Runtime does not run it.",
+        tests=("tests/test_onnx.py::test_refusals_name_the_value_and_the_remedy_and_write_nothing",),
+    ),
+    Mutant(
+        "quantised_weight_not_turned", "export", "export/onnx/quantization.py",
+        "as_torch(weight.const_value).t().contiguous()", "as_torch(weight.const_value).contiguous()",
+        "A Gemm that is taken apart multiplies by W where it was Wᵀ.",
+        tests=("tests/test_onnx_quantization.py::test_numbers_that_fit_come_out_as_they_are_and_slots_stay_in_float",),
     ),
     Mutant(
         "slot_without_the_scale", "export", "export/onnx/switchable.py",
@@ -1278,7 +1341,7 @@ MUTANTS = (
     ),
     Mutant(
         "options_skipped", "files", "export/adapters/peft.py",
-        "or key in _FREE or value is None", "or key in _FREE or key in _REASONS or value is None",
+        "if key in known or value is None", "if key in known or key in _REASONS or value is None",
         "Options that change what an adapter computes (a bias of the branch, whole modules) are skipped.",
         tests=("tests/test_adapter_files.py::test_options_that_are_refused",),
     ),
@@ -1639,7 +1702,7 @@ MUTANTS = (
     ),
     Mutant(
         "kept_weight_starts_anywhere", "kinds", "lora_fx/deltas/rounded_sum.py",
-        "return weight.dtype == self.original.dtype and checksum(weight) == self.folded", "return True",
+        "return same(checksum(weight), self.folded)", "return torch.tensor(True)",
         "A folded weight that was trained since is overwritten by unfold.",
         tests=of_kinds("a_folded_weight_that_was_written_to_is_not_unfolded"),
     ),
@@ -1730,6 +1793,24 @@ MUTANTS = (
         "size > 1 and all(_size(n, axis) == 1 for n in scales)", "True",
         "A table that scales activations is taken for a weight that they scale.",
         tests=of_sites("a table that scales activations is none"),
+    ),
+    Mutant(
+        "weights_in_a_cond_not_told", "sites", "lora_fx/graph/program.py",
+        "            if name in _BRANCHING:\n", "            if name in ():\n",
+        "A weight that a branch of torch.cond multiplies with is left out without a word.",
+        tests=("tests/test_sites.py::test_weights_inside_of_a_cond_are_refused_and_the_others_are_sites",),
+    ),
+    Mutant(
+        "hooks_in_a_cond", "sites", "lora_fx/graph/capture.py",
+        "        if torch.compiler.is_dynamo_compiling():  # a", "        if False:  # a",
+        "A model that calls modules in a branch of torch.cond is not captured.",
+        tests=("tests/test_sites.py::test_weights_inside_of_a_cond_are_refused_and_the_others_are_sites",),
+    ),
+    Mutant(
+        "parts_counted_from_their_own_start", "verification", "lora_fx/checks/oracles.py",
+        "found.append(wrong + start * row)", "found.append(wrong)",
+        "Of a large weight the wrong elements are those of its first part.",
+        tests=("tests/test_testing.py::test_misrounded_elements_are_those_that_fractions_call_misrounded",),
     ),
     Mutant(
         "autocast_unknown", "sites", "lora_fx/graph/program.py",
@@ -2240,6 +2321,37 @@ MUTANTS = (
         "        if rounding.step <= stored:\n            return stored\n", "        return stored\n",
         "The noise of a model that multiplies in a narrower dtype than its weights' is measured as of theirs.",
         tests=("tests/test_mutant_gaps.py::test_a_weight_is_rounded_as_it_is_multiplied_with",),
+    ),
+    Mutant(
+        "budget_keeps_the_least", "kinds", "lora_fx/application/budget.py",
+        "scores.argsort(descending=True, stable=True)", "scores.argsort(stable=True)",
+        "The budget keeps the singular values that matter least.",
+        tests=("tests/test_budget.py::test_the_most_important_ones_act_by_the_formulas_of_the_paper",),
+    ),
+    Mutant(
+        "importance_without_vectors", "kinds", "lora_fx/application/budget.py",
+        'own["singular"].squeeze(-1) + own["P"].mean(-2) + own["Q"].mean(-1)', 'own["singular"].squeeze(-1)',
+        "The importance of a singular value leaves out its two vectors.",
+        tests=("tests/test_budget.py::test_the_most_important_ones_act_by_the_formulas_of_the_paper",),
+    ),
+    Mutant(
+        "pruning_changes_the_scale", "kinds", "passes/prune.py",
+        '"alpha": adapter.scale * divisor}', '"alpha": adapter.alpha}',
+        "A pruned adapter divides its alpha by fewer ranks.",
+        tests=("tests/test_budget.py::test_pruned_ranks_leave_the_forward_the_file_and_the_fold",),
+    ),
+    Mutant(
+        "adalora_scale_of_what_is_left", "files", "export/adapters/peft.py",
+        "    alpha, first = config[\"lora_alpha\"], config[\"init_r\"]\n",
+        "    alpha, first = config[\"lora_alpha\"], config[\"target_r\"]\n",
+        "An AdaLoRA of PEFT's is scaled by the rank that is left, and not by the one that its training began with.",
+        tests=("tests/test_peft_adalora.py::test_we_read_what_peft_saves",),
+    ),
+    Mutant(
+        "flags_of_a_block_stay", "switching", "passes/activate.py",
+        "            parameter.requires_grad_(flag)\n", "            pass\n",
+        "What a block has frozen or thawed stays so after it.",
+        tests=("tests/test_active.py::test_what_was_frozen_or_thawed_inside_is_as_it_was",),
     ),
     Mutant(
         "zeros_are_proof", "verification", "lora_fx/checks/uses.py",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from lora_fx.export.adapters.files import loading
 from lora_fx.export.onnx.export import exporting
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.model.inventory import base_parameters, inventory, weight_name
-from lora_fx.passes.activate import Activate, Remove, Require
+from lora_fx.passes.activate import Activate, Remove, Require, Restore, acting
 from lora_fx.passes.base import Pass
 from lora_fx.passes.fold import Fold, Unfold
 from lora_fx.passes.insert import Check, Insert, Rewrite
@@ -164,8 +165,8 @@ def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = T
     that, every folded element is checked to be the sum rounded once, and the model is folded again. Afterwards the
     model is bitwise what it was.
 
-    Takes two captures and some ten runs of the model, of kinds other than `lora` the dense sum of one weight at a time
-    in float64, and, for a folded model, a second copy of its folded weights.
+    Takes two captures and some ten runs of the model, of kinds without factors the dense sum of one weight at a
+    time in float64, and, for a folded model, a second copy of its folded weights.
 
     Args:
         example_inputs: as in `apply`. What they do not reach is listed as unseen, never as covered.
@@ -227,6 +228,30 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
 def deactivate(model: nn.Module) -> nn.Module:
     """The base model again, with all adapters kept for `activate`; returns the same model."""
     return pipeline("deactivate")(model).model
+
+
+@contextmanager
+def active(model: nn.Module, *names: str) -> Iterator[nn.Module]:
+    """Inside, exactly these adapters act, as after `activate`; then all are as they were, ``requires_grad`` too.
+
+    Blocks nest. An adapter that is applied or loaded inside stays, as it then is.
+
+    Raises:
+        AdapterError: there is no adapter of a name.
+        PlanError: the model is folded, before or at the end.
+        LoraFxError: a thread is inside a forward of the model.
+    """
+    before = acting(model)
+    activate(model, *names)
+    try:
+        yield model
+    finally:
+        Pipeline("restore", (Restore(before), Rewrite()))(model)
+
+
+def disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """Inside, no adapter acts: the base model, bit for bit, as a reference for preference training needs it."""
+    return active(model)
 
 
 def remove(model: nn.Module, *names: str) -> nn.Module:

@@ -3,10 +3,12 @@
 from lora_fx.analysis.rules import Rule
 from lora_fx.application import (
     activate,
+    active,
     adapters,
     apply,
     certify,
     deactivate,
+    disabled,
     fold,
     memory,
     pipeline,
@@ -15,6 +17,7 @@ from lora_fx.application import (
     switch,
     unfold,
 )
+from lora_fx.application.budget import Budget
 from lora_fx.checks.certification import Certificate
 from lora_fx.checks.footprint import Memory
 from lora_fx.checks.verification import Report, verify
@@ -35,6 +38,7 @@ from lora_fx.passes.planning import Plan
 
 __all__ = [
     "Adapter",
+    "Budget",
     "Call",
     "Certificate",
     "ExportReport",
@@ -48,11 +52,13 @@ __all__ = [
     "Report",
     "Rule",
     "activate",
+    "active",
     "adapters",
     "apply",
     "capture",
     "certify",
     "deactivate",
+    "disabled",
     "export_onnx",
     "fold",
     "fold_onnx",
