@@ -471,6 +471,18 @@ def test_a_fresh_adapter_is_invisible_however_x_lies(shape, order, dtype):
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("op", ["linear", "matmul"])
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("tokens", [2, 64, 300])
+def test_a_fresh_sum_multiplies_to_the_same_bits_however_w_lies(op, ordered, tokens):
+    torch.manual_seed(0)
+    shape = (96, 320) if op == "linear" else (320, 96)
+    x, A, B, W = torch.randn(tokens, 320), torch.randn(4, 320), torch.zeros(96, 4), torch.randn(shape)
+    W = W if ordered else W.t().contiguous().t()
+    y = schedules.matmul(op, x, W, None, ((A, B, 2.0, 0, None),), schedules.DENSE)
+    assert torch.equal(y, kernels.OPS[op](x, W, None))
+
+
 class CountingConv(nn.Conv2d):
     """It has state of its own, so no generated forward."""
 

@@ -165,15 +165,16 @@ def gradients(
 
 def weight_sum(op: str, weight: torch.Tensor, terms: Terms) -> torch.Tensor:
     """W + Σ s·B·A, differentiable in A and B."""
-    total = weight if op == "linear" else weight.mT
-    add = torch.addmm if total.dim() == 2 else torch.baddbmm
+    add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+    total = weight  # and lies as it does: a matmul rounds by how its operands lie
     for A, B, scale, first, _ in terms:
-        if B.shape[-2] == total.shape[-2]:
-            total = add(total, B, A, alpha=scale)
+        left, right, axis = (B, A, -2) if op == "linear" else (A.mT, B.mT, -1)
+        if B.shape[-2] == total.shape[axis]:
+            total = add(total, left, right, alpha=scale)
         else:
-            before, part, after = total.tensor_split((first, first + B.shape[-2]), dim=-2)
-            total = torch.cat([before, add(part, B, A, alpha=scale), after], dim=-2)
-    return total if op == "linear" else total.mT
+            before, part, after = total.tensor_split((first, first + B.shape[-2]), dim=axis)
+            total = torch.cat([before, add(part, left, right, alpha=scale), after], dim=axis)
+    return total
 
 
 #: by the axes of W: a product, and one that is added in place

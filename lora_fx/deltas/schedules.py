@@ -76,7 +76,8 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Terms, schedule: str)
 def _taken(op: str, schedule: str, x: Any, weight: Any, terms: Terms) -> str:
     """Which of the schedules that this call can have."""
     shape, (A, *_) = weight.shape, terms[0]
-    in_place, dense = len(shape) == 2, loses_nothing(weight.dtype)  # the model may have been cast since
+    in_place = len(shape) == 2
+    dense = loses_nothing(weight.dtype) and weight.is_contiguous()  # as the sum will be; the model may have been cast
     for _, B, _, _, dropped in terms:
         in_place = in_place and B.shape[0] == shape[0 if op == "linear" else 1]  # autograd copies around a part
         dense = dense and (dropped is None or dropped is x)
