@@ -92,7 +92,7 @@ def _taken(op: str, schedule: str, x: Any, weight: Any, terms: Terms) -> str:
 def _cheapest(
     shape: torch.Size, rank: int, size: int, cast: bool, in_place: bool, dense: bool, tokens: int, device: torch.device
 ) -> str:
-    case = costs.Matmul(*shape[-2:], rank, size, cast)  # in and out cost the same
+    case = costs.Matmul(shape[-2], shape[-1], rank, size, cast)  # in and out cost the same
     able = [name for name, can in ((IN_PLACE, in_place), (FUSED, True), (DENSE, dense)) if can]
     return costs.cheapest(able, case, tokens, costs.device_class(device))
 
@@ -155,7 +155,10 @@ class _Scheduled(torch.autograd.Function):
         terms = kernels.cast(own, weight.dtype)
         y = kernels.forward(op, dense, x, weight, bias, terms, kept)
         # x is kept unless only what dropout made of it is multiplied with a gradient.
-        inputs, spec, used, given = [None], [], [], []
+        inputs: list[Any] = [None]
+        spec: list[tuple[float, int]] = []
+        used: list[Any] = []
+        given: list[Any] = []
         for k, (A, B, scale, first, _) in enumerate(terms):
             dropped = tensors[3 * k + 2]
             inputs.append(dropped)
