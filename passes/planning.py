@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lora_fx.analysis.biases import Biases
 from lora_fx.analysis.patterns import find_pattern
 from lora_fx.analysis.rules import SKIP, Rule, read_rules, select
 from lora_fx.analysis.sites import Site, find_sites
-from lora_fx.deltas import schedules
+from lora_fx.deltas import costs, schedules
 from lora_fx.deltas.adapted_weight import has_product, schedulable
 from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
 from lora_fx.deltas.realisation import Realisation
@@ -26,6 +26,7 @@ from lora_fx.errors import PlanError, by_reason, few
 from lora_fx.graph import layout
 from lora_fx.graph.capture import refuse_unready
 from lora_fx.graph.layout import Layout
+from lora_fx.graph.nodes import shape_of
 from lora_fx.graph.places import without_numbers
 from lora_fx.graph.program import Program, Use, Weight, capture, find_weights
 from lora_fx.model.classes import unwired
@@ -59,7 +60,10 @@ class Row:
     stored: Mapping[str, torch.Tensor] | None = None
     """θ, where it has numbers already, from a file: beside a weight on meta it lies on the CPU."""
     schedule: str = ""
-    """How its branches are computed, in words: `lora_fx.deltas.schedules`."""
+    """How its branches are computed on these inputs, in words: `lora_fx.deltas.schedules`."""
+    expected: float | None = None
+    """What a training step of its uses is expected to take by that, of what the frozen weight's takes; None where it is
+    not known: see `lora_fx.deltas.costs`."""
 
     @property
     def name(self) -> str:
@@ -104,7 +108,9 @@ class Row:
         """Why it cannot have this schedule; empty where it can."""
         if schedule == schedules.DENSE:
             return self.why_branch or self.why_not_dense
-        return self.why_branch if schedule == schedules.FUSED else ""
+        if schedule == schedules.IN_PLACE and self.layout.batch:
+            return self.why_branch or "it is for one matrix, and each expert has one"
+        return self.why_branch if schedule in (schedules.FUSED, schedules.IN_PLACE) else ""
 
     @property
     def why_not_dense(self) -> str:
@@ -147,7 +153,7 @@ class Plan:
 
     def __str__(self) -> str:
         header = (
-            "weight", "role", "form", "shape", "kind", "rank", "trainable", "realised", "schedule", "folds",
+            "weight", "role", "form", "shape", "kind", "rank", "trainable", "realised", "schedule", "expected", "folds",
             "shared storage",
         )  # fmt: skip
         reasons = list(dict.fromkeys(why for row in self.rows for why in (row.reason, row.why) if why))
@@ -169,7 +175,7 @@ class Plan:
         return (
             row.name + part, role or "?", forms, "×".join(map(str, row.weight.shape)), row.kind.name,
             str(row.rank or "–"), f"{row.parameters:,}", realised, row.schedule,
-            "exactly" if row.kind.low_rank else "rounded once", shared,
+            f"{row.expected:.2f} ×" if row.expected else "", "exactly" if row.kind.low_rank else "rounded once", shared,
         )  # fmt: skip
 
 
@@ -268,6 +274,7 @@ class Schedule(Pass):
         plan.left_out += refused.left_out(plan.rows)
         for row in plan.rows:
             row.schedule = _schedule(row)
+            row.expected = _expected(row)
         return Result(model, False, (plan,))
 
 
@@ -286,11 +293,34 @@ def _schedule(row: Row) -> str:
         return "its own branch" if beside else f"{row.kind.adapts} + δ"
     if row.why_branch:
         return schedules.BRANCH
-    if row.rule.schedule != schedules.AUTO:
+    if row.rule.schedule != schedules.AUTO or not _tokens(row):
         return row.rule.schedule
-    if row.why_not_dense:
-        return schedules.FUSED
-    return f"{schedules.FUSED}; {schedules.DENSE} from {schedules.dense_from(*row.weight.shape[-2:]):,} tokens"
+    able = [name for name in (schedules.IN_PLACE, schedules.FUSED, schedules.DENSE) if not row.why_not(name)]
+    if row.rows is not None:  # autograd copies around a part
+        able = [name for name in able if name != schedules.IN_PLACE]
+    return costs.cheapest(able, _matmul(row), _tokens(row)[0], costs.device_class(row.weight.parameter.device))
+
+
+def _expected(row: Row) -> float | None:
+    known = row.schedule in schedules.SCHEDULES and row.schedule != schedules.AUTO and not row.why_branch
+    device = costs.device_class(row.weight.parameter.device)
+    own, plain = (
+        sum(costs.expected(name, _matmul(row), tokens, device) for tokens in _tokens(row) if known)
+        for name in (row.schedule, "plain")
+    )
+    return own / plain if plain else None
+
+
+def _matmul(row: Row) -> costs.Matmul:
+    dtype = row.weight.parameter.dtype
+    inputs, outputs = row.weight.shape[-2:]  # which is which does not matter
+    return costs.Matmul(inputs, outputs, row.rank or 0, dtype.itemsize, cast=not schedules.loses_nothing(dtype))
+
+
+def _tokens(row: Row) -> list[int]:
+    """Of each use that the example inputs have shown."""
+    shapes = [shape_of(use.call.x) for use in row.uses if use.call is not None and isinstance(use.call.x, fx.Node)]
+    return [math.prod(shape[1 if row.layout.batch else 0 : -1]) for shape in shapes if shape]
 
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

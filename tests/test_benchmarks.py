@@ -75,6 +75,7 @@ REAL_SIZE = [
     [
         ("training.py", ["--only", "vit.*"], ["ViT, query | value"]),
         ("experts.py", ["--tokens", "16"], ["16"]),
+        ("schedules.py", ["--dtypes", "float32"], ["float32, forward", "float32, with backward"]),
         ("folding.py", [], ["float32", "bfloat16"]),
         ("scale.py", [], ["1", "2"]),
         ("real_size.py", [], REAL_SIZE),

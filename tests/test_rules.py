@@ -228,6 +228,7 @@ def test_the_plan_is_a_table_and_changes_nothing(gpt2):
         "trainable",
         "realised",
         "schedule",
+        "expected",
         "folds",
         "shared",
         "storage",

@@ -57,8 +57,8 @@ class Rule:
         init: ``kaiming`` (A as in `nn.Linear`, B = 0), ``gaussian`` (A normal with std 1/rank, B = 0), ``zero``
             (A and B zero, for loading), or a function ``(A, B) -> None`` that fills both in place.
         scaling: ``standard``, or ``rslora``: alpha / sqrt(rank).
-        schedule: in which order the branches are computed: ``auto``, ``branch``, ``fused`` or ``dense`` (see
-            `lora_fx.deltas.schedules`); all are the same function.
+        schedule: in which order the branches are computed: ``auto``, ``branch``, ``in_place``, ``fused`` or ``dense``
+            (see `lora_fx.deltas.schedules`); all are the same function.
         settings: what else its kind can be given, by name.
         expect: how many sites the rule must decide.
         otherwise: what happens to sites that it decides and that cannot be adapted: ``refuse`` the plan, or ``skip``

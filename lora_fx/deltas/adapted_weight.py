@@ -181,11 +181,13 @@ class AdaptedWeight:
 
     def _factors(self, delta: LowRank, placement: Placement) -> tuple[Any, Any]:
         """A and B as this use multiplies with them."""
-        B = delta.whole
-        return self._cast(placement.down(delta.A, B), placement.up(delta.A, B))
-
-    def _cast(self, A: Any, B: Any) -> tuple[Any, Any]:
+        A, B = self._placed(delta, placement)
         return (A.to(self.base.dtype), B.to(self.base.dtype)) if self.cast else (A, B)
+
+    def _placed(self, delta: LowRank, placement: Placement) -> tuple[Any, Any]:
+        """The same in the dtype that they are kept in."""
+        B = delta.whole
+        return placement.down(delta.A, B), placement.up(delta.A, B)
 
     @property
     def schedule(self) -> str:
@@ -208,7 +210,7 @@ class AdaptedWeight:
             delta, drop = branch.delta, branch.dropout
             assert isinstance(delta, LowRank)
             own = placement.is_whole and delta.is_range
-            A, B = self._cast(delta.A, delta.B) if own else self._factors(delta, placement)
+            A, B = (delta.A, delta.B) if own else self._placed(delta, placement)
             first = delta.rows[0] if own and delta.rows else 0
             terms.append(Term(A, B, delta.scale, first, None if drop is None else drop(call.x)))
         return schedules.matmul(op, call.x, self.base, bias, tuple(terms), self.schedule)
@@ -355,8 +357,6 @@ def _at_once(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             if placement is None or not (placement.is_whole or adapter.rows is None):
                 return None
             A, B = placement.down(A, B), placement.up(A, B)
-        if A.dtype is not base.dtype:
-            A, B = A.to(base.dtype), B.to(base.dtype)
         terms.append((A, B, scale, first, drop and drop(x)))
     schedule = adapters[0].schedule if len(adapters) == 1 else weight.schedule
     return schedules.matmul(op, x, base, None if bias is None else values[bias], terms, schedule)

@@ -13,6 +13,10 @@ from lora_fx.deltas.kernels import Term, Terms
 ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
+_LARGE = 2**16
+"""Elements of W from which on a pass over y takes longer than what an op of ours costs."""
+
+
 def may_compile(x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
     """Whether Dynamo is to see one op. Inductor leaves matmuls to the same library as we do, but cannot accumulate in
     place around them; where it has kernels of its own (on a GPU), and where W is small, it is better left alone."""
@@ -22,7 +26,7 @@ def may_compile(x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
         or torch._C._are_functorch_transforms_active()
         or x.device.type != "cpu"
         or weight.dim() != 2
-        or weight.numel() < kernels.LARGE
+        or weight.numel() < _LARGE
         or weight.requires_grad
         or torch.is_autocast_enabled("cpu")
         or (bias is not None and (type(bias) not in ORDINARY or bias.requires_grad or bias.dtype != x.dtype))
@@ -57,7 +61,7 @@ def _fused_matmul(
     firsts: Sequence[int],
     dropped: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
-    """y, and x·Aᵀ of each term."""
+    """y, and A·xᵀ of each term."""
     kept: list[torch.Tensor] = []
     y = kernels.forward(op, False, x, weight, bias, _terms(A, B, scales, firsts, dropped), kept)
     return [y, *kept]
@@ -67,7 +71,7 @@ def _fused_matmul(
 def _(op: Any, x: Any, weight: Any, bias: Any, A: Any, *rest: Any) -> Any:
     tokens = x.numel() // x.shape[-1]
     y = x.new_empty(*x.shape[:-1], weight.shape[0 if op == "linear" else 1])
-    return [y, *(x.new_empty(tokens, a.shape[0]) for a in A)]
+    return [y, *(x.new_empty(a.shape[0], tokens) for a in A)]
 
 
 @torch.library.custom_op("lora_fx::fused_matmul_backward", mutates_args=())

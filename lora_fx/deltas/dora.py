@@ -45,7 +45,9 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, theta: Any) -> Any:
     terms = ((theta.A, theta.B, theta.scale, 0, None),)
     if op != "linear" or torch.compiler.is_compiling() or not kernels.loses_nothing(x.dtype):
         return None
-    if not schedules.may_schedule(x, weight, bias, terms) or theta.magnitude.dtype != x.dtype:
+    if not schedules.may_schedule(x, weight, bias, terms) or any(
+        t.dtype != x.dtype for t in (theta.A, theta.B, theta.magnitude)
+    ):
         return None
     return _Linear.apply(theta.scale, x, weight, bias, theta.A, theta.B, theta.magnitude)
 
@@ -75,9 +77,9 @@ class _Linear(torch.autograd.Function):
         if needs_x:
             grad_x = torch.mm(g, torch.addmm(weight, B, A, alpha=ctx.scale).mul_(c)).view(ctx.shape)
         if needs_a:
-            grad_a = kernels.tall(torch.mm(g, c * B), rows, ctx.scale)
+            grad_a = torch.mm((c * B).t(), g.t()).mm(rows).mul_(ctx.scale)
         if needs_b:
-            grad_b = kernels.tall(torch.mm(rows, A.t()), g, ctx.scale).t() * c
+            grad_b = torch.mm(A, rows.t()).mm(g).mul_(ctx.scale).t() * c
         if needs_m:
             own, size = plain.reshape(g.shape), magnitude
             if not bool((magnitude != 0).all()):  # then y says nothing of V

@@ -4,15 +4,15 @@
 
 or one for each expert, all of them with an axis before: x: (experts, tokens, in).
 
-Between large matmuls, every further op starts with cold caches, which costs a CPU more than the few numbers in it: so
-the small products come before the large one, scale while they multiply, and are written the way round in which the
-rank is the first axis (on a CPU up to five times as fast as the other).
+Each further op costs its launch and, between large matmuls, cold caches: so the small products scale while they
+multiply, accumulate onto what is there, and are written the way round in which the rank is the first axis (on a CPU up
+to five times as fast as the other).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,27 +44,25 @@ class Term(NamedTuple):
 Terms = Sequence[tuple[Any, Any, float, int, Any]]
 
 
-def flat(terms: Terms) -> list[Any]:
-    """The tensors of all terms in one list: autograd sees none inside of other things."""
-    return [t for A, B, _, _, dropped in terms for t in (A, B, dropped)]
-
-
-def unflat(spec: Iterable[tuple[float, int]], tensors: Iterable[Any]) -> Terms:
-    """The way back, from (scale, first) of each, for the tensors or what there is one of for each."""
-    rest = iter(tensors)
-    each = zip(spec, rest, rest, rest, strict=True)
-    return [(A, B, scale, first, dropped) for (scale, first), A, B, dropped in each]
-
-
 def loses_nothing(dtype: torch.dtype) -> bool:
     """Whether W + s·B·A in this dtype is as good as the branch: bfloat16 would round most of a small delta away."""
     return dtype in (torch.float32, torch.float64)
 
 
+def cast(terms: Terms, dtype: torch.dtype) -> Terms:
+    """The same with factors in this dtype: those of a weight of lower precision are float32, and are rounded for each
+    call. A copy that was kept would be stale where they are written to behind their version counters: `A.data.add_(…)`.
+    """
+    for A, B, *_ in terms:
+        if A.dtype is not dtype or B.dtype is not dtype:
+            return [(A.to(dtype), B.to(dtype), *rest) for A, B, *rest in terms]
+    return terms
+
+
 def branch(op: str, x: Any, weight: Any, bias: Any, terms: Terms) -> Any:
     """y as one would write it: every pass of autograd is an op of its own."""
     y = OPS[op](x, weight, bias)
-    for A, B, scale, first, dropped in terms:
+    for A, B, scale, first, dropped in cast(terms, weight.dtype):
         z = _linear(x if dropped is None else dropped, A)
         after = y.shape[-1] - first - B.shape[-2]
         y = y + _linear(z if scale == 1 else z * scale, F.pad(B, (0, 0, first, after)) if first or after else B)
@@ -75,7 +73,7 @@ def _linear(x: Any, weight: Any) -> Any:
     return F.linear(x, weight) if weight.dim() == 2 else torch.matmul(x, weight.mT)
 
 
-_unsafe_view: Any = torch.ops.aten._unsafe_view.default
+_unsafe_view: Any = torch.ops.aten._unsafe_view.default._op
 """A view that autograd takes for a tensor of its own, as torch's matmul uses it where nobody else has the elements.
 
 A view that an autograd function gives must not be written to, and the model may do so: `nn.ReLU(inplace=True)`."""
@@ -94,58 +92,31 @@ def in_place(op: str, x: Any, weight: Any, bias: Any, terms: Terms) -> Any:
             return branch(op, x, weight, bias, terms)
         x = x.view(math.prod(shape[:-1]), shape[-1])
     y = OPS[op](x, weight, bias)
-    for A, B, scale, first, dropped in terms:
+    for A, B, scale, first, dropped in cast(terms, weight.dtype):
         z = F.linear(x if dropped is None else dropped.view(x.shape), A)
-        part = y if B.size(0) == y.size(1) else y.narrow(1, first, B.size(0))
-        part.addmm_(z, B.t(), alpha=scale)
+        _part(y, first, B).addmm_(z, B.t(), alpha=scale)
     return y if len(shape) == 2 else _unsafe_view(y, (*shape[:-1], y.size(1)))
-
-
-LARGE = 2**16
-"""From so many elements of x on, a pass over y takes longer than what a call of torch costs."""
 
 
 def forward(op: str, dense: bool, x: Any, weight: Any, bias: Any, terms: Terms, kept: list[torch.Tensor]) -> Any:
     """y, with the branches accumulated in place or, if `dense`, in the weight. It is no view.
 
     Args:
-        kept: x·Aᵀ of each term is appended, where backward needs it.
+        kept: A·xᵀ of each term is appended, where backward needs it.
     """
     if dense:
         return no_view(OPS[op](x, weight_sum(op, weight, terms), bias))
-    experts = weight.dim() == 3
-    for A, _, _, _, dropped in terms:
-        own = x if dropped is None else dropped
-        z = torch.bmm(own, A.mT) if experts else F.linear(own, A)
-        kept.append(z if experts or z.dim() == 2 else z.reshape(-1, z.size(-1)))
-    if x.numel() >= LARGE and _starts_with_the_branch(op, x, weight, bias, terms):
-        # A large product that adds to what is there costs what one that overwrites it does.
-        (_, B, scale, _, _), *others = terms
-        y = x.new_empty(*x.shape[:-1], B.size(0))
-        rows = y.view(-1, B.size(0))
-        if bias is None:
-            rows.addmm_(kept[0], B.t(), beta=0, alpha=scale)
-        else:
-            torch.addmm(bias, kept[0], B.t(), alpha=scale, out=rows)
-        rows.addmm_(x.reshape(-1, x.size(-1)), weight.t() if op == "linear" else weight)
-        left = zip(others, kept[1:], strict=True)
-    else:
-        y = rows = OPS[op](x, weight, bias)
-        if y.dim() != 2 and not experts:
-            y = no_view(y.contiguous())
-            rows = y.view(-1, y.size(-1))
-        left = zip(terms, kept, strict=True)
-    for (_, B, scale, first, _), z in left:
-        _add(_part(rows, first, B), z, B.mT, scale)
+    y = rows = OPS[op](x, weight, bias)
+    if y.dim() != weight.dim():
+        y = no_view(y.contiguous())
+        rows, x = y.view(-1, y.size(-1)), x.reshape(-1, x.size(-1))
+    product, add = _PRODUCTS[weight.dim()]
+    for A, B, scale, first, dropped in terms:
+        own = x if dropped is None else dropped if dropped.dim() == x.dim() else dropped.reshape(x.shape)
+        z = product(A, own.mT)
+        kept.append(z)
+        add(_part(rows, first, B), z.mT, B.mT, alpha=scale)
     return y
-
-
-def _starts_with_the_branch(op: str, x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
-    if x.dim() != 2 and bias is not None and not x.is_contiguous():
-        return False  # torch's own linear adds the bias last there: in other places it rounds
-    _, B, *_ = terms[0]
-    whole = weight.dim() == 2 and B.size(0) == weight.size(0 if op == "linear" else -1)
-    return whole and x.is_cpu and x.dim() > 1 and loses_nothing(x.dtype)
 
 
 def gradients(
@@ -169,50 +140,45 @@ def gradients(
     """
     g = _rows(grad, weight)
     grads: list[torch.Tensor | None] = []
-    needed = iter(needs)
-    factors: list[tuple[torch.Tensor, torch.Tensor, float]] = []  # whose products belong to the gradient of x
+    product, add = _PRODUCTS[weight.dim()]
+    scaled = torch.addmm if weight.dim() == 2 else torch.baddbmm  # of something of that shape, taken 0 times
+    grad_x = None
+    if needs_x:
+        total = weight_sum(op, weight, terms) if dense else weight
+        grad_x = product(g, total if op == "linear" else total.mT)
     for k, (A, B, scale, first, dropped) in enumerate(terms):
-        needs_a, needs_b, needs_own = next(needed), next(needed), next(needed)
-        own, mine = _rows(x if dropped is None else dropped, weight), _part(g, first, B)
-        z = _linear(mine, B.mT.contiguous())
+        needs_a, needs_b, needs_own = needs[3 * k : 3 * k + 3]
+        own, mine, up = _rows(x if dropped is None else dropped, weight), _part(g, first, B), B.mT
+        z = product(up, mine.mT)
         grad_a = grad_b = grad_own = None
         if needs_a:
-            grad_a = tall(z, own, scale)
+            grad_a = scaled(A, z, own, beta=0, alpha=scale)
         if needs_b:
-            grad_b = tall(_linear(own, A) if dense else kept[k], mine, scale).mT
+            grad_b = scaled(up, product(A, own.mT) if dense else kept[k], mine, beta=0, alpha=scale).mT
         if needs_own:
-            grad_own = _product(z, A, scale).view(dropped.shape)
-        elif dropped is None and not dense:
-            factors.append((z, A, scale))
+            grad_own = scaled(own, z.mT, A, beta=0, alpha=scale).view(dropped.shape)
+        elif needs_x and dropped is None and not dense:
+            add(grad_x, z.mT, A, alpha=scale)
         grads += grad_a, grad_b, grad_own
-    if not needs_x:
-        return None, grads
-    total = weight_sum(op, weight, terms) if dense else weight
-    grad_x = g.new_empty(*g.shape[:-1], shape[-1])
-    for n, (z, A, scale) in enumerate(factors):
-        _add(grad_x, z, A, scale, beta=1 if n else 0)
-    _add(grad_x, g, total if op == "linear" else total.mT, beta=1 if factors else 0)
-    return grad_x.view(shape), grads
+    return None if grad_x is None else grad_x.view(shape), grads
 
 
 def weight_sum(op: str, weight: torch.Tensor, terms: Terms) -> torch.Tensor:
     """W + Σ s·B·A, differentiable in A and B."""
-    total = weight if op == "linear" else weight.mT
-    add = torch.addmm if total.dim() == 2 else torch.baddbmm
+    add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+    total = weight  # and lies as it does: a matmul rounds by how its operands lie
     for A, B, scale, first, _ in terms:
-        if B.shape[-2] == total.shape[-2]:
-            total = add(total, B, A, alpha=scale)
+        left, right, axis = (B, A, -2) if op == "linear" else (A.mT, B.mT, -1)
+        if B.shape[-2] == total.shape[axis]:
+            total = add(total, left, right, alpha=scale)
         else:
-            before, part, after = total.tensor_split((first, first + B.shape[-2]), dim=-2)
-            total = torch.cat([before, add(part, B, A, alpha=scale), after], dim=-2)
-    return total if op == "linear" else total.mT
+            before, part, after = total.tensor_split((first, first + B.shape[-2]), dim=axis)
+            total = torch.cat([before, add(part, left, right, alpha=scale), after], dim=axis)
+    return total
 
 
-def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1, beta: int = 1) -> torch.Tensor:
-    """beta·total + scale·left·right, in place; what `total` holds does not matter where beta is 0."""
-    if total.dim() == 2:
-        return total.addmm_(left, right, beta=beta, alpha=scale)
-    return total.baddbmm_(left, right, beta=beta, alpha=scale)
+#: by the axes of W: a product, and one that is added in place
+_PRODUCTS: dict[int, tuple[Any, Any]] = {2: (torch.mm, torch.Tensor.addmm_), 3: (torch.bmm, torch.Tensor.baddbmm_)}
 
 
 def _part(rows: torch.Tensor, first: int, B: torch.Tensor) -> torch.Tensor:
@@ -222,21 +188,4 @@ def _part(rows: torch.Tensor, first: int, B: torch.Tensor) -> torch.Tensor:
 
 def _rows(t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """All tokens in one axis; those of each expert in one."""
-    return t if weight.dim() == 3 else t.reshape(-1, t.shape[-1])
-
-
-def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    return _add(left.new_empty(*left.shape[:-1], right.shape[-1]), left, right, scale, beta=0)
-
-
-_PARTS = 4
-
-
-def tall(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale · leftᵀ·right, over many rows: (rows, rank), (rows, features) → (rank, features)."""
-    rows = left.shape[0]
-    if left.dim() == 3 or left.device.type != "cpu" or rows % _PARTS or rows < 128:
-        return _product(left.mT, right, scale)
-    # A CPU's matmul does not share out the long axis of such a product among its threads; a batch it does.
-    parts = torch.bmm(left.view(_PARTS, -1, left.shape[1]).mT, right.view(_PARTS, -1, right.shape[1]))
-    return parts.sum(0).mul_(scale)
+    return t if t.dim() == weight.dim() else t.reshape(-1, t.shape[-1])

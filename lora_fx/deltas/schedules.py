@@ -1,11 +1,14 @@
 """In which order the branch of a plain matmul is computed: what is passed over, and what backward keeps.
 
 * ``branch``: matmuls and an add, as one would write it. Every pass of autograd is an op of its own.
-* ``fused``: the matmuls accumulate the branch onto y, and its gradient onto that of x. Backward keeps x and x·Aᵀ.
+* ``in_place``: the branch is accumulated onto y, and backward is autograd's own. Two ops less, and no Python in
+  backward: the cheapest where calls are small.
+* ``fused``: the matmuls accumulate the branch onto y, and its gradient onto that of x. Backward keeps x and x·Aᵀ,
+  and no x that autograd can make again from what it keeps anyway (`rematerialization`).
 * ``dense``: y = x·(W + s·B·A)ᵀ + bias, the sum made anew in each forward and backward, never kept. Two passes over W in
   place of two over x and y each: cheaper where the tokens are many. Only in dtypes that lose nothing by it, and without
   dropout on the branch.
-* ``auto`` takes `dense` from a number of tokens on (`dense_from`), and `fused` below.
+* ``auto`` takes in each call the one that is expected to take the least time on its device (`costs`).
 
 All are the same function of x, A and B, with the same first and second derivatives. Wherever more than a call is at
 stake, when a program is compiled, captured, exported or transformed, they are the plain `branch`.
@@ -14,36 +17,26 @@ stake, when a program is compiled, captured, exported or transformed, they are t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import fx
 from torch.autograd import forward_ad
 
-from lora_fx.deltas import kernels, rematerialization
+from lora_fx.deltas import costs, kernels, rematerialization
 from lora_fx.deltas.compiled_schedules import ORDINARY, compiled, may_compile
-from lora_fx.deltas.kernels import Terms, flat, loses_nothing, unflat
+from lora_fx.deltas.kernels import Terms, loses_nothing
 from lora_fx.graph.capture import recording
 
-AUTO, BRANCH, FUSED, DENSE = "auto", "branch", "fused", "dense"
-SCHEDULES = (AUTO, BRANCH, FUSED, DENSE)
+AUTO, BRANCH, IN_PLACE, FUSED, DENSE = "auto", "branch", "in_place", "fused", "dense"
+SCHEDULES = (AUTO, BRANCH, IN_PLACE, FUSED, DENSE)
 
 _transforms, _traces = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 _autocasts, _modes = torch._C._is_any_autocast_enabled, torch._C._len_torch_dispatch_stack
 
-_CACHED = 4096
-"""Tokens up to which x and y of a site lie in a CPU's caches, so that passes over them are cheap: measured from 256 to
-2048 features wide, where `dense` became the faster one at 4096 tokens."""
-
-
-def dense_from(inputs: int, outputs: int) -> int:
-    """The number of tokens from which on `auto` takes `dense`: by the elements that each moves.
-
-    Per call, beyond what both do: `fused` reads and writes y, and the gradient of x: 2·tokens·(in + out) elements;
-    `dense` reads W and writes the sum, in forward and in backward: 4·in·out, counted twice, because it also allocates
-    the sum each time.
-    """
-    return max(_CACHED, 4 * inputs * outputs // max(inputs + outputs, 1))
+_LARGE = 2**16
+"""Elements of x from which on memory is worth the time to find out what autograd keeps anyway."""
 
 
 def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Terms, schedule: str) -> Any:
@@ -54,6 +47,7 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Terms, schedule: str)
         schedule: one of `SCHEDULES`.
     """
     if torch.compiler.is_compiling():
+        terms = kernels.cast(terms, weight.dtype)
         if schedule in (AUTO, FUSED) and may_compile(x, weight, bias, terms):
             return compiled(op, x, weight, bias, terms)
         return kernels.branch(op, x, weight, bias, terms)
@@ -62,19 +56,45 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Terms, schedule: str)
         return weight.tracer.create_proxy("call_function", matmul, (op, x, weight, bias, terms, schedule), {})
     if schedule == BRANCH or not may_schedule(x, weight, bias, terms):
         return kernels.branch(op, x, weight, bias, terms)
-    if schedule == AUTO and weight.dim() == 2 and x.numel() < _CACHED:
+    needed = False
+    if torch.is_grad_enabled():
+        tensors: list[Any] = []
+        needed = x.requires_grad
+        for A, B, _, _, dropped in terms:
+            tensors += A, B, None if dropped is x else dropped
+            needed = needed or A.requires_grad or B.requires_grad
+    if schedule in (AUTO, DENSE):
+        schedule = _taken(op, schedule, x, weight, terms)
+    if schedule == IN_PLACE and weight.dim() == 2:
         return kernels.in_place(op, x, weight, bias, terms)
-    dense = schedule != FUSED and _takes_dense(x, weight, terms, schedule)
-    if schedule == AUTO and not dense and weight.dim() == 2 and x.numel() < kernels.LARGE:
-        return kernels.in_place(op, x, weight, bias, terms)
-    if not torch.is_grad_enabled():
-        return kernels.forward(op, dense, x, weight, bias, terms, [])
-    tensors: list[Any] = []
-    for A, B, _, _, dropped in terms:
-        tensors += A, B, None if dropped is x else dropped
-    if not x.requires_grad and not any(t is not None and t.requires_grad for t in tensors):
-        return kernels.forward(op, dense, x, weight, bias, terms, [])
-    return _Scheduled.apply(op, dense, [(scale, first) for _, _, scale, first, _ in terms], x, weight, bias, *tensors)
+    dense = schedule == DENSE
+    if needed:
+        return _apply(op, dense, terms, x, weight, bias, *tensors)
+    return kernels.forward(op, dense, x, weight, bias, kernels.cast(terms, weight.dtype), [])
+
+
+def _taken(op: str, schedule: str, x: Any, weight: Any, terms: Terms) -> str:
+    """Which of the schedules that this call can have."""
+    shape, (A, *_) = weight.shape, terms[0]
+    in_place = len(shape) == 2
+    dense = loses_nothing(weight.dtype) and weight.is_contiguous()  # as the sum will be; the model may have been cast
+    for _, B, _, _, dropped in terms:
+        in_place = in_place and B.shape[0] == shape[0 if op == "linear" else 1]  # autograd copies around a part
+        dense = dense and (dropped is None or dropped is x)
+    if schedule == DENSE:
+        return DENSE if dense else FUSED
+    tokens = x.shape[1] if len(shape) == 3 else x.numel() // max(x.shape[-1], 1)
+    cast = A.dtype is not weight.dtype
+    return _cheapest(shape, A.shape[-2], weight.itemsize, cast, in_place, dense, tokens, x.device)
+
+
+@lru_cache(maxsize=2**14)
+def _cheapest(
+    shape: torch.Size, rank: int, size: int, cast: bool, in_place: bool, dense: bool, tokens: int, device: torch.device
+) -> str:
+    case = costs.Matmul(shape[-2], shape[-1], rank, size, cast)  # in and out cost the same
+    able = [name for name, can in ((IN_PLACE, in_place), (FUSED, True), (DENSE, dense)) if can]
+    return costs.cheapest(able, case, tokens, costs.device_class(device))
 
 
 def add(total: Any, own: Any) -> Any:
@@ -100,18 +120,6 @@ def _lies_alike(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
     return all(size == 1 or own == other for size, own, other in each)
 
 
-def _takes_dense(x: Any, weight: Any, terms: Terms, schedule: str) -> bool:
-    if schedule == AUTO:
-        if x.numel() < _CACHED:  # and fewer tokens still
-            return False
-        tokens = x.size(1) if weight.dim() == 3 else x.numel() // max(x.size(-1), 1)
-        if tokens < dense_from(*weight.shape[-2:]):
-            return False
-    if not loses_nothing(weight.dtype):  # the model may have been cast since
-        return False
-    return all(dropped is None or dropped is x for *_, dropped in terms)
-
-
 def may_schedule(x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
     """Whether all are ordinary tensors of one dtype, with W frozen, and nothing transforms or records the call."""
     if (
@@ -134,31 +142,37 @@ def may_schedule(x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
         return False
     if bias is not None and (type(bias) not in ORDINARY or bias.dtype is not dtype):
         return False
-    for A, B, _, _, _ in terms:
-        if type(A) not in ORDINARY or type(B) not in ORDINARY or A.dtype is not dtype or B.dtype is not dtype:
-            return False
-    return True
+    return all(type(A) in ORDINARY and type(B) in ORDINARY for A, B, *_ in terms)
 
 
 class _Scheduled(torch.autograd.Function):
-    """`kernels.forward` and `kernels.gradients`."""
+    """`kernels.forward` and `kernels.gradients`. Each line of it is a part of what a call costs."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, dense: bool, spec: Any, x: Any, weight: Any, bias: Any, *tensors: Any) -> Any:
+    def forward(ctx: Any, op: str, dense: bool, own: Any, x: Any, weight: Any, bias: Any, *tensors: Any) -> Any:
+        """`tensors` are those of the terms, flat: autograd sees none inside of other things."""
         kept: list[torch.Tensor] = []
-        terms = unflat(spec, tensors)
+        terms = kernels.cast(own, weight.dtype)
         y = kernels.forward(op, dense, x, weight, bias, terms, kept)
-        ctx.op, ctx.dense, ctx.spec, ctx.shape = op, dense, spec, x.shape
-        factors: list[torch.Tensor] = []
         # x is kept unless only what dropout made of it is multiplied with a gradient.
-        inputs: list[torch.Tensor | None] = [None]
-        for A, B, _, _, dropped in terms:
-            factors += A, B
+        inputs: list[Any] = [None]
+        spec: list[tuple[float, int]] = []
+        used: list[Any] = []
+        given: list[Any] = []
+        for k, (A, B, scale, first, _) in enumerate(terms):
+            dropped = tensors[3 * k + 2]
             inputs.append(dropped)
             if dropped is None:
                 inputs[0] = x
-        packed, ctx.recipes = rematerialization.pack(inputs, x)
-        ctx.save_for_backward(weight, *factors, *packed, *kept)
+            spec.append((scale, first))
+            used += A, B
+            if terms is not own:
+                given += tensors[3 * k : 3 * k + 2]
+        ctx.recipes = None
+        if x.numel() >= _LARGE:
+            inputs, ctx.recipes = rematerialization.pack(inputs, x)
+        ctx.op, ctx.dense, ctx.spec, ctx.shape, ctx.is_cast = op, dense, spec, x.shape, terms is not own
+        ctx.save_for_backward(weight, *used, *given, *kept, *inputs)
         return y
 
     @staticmethod
@@ -168,32 +182,46 @@ class _Scheduled(torch.autograd.Function):
                 return _Scheduled.backward(ctx, grad)
         if torch.is_grad_enabled():
             return _differentiable_gradients(ctx, grad)
-        x, weight, terms, kept = _saved(ctx)
+        x, weight, terms, kept, given = _saved(ctx)
         op, dense, shape, needs = ctx.op, ctx.dense, ctx.shape, ctx.needs_input_grad
         grad_x, grads = kernels.gradients(op, dense, terms, x, weight, kept, grad, shape, needs[3], needs[6:])
+        for k, factor in enumerate(given):  # in order, or autograd would copy it once more
+            at = 3 * (k // 2) + k % 2
+            if (own := grads[at]) is not None:
+                grads[at] = own.to(factor.dtype, memory_format=torch.contiguous_format)
         return None, None, None, grad_x, None, None, *grads
 
 
-def _saved(ctx: Any) -> tuple[Any, Any, Terms, list[Any]]:
-    """x or None, W, the terms, and x·Aᵀ of each."""
-    saved = iter(ctx.saved_tensors)
-    weight = next(saved)
-    factors = [(next(saved), next(saved)) for _ in ctx.spec]
-    x, *dropped = rematerialization.unpack(saved, ctx.recipes)
-    each = zip(factors, ctx.spec, dropped, strict=True)
-    return x, weight, [(A, B, scale, first, d) for (A, B), (scale, first), d in each], list(saved)
+#: without torch's look for wrappers that a transform has left behind: inside of one, no schedule is taken
+_apply = super(torch.autograd.Function, _Scheduled).apply
+
+
+def _saved(ctx: Any) -> tuple[Any, Any, Terms, Sequence[Any], Sequence[Any]]:
+    """x or None, W, the terms, A·xᵀ of each, and the factors as they were given, if those of the terms are cast."""
+    saved, n = ctx.saved_tensors, len(ctx.spec)
+    first_given = 1 + 2 * n
+    first_kept = first_given + (2 * n if ctx.is_cast else 0)
+    first_input = first_kept + (0 if ctx.dense else n)
+    inputs = saved[first_input:]
+    if ctx.recipes is not None:
+        inputs = rematerialization.unpack(iter(inputs), ctx.recipes)
+    terms = [(saved[2 * k + 1], saved[2 * k + 2], *ctx.spec[k], inputs[k + 1]) for k in range(n)]
+    return inputs[0], saved[0], terms, saved[first_kept:first_input], saved[first_given:first_kept]
 
 
 def _differentiable_gradients(ctx: Any, grad: Any) -> Any:
     """With create_graph=True: the gradients of `branch`, which autograd can differentiate once more."""
-    x, weight, terms, _ = _saved(ctx)
+    x, weight, terms, _, given = _saved(ctx)
     if x is None:  # a stand-in, whose gradient takes no part of x
         x = grad.new_zeros(ctx.shape, requires_grad=True)
+    tensors = [x]
+    for k, (A, B, _, _, dropped) in enumerate(terms):
+        tensors += *(given[2 * k : 2 * k + 2] or (A, B)), dropped
     needs = [ctx.needs_input_grad[3], *ctx.needs_input_grad[6:]]
-    tensors = [x, *flat(terms)]
     ours: list[Any] = [None if t is None else t.view_as(t) for t in tensors]  # one may depend on another
     op = "linear" if ctx.op == "linear" else "matmul"
-    y = kernels.branch(op, ours[0], weight, None, unflat(ctx.spec, ours[1:]))
+    each = zip(ours[1::3], ours[2::3], ctx.spec, ours[3::3], strict=True)
+    y = kernels.branch(op, ours[0], weight, None, [(A, B, *spec, dropped) for A, B, spec, dropped in each])
     wanted = [t for t, needed in zip(ours, needs, strict=True) if needed]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     grads = [next(found) if needed else None for needed in needs]

@@ -759,7 +759,7 @@ MUTANTS = (
     # ── schedules ────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "fused_without_scale", "schedules", "lora_fx/deltas/kernels.py",
-        "_add(_part(rows, first, B), z, B.mT, scale)", "_add(_part(rows, first, B), z, B.mT)",
+        "add(_part(rows, first, B), z.mT, B.mT, alpha=scale)", "add(_part(rows, first, B), z.mT, B.mT)",
         "The branch that is accumulated in place is x·A·B, without its scale.",
         laws="l2",
     ),
@@ -770,38 +770,28 @@ MUTANTS = (
     ),
     Mutant(
         "dense_schedule_without_scale", "schedules", "lora_fx/deltas/kernels.py",
-        "            total = add(total, B, A, alpha=scale)", "            total = add(total, B, A)",
+        "            total = add(total, left, right, alpha=scale)", "            total = add(total, left, right)",
         "W + B·A, without its scale, where the tokens are many.",
     ),
     Mutant(
         "dense_part_at_the_front", "schedules", "lora_fx/deltas/kernels.py",
-        "total.tensor_split((first, first + B.shape[-2]), dim=-2)", "total.tensor_split((0, B.shape[-2]), dim=-2)",
+        "total.tensor_split((first, first + B.shape[-2]), dim=axis)", "total.tensor_split((0, B.shape[-2]), dim=axis)",
         "Where the tokens are many, an adapter of the value rows of a fused weight acts on its first rows.",
     ),
     Mutant(
         "dense_drops_the_whole_input", "schedules", "lora_fx/deltas/schedules.py",
-        "return all(dropped is None or dropped is x for *_, dropped in terms)", "return True",
+        "dense = dense and (dropped is None or dropped is x)", "dense = dense",
         "Where the tokens are many, dropout on the branch is forgotten.",
     ),
     Mutant(
         "gradient_of_a_without_scale", "schedules", "lora_fx/deltas/kernels.py",
-        "grad_a = tall(z, own, scale)", "grad_a = tall(z, own, 1)",
+        "grad_a = scaled(A, z, own, beta=0, alpha=scale)", "grad_a = scaled(A, z, own, beta=0)",
         "A learns at another rate than B.",
     ),
     Mutant(
         "gradient_of_x_without_branch", "schedules", "lora_fx/deltas/kernels.py",
-        "factors.append((z, A, scale))", "pass",
+        "add(grad_x, z.mT, A, alpha=scale)", "pass",
         "What flows back to earlier layers misses the branch's share.",
-    ),
-    Mutant(
-        "gradient_of_a_misses_rows", "schedules", "lora_fx/deltas/kernels.py",
-        "return parts.sum(0).mul_(scale)", "return parts[1:].sum(0).mul_(scale)",
-        "Where the tokens are many, a quarter of them teaches A and B nothing.",
-    ),
-    Mutant(
-        "fused_bias_lost", "schedules", "lora_fx/deltas/kernels.py",
-        "        if bias is None:\n            rows.addmm_", "        if True:\n            rows.addmm_",
-        "Where the tokens are many, the bias is left out.",
     ),
     Mutant(
         "product_of_the_wrong_operands", "schedules", "lora_fx/deltas/rematerialization.py",
@@ -842,23 +832,29 @@ MUTANTS = (
     ),
     Mutant(
         "in_place_without_scale", "schedules", "lora_fx/deltas/kernels.py",
-        "part.addmm_(z, B.t(), alpha=scale)", "part.addmm_(z, B.t())",
+        "addmm_(z, B.t(), alpha=scale)", "addmm_(z, B.t())",
         "A small call computes x·A·B, without its scale.",
     ),
     Mutant(
         "in_place_part_at_the_front", "schedules", "lora_fx/deltas/kernels.py",
-        "y.narrow(1, first, B.size(0))", "y.narrow(1, 0, B.size(0))",
+        "_part(y, first, B).addmm_", "_part(y, 0, B).addmm_",
         "In a small call an adapter of the value rows of a fused weight acts on its first rows.",
+    ),
+    Mutant(
+        "stale_factors", "schedules", "lora_fx/deltas/kernels.py",
+        "def cast(", "@__import__('functools').lru_cache\ndef cast(",
+        "Factors cast for one call are taken for the next, whatever was written to them since.",
+        tests=("tests/test_schedules.py::test_factors_written_to_behind_their_version_counters_act_in_the_next_call",),
+    ),
+    Mutant(
+        "sum_lies_otherwise", "schedules", "lora_fx/deltas/schedules.py",
+        " and weight.is_contiguous()", "",
+        "A fresh adapter changes the last bits where W does not lie in order.",
     ),
     Mutant(
         "in_place_under_a_mode", "schedules", "lora_fx/deltas/schedules.py",
         "        or _modes()", "        or False",
         "Selective checkpointing finds that what it kept has been written to.",
-    ),
-    Mutant(
-        "bias_first_where_torch_adds_it_last", "schedules", "lora_fx/deltas/kernels.py",
-        "if x.dim() != 2 and bias is not None and not x.is_contiguous():", "if False:",
-        "A fresh adapter changes the last bits where x does not lie in order.",
     ),
     # ── dispatch ─────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -1472,25 +1468,25 @@ MUTANTS = (
     ),
     Mutant(
         "dora_gradient_of_a_without_c", "kinds", "lora_fx/deltas/dora.py",
-        "torch.mm(g, c * B)", "torch.mm(g, B)",
+        "torch.mm((c * B).t(), g.t())", "torch.mm(B.t(), g.t())",
         "A of DoRA learns as if every c were 1, which it is at the start.",
         tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
     ),
     Mutant(
         "dora_gradient_of_a_without_scale", "kinds", "lora_fx/deltas/dora.py",
-        "rows, ctx.scale)", "rows, 1.0)",
+        ".mm(rows).mul_(ctx.scale)", ".mm(rows)",
         "A of DoRA learns at another rate than B.",
         tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
     ),
     Mutant(
         "dora_gradient_of_b_without_c", "kinds", "lora_fx/deltas/dora.py",
-        "g, ctx.scale).t() * c", "g, ctx.scale).t()",
+        ".mm(g).mul_(ctx.scale).t() * c", ".mm(g).mul_(ctx.scale).t()",
         "B of DoRA learns as if every c were 1.",
         tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
     ),
     Mutant(
         "dora_gradient_of_b_without_scale", "kinds", "lora_fx/deltas/dora.py",
-        "g, ctx.scale).t() * c", "g, 1.0).t() * c",
+        ".mm(g).mul_(ctx.scale).t() * c", ".mm(g).t() * c",
         "B of DoRA learns at another rate than A.",
         tests=of_kinds("every_use_and_its_gradients_are_those_of_the_adapted_weight"),
     ),
