@@ -213,16 +213,18 @@ def test_a_row_of_the_table_of_forms_counts(made):
 
 
 @pytest.mark.parametrize("whose", ["weights", "factors"])
-def test_another_dtype_counts(whose):
+def test_another_dtype_counts(whose, made):
+    """Some forms' graphs cast the factors."""
     model, base = adapted()
     lora_fx.activate(model)
+    before = len(made)
     for place in inventory(model).places:
         if whose == "factors":
             place.adapter.float()
         else:
             place.owner.weight = nn.Parameter(place.owner.weight.float())
     lora_fx.activate(model, "default")
-    assert ".dtype" in lora_fx.show(model.layers[0]), "each use casts the factors"
+    assert len(made) > before
     assert whose == "weights" or is_right(model, base)
 
 
