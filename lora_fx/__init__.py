@@ -1,81 +1,41 @@
-"""LoRA as a graph-rewriting compiler pass:   y = x·Wᵀ   ⇄   y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ"""
+"""LoRA as a graph-rewriting compiler pass:   y = x·Wᵀ   ⇄   y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ
 
-from importlib.metadata import PackageNotFoundError, version
+The names are those of `lora_fx.application.face`. It is imported, and torch with it, at the first look at one of them,
+so that the command line answers before torch is there.
+"""
 
-from lora_fx.analysis.rules import Rule
-from lora_fx.application import (
-    activate,
-    active,
-    adapters,
-    apply,
-    certify,
-    deactivate,
-    disabled,
-    fold,
-    pipeline,
-    plan,
-    remove,
-    switch,
-    unfold,
-)
-from lora_fx.budget import Budget
-from lora_fx.checks.certification import Certificate
-from lora_fx.checks.verification import Report, verify
-from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.kind_registration import register_kind
-from lora_fx.deltas.kinds import Kind
-from lora_fx.deltas.registration import register_form
-from lora_fx.errors import LoraFxError
-from lora_fx.export.adapters.files import load_adapter, save_adapter
-from lora_fx.export.onnx.export import ExportReport, export_onnx
-from lora_fx.export.onnx.folding import fold_onnx
-from lora_fx.export.onnx.switchable import save_onnx_adapter
-from lora_fx.graph.forms import Call, Form
-from lora_fx.graph.program import Program, capture
-from lora_fx.model.classes import show
-from lora_fx.passes.pipeline import Pipeline
-from lora_fx.passes.planning import Plan
+import importlib
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("lora-fx")
-except PackageNotFoundError:  # a copy that is not installed
-    __version__ = "unknown"
+if TYPE_CHECKING:
+    from lora_fx.application.face import *  # noqa: F403
+    from lora_fx.application.face import __all__ as __all__
 
-__all__ = [
-    "Adapter",
-    "Budget",
-    "Call",
-    "Certificate",
-    "ExportReport",
-    "Form",
-    "Kind",
-    "LoraFxError",
-    "Pipeline",
-    "Plan",
-    "Program",
-    "Report",
-    "Rule",
-    "activate",
-    "active",
-    "adapters",
-    "apply",
-    "capture",
-    "certify",
-    "deactivate",
-    "disabled",
-    "export_onnx",
-    "fold",
-    "fold_onnx",
-    "load_adapter",
-    "pipeline",
-    "plan",
-    "register_form",
-    "register_kind",
-    "remove",
-    "save_adapter",
-    "save_onnx_adapter",
-    "show",
-    "switch",
-    "unfold",
-    "verify",
-]
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            globals()[name] = _version()
+            return globals()[name]
+        if not name.startswith("__") or name == "__all__":
+            face = importlib.import_module("lora_fx.application.face")
+            globals().update({n: getattr(face, n) for n in face.__all__}, __all__=face.__all__)
+        if name in globals():  # also a room, which the import has put here
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from lora_fx.application.face import __all__ as names
+
+    return sorted({*globals(), *names, "__version__"})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lora-fx")
+    except PackageNotFoundError:  # a copy that is not installed
+        return "unknown"

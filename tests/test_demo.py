@@ -18,7 +18,8 @@ import torch
 
 import lora_fx
 from lora_fx import LoraFxError, Rule
-from lora_fx.cli import _VERBS, main
+from lora_fx.cli import main
+from lora_fx.cli.pipelines import _VERBS
 from lora_fx.demo import experiment as demo
 from lora_fx.demo import report as demo_report
 
@@ -220,18 +221,36 @@ def test_every_option_reaches_the_demo(monkeypatch, tmp_path):
         (["--version"], 0, f"lora-fx {importlib.metadata.version('lora-fx')}\n"),
         (["--help"], 0, "demo"),
         (["demo", "--help"], 0, "--quick"),
+        (["paper", "--help"], 0, "subspaces"),
         ([], 2, "COMMAND"),
         (["dmeo"], 2, "dmeo"),
-        (["demo", "--seed", "-1"], 2, "-1 is not between"),
+        (["demo", "--seed", "-1"], 2, "-1 is not in the range"),
         (["demo", "--seed", "x"], 2, "'x'"),
         (["pipeline", "nothing"], 2, "load_adapter"),
     ],
 )
-def test_what_argparse_answers(arguments, code, shown, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == code
+def test_what_the_command_answers(arguments, code, shown, capsys):
+    assert main(arguments) == code
     assert shown in "".join(capsys.readouterr())
+
+
+def test_it_answers_without_torch(tmp_path):
+    code = "import sys; from lora_fx.cli import main; main({!r}); print('torch' in sys.modules, file=sys.stderr)"
+    for arguments in (["--help"], ["--version"], ["paper", "--help"], ["demo", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(arguments)], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.stderr == "False\n", (arguments, done.stderr)
+
+
+def test_a_shell_completes_commands_and_their_options(capsys, monkeypatch):
+    monkeypatch.setenv("_LORA_FX_COMPLETE", "bash_complete")
+    for words, shown in (("lora-fx p", {"paper", "pipeline"}), ("lora-fx demo --q", {"--quick"})):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        with pytest.raises(SystemExit):
+            main([])
+        assert {line.partition(",")[2] for line in capsys.readouterr().out.splitlines()} == shown
 
 
 def test_the_pipelines_are_shown(capsys):

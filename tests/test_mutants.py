@@ -88,7 +88,7 @@ def test_the_mutant_is_in_every_python_that_the_test_starts_and_its_source_can_b
 
 
 def test_a_mutant_that_comes_too_late_says_so():
-    code = "import lora_fx, os; os.environ['LORA_FX_MUTANT'] = 'scale_dropped';"
+    code = "from lora_fx import plan; import os; os.environ['LORA_FX_MUTANT'] = 'scale_dropped';"
     code += "from tests.mutants import hook; hook.install()"
     late = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120)
     assert late.returncode == 1 and "lora_fx.deltas.adapted_weight is imported already" in late.stderr

@@ -11,7 +11,7 @@ import pytest
 
 import lora_fx
 import lora_fx.export
-from lora_fx.cli import _parser
+from lora_fx.cli import command
 from tests.documentation import ROOT, run
 from tests.zoo import case
 
@@ -58,8 +58,10 @@ def test_ci_runs_the_command_of_the_readme():
 
 
 def test_the_demo_command_is_one_of_the_command_line():
-    command = README.partition("<!-- demo command -->")[2].partition("```bash\n")[2].partition("\n```")[0]
-    install, _, demo = command.partition(" && ")
+    shown = README.partition("<!-- demo command -->")[2].partition("```bash\n")[2].partition("\n```")[0]
+    install, _, demo = shown.partition(" && ")
     assert install == 'pip install -c constraints.txt -e ".[demo]"'
-    program, *arguments = demo.split()
-    assert program == "lora-fx" and _parser().parse_args(arguments).out == Path("lora_fx_demo")
+    program, name, *arguments = demo.split()
+    context = command.make_context(program, [name])
+    asked = command.get_command(context, name).make_context(name, arguments, parent=context)
+    assert program == "lora-fx" and asked.params["out"] == Path("lora_fx_demo")

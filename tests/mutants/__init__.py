@@ -96,6 +96,8 @@ def of_kinds(*names: str) -> tuple[str, ...]:
 HISTORIES = "tests/test_histories.py"
 GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"
+PAPER = "tests/test_paper.py"
+MEMORY = "tests/test_memory.py"
 
 AREAS = {
     "algebra": Area((GAPS, "tests/test_forms.py"), "native-chain", "l2"),
@@ -123,6 +125,8 @@ AREAS = {
     "histories": Area((HISTORIES,)),
     "places": Area(("tests/test_places.py",)),
     "gradients": Area((GRADIENTS,)),
+    "paper": Area((PAPER,)),
+    "memory": Area((MEMORY,)),
 }
 
 MUTANTS = (
@@ -2315,13 +2319,13 @@ MUTANTS = (
         tests=("tests/test_mutant_gaps.py::test_a_weight_is_rounded_as_it_is_multiplied_with",),
     ),
     Mutant(
-        "budget_keeps_the_least", "kinds", "lora_fx/budget.py",
+        "budget_keeps_the_least", "kinds", "lora_fx/application/budget.py",
         "scores.argsort(descending=True, stable=True)", "scores.argsort(stable=True)",
         "The budget keeps the singular values that matter least.",
         tests=("tests/test_budget.py::test_the_most_important_ones_act_by_the_formulas_of_the_paper",),
     ),
     Mutant(
-        "importance_without_vectors", "kinds", "lora_fx/budget.py",
+        "importance_without_vectors", "kinds", "lora_fx/application/budget.py",
         'own["singular"].squeeze(-1) + own["P"].mean(-2) + own["Q"].mean(-1)', 'own["singular"].squeeze(-1)',
         "The importance of a singular value leaves out its two vectors.",
         tests=("tests/test_budget.py::test_the_most_important_ones_act_by_the_formulas_of_the_paper",),
@@ -2351,5 +2355,133 @@ MUTANTS = (
         'replace(own, problem="") if row.problem == _NOTHING else row',
         "A use that multiplies zeros is certified without a measurement that shows it right.",
         tests=("tests/test_certificate.py::test_a_use_of_zeros_whose_branch_is_lost_is_not_certified",),
+    ),
+    # ── the paper: directions, subspaces, table 7, the command line ──────────────────────────────────────────────────
+    Mutant(
+        "phi_by_the_larger", "paper", "lora_fx/paper/subspaces.py",
+        "overlap / torch.minimum(", "overlap / torch.maximum(",
+        "φ(i, j) is divided by the larger of i and j, so that a subspace inside another is no 1.",
+    ),
+    Mutant(
+        "random_overlap_by_the_smaller", "paper", "lora_fx/paper/subspaces.py",
+        "return torch.maximum(i[:, None], j[None, :]) / d", "return torch.minimum(i[:, None], j[None, :]) / d",
+        "Random subspaces are expected to overlap less than they do.",
+    ),
+    Mutant(
+        "directions_of_the_core_transposed", "paper", "lora_fx/paper/factors.py",
+        "(P @ vh.mT)[:, :n]", "(P @ vh)[:, :n]",
+        "The right-singular directions are mixed by the transpose.",
+    ),
+    Mutant(
+        "rounding_is_a_direction", "paper", "lora_fx/paper/factors.py",
+        "n = int((s > s[0] * rounding).sum())", "n = len(s)",
+        "Rows of zeros in A are directions of the adapter.",
+    ),
+    Mutant(
+        "entropy_in_bits", "paper", "lora_fx/paper/factors.py",
+        "(-share * share.log())", "(-share * share.log2())",
+        "The effective rank is exp of an entropy in bits: n equal values count as more than n.",
+    ),
+    Mutant(
+        "factors_of_a_file_lose_their_scale", "paper", "lora_fx/paper/factors.py",
+        "scale = float(alphas[path]) / A.shape[0]", "scale = 1.0 / A.shape[0]",
+        "The alpha of a file is not read.",
+    ),
+    Mutant(
+        "parts_of_a_file_are_one", "paper", "lora_fx/paper/factors.py",
+        "for entry in _entries(folder, name) or [_WHOLE]:", "for entry in [_WHOLE]:",
+        "The query and the value of a fused weight are one adapter of twice the rank.",
+    ),
+    Mutant(
+        "layers_in_no_order", "paper", "lora_fx/paper/factors.py",
+        "sorted(pairs.items(), key=lambda pair: _in_order(pair[0]))", "reversed(sorted(pairs.items()))",
+        "The layers of a file come in another order than the model's.",
+    ),
+    Mutant(
+        "rank_above_the_weights", "paper", "lora_fx/paper/factors.py",
+        "        if self.rank > min(out, inner):", "        if False:",
+        "An adapter has more directions than its weight.",
+    ),
+    Mutant(
+        "amplification_upside_down", "paper", "lora_fx/paper/amplification.py",
+        "factor=norm / along,", "factor=along / norm,",
+        "The amplification factor is its own inverse.",
+    ),
+    Mutant(
+        "weakest_directions_of_w", "paper", "lora_fx/paper/amplification.py",
+        "squares[-n:]", "squares[:n]",
+        "The directions of W are those of its smallest singular values.",
+    ),
+    Mutant(
+        "first_rows_of_the_base", "paper", "lora_fx/paper/base.py",
+        "W.index_select(axis, torch.tensor(adapter.rows))", "W.narrow(axis, 0, len(adapter.rows))",
+        "Every part of a fused weight is held against its query.",
+    ),
+    Mutant(
+        "other_weights_compared", "paper", "lora_fx/paper/subspaces.py",
+        "    matching(first, second)\n    found", "    found",
+        "Adapters of different models are compared, or fail with a KeyError.",
+    ),
+    Mutant(
+        "a_refusal_is_success", "paper", "lora_fx/cli/lazy.py",
+        "context.exit(REFUSED)", "context.exit(0)",
+        "A command that refuses ends with exit code 0.",
+    ),
+    Mutant(
+        "help_waits_for_torch", "paper", "lora_fx/cli/lazy.py",
+        "import click\n", "import click\nimport torch\n",
+        "The help of the command line imports torch.",
+        tests=("tests/test_demo.py::test_it_answers_without_torch",),
+    ),
+    Mutant(
+        "counts_are_rounded_only", "paper", "lora_fx/paper/counts.py",
+        "(ROUND_DOWN, ROUND_HALF_UP))", "(ROUND_HALF_UP, ROUND_HALF_UP))",
+        "18.87 million is not the 18.8 that the paper cuts it to.",
+        tests=("tests/test_paper_counts.py::test_digits_are_cut_or_rounded",),
+    ),
+    Mutant(
+        "bottlenecks_without_biases", "paper", "lora_fx/paper/counts.py",
+        "(2 * width * rank + rank + width)", "(2 * width * rank)",
+        "Adapter layers have no biases, and their counts are below the paper's.",
+        tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
+    ),
+    Mutant(
+        "prefixes_in_one_layer", "paper", "lora_fx/paper/counts.py",
+        '"PreLayer": layers', '"PreLayer": 1',
+        "Prefix-layer tuning has as few parameters as prefix-embedding tuning.",
+        tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
+    ),
+    # ── memory, before anything runs ─────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "weights_are_activations", "memory", "lora_fx/checks/footprint.py",
+        "        if storage_of(tensor) not in own:", "        if True:",
+        "A weight that autograd keeps is counted twice: as a weight, and as an activation.",
+        tests=(f"{MEMORY}::test_it_is_what_is_measured", f"{MEMORY}::test_gpt3_holds_what_the_paper_says_with_adapters",
+               f"{MEMORY}::test_only_what_is_kept_is_counted"),
+    ),
+    Mutant(
+        "adapters_are_weights", "memory", "lora_fx/checks/footprint.py",
+        "for key, t in everything.items() if key not in adapters)", "for key, t in everything.items())",
+        "Adapters are counted among the model's own weights too.",
+    ),
+    Mutant(
+        "optimizer_has_no_state", "memory", "lora_fx/checks/footprint.py",
+        "        made.step()\n", "",
+        "The state of an optimizer is seen before its first step, when there is none.",
+    ),
+    Mutant(
+        "training_sees_the_trace", "memory", "lora_fx/checks/footprint.py",
+        "        with _untraced():\n", "        with nullcontext():\n",
+        "transformers sees a trace, and keeps a mask and repeated keys that training has not.",
+    ),
+    Mutant(
+        "memory_in_eval_mode", "memory", "lora_fx/checks/footprint.py",
+        "        model.train()\n        yield", "        model.eval()\n        yield",
+        "Masks of dropout are not counted.",
+    ),
+    Mutant(
+        "memory_in_the_models_dtype", "memory", "lora_fx/checks/footprint.py",
+        "return dtype if dtype is not None and", "return dtype if False and",
+        "The dtype that is asked for is not taken.",
     ),
 )  # fmt: skip

@@ -7,16 +7,19 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fx.analysis.rules import read_rules
 from lora_fx.changes import changing, in_turn
 from lora_fx.checks.certification import Certificate, certify_adapted
+from lora_fx.checks.footprint import Memory, measured, on_meta
 from lora_fx.checks.oracles import misrounded
 from lora_fx.checks.verification import copied
-from lora_fx.errors import PipelineError
+from lora_fx.errors import LoraFxError, PipelineError
 from lora_fx.export.adapters.files import loading
 from lora_fx.export.onnx.export import exporting
+from lora_fx.graph.capture import normalize_inputs
 from lora_fx.model.inventory import base_parameters, inventory, weight_name
 from lora_fx.passes.activate import Activate, Remove, Require, Restore, acting
 from lora_fx.passes.base import Pass
@@ -83,6 +86,50 @@ def plan(model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str 
         CaptureError: the model cannot be captured.
     """
     return pipeline("plan", rules, example_inputs, name=name)(model).facts[Plan]
+
+
+def memory(
+    model: nn.Module,
+    rules: Any,
+    optimizer: Any = "adamw",
+    dtype: torch.dtype | None = None,
+    inputs: Any = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Memory:
+    """What training with these rules holds in memory, and full fine-tuning beside it, before any of it is there.
+
+    Bytes of weights, adapters, gradients, optimizer state, and of what autograd keeps for backward (saved tensors, each
+    storage once; not the inputs). The adapted forward runs once on tensors without memory, so the model may be on meta.
+    What a step holds for a moment (workspaces, the gradients of activations) is not in it. Nothing is changed.
+
+    Args:
+        rules: as in `apply`.
+        optimizer: a name (``"adamw"``, ``"adam"``, ``"sgd"``, …), or what makes an optimizer of a list of parameters.
+        dtype: of the model's floating parameters and buffers; None for those that it has.
+        inputs: as in `apply`: their shapes decide what is kept.
+        device: whose kernels are taken; None for the model's, and the CPU for a model on meta.
+
+    Returns:
+        A report: `print` it as a table, or keep its `to_json()`.
+
+    Raises:
+        LoraFxError: the model has adapters already, there is no such optimizer; and as in `apply`.
+    """
+    with in_turn():
+        if inventory(model).adapters:
+            raise LoraFxError(
+                "it has adapters already", place=type(model).__name__, remedy="pass the base model, and all rules"
+            )
+        given = normalize_inputs(model, inputs)
+        first = next((t.device for t in model.parameters() if not t.is_meta), torch.device("cpu"))
+        where = first if device is None else torch.device(device)
+        twin = on_meta(model, dtype).requires_grad_()
+        full = measured(twin, given, optimizer, where, ())
+        parameters = sum(p.numel() for p in twin.parameters())
+        apply(twin, rules, given, check=False)
+        own = [p for adapter in inventory(twin).adapters for p in adapter.parameters()]
+        return Memory(measured(twin, given, optimizer, where, own), full, sum(p.numel() for p in own), parameters)
 
 
 def apply(

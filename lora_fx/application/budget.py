@@ -136,7 +136,7 @@ class Budget:
             self._choose(budget)
         for site, adapter in self.adapters.items():
             singular = adapter.get_parameter("singular")
-            singular *= self._alive[site].to(singular.device, singular.dtype).unsqueeze(-1)
+            singular.mul_(self._alive[site].to(singular.device, singular.dtype).unsqueeze(-1))
         return self.acting
 
     def _gradient(self, label: tuple[str, str], parameter: nn.Parameter) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""What `lora_fx` has to offer, each name where it is made. The package gives them out at the first look at one."""
+
+from lora_fx.analysis.rules import Rule
+from lora_fx.application import (
+    activate,
+    active,
+    adapters,
+    apply,
+    certify,
+    deactivate,
+    disabled,
+    fold,
+    memory,
+    pipeline,
+    plan,
+    remove,
+    switch,
+    unfold,
+)
+from lora_fx.application.budget import Budget
+from lora_fx.checks.certification import Certificate
+from lora_fx.checks.footprint import Memory
+from lora_fx.checks.verification import Report, verify
+from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.kind_registration import register_kind
+from lora_fx.deltas.kinds import Kind
+from lora_fx.deltas.registration import register_form
+from lora_fx.errors import LoraFxError
+from lora_fx.export.adapters.files import load_adapter, save_adapter
+from lora_fx.export.onnx.export import ExportReport, export_onnx
+from lora_fx.export.onnx.folding import fold_onnx
+from lora_fx.export.onnx.switchable import save_onnx_adapter
+from lora_fx.graph.forms import Call, Form
+from lora_fx.graph.program import Program, capture
+from lora_fx.model.classes import show
+from lora_fx.passes.pipeline import Pipeline
+from lora_fx.passes.planning import Plan
+
+__all__ = [
+    "Adapter",
+    "Budget",
+    "Call",
+    "Certificate",
+    "ExportReport",
+    "Form",
+    "Kind",
+    "LoraFxError",
+    "Memory",
+    "Pipeline",
+    "Plan",
+    "Program",
+    "Report",
+    "Rule",
+    "activate",
+    "active",
+    "adapters",
+    "apply",
+    "capture",
+    "certify",
+    "deactivate",
+    "disabled",
+    "export_onnx",
+    "fold",
+    "fold_onnx",
+    "load_adapter",
+    "memory",
+    "pipeline",
+    "plan",
+    "register_form",
+    "register_kind",
+    "remove",
+    "save_adapter",
+    "save_onnx_adapter",
+    "show",
+    "switch",
+    "unfold",
+    "verify",
+]

@@ -1,0 +1,45 @@
+"""The command `lora-fx`. What it refuses, it says in one message.
+
+Exit codes: 0 done, 2 refused (what was asked for is malformed, or cannot be), 130 interrupted (Ctrl-C); 1 with a trace
+is a defect of ours. `lora-fx --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from lora_fx.cli.lazy import INTERRUPTED, REFUSED, Lazy, Row
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code comes back."""
+    try:
+        return command.main(arguments, prog_name="lora-fx", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return REFUSED
+    except click.Abort:  # Ctrl-C outside of a command
+        click.echo("lora-fx: interrupted", err=True)
+        return INTERRUPTED
+
+
+COMMANDS = {
+    "demo": Row("lora_fx.cli.demo:demo", "Adapt, fold and export a small vision transformer, in a minute."),
+    "paper": Row("lora_fx.cli.paper:paper", "The claims of the LoRA paper, on your own model, one command each."),
+    "pipeline": Row("lora_fx.cli.pipelines:pipeline", "Show the passes that a verb runs on a model."),
+}
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.command(cls=Lazy, rows=COMMANDS, context_settings=_SETTINGS)
+@click.version_option(package_name="lora-fx", message="lora-fx %(version)s")
+def command() -> None:
+    """LoRA as a graph-rewriting compiler pass: y = x·Wᵀ ⇄ y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ
+
+    Exit codes: 0 done, 2 refused, 130 interrupted. Completion for bash, likewise zsh and fish:
+    eval "$(_LORA_FX_COMPLETE=bash_source lora-fx)"
+    """

@@ -1,0 +1,113 @@
+"""`lora-fx paper …`: each writes its tables as text and JSON, and its figures, into the folder that `-o` names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_fx.cli.lazy import Lazy, Row
+
+ROWS = {
+    "subspaces": Row("lora_fx.cli.paper:subspaces", "φ(A₁, A₂, i, j) of two adapters: figures 3 and 4."),
+    "counts": Row("lora_fx.cli.paper:counts", "Its tables of trainable parameters, counted on its architectures."),
+    "memory": Row("lora_fx.cli.paper:memory", "GPT-3's training memory, with adapters and without, on its shape."),
+    "amplification": Row("lora_fx.cli.paper:amplification", "Which directions of W are amplified: table 7."),
+}
+
+
+@click.command(cls=Lazy, rows=ROWS)
+def paper() -> None:
+    """The claims of the LoRA paper (Hu et al. 2022), on your own model. Each command prints its table, and writes it as
+    text and JSON, with its figures, into a folder."""
+
+
+_out = click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="For the files."
+)
+_seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random directions.")
+_adapter = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("first", type=_adapter)
+@click.argument("second", type=_adapter)
+@_out
+@_seed
+@click.option(
+    "--of", type=click.Choice(["A", "B", "in", "out"]), multiple=True, default=("A", "B"), show_default=True,
+    help="Whose directions: of a factor, or of δ on its input or output side.",
+)  # fmt: skip
+def subspaces(first: Path, second: Path, out: Path, seed: int, of: tuple[str, ...]) -> None:
+    """How much of the directions of one adapter is in another's, for all i and j, beside random Gaussians.
+
+    FIRST and SECOND are folders of adapters (PEFT's or lora_fx's) or safetensors files: of two ranks as in figure 3, of
+    two seeds as in figure 4.
+    """
+    from lora_fx.paper.factors import read_adapter
+    from lora_fx.paper.figures import draw_layers, draw_overlaps
+    from lora_fx.paper.outcome import needs_figures, written
+    from lora_fx.paper.subspaces import overlaps, table_of_overlaps
+
+    needs_figures()
+    found = overlaps(read_adapter(first), read_adapter(second), of, seed)
+    said = {"first": first.name, "second": second.name, "seed": seed}
+    with written(out, "subspaces", table_of_overlaps(found), {**said, "rows": [o.to_json() for o in found]}) as folder:
+        draw_overlaps(found, folder, first.name, second.name)
+        draw_layers(found, folder / "phi_over_layers.png")
+
+
+@click.command()
+@click.argument("adapter", type=_adapter)
+@click.option("--base", type=_adapter, required=True, help="The base model's safetensors file, or a folder of them.")
+@_out
+@_seed
+@click.option("--rank", type=click.IntRange(1), help="How many directions; all of δ's without it.")
+def amplification(adapter: Path, base: Path, out: Path, seed: int, rank: int | None) -> None:
+    """‖UᵀWV‖ for the directions of δ, of W and random ones, and the amplification factor, over all layers.
+
+    ADAPTER is the folder of an adapter (PEFT's or lora_fx's).
+    """
+    from lora_fx.paper.amplification import amplifications, table_of_amplifications
+    from lora_fx.paper.base import with_base
+    from lora_fx.paper.factors import read_adapter
+    from lora_fx.paper.figures import draw_amplifications
+    from lora_fx.paper.outcome import needs_figures, written
+
+    needs_figures()
+    found = amplifications(with_base(read_adapter(adapter), base), rank, seed)
+    said: dict[str, Any] = {"adapter": adapter.name, "rank": rank, "seed": seed, "rows": [a.to_json() for a in found]}
+    with written(out, "amplification", table_of_amplifications(found), said) as folder:
+        draw_amplifications(found, folder / "amplification.png")
+
+
+@click.command()
+@_out
+def counts(out: Path) -> None:
+    """Every row of the paper's tables whose ranks are given: theirs, ours, equal or not, and why not. On shapes alone:
+    nothing is allocated."""
+    from lora_fx.paper.counts import checkpoint, count, rows_to_json, table_of_counts
+    from lora_fx.paper.figures import draw_counts
+    from lora_fx.paper.outcome import needs_figures, written
+
+    needs_figures()
+    found, stored = count(), checkpoint()
+    with written(out, "counts", table_of_counts(found, stored), rows_to_json(found, stored)) as folder:
+        draw_counts(found, folder / "counts.png")
+
+
+@click.command()
+@_out
+@click.option("--layers", type=click.IntRange(1), default=96, show_default=True, help="Fewer, for a quick look.")
+def memory(out: Path, layers: int) -> None:
+    """What a training step of GPT-3 holds, by part, against the paper's 1.2 TB → 350 GB. On its shape alone: nothing is
+    allocated. For a model of yours: lora_fx.memory(model, rules)."""
+    from lora_fx.paper.figures import draw_memory
+    from lora_fx.paper.outcome import needs_figures, written
+    from lora_fx.paper.training_memory import gpt3_memory, shown
+
+    needs_figures()
+    found = gpt3_memory(layers)
+    with written(out, "memory", shown(found), {"layers": layers, **found.to_json()}) as folder:
+        draw_memory(found, folder / "memory.png")
