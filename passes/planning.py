@@ -296,9 +296,12 @@ def _schedule(row: Row) -> str:
     if row.rule.schedule != schedules.AUTO or not _tokens(row):
         return row.rule.schedule
     able = [name for name in (schedules.IN_PLACE, schedules.FUSED, schedules.DENSE) if not row.why_not(name)]
+    tokens = _tokens(row)[0]
+    if schedules.IN_PLACE in able and tokens * row.layout.size("i") <= schedules.TINY:
+        return schedules.IN_PLACE
     if row.rows is not None:  # autograd copies around a part
         able = [name for name in able if name != schedules.IN_PLACE]
-    return costs.cheapest(able, _matmul(row), _tokens(row)[0], costs.device_class(row.weight.parameter.device))
+    return costs.cheapest(able, _matmul(row), tokens, costs.device_class(row.weight.parameter.device))
 
 
 def _expected(row: Row) -> float | None:

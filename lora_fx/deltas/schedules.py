@@ -8,7 +8,8 @@
 * ``dense``: y = x·(W + s·B·A)ᵀ + bias, the sum made anew in each forward and backward, never kept. Two passes over W in
   place of two over x and y each: cheaper where the tokens are many. Only in dtypes that lose nothing by it, and without
   dropout on the branch.
-* ``auto`` takes in each call the one that is expected to take the least time on its device (`costs`).
+* ``auto`` takes in each call the one that is expected to take the least time on its device (`costs`); up to `TINY`,
+  where to find that out costs more than it saves, ``in_place``.
 
 All are the same function of x, A and B, with the same first and second derivatives. Wherever more than a call is at
 stake, when a program is compiled, captured, exported or transformed, they are the plain `branch`.
@@ -35,6 +36,9 @@ SCHEDULES = (AUTO, BRANCH, IN_PLACE, FUSED, DENSE)
 _transforms, _traces = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 _autocasts, _modes = torch._C._is_any_autocast_enabled, torch._C._len_torch_dispatch_stack
 
+TINY = 2**11
+"""Elements of x up to which to choose takes as long as there is to gain by it: a matrix takes `in_place`."""
+
 _LARGE = 2**16
 """Elements of x from which on memory is worth the time to find out what autograd keeps anyway."""
 
@@ -56,6 +60,8 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Terms, schedule: str)
         return weight.tracer.create_proxy("call_function", matmul, (op, x, weight, bias, terms, schedule), {})
     if schedule == BRANCH or not may_schedule(x, weight, bias, terms):
         return kernels.branch(op, x, weight, bias, terms)
+    if schedule == AUTO and x.numel() <= TINY and weight.dim() == 2:
+        return kernels.in_place(op, x, weight, bias, terms)
     needed = False
     if torch.is_grad_enabled():
         tensors: list[Any] = []
