@@ -309,7 +309,10 @@ def chosen(m, x):
 
 def test_weights_inside_of_a_cond_are_refused_and_the_others_are_sites():
     """In a branch that calls modules, too; and the remedies help."""
-    build = lambda how=chosen: Odd(how, l=LINEAR(4, 5), a=LINEAR(5, 6), b=r(5, 6))  # noqa: E731
+
+    def build(how=chosen):
+        return Odd(how, l=LINEAR(4, 5), a=LINEAR(5, 6), b=r(5, 6))
+
     with pytest.raises(PlanError, match="inside of torch's cond, by a graph of its own") as caught:
         lora_fx.plan(build(), RULE, X)
     assert all(word in str(caught.value) for word in ("b, a.weight", "torch.where", "otherwise='skip'"))
