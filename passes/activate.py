@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 from torch import nn
 
@@ -30,24 +29,6 @@ class Require(Pass):
 
 
 @dataclass(frozen=True)
-class Activate(Pass):
-    """Make exactly these adapters act, and train as they did; all others stay, and do nothing."""
-
-    names: tuple[str, ...]
-
-    name = "activate"
-    requires = (UNFOLDED,)
-
-    def call(self, model: nn.Module, facts: Facts) -> Result:
-        here = inventory(model)
-        here.require(self.names)
-        for adapter in here.adapters:
-            facts.undo.append(partial(adapter.act, adapter.active))  # a fold may have put it away
-            adapter.act(adapter.name in self.names)
-        return Result(model, True)
-
-
-@dataclass(frozen=True)
 class Acting:
     """How one adapter was: whether it acted, and what of its θ trained."""
 
@@ -66,6 +47,24 @@ class Acting:
         self.adapter.change(active=self.active, _trained=self.trained)
         for parameter, flag in zip(self.adapter.parameters(), self.flags, strict=True):
             parameter.requires_grad_(flag)
+
+
+@dataclass(frozen=True)
+class Activate(Pass):
+    """Make exactly these adapters act, and train as they did; all others stay, and do nothing."""
+
+    names: tuple[str, ...]
+
+    name = "activate"
+    requires = (UNFOLDED,)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        here = inventory(model)
+        here.require(self.names)
+        for adapter in here.adapters:
+            facts.undo.append(Acting.of(adapter).restore)  # a fold may have put it away
+            adapter.act(adapter.name in self.names)
+        return Result(model, True)
 
 
 def acting(model: nn.Module) -> tuple[Acting, ...]:

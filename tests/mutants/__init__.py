@@ -2076,7 +2076,7 @@ MUTANTS = (
     ),
     Mutant(
         "refused_switch_half_done", "settings", "passes/activate.py",
-        "facts.undo.append(partial(adapter.act, adapter.active))", "pass",
+        "facts.undo.append(Acting.of(adapter).restore)  # a fold may", "pass  # a fold may",
         "After a refused switch, other adapters are active than before.",
     ),
     Mutant(
