@@ -2331,6 +2331,36 @@ MUTANTS = (
         tests=("tests/test_budget.py::test_the_most_important_ones_act_by_the_formulas_of_the_paper",),
     ),
     Mutant(
+        "suggests_without_costs", "kinds", "lora_fx/application/suggestion.py",
+        "((own / costs[n], n) for n, values", "((own, n) for n, values",
+        "Ranks are given to where the loss falls most, whatever they cost.",
+        tests=("tests/test_suggest.py::test_no_choice_of_as_many_parameters_decreases_more",),
+    ),
+    Mutant(
+        "suggests_in_random_directions", "kinds", "lora_fx/application/suggestion.py",
+        "        return True\n\n    def close", "        return False\n\n    def close",
+        "Of a wide gradient what it does to random directions is taken for its own, without a second pass.",
+        tests=("tests/test_suggest.py::test_a_wide_gradient_is_found_without_being_kept",),
+    ),
+    Mutant(
+        "suggestion_keeps_the_gradients", "kinds", "lora_fx/application/suggestion.py",
+        "            s.add(parameter.grad)\n        parameter.grad = None", "            s.add(parameter.grad)",
+        "The gradients of all weights are there at once.",
+        tests=("tests/test_suggest.py::test_no_more_than_one_gradient_is_there_at_a_time",),
+    ),
+    Mutant(
+        "suggestion_steps_upwards", "kinds", "lora_fx/application/suggestion.py",
+        "wide * (-rate / adapter.scale)", "wide * (rate / adapter.scale)",
+        "The measured step goes up the gradient.",
+        tests=("tests/test_suggest.py::test_a_measured_step_is_the_dense_one",),
+    ),
+    Mutant(
+        "suggestion_of_the_whole_weight", "kinds", "lora_fx/application/suggestion.py",
+        "if self.row.rows is not None:\n            G =", "if False:\n            G =",
+        "The gradient of a part of a weight is that of the whole.",
+        tests=("tests/test_suggest.py::test_the_step_is_what_was_predicted_to_first_order_site_by_site",),
+    ),
+    Mutant(
         "pruning_changes_the_scale", "kinds", "passes/prune.py",
         '"alpha": adapter.scale * divisor}', '"alpha": adapter.alpha}',
         "A pruned adapter divides its alpha by fewer ranks.",
