@@ -13,6 +13,7 @@ ROWS = {
     "subspaces": Row("lora_fx.cli.paper:subspaces", "φ(A₁, A₂, i, j) of two adapters: figures 3 and 4."),
     "counts": Row("lora_fx.cli.paper:counts", "Its tables of trainable parameters, counted on its architectures."),
     "memory": Row("lora_fx.cli.paper:memory", "GPT-3's training memory, with adapters and without, on its shape."),
+    "sweep": Row("lora_fx.cli.paper:sweep", "Which weights, which rank, which method: trained on two tasks."),
     "amplification": Row("lora_fx.cli.paper:amplification", "Which directions of W are amplified: table 7."),
 }
 
@@ -111,3 +112,37 @@ def memory(out: Path, layers: int) -> None:
     found = gpt3_memory(layers)
     with written(out, "memory", shown(found), {"layers": layers, **found.to_json()}) as folder:
         draw_memory(found, folder / "memory.png")
+
+
+@click.command()
+@_out
+@click.option(
+    "--table", "tables", type=click.Choice(["weights", "ranks", "methods", "data", "choice"]), multiple=True,
+    help="All of them without it.",
+)  # fmt: skip
+@click.option("--task", "tasks", type=click.Choice(["text", "digits"]), multiple=True, help="Both without it.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How often each row is trained.")
+@click.option("--jobs", type=click.IntRange(1), help="Trainings at a time, of a thread each: all cores without it.")
+@click.option("--quick", is_flag=True, help="A tenth of the steps, one seed: to see that all of it runs.")
+def sweep(
+    out: Path, tables: tuple[str, ...], tasks: tuple[str, ...], seeds: int, jobs: int | None, quick: bool
+) -> None:
+    """Train a small base model, then adapt it in every way of the tables, and compare what is held out.
+
+    `text`: a character GPT of Python's prose learns its code and tables. `digits`: a vision transformer of upright
+    digits learns digits that lie on their side. Runs that are over are noted in the folder: the same command goes on
+    where an interrupted one was.
+    """
+    from lora_fx.paper.figures import draw_cells
+    from lora_fx.paper.outcome import needs_figures, progress, written
+    from lora_fx.paper.sweep import TABLES, planned, shown
+    from lora_fx.paper.sweep import sweep as swept
+    from lora_fx.paper.tasks import TASKS
+
+    needs_figures()
+    runs = [run for task in tasks or TASKS for run in planned(TASKS[task], tables or TABLES, seeds, quick)]
+    with progress("training", len({run.key for run in runs})) as step:
+        found = swept(runs, out, jobs, step)
+    said = {"seeds": 1 if quick else seeds, "quick": quick, "rows": [cell.to_json() for cell in found]}
+    with written(out, "sweep", shown(found), said) as folder:
+        draw_cells(found, folder)

@@ -10,6 +10,8 @@ from lora_fx import Memory
 from lora_fx.paper.amplification import Amplified
 from lora_fx.paper.counts import Count
 from lora_fx.paper.subspaces import Overlap
+from lora_fx.paper.sweep import Cell
+from lora_fx.paper.tasks import TASKS
 
 PER_FIGURE = 4
 """Weights in one figure."""
@@ -166,3 +168,34 @@ def draw_memory(memory: Memory, path: Path) -> Path:
     axis.legend(frameon=False)
     figure.savefig(path)
     return path
+
+
+def draw_cells(found: Sequence[Cell], folder: Path) -> list[Path]:
+    """A figure for each task and table: every row's mean with its spread over the seeds; with columns, a line each."""
+    from matplotlib.figure import Figure
+
+    paths = []
+    for task, name in dict.fromkeys((cell.task, cell.table) for cell in found):
+        own = [cell for cell in found if (cell.task, cell.table) == (task, name)]
+        rows, columns = (list(dict.fromkeys(getattr(cell, key) for cell in own)) for key in ("row", "column"))
+        by = {(cell.row, cell.column): cell for cell in own}
+        height = max(2.4, 0.34 * len(rows) + 1.2) if len(columns) == 1 else 3.6
+        figure = Figure(figsize=(6.4, height), dpi=130, layout="constrained")
+        axis = figure.subplots()
+        for row in rows if len(columns) > 1 else ():
+            line = [by[row, column] for column in columns]
+            axis.errorbar(columns, [c.mean for c in line], [c.spread for c in line], marker="o", capsize=3, label=row)
+        if len(columns) > 1:
+            axis.set_ylabel(TASKS[task].unit)
+            axis.legend(fontsize=8)
+        else:
+            line = [by[row, columns[0]] for row in rows]
+            names = [f"{c.row} ({c.parameters:,})" for c in line]
+            axis.errorbar([c.mean for c in line], names, xerr=[c.spread for c in line], fmt="o", capsize=3)
+            axis.invert_yaxis()
+            axis.set_xlabel(TASKS[task].unit)
+        axis.grid(alpha=0.3)
+        axis.set_title(f"{task}: {name}", fontsize=10)
+        paths.append(folder / f"{task}-{name}.png")
+        figure.savefig(paths[-1])
+    return paths
