@@ -221,6 +221,7 @@ def test_zeros_are_folded_without_fractions(monkeypatch, either_way, dtype):
     sums = reference.dense_weights(model)
     monkeypatch.setattr(ExactSum, "nearest", lambda *_: pytest.fail("summed as fractions"))
     assert torch.equal(lora_fx.fold(model).weight, round_once(sums["weight"], dtype))
+    assert not bool(model.weight[2:4].signbit().any())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
@@ -374,6 +375,19 @@ def test_a_fold_waits_for_the_device_twice_at_most_however_many_blocks_and_weigh
         assert torch.equal(model.get_parameter(name).detach(), right), name
     if not final:
         assert reference.same_bits(reference.bits(lora_fx.unfold(model)), state)
+
+
+def test_a_fold_of_other_kinds_waits_no_more_often(monkeypatch, ahead):
+    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.randn(2, 8)
+    lora_fx.apply(
+        model, [Rule(where="0", kind="dora", rank=2), Rule(where="1", kind="full"), Rule(where="2", rank=2)], x
+    )
+    lora_fx.apply(model, Rule(where="*", kind="bias"), x, name="bias")
+    lora_fx.activate(model, "default", "bias")
+    reference.fill(model)
+    with Waits() as waits:
+        lora_fx.fold(model)
+    assert len(waits.seen) <= 2
 
 
 def test_a_block_with_much_in_doubt_asks_for_itself(monkeypatch, ahead):

@@ -90,7 +90,8 @@ def _foresee(sums: Sequence[ExactSum | RoundedSum], undoable: Sequence[bool], si
         room = scratches[_place(one)]
         blocks = one.blocks(room.elements) if isinstance(one, ExactSum) and waits(one.weight.device) else ()
         looks.append([look(part, room, back) for part in blocks])
-    answers = iter(read([*(one.unread for one in sums), *(one.numbers for several in looks for one in several)]))
+    asked = [one.unread for one in sums if one.unread is not None]
+    answers = iter(read([*asked, *(one.numbers for several in looks for one in several)]))
     firsts = [next(answers) for _ in sums]
     numbers = [[next(answers) for _ in several] for several in looks]
     checked = []

@@ -199,7 +199,7 @@ class ExactSum:
     adapters: tuple[str, ...] = ()
     """The names of those that the deltas are of."""
     unread: torch.Tensor | None = None
-    """The largest magnitudes of the weight, and of A and B of each delta: what `checked` asks for."""
+    """The largest magnitudes of the weight, and of A and B of each delta, for `checked`. Of some rows: None."""
 
     @staticmethod
     def of(weight: torch.Tensor, deltas: Sequence[LowRank], name: str = "", adapters: Sequence[str] = ()) -> ExactSum:
@@ -245,6 +245,7 @@ class ExactSum:
         before, remainders = _checksum(self.weight, scratch.elements), []
         for part, found in self._with(founds, scratch):
             total, delta = part.sums(scratch, undoable=True)
+            assert delta is not None
             new = part.rounded(total, scratch, found)
             steps = Steps.between(part.weight, total.copy_(new).sub_(delta), part.apart, scratch)
             remainders.append(steps.kept(found.counts if found else None, scratch))
@@ -301,8 +302,8 @@ class ExactSum:
         if undoable or self.weight.dtype == torch.float64:  # float64 in one order, whether it can be undone or not
             delta = self.delta(scratch)
             return total.add_(delta), delta
-        for delta in self.deltas:
-            _add(delta, total, self.weight.dtype)
+        for one in self.deltas:
+            _add(one, total, self.weight.dtype)
         return total, None
 
     def guess(self, scratch: Scratch) -> torch.Tensor:

@@ -108,13 +108,16 @@ class Steps:
             counts: of those that are moved and far, or more; None asks for them.
         """
         count, each = len(self.numbers), 4 + self.numbers.element_size()
-        full = places_of(self.far) if counts is None else None
-        moved, far = (int(self.moved.count_nonzero()), len(full)) if full is not None else counts
+        full = None
+        if counts is None:
+            full = places_of(self.far)
+            counts = int(self.moved.count_nonzero()), len(full)
+        moved, far = counts
         sparse, packed = each * moved, (count + 1) // 2 + each * far
         if min(sparse, packed) >= count * self.numbers.element_size():
             return Remainder(None, None, self.numbers.clone())
         if sparse <= packed:
-            places, nibbles = places_of(self.moved) if counts is None else first_places(self.moved, moved)[0], None
+            places, nibbles = first_places(self.moved, moved)[0] if full is None else places_of(self.moved), None
         else:
             places = first_places(self.far, far)[0] if full is None else full
             nibbles = self._packed(places, scratch)
