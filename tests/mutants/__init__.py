@@ -108,6 +108,7 @@ AREAS = {
     "capture": Area((GAPS, "tests/test_refusals.py"), "native-batchnorm", "l13"),
     "fold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l3"),
     "rounding": Area(("tests/test_fold.py", GAPS), "native-chain", "l3"),
+    "ahead": Area(("tests/test_fold.py",)),
     "unfold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l5"),
     "changes": Area(("tests/test_concurrency.py",)),
     "switching": Area(("tests/test_switching.py",)),
@@ -706,7 +707,7 @@ MUTANTS = (
     ),
     Mutant(
         "fold_last_block_left_out", "fold", "lora_fx/deltas/exact_sum.py",
-        "for start in range(0, rows, step):", "for start in range(0, max(rows - rows % step, 1), step):",
+        "for start in range(0, rows, step) if", "for start in range(0, max(rows - rows % step, 1), step) if",
         "The last rows of weights above a million elements are not folded.",
         tests=(GAPS,),
     ),
@@ -717,13 +718,13 @@ MUTANTS = (
     ),
     Mutant(
         "nan_folded", "fold", "lora_fx/deltas/exact_sum.py",
-        "if whole.magnitude <= torch", "if not whole.magnitude > torch",
+        "if magnitude <= torch", "if not magnitude > torch",
         "Factors with NaN are folded into the weights.",
         tests=("tests/test_refusals.py", GAPS),
     ),
     Mutant(
         "overflow_folded", "fold", "lora_fx/deltas/exact_sum.py",
-        "for part in whole.blocks():  # only", "for part in ():  # only",
+        "if not all(map(math.isfinite, sums)):", "if False:",
         "A sum beyond float16 is folded as Inf.",
         tests=("tests/test_refusals.py", GAPS),
     ),
@@ -736,7 +737,7 @@ MUTANTS = (
     ),
     Mutant(
         "delta_rounded_before_the_sum", "rounding", "lora_fx/deltas/exact_sum.py",
-        ".copy_(block).add_(delta)\n", ".copy_(block).add_(delta.to(block.dtype))\n",
+        "return total.add_(delta), delta", "return total.add_(delta.to(self.weight.dtype)), delta",
         "The delta is rounded to W's dtype, and the sum again.",
     ),
     Mutant(
@@ -746,15 +747,61 @@ MUTANTS = (
     ),
     Mutant(
         "ties_to_odd", "rounding", "lora_fx/deltas/rounding.py",
-        "int(value[None].view(_INTEGERS[value.itemsize])) & 1",
-        "-(int(value[None].view(_INTEGERS[value.itemsize])) & 1)",
+        "near = round(x / step) * step", "near = (round(x / step - 1) + 1) * step",
         "A sum exactly between two numbers becomes the odd one.",
         tests=(GAPS,),
     ),
     Mutant(
         "doubt_ignored", "rounding", "lora_fx/deltas/exact_sum.py",
-        "if len(places):  #", "if False:  #",
+        "if len(some):  #", "if False:  #",
         "Sums too near a border for float64 to decide are rounded on a guess.",
+    ),
+    Mutant(
+        "sieve_too_fine", "rounding", "lora_fx/deltas/rounding.py",
+        "mul_(2.0**-22)", "mul_(2.0**-26)",
+        "What float32 rounds away while doubtful sums are looked for is not allowed for.",
+    ),
+    # ── looking ahead ────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "gpu_asked_in_each_block", "ahead", "lora_fx/deltas/ahead.py",
+        'return device.type != "cpu"', "return False",
+        "A fold on a GPU waits for it in each block.",
+    ),
+    Mutant(
+        "look_reads", "ahead", "lora_fx/deltas/ahead.py",
+        "    if undoable:\n", "    if undoable or int(counts[0]) < 0:\n",
+        "Looking ahead at a block waits for what it has found.",
+    ),
+    Mutant(
+        "other_sums_not_allowed_for", "ahead", "lora_fx/deltas/ahead.py",
+        "_TIMES = 4", "_TIMES = 1",
+        "A sum that comes out another one the second time may be in doubt then, and nobody has settled it.",
+    ),
+    Mutant(
+        "settled_not_written", "ahead", "lora_fx/deltas/exact_sum.py",
+        "            flat[found.places] = found.settled.to(flat.dtype)\n", "            pass\n",
+        "What was summed as fractions before the fold is not what is written.",
+    ),
+    Mutant(
+        "doubt_beyond_the_room", "ahead", "lora_fx/deltas/ahead.py",
+        "if doubtful > self.room or open_ > len(self.places):", "if False:",
+        "Of a block with much in doubt the first few elements are looked at.",
+    ),
+    Mutant(
+        "block_not_halved", "ahead", "lora_fx/deltas/ahead.py",
+        "if smaller == sizes:", "if True:",
+        "A fold whose first blocks find no memory is refused.",
+    ),
+    Mutant(
+        "way_back_in_other_blocks", "ahead", "lora_fx/deltas/exact_sum.py",
+        "zip(whole.blocks(self.elements), self.remainders, strict=True)",
+        "zip(whole.blocks(_BLOCK), self.remainders, strict=True)",
+        "Unfolding takes blocks of today's size, and not the fold's.",
+    ),
+    Mutant(
+        "block_of_all_memory", "ahead", "lora_fx/deltas/exact_sum.py",
+        "free // (2 * scratches", "free // (scratches",
+        "A block on a GPU takes all the memory that is free, and nothing is left to compute with.",
     ),
     # ── schedules ────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -879,13 +926,13 @@ MUTANTS = (
     ),
     # ── unfold ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
-        "unfold_off_by_one", "unfold", "lora_fx/deltas/rounding.py",
+        "unfold_off_by_one", "unfold", "lora_fx/deltas/remainder.py",
         ".sub_(_BIAS)", ".sub_(_BIAS - 1)",
         "Every unfolded number is one step of its dtype too large.",
     ),
     Mutant(
-        "shaky_guess_trusted", "unfold", "lora_fx/deltas/rounding.py",
-        "torch.cat([shaky, _nonzero(", "torch.cat([shaky[:0], _nonzero(",
+        "shaky_guess_trusted", "unfold", "lora_fx/deltas/remainder.py",
+        "far.bitwise_or_(torch.bitwise_and(steps, ~15, out=moved))", "torch.bitwise_and(steps, ~15, out=far)",
         "A delta that is summed in another order on the way back can move the guess, and the weight with it.",
         tests=("tests/test_fold.py",),
     ),
@@ -1686,7 +1733,7 @@ MUTANTS = (
     ),
     Mutant(
         "infinite_sum_folded", "kinds", "lora_fx/deltas/rounded_sum.py",
-        "if not bool(rounded.isfinite().all()):", "if False:",
+        "    if not finite:\n", "    if False:\n",
         "NaN in θ is folded into the weight.",
         tests=of_kinds("nan_in_theta_is_refused_before_anything_is_written"),
     ),
