@@ -24,6 +24,7 @@ from torch import nn
 
 from lora_fx.changes import Undo, uninterrupted
 from lora_fx.deltas.exact_sum import ExactSum, Way, check_foldable, kept, scratches
+from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.deltas.rounded_sum import KeptWeight, RoundedSum, rounded_sum
 from lora_fx.deltas.rounding import read
 from lora_fx.errors import FoldError
@@ -146,10 +147,17 @@ def foldable(storage: Storage) -> ExactSum | RoundedSum:
     """The sum that is to be folded, refused before anything is written.
 
     Raises:
-        FoldError: the weight is on meta or put away by accelerate, a number is not finite, or a sum does not fit into
-            the dtype.
+        FoldError: an adapter is no delta, the weight is on meta or put away by accelerate, a number is not finite, or a
+            sum does not fit into the dtype.
     """
     weight, adapters, name = storage.parameter, storage.adapters, storage.names[0]
+    for adapter in adapters:
+        if isinstance(adapter.kind, ActivationRewrite):
+            raise FoldError(
+                f"the kind {adapter.kind.name!r} does not fold: {adapter.kind.why}",
+                place=f"{name}, adapter {adapter.name!r}",
+                remedy='export it with adapters="unfolded"; or activate only adapters that are deltas, and fold those',
+            )
     refuse_away(*storage.owners[0], name, "a fold would be lost with the next forward", FoldError)
     if all(adapter.kind.low_rank for adapter in adapters):
         deltas = [kept(adapter.exact()) for adapter in adapters]

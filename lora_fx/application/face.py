@@ -18,6 +18,7 @@ from lora_fx.application import (
     unfold,
 )
 from lora_fx.application.budget import Budget
+from lora_fx.application.tokens import with_tokens
 from lora_fx.checks.certification import Certificate
 from lora_fx.checks.footprint import Memory
 from lora_fx.checks.verification import Report, verify
@@ -75,4 +76,5 @@ __all__ = [
     "switch",
     "unfold",
     "verify",
+    "with_tokens",
 ]
