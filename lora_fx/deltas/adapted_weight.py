@@ -498,6 +498,8 @@ def why_not_around(call: Call, placement: Placement | None) -> str:
         return "has a matrix for each expert"
     if call.out_dims != (-1,):
         return "gives an output whose features do not come last"
+    if len(call.sides) != 2:
+        return "reads it as more than one matrix"
     if placement is None or not placement.is_whole:
         return "reads a part of it, or another way round: its output is not all features of the weight"
     return ""

@@ -176,6 +176,7 @@ class Adapter(Beside):
         on sharing it, and a `state_dict` has it once."""
         del self._parameters[tensor]
         self.change(_owners={**self._owners, tensor: owner})
+        self.__class__ = SharingAdapter
 
     def owner(self, tensor: str) -> Adapter:
         """Whose parameter this tensor of θ is: mostly its own."""
@@ -185,10 +186,6 @@ class Adapter(Beside):
     def tensors(self) -> tuple[str, ...]:
         """The names of θ's tensors, those too that it has in common with others."""
         return (*self._parameters, *self._owners)
-
-    def __getattr__(self, name: str) -> Any:
-        owners = self.__dict__.get("_owners")
-        return getattr(owners[name], name) if owners and name in owners else super().__getattr__(name)
 
     def act(self, whether: bool) -> None:
         """Become active, or cease to be: then θ does not train. `requires_grad` comes back as it was."""
@@ -375,3 +372,11 @@ class Adapter(Beside):
         own = f"rank={self.rank}, scale={self.scale:g}" if {"rank", "alpha"} <= self._settings.keys() else ""
         kind = "" if self.kind.name == "lora" else f"{self.kind.name}{', ' if own else ''}"
         return f"{kind}{own}{part}"
+
+
+class SharingAdapter(Adapter):
+    """One that has some of its θ in common with others, and finds it there: apart, since a look costs each call."""
+
+    def __getattr__(self, name: str) -> Any:
+        owners = self.__dict__.get("_owners", {})
+        return getattr(owners[name], name) if name in owners else super().__getattr__(name)
