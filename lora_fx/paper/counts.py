@@ -175,7 +175,8 @@ class _Counted:
         self._known = _Known(run.facts[Program], run.facts[Sites])
 
     def _rules(self, ranks: dict[str, int], **more: Any) -> list[Rule]:
-        return [Rule(rank=rank, **self.a.sites[site], **more) for site, rank in ranks.items()]
+        sites: Any = self.a.sites
+        return [Rule(rank=rank, **sites[site], **more) for site, rank in ranks.items()]
 
     def _planned(self, rules: list[Rule], sites: int) -> int:
         plan = Pipeline("plan", (self._known, Select(rules), Schedule()))(self.model).facts[Plan]
@@ -191,7 +192,8 @@ class _Counted:
         return self._planned(rules, self.a.layers * len(sites))
 
     def tokens(self, prefix: int) -> int:
-        rule = Rule(kind="tokens", settings={"prefix": prefix}, **self.a.sites["words"])  # type: ignore[arg-type]
+        where: Any = self.a.sites["words"]
+        rule = Rule(kind="tokens", settings={"prefix": prefix}, **where)
         return self._planned([rule], 1)
 
     def count(self, method: str, stated: dict[str, int]) -> int:

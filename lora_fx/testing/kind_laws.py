@@ -88,17 +88,16 @@ _SETTINGS: dict[str, list[dict[str, Any]]] = {
 def _rewriting(base: nn.Module, example: Any, kind: str, data: Any) -> list[Rule]:
     """A rule for some of the weights that can have it; LoRA on others."""
     settings = data.draw(st.sampled_from(_SETTINGS[kind]))
+    role = "embedding" if kind == "tokens" else None  # of a tied table the lookup alone
     try:
-        keys = {"role": "embedding"} if kind == "tokens" else {"where": "*"}  # of a tied one the lookup alone
-        rows = plan(base, Rule(**keys, kind=kind, otherwise="skip", **settings), example).rows
+        rows = plan(base, Rule(where="*", role=role, kind=kind, otherwise="skip", **settings), example).rows
     except LoraFxError:  # no weight can
         rows = ()
     normed = settings.get("settings", {}).get("norm")  # one number less its mean is 0: no gradient is right then
     able = [row for row in rows if not (normed and row.out == 1)]
     assume(able)
     chosen = data.draw(st.lists(st.sampled_from(able), min_size=1, max_size=4, unique_by=id))
-    keys = {"role": "embedding"} if kind == "tokens" else {}
-    rules = [Rule(where=" | ".join(row.weight.name for row in chosen), kind=kind, **keys, **settings)]
+    rules = [Rule(where=" | ".join(row.weight.name for row in chosen), role=role, kind=kind, **settings)]
     others = [row for row in able if row not in chosen]
     return [*rules, Rule(where=others[0].weight.name, rank=1)] if others and data.draw(st.booleans()) else rules
 
