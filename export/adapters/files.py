@@ -209,12 +209,12 @@ def _held(model: nn.Module, name: str) -> list[_Held]:
 
 
 def _as_own(held: list[_Held]) -> _Files:
-    """θ as it is."""
+    """θ as it is; what adapters have in common once."""
     tensors: dict[str, torch.Tensor] = {}
     entries: list[dict[str, Any]] = []
+    bases = {h.adapter: ".".join(filter(None, (h.weights[0], h.part))) for h in held}
     for h in held:
-        base = ".".join(filter(None, (h.weights[0], h.part)))
-        keys = {tensor: f"{base}.{tensor}" for tensor, _ in h.adapter.named_parameters()}
+        keys = {tensor: f"{bases[h.adapter.owner(tensor)]}.{tensor}" for tensor in h.adapter.tensors}
         tensors |= {keys[tensor]: p for tensor, p in h.adapter.named_parameters()}
         entries.append({**h.entry(), "keys": (keys["A"], keys["B"]) if h.adapter.kind.name == "lora" else keys})
     return {"peft_type": OWN, "lora_fx_version": VERSION}, tensors, entries

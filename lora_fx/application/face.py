@@ -19,6 +19,7 @@ from lora_fx.application import (
 )
 from lora_fx.application.budget import Budget
 from lora_fx.application.suggestion import Suggestion, suggest
+from lora_fx.application.tokens import with_tokens
 from lora_fx.checks.certification import Certificate
 from lora_fx.checks.footprint import Memory
 from lora_fx.checks.verification import Report, verify
@@ -78,4 +79,5 @@ __all__ = [
     "switch",
     "unfold",
     "verify",
+    "with_tokens",
 ]

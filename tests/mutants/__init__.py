@@ -93,6 +93,14 @@ def of_kinds(*names: str) -> tuple[str, ...]:
     return tuple(f"{KINDS}::test_{name}" for name in names)
 
 
+REWRITES = "tests/test_rewrites.py"
+
+
+def of_rewrites(name: str) -> tuple[str, ...]:
+    """This test of `REWRITES`, without its ``test_``."""
+    return (f"{REWRITES}::test_{name}",)
+
+
 HISTORIES = "tests/test_histories.py"
 GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"
@@ -128,6 +136,7 @@ AREAS = {
     "gradients": Area((GRADIENTS,)),
     "paper": Area((PAPER,)),
     "memory": Area((MEMORY,)),
+    "rewrites": Area((REWRITES,)),
 }
 
 MUTANTS = (
@@ -319,8 +328,8 @@ MUTANTS = (
     ),
     Mutant(
         "site_skipped", "insert", "passes/insert.py",
-        "_insert(model, row, plan.name) for row in plan.rows)",
-        "_insert(model, row, plan.name) for row in plan.rows[:-1] or plan.rows)",
+        "_insert(model, row, plan.name, owners) for row in plan.rows)",
+        "_insert(model, row, plan.name, owners) for row in plan.rows[:-1] or plan.rows)",
         "The last site of a plan with several gets no adapter.",
     ),
     Mutant(
@@ -2061,14 +2070,14 @@ MUTANTS = (
     ),
     Mutant(
         "every_kind_folds_exactly", "kinds", "passes/planning.py",
-        '"exactly" if row.kind.low_rank else "rounded once"', '"exactly"',
+        '"exactly" if kind.low_rank else "rounded once"', '"exactly"',
         "The plan promises more than the fold does.",
         tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
     ),
     Mutant(
         "plan_counts_like_lora", "kinds", "passes/planning.py",
-        "return sum(math.prod(shape) for shape in self.kind.shapes(space).values())",
-        "return sum(math.prod(shape) for shape in [*self.kind.shapes(space).values()][:2])",
+        "return sum(math.prod(shape) for shape in self.kind.shapes(self.space).values())",
+        "return sum(math.prod(shape) for shape in [*self.kind.shapes(self.space).values()][:2])",
         "The plan leaves the magnitudes out.",
         tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
     ),
@@ -2263,7 +2272,7 @@ MUTANTS = (
     ),
     Mutant(
         "dropout_without_a_branch", "gradients", "passes/insert.py",
-        "and not a.drops for a in alike", "for a in alike",
+        "and not a.drops and _has_delta(a) for a in alike", "and _has_delta(a) for a in alike",
         "A weight that is read as the sum W + δ has a dropout, and the first training step raises.",
         tests=(f"{GRADIENTS}::test_a_dropout_has_no_branch_there_and_is_refused",),
     ),
@@ -2517,14 +2526,14 @@ MUTANTS = (
         tests=("tests/test_paper_counts.py::test_digits_are_cut_or_rounded",),
     ),
     Mutant(
-        "bottlenecks_without_biases", "paper", "lora_fx/paper/counts.py",
-        "(2 * width * rank + rank + width)", "(2 * width * rank)",
+        "bottlenecks_without_biases", "paper", "lora_fx/deltas/rewrites.py",
+        '{"down_bias": (space.rank,), "up_bias": (d,), **norm}', "norm",
         "Adapter layers have no biases, and their counts are below the paper's.",
         tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
     ),
     Mutant(
         "prefixes_in_one_layer", "paper", "lora_fx/paper/counts.py",
-        '"PreLayer": layers', '"PreLayer": 1',
+        "lambda tokens: layers * d * tokens", "lambda tokens: d * tokens",
         "Prefix-layer tuning has as few parameters as prefix-embedding tuning.",
         tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
     ),
@@ -2560,5 +2569,187 @@ MUTANTS = (
         "memory_in_the_models_dtype", "memory", "lora_fx/checks/footprint.py",
         "return dtype if dtype is not None and", "return dtype if False and",
         "The dtype that is asked for is not taken.",
+    ),
+    # ── activation rewrites ──────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "bottleneck_without_the_residual", "rewrites", "lora_fx/deltas/rewrites.py",
+        "return y + F.linear(z, up, theta.up_bias)",
+        "return F.linear(z, up, theta.up_bias)",
+        "What a bottleneck gives stands in the place of y.",
+        tests=of_rewrites("a_linear_of_each_is_what_its_paper_says"),
+    ),
+    Mutant(
+        "bottleneck_starts_at_random", "rewrites", "lora_fx/deltas/rewrites.py",
+        "    theta.up.zero_()\n",
+        "    theta.up.uniform_(-bound, bound)\n",
+        "A fresh bottleneck is not the identity.",
+        tests=of_rewrites("each_system_trains_by_rules_alone_and_exactly_its_own"),
+    ),
+    Mutant(
+        "norm_of_a_bottleneck_untrained", "rewrites", "lora_fx/deltas/rewrites.py",
+        "(use.space.out,), theta.norm_weight, theta.norm_bias)",
+        "(use.space.out,))",
+        "The LayerNorm of Adapter L has no weight and no bias.",
+        tests=of_rewrites("a_linear_of_each_is_what_its_paper_says"),
+    ),
+    Mutant(
+        "kronecker_the_other_way_round", "rewrites", "lora_fx/deltas/rewrites.py",
+        '"iab,ipf,ifq->apbq"',
+        '"iab,ipf,ifq->paqb"',
+        "Of A ⊗ B a compacter makes B ⊗ A.",
+        tests=of_rewrites("a_linear_of_each_is_what_its_paper_says"),
+    ),
+    Mutant(
+        "last_word_is_a_token", "rewrites", "lora_fx/deltas/rewrites.py",
+        "own = F.embedding((use.x - n).clamp",
+        "own = F.embedding((use.x - n + 1).clamp",
+        "Tokens are looked up one row too late.",
+        tests=of_rewrites("tokens_stand_behind_the_last_one_of_the_table"),
+    ),
+    Mutant(
+        "tokens_asked_of_the_table", "rewrites", "lora_fx/deltas/rewrites.py",
+        "use.of(use.x.clamp(max=n - 1))",
+        "use.of(use.x)",
+        "The table is asked for rows that it does not have.",
+        tests=of_rewrites("tokens_stand_behind_the_last_one_of_the_table"),
+    ),
+    Mutant(
+        "tokens_start_as_noise", "rewrites", "lora_fx/deltas/rewrites.py",
+        "theta.tokens.copy_(weight.index_select(-1, drawn).mT)",
+        "theta.tokens.normal_()",
+        "New tokens are no words that the model knows.",
+        tests=of_rewrites("tokens_start_as_words_of_the_table"),
+    ),
+    Mutant(
+        "rewrite_of_the_plain_use", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "plain = weight.only(deltas) if deltas else weight.base",
+        "plain, deltas = weight.base, []",
+        "The deltas of a weight are lost where something rewrites its use.",
+        tests=of_rewrites("it_stands_around_the_deltas_and_a_later_one_around_an_earlier_one"),
+    ),
+    Mutant(
+        "only_the_last_rewrite", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "use = partial(_around, own, use, theta)",
+        "first = partial(_around, own, use, theta)\n    use = first",
+        "Of several rewrites of one use the last alone is done.",
+        tests=of_rewrites("it_stands_around_the_deltas_and_a_later_one_around_an_earlier_one"),
+    ),
+    Mutant(
+        "rewrite_left_out_of_an_unknown_use", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        'raise _no_use(branch, "reads it in another way than a product does whose features come last")',
+        "continue",
+        "A use that no plan has seen goes on without its rewrite.",
+        tests=of_rewrites("a_use_that_no_plan_has_seen_is_refused_when_it_runs"),
+    ),
+    Mutant(
+        "rewrite_in_the_dtype_of_theta", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "theta = own.cast(weight.base.dtype).theta if weight.cast else own.theta",
+        "theta = own.theta",
+        "Beside a weight in bfloat16 a rewrite computes with float32.",
+        tests=of_rewrites("beside_a_weight_in_bfloat16_its_theta_is_float32_and_its_result_is_not"),
+    ),
+    Mutant(
+        "rewrite_of_channels", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "if call.out_dims != (-1,):",
+        "if False:",
+        "A bottleneck behind a convolution narrows positions.",
+        tests=of_rewrites("what_has_no_such_use_is_refused_by_name"),
+    ),
+    Mutant(
+        "rewrite_before_the_bias", "rewrites", "passes/planning.py",
+        'if bias is not None and use.call.options.get("bias") is None:',
+        "if False:",
+        "A bias that is added by an op of its own comes behind the bottleneck.",
+        tests=of_rewrites("what_has_no_such_use_is_refused_by_name"),
+    ),
+    Mutant(
+        "rewritten_and_read_besides", "rewrites", "passes/planning.py",
+        "if use not in row.uses and not (row.split and use.module not in here):",
+        "if False:",
+        "Who reads the weight besides is told so when it runs.",
+        tests=of_rewrites("what_has_no_such_use_is_refused_by_name"),
+    ),
+    Mutant(
+        "rewrite_is_served_dense", "rewrites", "passes/insert.py",
+        " and _has_delta(a) for a in alike", " for a in alike",
+        "What rewrites a use is asked to be a sum, and the error names that.",
+        tests=of_rewrites("code_that_wants_a_plain_tensor_is_told_that_no_product_was_seen"),
+    ),
+    Mutant(
+        "shared_is_counted_at_each_site", "rewrites", "passes/planning.py",
+        " - sum(sum(own.values()) for own in common) + sum(once.values())",
+        "",
+        "What adapters have in common is counted for each.",
+        tests=of_rewrites("each_system_trains_by_rules_alone_and_exactly_its_own"),
+    ),
+    Mutant(
+        "nothing_is_shared", "rewrites", "passes/insert.py",
+        "        if owner is not adapter:\n            adapter.share(tensor, owner)\n",
+        "",
+        "Each compacter has factors of its own.",
+        tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
+    ),
+    Mutant(
+        "shared_with_those_of_one_call", "rewrites", "passes/insert.py",
+        "        if adapter.name == name:\n            for tensor in _in_common",
+        "        if False:\n            for tensor in _in_common",
+        "Sites that are added later share with each other alone.",
+        tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
+    ),
+    Mutant(
+        "shared_starts_again", "rewrites", "lora_fx/deltas/adapter.py",
+        "for name in self._owners:  # it has started",
+        "for name in ():",
+        "A later site draws what all have trained anew.",
+        tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
+    ),
+    Mutant(
+        "shared_is_saved_nowhere", "rewrites", "export/adapters/files.py",
+        "bases[h.adapter.owner(tensor)]",
+        "bases[h.adapter]",
+        "A file looks for what is shared at each site.",
+        tests=of_rewrites("saved_copied_and_put_away_it_is_the_same"),
+    ),
+    Mutant(
+        "rewrite_folds", "rewrites", "passes/fold.py",
+        "if isinstance(adapter.kind, ActivationRewrite):",
+        "if False:",
+        "A fold leaves out what is no delta.",
+        tests=of_rewrites("nothing_that_folds_takes_it"),
+    ),
+    Mutant(
+        "tokens_are_checked_without_one", "rewrites", "lora_fx/checks/rewritten.py",
+        "flat[given] = _mixed(flat[given], adapter)",
+        "pass",
+        "The self-check never looks a new token up.",
+        tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
+    ),
+    Mutant(
+        "check_rewrites_nothing", "rewrites", "lora_fx/checks/rewritten.py",
+        "use = partial(rewritten, adapter, use)",
+        "pass",
+        "A model is held against the one without its rewrites.",
+        tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
+    ),
+    Mutant(
+        "loss_counts_tokens", "rewrites", "lora_fx/application/tokens.py",
+        "row.all(_IGNORED, tensor)",
+        "row.all(0, tensor)",
+        "A loss asks for what new tokens stand for.",
+        tests=of_rewrites("tokens_are_put_into_a_batch"),
+    ),
+    Mutant(
+        "positions_behind_an_infix_before_it", "rewrites", "lora_fx/application/tokens.py",
+        "self.prefix + self.infix * behind",
+        "self.prefix + self.infix",
+        "The prompt's positions leave room for the infix behind it.",
+        tests=of_rewrites("tokens_are_put_into_a_batch"),
+    ),
+    Mutant(
+        "infix_behind_padding", "rewrites", "lora_fx/application/tokens.py",
+        "ends = torch.where(first < length, first, ends)",
+        "ends = first",
+        "In a row without labels the infix stands behind its padding.",
+        tests=of_rewrites("tokens_are_put_into_a_batch"),
     ),
 )  # fmt: skip
