@@ -1306,13 +1306,13 @@ MUTANTS = (
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
     ),
     Mutant(
-        "rslora_loaded_as_standard", "files", "export/adapters/files.py",
+        "rslora_loaded_as_standard", "files", "export/adapters/peft_files.py",
         '"scaling": "rslora" if config.get("use_rslora") else "standard"', '"scaling": "standard"',
         "use_rslora of a PEFT adapter is ignored.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
-        "out_proj_once", "files", "export/adapters/files.py",
+        "out_proj_once", "files", "export/adapters/peft_files.py",
         "float(alphas[layer.target]) * layer.times", "float(alphas[layer.target])",
         "PEFT adds the delta of an attention's out_proj twice, and the loaded model once.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
@@ -1360,13 +1360,13 @@ MUTANTS = (
         tests=("tests/test_adapter_files.py::test_damaged_folders",),
     ),
     Mutant(
-        "edited_settings_accepted", "files", "export/adapters/files.py",
+        "edited_settings_accepted", "files", "export/adapters/own.py",
         "        if config.get(key) != value:", "        if key not in config:",
         "A config that was edited after saving is half believed.",
         tests=("tests/test_adapter_files.py::test_settings_that_were_edited",),
     ),
     Mutant(
-        "dropout_not_loaded", "files", "export/adapters/files.py",
+        "dropout_not_loaded", "files", "export/adapters/own.py",
         'float(entry["dropout"])', "0.0",
         "The dropout of a saved adapter is gone after loading.",
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
@@ -1378,7 +1378,7 @@ MUTANTS = (
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
-        "equal_shift_forgotten", "files", "export/adapters/files.py",
+        "equal_shift_forgotten", "files", "export/adapters/peft_files.py",
         "torch.ldexp(delta.B, torch.tensor(shift))", "delta.B",
         "Parts of a fused weight with scales of their own are saved with one.",
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
@@ -1878,14 +1878,14 @@ MUTANTS = (
     ),
     # ── files of other kinds ─────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
-        "settings_of_a_kind_not_saved", "kinds", "export/adapters/files.py",
+        "settings_of_a_kind_not_saved", "kinds", "export/adapters/values.py",
         '"kind": a.kind.name, "settings": dict(a.settings)}',
         '"kind": a.kind.name, "settings": {k: v for k, v in a.settings.items() if k == "rank"}}',
         "The scale of a saved DoRA is 1 after loading.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
     ),
     Mutant(
-        "kind_not_saved", "kinds", "export/adapters/files.py",
+        "kind_not_saved", "kinds", "export/adapters/values.py",
         'if a.kind.name != "lora":\n            return {**said', "if not a.settings:\n            return {**said",
         "DoRA is saved as LoRA.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
@@ -1897,13 +1897,13 @@ MUTANTS = (
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
     ),
     Mutant(
-        "use_dora_not_said", "kinds", "export/adapters/files.py",
+        "use_dora_not_said", "kinds", "export/adapters/peft_files.py",
         '"use_dora": dora,', '"use_dora": False,',
         "PEFT is given a DoRA as a LoRA.",
         tests=of_kinds("dora_for_peft_and_back"),
     ),
     Mutant(
-        "dora_loaded_as_lora", "kinds", "export/adapters/files.py",
+        "dora_loaded_as_lora", "kinds", "export/adapters/peft_files.py",
         'kind_named("dora" if config.get("use_dora") else "lora")', 'kind_named("lora")',
         "use_dora of a PEFT adapter is ignored.",
         tests=of_kinds("dora_for_peft_and_back"),
@@ -1921,19 +1921,19 @@ MUTANTS = (
         tests=of_kinds("dora_of_attention_is_refused_for_peft"),
     ),
     Mutant(
-        "part_of_dora_for_peft", "kinds", "export/adapters/files.py",
+        "part_of_dora_for_peft", "kinds", "export/adapters/peft_files.py",
         'if kind == "dora" and h.adapter.rows is not None:', "if False:",
         "A DoRA of a part of a weight is written as one of all of it.",
         tests=of_kinds("a_part_of_dora_is_refused_for_peft"),
     ),
     Mutant(
-        "dora_read_outside_for_peft", "kinds", "export/adapters/files.py",
+        "dora_read_outside_for_peft", "kinds", "export/adapters/peft_files.py",
         'if h.adapter.read_outside and layer.kind != "attention":', "if False:",
         "A DoRA whose weight another module reads is written for PEFT, which adapts calls alone.",
         tests=of_kinds("dora_of_a_weight_that_another_module_reads_is_refused_for_peft"),
     ),
     Mutant(
-        "two_kinds_for_peft", "kinds", "export/adapters/files.py",
+        "two_kinds_for_peft", "kinds", "export/adapters/peft_files.py",
         "        if len(kinds) > 1:\n", "        if not kinds:\n",
         "A LoRA beside a DoRA is written as one.",
         tests=of_kinds("what_peft_has_no_kind_for_is_refused"),
@@ -2081,7 +2081,7 @@ MUTANTS = (
     ),
     Mutant(
         "trained_beside_left_out", "settings", "lora_fx/model/training.py",
-        "if beside == IGNORE or not names:", "if True:",
+        "if beside != REFUSE or not (trained := trained_beside(model)):", "if True:",
         "save_adapter leaves out a head that trains, without a word.",
     ),
     Mutant(
