@@ -31,6 +31,7 @@ from lora_fx.deltas.exact_sum import ExactSum
 from lora_fx.errors import ExportError, FileError, FoldError
 from lora_fx.export.adapters import files as adapter_files
 from lora_fx.export.adapters import folder as adapter_folder
+from lora_fx.export.adapters import own, peft_files, values
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
 from lora_fx.model import classes, marks
 from lora_fx.model.inventory import inventory
@@ -181,7 +182,7 @@ FILES = {
     m.__file__
     for m in (
         application, changes, classes, marks, wiring, folding, exact_sum, insert, adapter_files, certification,
-        flow, uses, verification,
+        flow, uses, verification, own, peft_files, values,
     )
 }  # fmt: skip
 

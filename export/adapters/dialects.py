@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_fx.export.adapters import diffusion, loralib
 from lora_fx.export.adapters.entries import Entry, Single, in_pefts_words
-from lora_fx.export.adapters.folder import ADALORA, HEADER, OWN, PEFT, Folder
+from lora_fx.export.adapters.folder import ADALORA, HEADER, OWN, PEFT, Folder, check_types
 from lora_fx.export.adapters.own import read_own
 from lora_fx.export.adapters.peft import PREFIX, Modules
 from lora_fx.export.adapters.peft_files import layers_of, read_adalora, read_lora
@@ -125,6 +125,7 @@ def read(model: nn.Module, folder: Folder, part: str | None, config: Mapping[str
     if dialect.whole and (config or part):
         what = f"part={part!r}" if part else f"config={dict(config)!r}"
         refuse(str(folder.path), f"{what}, and the files say themselves what they are", "leave it out")
+    check_types({**config, "peft_type": PEFT}, "config")
     return dialect.read(model, folder, part, config)
 
 

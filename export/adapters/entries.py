@@ -36,7 +36,7 @@ def of_a_part(modules: Modules, folder: Folder, parts: Iterable[str], wanted: st
         parts: for which the file has entries.
         wanted: what the caller says that the model is.
     """
-    known = list(dict.fromkeys(parts))
+    known = sorted(set(parts))
     if wanted is None and len(known) > 1:
         reason = f"it is for several models: {', '.join(known)}"
         refuse(str(folder.path), reason, f"say which this one is: load_adapter(..., part={known[0]!r})")
@@ -69,9 +69,10 @@ def in_pefts_words(
             reason = f"it and {own[entry.factor]} are two entries for one weight"
             refuse(folder.tensor(entry.key), reason, "leave one of them out of the file")
         own[entry.factor] = entry.key
-    tensors, spelled, ranks, alphas = dict[str, torch.Tensor](), dict[str, str](), {}, {}
+    tensors, spelled = dict[str, torch.Tensor](), dict[str, str]()
+    ranks, alphas = dict[str, int](), dict[str, float]()
     for path, keys in found.items():
-        for missing in {"A", "B"} - keys.keys():
+        for missing in sorted({"A", "B"} - keys.keys()):
             there = next(iter(keys.values()))
             refuse(folder.tensor(there), f"its factor {missing} is missing", "restore the file")
         table = known_kind(modules.by_path[path], "weight") == "embedding"
@@ -79,8 +80,9 @@ def in_pefts_words(
         words |= {"A": "lora_embedding_A", "B": "lora_embedding_B"} if table else {}
         for factor, key in keys.items():
             if factor != "alpha":
-                tensors[own := f"{PREFIX}{path}.{words[factor]}"] = folder.tensors[key]
-                spelled[own] = folder.spelled.get(key, key)
+                place = f"{PREFIX}{path}.{words[factor]}"
+                tensors[place] = folder.tensors[key]
+                spelled[place] = folder.spelled.get(key, key)
         B = folder.tensors[keys["B"]]
         ranks[path] = B.shape[1] if B.ndim > 1 else 0
         alphas[path] = _alpha(folder, keys, alpha, ranks[path], config)
@@ -113,11 +115,11 @@ def _alpha(folder: Folder, keys: Mapping[str, str], alpha: Any, rank: int, confi
 
 def _config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
     exactly = {"^" + re.escape(path): path for path in ranks}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] if values else 1 for values in (ranks, alphas))
     return {
         "peft_type": PEFT, "r": rank, "lora_alpha": alpha, "target_modules": "|".join(map(re.escape, ranks)),
-        "rank_pattern": {key: ranks[path] for key, path in exactly.items()},
-        "alpha_pattern": {key: alphas[path] for key, path in exactly.items()},
+        "rank_pattern": {key: ranks[path] for key, path in exactly.items() if ranks[path] != rank},
+        "alpha_pattern": {key: alphas[path] for key, path in exactly.items() if alphas[path] != alpha},
     }  # fmt: skip
 
 

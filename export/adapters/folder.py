@@ -192,10 +192,11 @@ _Unpacked = tuple[dict[str, torch.Tensor], dict[str, Any] | None, dict[str, str]
 def _unpack(file: Path) -> _Unpacked:
     from safetensors.torch import load
 
+    meta: dict[str, str] = {}
     with boundary("it cannot be read", str(file), _RESTORE):
         data = contents(file, _RESTORE, most=None)
         if file.suffix in PICKLES:
-            tensors, meta = unpickled(data, str(file)), {}
+            tensors = unpickled(data, str(file))
         else:
             table = tensor_table(io.BytesIO(data), str(file), _RESTORE)
             tensors = load(data)

@@ -46,8 +46,8 @@ def read(model: nn.Module, folder: Folder, part: str | None, config: Mapping[str
             refuse(folder.tensor(key), reason, f"pass the model it was made for; near: {near}")
         else:
             pairs.setdefault(path, {})[_ENDS[end]] = key
-    if not any("lora_alpha" in own for own in (config,)):
-        place = folder.tensor(next(iter(next(iter(pairs.values())).values())))
+    if "lora_alpha" not in config:
+        place = folder.tensor(next(key for keys in pairs.values() for key in keys.values()))
         reason = "loralib's files do not say their alpha, and without one there is no scale"
         refuse(place, reason, 'say it: load_adapter(..., config={"lora_alpha": …})')
     plain, grouped = [], []
@@ -83,11 +83,13 @@ def _grouped(
         reason = f"A is {tuple(A.shape)} and B {tuple(B.shape)}: no groups of the {out} outputs of {path} have these"
         refuse(place, reason, "load the base model it was made for")
     enabled = config.get(_ENABLE, [True] * count if count == out // width else None)
-    if enabled is None or [*map(bool, enabled)] != [*enabled] or len(enabled) != out // width or sum(enabled) != count:
+    known = isinstance(enabled, list | tuple) and all(isinstance(on, bool) for on in enabled)
+    if not known or len(enabled) != out // width or sum(enabled) != count:
         reason = f"{count} of {out // width} groups of outputs have factors, and the file does not say which"
         refuse(place, reason, f'say it: load_adapter(..., config={{"{_ENABLE}": [True, False, …], …}})')
-    if why := [key for key in config if key not in ("lora_alpha", "lora_dropout", _ENABLE)]:
-        refuse(place, f"{why[0]}={config[why[0]]!r} is none of loralib's", "say lora_alpha, lora_dropout, enable_lora")
+    if others := [key for key in config if key not in ("lora_alpha", "lora_dropout", "bias", _ENABLE)]:
+        reason = f"{others[0]}={config[others[0]]!r} is none of loralib's"
+        refuse(place, reason, "say lora_alpha, lora_dropout, bias, enable_lora")
     settings = {
         "rank": rank, "alpha": float(config["lora_alpha"]), "dropout": float(config.get("lora_dropout", 0)),
     }  # fmt: skip

@@ -302,9 +302,9 @@ class Modules:
 
 
 def names_of(modules: Modules, name: str) -> tuple[str, ...]:
-    """Every name of the parameter's storage, this one first."""
-    key = storage_key(modules.parameter(name))
-    return (name, *(n for n in modules.names if n != name and storage_key(modules.parameter(n)) == key))
+    """Every name of the parameter's storage, in the order of the model."""
+    keys = {n: storage_key(p) for n in modules.names if (p := modules.parameter(n)) is not None}
+    return tuple(n for n, key in keys.items() if key == keys[name])
 
 
 def tied(modules: Modules) -> tuple[str, ...]:
@@ -322,7 +322,7 @@ def tied(modules: Modules) -> tuple[str, ...]:
         for module, paths in modules.modules.items()
         for key in getattr(module, "_tied_weights_keys", None) or ()
     }
-    rest = [n for n in names_of(modules, name)[1:] if n in known]
+    rest = [n for n in names_of(modules, name) if n in known and n != name]
     return (name, *rest) if rest else ()
 
 
@@ -546,7 +546,7 @@ def check_rest(modules: Modules, rest: Mapping[str, torch.Tensor], folder: Folde
         base = state.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
         if base is None or not key.startswith(PREFIX):
             reason = "no layer that the config names has this key"
-            near = ", ".join(get_close_matches(key.removeprefix(PREFIX), modules.names[:10_000], 3, 0.5)) or "none"
+            near = ", ".join(get_close_matches(key.removeprefix(PREFIX), modules.names[:2_000], 3, 0.5)) or "none"
             refuse(place, reason, f"load the base model and the config it was saved with; near: {near}")
         if base.shape != value.shape or not torch.equal(base.detach().cpu().to(value.dtype), value):
             reason = "the file carries a base weight, and the model's is another"

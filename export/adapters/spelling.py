@@ -38,7 +38,7 @@ def respelled(modules: Modules, folder: Folder) -> Folder:
     spelled: dict[str, str] = {}
     for key, tensor in folder.tensors.items():
         own = _in_place(modules, key, names)
-        if own in tensors and not (_is_copy(key) and torch.equal(tensors[own], tensor)):
+        if own in tensors and not (_is_copy(key, spelled[own]) and torch.equal(tensors[own], tensor)):
             reason = f"it and {folder.spelled.get(spelled[own], spelled[own])} are two entries for one weight"
             refuse(folder.tensor(key), reason, "leave one of them out of the file")
         tensors[own], spelled[own] = tensor, key
@@ -51,7 +51,7 @@ def respelled(modules: Modules, folder: Folder) -> Folder:
 
 def nearest(key: str, known: list[str]) -> str:
     """What is called almost so, in words."""
-    near = difflib.get_close_matches(key, known[:10_000], 3, 0.5)
+    near = difflib.get_close_matches(key, known[:2_000], 3, 0.5)
     return ", ".join(near) or "none"
 
 
@@ -92,6 +92,6 @@ def _is_there(modules: Modules, key: str) -> bool:
     return bool(path) and path in modules.by_path
 
 
-def _is_copy(key: str) -> bool:
+def _is_copy(*keys: str) -> bool:
     """PEFT writes biases of a module that it saves whole twice."""
-    return ".modules_to_save." in key
+    return sum(".modules_to_save." in key for key in keys) == 1
