@@ -207,13 +207,13 @@ def test_each_word_of_pefts_goes_both_ways(case, tmp_path):
     for option, value in {**{key: case.config[key] for key in options & case.config.keys()}, **case.written}.items():
         found = said[option]
         assert (sorted(found) if isinstance(found, list) else found) == value, option
-    again = load_adapter(fresh(case.make), tmp_path / "ours", IDS)
+    again = load_adapter(fresh(case.make), tmp_path / "ours", IDS, check=False)
     assert reference.same_bits(reference.bits(again), reference.bits(ours)) and torch.equal(out(again), out(ours))
     save_adapter(ours, tmp_path / "own", peft=False)
-    own = load_adapter(fresh(case.make), tmp_path / "own", IDS)
+    own = load_adapter(fresh(case.make), tmp_path / "own", IDS, check=False)
     assert reference.same_bits(reference.bits(own), reference.bits(ours))
     strip(tmp_path / "ours")
-    bare = load_adapter(fresh(case.make), tmp_path / "ours", IDS)
+    bare = load_adapter(fresh(case.make), tmp_path / "ours", IDS, check=False)
     assert kinds(bare) == case.kinds and same(bare, wanted)
     theirs = peft.PeftModel.from_pretrained(fresh(case.make), tmp_path / "ours").eval()
     assert same(ours, out(theirs))
