@@ -61,6 +61,8 @@ class Row:
     """θ, where it has numbers already, from a file: beside a weight on meta it lies on the CPU."""
     schedule: str = ""
     """How its branches are computed on these inputs, in words: `lora_fx.deltas.schedules`."""
+    axes: Layout | None = None
+    """Of θ, where they are not those in which the weight multiplies: of its rows, of what multiplies nothing."""
     expected: float | None = None
     """What a training step of its uses is expected to take by that, of what the frozen weight's takes; None where it is
     not known: see `lora_fx.deltas.costs`."""
@@ -78,6 +80,8 @@ class Row:
     def layout(self) -> Layout:
         """Every axis of a bias is one of features."""
         shape = self.weight.shape
+        if self.axes is not None:
+            return self.axes
         return Layout("o" * len(shape), shape) if self.kind.adapts == "bias" else self.weight.layout
 
     @property
