@@ -23,7 +23,7 @@ import lora_fx
 from lora_fx import Rule
 from lora_fx.errors import FileError, FoldError, LoraFxError
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
-from lora_fx.export.checkpoints import arithmetic, fold, streams, work
+from lora_fx.export.checkpoints import arithmetic, extract, fold, streams, work
 from lora_fx.export.checkpoints.checkpoint import MANIFEST, REMAINDER
 
 ROOT = Path(__file__).parent.parent
@@ -729,3 +729,74 @@ def test_a_fold_of_a_fold_has_its_own_manifest(kept, tmp_path):
     lora_fx.unfold_checkpoint(tmp_path / "twice", tmp_path / "back")
     assert tensors(tmp_path / "back").keys() == tensors(out).keys()
     assert not same(tensors(tmp_path / "back"), tensors(out))
+
+
+# ── an adapter out of two checkpoints ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_what_was_folded_is_extracted(build, tmp_path):
+    roles = "attention.query | attention.value | attention.output | mlp.*"
+    base, _, _ = make(tmp_path, build(), [Rule(role=roles, rank=3, alpha=5)])
+    lora_fx.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "tuned")
+    (tmp_path / "tuned" / "adapter.safetensors.txt").touch()
+    found = lora_fx.extract_adapter(base, tmp_path / "tuned", tmp_path / "found", 9)  # parts of one weight have 3 × 3
+    assert {row.weight for row in found.rows} == {*same(tensors(tmp_path / "tuned"), tensors(base))}
+    lora_fx.fold_checkpoint(base, tmp_path / "found", tmp_path / "again")
+    wanted, again, before = tensors(tmp_path / "tuned"), tensors(tmp_path / "again"), tensors(base)
+    for row in found.rows:
+        change = (wanted[row.weight].double() - before[row.weight].double()).norm()
+        rest = (again[row.weight].double() - wanted[row.weight].double()).norm()
+        noise = 2.0**-24 * (wanted[row.weight].double().norm() + 9 * change)  # of the tuned weights, and of the factors
+        assert rest <= 4 * noise and abs(row.change - float(change)) <= 2.0**-48 * row.change
+    model = type(build()).from_pretrained(base)
+    with warnings.catch_warnings(action="error"):
+        adapted = peft.PeftModel.from_pretrained(model, tmp_path / "found")
+    assert len(adapted.peft_config["default"].target_modules) == len(found.rows)
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (520, 600), (600, 520)])
+def test_the_nearest_of_a_rank_is_kept(shape, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(extract, "BLOCK", 2**16)
+    W, U, V = torch.randn(shape), torch.randn(shape[0], 30), torch.randn(30, shape[1])
+    D = (U * 0.6 ** torch.arange(30)) @ V
+    base = plain(tmp_path, {"up.weight": W, "norm.weight": torch.ones(5)})
+    save_file({"up.weight": W + D, "norm.weight": torch.ones(5)}, tmp_path / "tuned.safetensors")
+    found = lora_fx.extract_adapter(base, tmp_path / "tuned.safetensors", tmp_path / "out", 6)
+    (row,) = found.rows
+    sizes = torch.linalg.svdvals((W + D).double() - W.double())
+    best = float((sizes[:6] ** 2).sum() / (sizes**2).sum())
+    # subspace iteration of 4 rounds with 8 more directions: what is lost of each is (σ₁₅ / σ₆)¹⁶ at most, and a factor
+    # in float32 is off by 2⁻²⁴
+    lost = 6 * float(sizes[14] / sizes[5]) ** 16 + 6 * 2.0**-23
+    assert best - lost <= row.energy <= best + 2.0**-50 and row.rank == 6
+    assert f"{row.energy:.2%}" in str(found) and abs(found.energy - row.energy) <= 2.0**-50
+
+
+def test_what_an_adapter_cannot_hold_is_named_or_left_out(tmp_path):
+    torch.manual_seed(0)
+    before = {"up.weight": torch.zeros(6, 4), "norm.weight": torch.ones(4), "embed.weight": torch.zeros(8, 4)}
+    base = plain(tmp_path, before)
+    tuned = tmp_path / "tuned.safetensors"
+    save_file({name: t + torch.randn_like(t) for name, t in before.items()}, tuned)
+    with pytest.raises(FileError, match=r"embed.weight, norm.weight differ, and a LoRA adapter holds matrices"):
+        lora_fx.extract_adapter(base, tuned, tmp_path / "out", 2)
+    found = lora_fx.extract_adapter(base, tuned, tmp_path / "out", 9, ignore=["norm.*", "embed.weight"])
+    assert {*found.ignored} == {"norm.weight", "embed.weight"} and "left out, though they differ" in str(found)
+    assert [row.rank for row in found.rows] == [4] and found.energy > 1 - 2.0**-40
+    lora_fx.fold_checkpoint(base, tmp_path / "out", tmp_path / "again")
+    for reason, other in {
+        "no weight differs": before,
+        "the checkpoint has no other.weight": {**before, "other.weight": torch.zeros(2, 2)},
+        r"its shape is \(6, 5\), and in the base \(6, 4\)": {**before, "up.weight": torch.zeros(6, 5)},
+        "it holds NaN or Inf": {**before, "up.weight": torch.full((6, 4), float("inf"))},
+    }.items():
+        save_file(other, tuned)
+        with pytest.raises(FileError, match=reason):
+            lora_fx.extract_adapter(base, tuned, tmp_path / "more", 2)
+    with pytest.raises(FileError, match="0 is no positive integer"):
+        lora_fx.extract_adapter(base, tuned, tmp_path / "more", 0)
+    with pytest.raises(FileError, match="the folder is not empty"):
+        lora_fx.extract_adapter(base, tuned, tmp_path / "out", 2)
+    assert not (tmp_path / "more").exists() and not [*tmp_path.glob("*.partial")]

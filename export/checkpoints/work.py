@@ -47,7 +47,7 @@ class Work:
     @contextmanager
     def begun(self) -> Iterator[Work]:
         """Inside, files may be written. What ends it early leaves what was finished, for the next time."""
-        _refuse_taken(self.out)
+        refuse_taken(self.out)
         with self._refusing():
             self.folder.mkdir(parents=True, exist_ok=True)
         with self._refusing(), open(self.folder / _JOURNAL, "a+b") as self._journal:
@@ -116,7 +116,7 @@ class Work:
         for name, data in manifest.items():
             self.file(name).write_bytes(data)
         _sync(self.folder)
-        _refuse_taken(self.out)
+        refuse_taken(self.out)
         (self.folder / _JOURNAL).unlink()
         os.replace(self.folder, self.out)
 
@@ -136,7 +136,8 @@ class Work:
             ) from error
 
 
-def _refuse_taken(out: Path) -> None:
+def refuse_taken(out: Path) -> None:
+    """What is written is a folder that is not there, or empty."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():

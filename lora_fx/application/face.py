@@ -27,6 +27,7 @@ from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.registration import register_form
 from lora_fx.errors import LoraFxError
 from lora_fx.export.adapters.files import load_adapter, save_adapter
+from lora_fx.export.checkpoints.extract import extract_adapter
 from lora_fx.export.checkpoints.fold import fold_checkpoint, unfold_checkpoint
 from lora_fx.export.checkpoints.manifest import verify_checkpoint
 from lora_fx.export.onnx.export import ExportReport, export_onnx
@@ -62,6 +63,7 @@ __all__ = [
     "deactivate",
     "disabled",
     "export_onnx",
+    "extract_adapter",
     "fold",
     "fold_checkpoint",
     "fold_onnx",

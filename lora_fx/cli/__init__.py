@@ -26,9 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 COMMANDS = {
+    "plan": Row("lora_fx.cli.models:plan", "What rules come to on a model, as a table."),
     "fold": Row("lora_fx.cli.checkpoints:fold", "Fold adapters into a checkpoint on disk, without the model."),
     "unfold": Row("lora_fx.cli.checkpoints:unfold", "The base of a folded checkpoint again, to the bit."),
+    "extract": Row("lora_fx.cli.checkpoints:extract", "The adapter nearest to what changed between two checkpoints."),
+    "inspect": Row("lora_fx.cli.inspecting:inspect", "What is in an adapter, a checkpoint or an ONNX file."),
+    "export": Row("lora_fx.cli.models:export", "A model with its adapters folded, as a checked ONNX file."),
     "verify": Row("lora_fx.cli.checkpoints:verify", "Is every file of a folded checkpoint what was written?"),
+    "certify": Row("lora_fx.cli.models:certify", "Is every use of every adapted weight W + δ?"),
     "demo": Row("lora_fx.cli.demo:demo", "Adapt, fold and export a small vision transformer, in a minute."),
     "paper": Row("lora_fx.cli.paper:paper", "The claims of the LoRA paper, on your own model, one command each."),
     "pipeline": Row("lora_fx.cli.pipelines:pipeline", "Show the passes that a verb runs on a model."),

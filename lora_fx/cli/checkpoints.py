@@ -108,3 +108,29 @@ def verify(context: click.Context, folder: Path, base: Path | None, adapters: tu
         context.exit(FAILED)
     said = {"verified": True, "files": found.files, "bytes": found.bytes, "tensors": list(found.manifest.tensors)}
     show(found, said, as_json)
+
+
+@click.command()
+@click.argument("base", type=_PLACE)
+@click.argument("tuned", type=_PLACE)
+@click.option("-r", "--rank", type=click.IntRange(1), required=True, help="Of the adapter.")
+@_out
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Tensors that may differ, and stay as in the base.")
+@_leave_out
+@as_json
+def extract(
+    base: Path, tuned: Path, rank: int, out: Path, ignore: tuple[str, ...], leave_out: tuple[str, ...], as_json: bool
+) -> None:
+    """Write the adapter of this rank that is nearest to D = TUNED − BASE, in PEFT's format, and say which share of ‖D‖²
+    it keeps of each weight.
+
+    \b
+    Example:
+      lora-fx extract Llama-3.2-1B Llama-3.2-1B-Instruct -r 16 -o instruct-adapter --ignore '*norm*'
+    """
+    from lora_fx import extract_adapter
+
+    with progress("extract") as tell:
+        found = extract_adapter(base, tuned, out, rank, ignore=ignore, leave_out=leave_out, progress=tell)
+    rows = [dict(vars(row), shape=list(row.shape)) for row in found.rows]
+    show(found, {"folder": str(out), "energy": found.energy, "ignored": list(found.ignored), "weights": rows}, as_json)

@@ -100,6 +100,7 @@ PAPER = "tests/test_paper.py"
 MEMORY = "tests/test_memory.py"
 
 CHECKPOINTS = "tests/test_checkpoints.py"
+COMMAND = "tests/test_command.py"
 
 AREAS = {
     "algebra": Area((GAPS, "tests/test_forms.py"), "native-chain", "l2"),
@@ -130,6 +131,7 @@ AREAS = {
     "paper": Area((PAPER,)),
     "memory": Area((MEMORY,)),
     "checkpoints": Area((CHECKPOINTS,)),
+    "command": Area((COMMAND,)),
 }
 
 MUTANTS = (
@@ -2607,5 +2609,40 @@ MUTANTS = (
         "if end.target != manifest.files[name].base:", "if False:",
         "What an unfold has written need not be the base.",
         tests=(f"{CHECKPOINTS}::test_nothing_is_unfolded_but_what_was_written",),
+    ),
+    Mutant(
+        "directions_at_random", "checkpoints", "export/checkpoints/extract.py",
+        "_ROUNDS = 4", "_ROUNDS = 0",
+        "An extracted adapter holds the first directions that were drawn, and not the largest.",
+        tests=(f"{CHECKPOINTS}::test_the_nearest_of_a_rank_is_kept",),
+    ),
+    Mutant(
+        "conv1d_is_extracted_as_linear", "checkpoints", "export/checkpoints/extract.py",
+        "flags = {pair.new: bool(orientation.transposed(pair.new)) for", "flags = {pair.new: False for",
+        "The factors of a weight that lies (in, out) are in each other's place.",
+        tests=(f"{CHECKPOINTS}::test_what_was_folded_is_extracted",),
+    ),
+    Mutant(
+        "wrong_is_done", "command", "lora_fx/cli/lazy.py",
+        "REFUSED, FAILED, INTERRUPTED = 2, 3, 130", "REFUSED, FAILED, INTERRUPTED = 2, 0, 130",
+        "What is looked at and found wrong ends with 0.",
+    ),
+    Mutant(
+        "a_path_with_a_sign", "command", "lora_fx/cli/checkpoints.py",
+        "if not path or Path(text).exists():", "if not path:",
+        "A folder that has a = in its name is taken for a strength.",
+        tests=(f"{COMMAND}::test_a_strength_comes_after_the_last_sign",),
+    ),
+    Mutant(
+        "a_glob_is_a_number", "command", "lora_fx/cli/given.py",
+        "for kind in (int, float) if key in _NUMBERS else ():", "for kind in (int, float):",
+        "where=0 on the command line is the number 0, which is no glob.",
+        tests=(f"{COMMAND}::test_models_by_json",),
+    ),
+    Mutant(
+        "help_imports_torch", "command", "lora_fx/cli/checkpoints.py",
+        "from lora_fx.cli.lazy import FAILED\n", "import torch\nfrom lora_fx.cli.lazy import FAILED\n",
+        "A command imports torch to print its help.",
+        tests=(f"{COMMAND}::test_help_has_an_example_of_each_and_needs_no_torch",),
     ),
 )  # fmt: skip
