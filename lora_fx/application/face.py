@@ -29,6 +29,9 @@ from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.registration import register_form
 from lora_fx.errors import LoraFxError
 from lora_fx.export.adapters.files import load_adapter, save_adapter
+from lora_fx.export.checkpoints.extract import extract_adapter
+from lora_fx.export.checkpoints.fold import fold_checkpoint, unfold_checkpoint
+from lora_fx.export.checkpoints.manifest import verify_checkpoint
 from lora_fx.export.onnx.export import ExportReport, export_onnx
 from lora_fx.export.onnx.folding import fold_onnx
 from lora_fx.export.onnx.switchable import save_onnx_adapter
@@ -63,7 +66,9 @@ __all__ = [
     "deactivate",
     "disabled",
     "export_onnx",
+    "extract_adapter",
     "fold",
+    "fold_checkpoint",
     "fold_onnx",
     "load_adapter",
     "memory",
@@ -78,6 +83,8 @@ __all__ = [
     "suggest",
     "switch",
     "unfold",
+    "unfold_checkpoint",
     "verify",
+    "verify_checkpoint",
     "with_tokens",
 ]

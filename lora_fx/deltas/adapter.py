@@ -336,7 +336,9 @@ class Adapter(Beside):
     def delta(self, weight: Any = None, theta: Theta | None = None) -> Any:
         """δ(W, θ) in the weight's own shape and θ's dtype; a low-rank one asks for no W."""
         if self.kind.low_rank:
-            return self.low_rank().delta()
+            return self.low_rank(
+                None if theta is None else {name: getattr(theta, name) for name in self._parameters}
+            ).delta()
         if isinstance(self.kind, ActivationRewrite):
             reason = f"the kind {self.kind.name!r} has no δ: {self.kind.why}"
             raise AdapterError(

@@ -82,6 +82,9 @@ class Kind:
     """(op of `kernels.OPS`, x, W, bias, θ) → the op on W + δ, where that is faster than to add a branch; or None."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What a rule may give it: name → default, or `REQUIRED`."""
+    by_feature: bool = False
+    """δ of an output feature follows from what W and θ have for that feature alone, and from θ that is for all: then a
+    few rows of a weight can be folded at a time."""
     adapts: Literal["weight", "bias"] = "weight"
     """The weight of a matched site, or its bias."""
 
@@ -210,6 +213,7 @@ DORA = Kind(
     branch=dora.branch,
     matmul=dora.matmul,
     settings=_FACTORED,
+    by_feature=True,
 )
 
 
@@ -248,6 +252,7 @@ FULL = Kind(
     shapes=lambda space: {"weight": (*space.batch, space.out, space.inner)},
     start=lambda theta, weight: theta.weight.copy_(weight),
     delta=lambda weight, theta: theta.weight - weight,
+    by_feature=True,
 )
 
 #: name → row; read whenever a kind is asked for, since rows come and go (`lora_fx.deltas.kind_registration`)
