@@ -31,6 +31,7 @@ import lora_fx
 from lora_fx import Kind, Rule, load_adapter, register_kind, save_adapter
 from lora_fx.checks.verification import compare, compare_all, move_weights, relative_error, scatter
 from lora_fx.deltas import dora, kernels
+from lora_fx.deltas.dropping import BranchDropout
 from lora_fx.deltas.kinds import REQUIRED
 from lora_fx.errors import FileError
 from lora_fx.export.adapters.folder import CONFIG, TENSORS, read_folder, write_folder
@@ -411,7 +412,11 @@ def start(training: Training, by: str, folder: Path, dropout: float = 0.0) -> No
 
 def ours_and_theirs(training: Training, dtype: torch.dtype, folder: Path) -> tuple[nn.Module, nn.Module]:
     ours = load_adapter(fresh(training.make, dtype), folder, IDS, check=False)
-    return ours, peft.PeftModel.from_pretrained(fresh(training.make, dtype), folder, is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(fresh(training.make, dtype), folder, is_trainable=True)
+    for module in theirs.modules():
+        for name, drop in getattr(module, "lora_dropout", {}).items():
+            module.lora_dropout[name] = BranchDropout(drop.p) if isinstance(drop, nn.Dropout) else drop  # our draws
+    return ours, theirs
 
 
 def theta(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from lora_fx.deltas import schedules
+from lora_fx.deltas.dropping import BranchDropout
 from lora_fx.deltas.kinds import ActivationRewrite, Kind, Space, Theta, kind_named, own_factors
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.realisation import Realisation
@@ -114,7 +115,7 @@ class Adapter(Beside):
 
     A: nn.Parameter  # of `lora`, and of what has factors of these names
     B: nn.Parameter
-    dropout: nn.Dropout | NoDropout
+    dropout: BranchDropout | NoDropout
     kind: Kind
     layout: Layout
     rows: tuple[int, ...] | None
@@ -150,7 +151,7 @@ class Adapter(Beside):
         settings = kind.complete(settings)
         settings.pop("init", None)  # for `start` alone
         dropout = settings.get("dropout", 0.0)
-        self.add_module("dropout", nn.Dropout(dropout) if dropout else NoDropout())
+        self.add_module("dropout", BranchDropout(dropout) if dropout else NoDropout())
         self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings=settings)
         self.change(active=True, realised=Realisation.DISPATCH, read_outside="", _trained=(), _owners={})
         self.change(schedule=settings.get("schedule", schedules.BRANCH))

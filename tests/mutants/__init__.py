@@ -131,6 +131,7 @@ AREAS = {
     "verification": Area((GAPS, "tests/test_refusals.py"), "native-tied", "l1"),
     "export": Area(("tests/test_onnx.py",), laws="l10"),
     "schedules": Area(("tests/test_schedules.py",)),
+    "dropping": Area(("tests/test_dropping.py",)),
     "dispatch": Area(("tests/test_dispatch.py",)),
     "files": Area(("tests/test_adapter_files.py", GAPS)),
     "kinds": Area((KINDS,)),
@@ -918,6 +919,31 @@ MUTANTS = (
         "Selective checkpointing finds that what it kept has been written to.",
     ),
     # ── dispatch ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "kept_without_scale", "dropping", "lora_fx/deltas/dropping.py",
+        ".mul_(2**_BITS / (2**_BITS - dropped))", "",
+        "Dropout makes the branch smaller in training than it is afterwards.",
+    ),
+    Mutant(
+        "drops_what_it_should_keep", "dropping", "lora_fx/deltas/dropping.py",
+        "dropped - 2 ** (_BITS - 1)", "2 ** (_BITS - 1) - dropped",
+        "1 − p of the elements are dropped.",
+    ),
+    Mutant(
+        "a_bit_that_is_never_drawn", "dropping", "lora_fx/deltas/dropping.py",
+        "random_(-(2**63), None)", "random_()",
+        "Every fourth element is dropped less often.",
+    ),
+    Mutant(
+        "captured_with_draws_of_ours", "dropping", "lora_fx/deltas/dropping.py",
+        "return not captured and ", "return ",
+        "A program that is captured shows how dropout is drawn, instead of dropout.",
+    ),
+    Mutant(
+        "first_adapter_for_all", "dropping", "lora_fx/model/classes.py",
+        'return f"{first}{indent}{start}{name}."', 'return f"{first}{indent}{start}{min(held)}."',
+        "With two adapters a generated forward reads the factors of one twice.",
+    ),
     Mutant(
         "second_adapter_lost_at_once", "dispatch", "lora_fx/deltas/adapted_weight.py",
         "    for adapter in adapters:\n        term", "    for adapter in adapters[:1]:\n        term",
