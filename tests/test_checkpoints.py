@@ -365,8 +365,8 @@ def test_a_full_disk_keeps_what_was_finished(task, tmp_path, monkeypatch):
         lora_fx.fold_checkpoint(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     again()
-    folded = []
-    monkeypatch.setattr(arithmetic, "check_foldable", lambda *a, f=arithmetic.check_foldable: folded.append(1) or f(*a))
+    folded, fold = [], arithmetic.Arithmetic.fold
+    monkeypatch.setattr(arithmetic.Arithmetic, "fold", lambda *own, **how: folded.append(1) or fold(*own, **how))
     lora_fx.fold_checkpoint(base, adapter, tmp_path / "out")
     rest = len(folded)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -547,6 +547,8 @@ ENTRIES = {
     "other half": (TABLE, pair("sq", 4, 4) | {"up.lora_B.weight": torch.zeros(6, 2)}, {}, "it is half of an entry"),
     "NaN": (TABLE, {**pair("up", 6, 4), "up.lora_A.weight": NAN}, {}, "it holds NaN"),
     "no delta": (TABLE, pair("up", 6, 4), {"lora_bias": True}, "the branch has a bias of its own"),
+    "rows of tokens": (TABLE, pair("up", 6, 4), {"trainable_token_indices": [1]}, "rows of an embedding were trained"),
+    "a tie": (TABLE, pair("up", 6, 4), {"ensure_weight_tying": True}, "what is saved whole is tied"),
     "nothing": (TABLE, {"up.weight": torch.zeros(6, 4)}, {}, "it adapts nothing"),
     "another base's": (TABLE, {**pair("up", 6, 4), "sq.weight": torch.ones(4, 4)}, {}, "the checkpoint's is another"),
     "a resized one": (TABLE, {**pair("up", 6, 4), "embed.weight": torch.ones(9, 4)}, {}, r"its shape is \(9, 4\)"),

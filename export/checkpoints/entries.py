@@ -151,11 +151,22 @@ def _refuse_tied(stored: Stored, names: Sequence[str], checkpoint: Checkpoint, e
         refuse(place, reason, _IN_THE_MODEL)
 
 
+#: what a file of PEFT's may say and a checkpoint cannot be asked about
+_ONLY_IN_THE_MODEL = {
+    "lora_bias": "the branch has a bias of its own, and only the model says to which bias it is added",
+    "trainable_token_indices": "rows of an embedding were trained, and only the model says what is tied to it",
+    "ensure_weight_tying": "what is saved whole is tied, and only the model says to what",
+}
+
+
 # ── PEFT's format ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _peft(folder: Folder, checkpoint: Checkpoint, name: str) -> Iterator[Share]:
     config = folder.config
+    for option, why in _ONLY_IN_THE_MODEL.items():
+        if config.get(option):
+            refuse(folder.option(option), why, _IN_THE_MODEL)
     plain = {key: value for key, value in config.items() if key not in ("modules_to_save", "bias")}
     peft_format.check_options(replace(folder, config=plain))
     keys = {key: key.removeprefix(_PREFIX) for key in folder.tensors}
