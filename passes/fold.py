@@ -26,6 +26,7 @@ from torch import nn
 from lora_fx.changes import Undo, uninterrupted
 from lora_fx.deltas.ahead import foresee
 from lora_fx.deltas.exact_sum import ExactSum, Way, kept
+from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.deltas.rounded_sum import KeptWeight, RoundedSum
 from lora_fx.deltas.rounding import read
 from lora_fx.errors import FoldError
@@ -148,8 +149,8 @@ def refuse_unfoldable(storage: Storage) -> None:
     """What a fold would refuse before it writes, from the numbers that there are now.
 
     Raises:
-        FoldError: a weight is on meta or put away by accelerate, a number is not finite, or a sum does not fit into
-            the dtype.
+        FoldError: an adapter is no delta, a weight is on meta or put away by accelerate, a number is not finite, or a
+            sum does not fit into the dtype.
     """
     whole = _sum(storage)
     whole.checked(*read([whole.unread]), None)
@@ -157,6 +158,13 @@ def refuse_unfoldable(storage: Storage) -> None:
 
 def _sum(storage: Storage) -> ExactSum | RoundedSum:
     weight, adapters, name = storage.parameter, storage.adapters, storage.names[0]
+    for adapter in adapters:
+        if isinstance(adapter.kind, ActivationRewrite):
+            raise FoldError(
+                f"the kind {adapter.kind.name!r} does not fold: {adapter.kind.why}",
+                place=f"{name}, adapter {adapter.name!r}",
+                remedy='export it with adapters="unfolded"; or activate only adapters that are deltas, and fold those',
+            )
     refuse_away(*storage.owners[0], name, "a fold would be lost with the next forward", FoldError)
     if weight.is_meta:
         raise FoldError("the weight is on meta: it has no numbers", place=name, remedy="materialise the model first")

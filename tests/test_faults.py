@@ -32,6 +32,7 @@ from lora_fx.deltas.exact_sum import ExactSum
 from lora_fx.errors import ExportError, FileError, FoldError
 from lora_fx.export.adapters import files as adapter_files
 from lora_fx.export.adapters import folder as adapter_folder
+from lora_fx.export.adapters import own, peft_files, values
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
 from lora_fx.model import classes, marks
 from lora_fx.model.inventory import inventory
@@ -189,7 +190,7 @@ FILES = {
     m.__file__
     for m in (
         application, changes, classes, marks, wiring, folding, ahead, exact_sum, insert, adapter_files, certification,
-        flow, uses, verification,
+        flow, uses, verification, own, peft_files, values,
     )
 }  # fmt: skip
 
@@ -686,19 +687,27 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", [TENSORS, adapter_folder.PICKLE])
-def test_loading_never_unpickles(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_never_runs_what_a_pickle_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's reader of weights alone may open one, and that only where the name says that it is one."""
     monkeypatch.chdir(tmp_path)
     lora_fx.save_adapter(two_layers(1), tmp_path / "a")
     (tmp_path / "a" / TENSORS).unlink()
     torch.save(Bomb(), tmp_path / "a" / name)
-    for module in (torch, pickle, pickle._Unpickler):
+    opened, read = [], torch.load
+
+    def weights(*args: Any, weights_only: bool, **options: Any) -> Any:
+        opened.append(weights_only)
+        return read(*args, weights_only=weights_only, **options)
+
+    monkeypatch.setattr(torch, "load", weights)
+    for module in (pickle, pickle._Unpickler):
         monkeypatch.setattr(module, "load", lambda *_, **__: pytest.fail("it was opened as a pickle"))
     model = two_layers()
     before = Look(model)
     with pytest.raises(FileError) as caught:
         lora_fx.load_adapter(model, tmp_path / "a")
     assert name in caught.value.place and caught.value.remedy and not (tmp_path / "exploded").exists()
-    assert before.same(model)
+    assert before.same(model) and opened == [True] * (name == adapter_folder.PICKLE)
 
 
 @pytest.mark.parametrize(

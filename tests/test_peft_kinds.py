@@ -536,12 +536,6 @@ def plain(name: str) -> str:
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def test_a_file_with_biases_of_peft_is_refused_by_name(tmp_path):
-    config = peft.LoraConfig(r=2, target_modules=["plain"], bias="all")
-    peft.get_peft_model(fresh(Layers), config).save_pretrained(tmp_path)
-    refused(lambda: load_adapter(fresh(Layers), tmp_path), "trains biases", f"{CONFIG}, bias", "merge it")
-
-
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -729,7 +723,6 @@ UNSAID = {
     "two kinds": (Layers, IDS, [Rule(where="plain", **TWO), Rule(where="mix", rank=2)], "dora, lora", "plain.weight"),
     "full": (Layers, IDS, [Rule(where="plain", **FULL)], "'full' is none of a LoRA file", "plain.weight"),
     "biases": (Layers, IDS, [Rule(where="plain | conv*1", kind="bias")], "'bias' is none of", "plain.bias"),
-    "lora and full": (Layers, IDS, [Rule(where="plain", rank=2), Rule(where="mix", **FULL)], "'full'|lora, full", ""),
 }  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from lora_fx.application import (
     unfold,
 )
 from lora_fx.application.budget import Budget
+from lora_fx.application.suggestion import Suggestion, suggest
+from lora_fx.application.tokens import with_tokens
 from lora_fx.checks.certification import Certificate
 from lora_fx.checks.footprint import Memory
 from lora_fx.checks.verification import Report, verify
@@ -51,6 +53,7 @@ __all__ = [
     "Program",
     "Report",
     "Rule",
+    "Suggestion",
     "activate",
     "active",
     "adapters",
@@ -72,7 +75,9 @@ __all__ = [
     "save_adapter",
     "save_onnx_adapter",
     "show",
+    "suggest",
     "switch",
     "unfold",
     "verify",
+    "with_tokens",
 ]

@@ -93,6 +93,14 @@ def of_kinds(*names: str) -> tuple[str, ...]:
     return tuple(f"{KINDS}::test_{name}" for name in names)
 
 
+REWRITES = "tests/test_rewrites.py"
+
+
+def of_rewrites(name: str) -> tuple[str, ...]:
+    """This test of `REWRITES`, without its ``test_``."""
+    return (f"{REWRITES}::test_{name}",)
+
+
 HISTORIES = "tests/test_histories.py"
 GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"
@@ -128,6 +136,7 @@ AREAS = {
     "gradients": Area((GRADIENTS,)),
     "paper": Area((PAPER,)),
     "memory": Area((MEMORY,)),
+    "rewrites": Area((REWRITES,)),
 }
 
 MUTANTS = (
@@ -319,8 +328,8 @@ MUTANTS = (
     ),
     Mutant(
         "site_skipped", "insert", "passes/insert.py",
-        "_insert(model, row, plan.name) for row in plan.rows)",
-        "_insert(model, row, plan.name) for row in plan.rows[:-1] or plan.rows)",
+        "_insert(model, row, plan.name, owners) for row in plan.rows)",
+        "_insert(model, row, plan.name, owners) for row in plan.rows[:-1] or plan.rows)",
         "The last site of a plan with several gets no adapter.",
     ),
     Mutant(
@@ -1353,13 +1362,13 @@ MUTANTS = (
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
     ),
     Mutant(
-        "rslora_loaded_as_standard", "files", "export/adapters/files.py",
+        "rslora_loaded_as_standard", "files", "export/adapters/peft_files.py",
         '"scaling": "rslora" if config.get("use_rslora") else "standard"', '"scaling": "standard"',
         "use_rslora of a PEFT adapter is ignored.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
-        "out_proj_once", "files", "export/adapters/files.py",
+        "out_proj_once", "files", "export/adapters/peft_files.py",
         "float(alphas[layer.target]) * layer.times", "float(alphas[layer.target])",
         "PEFT adds the delta of an attention's out_proj twice, and the loaded model once.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
@@ -1407,13 +1416,13 @@ MUTANTS = (
         tests=("tests/test_adapter_files.py::test_damaged_folders",),
     ),
     Mutant(
-        "edited_settings_accepted", "files", "export/adapters/files.py",
+        "edited_settings_accepted", "files", "export/adapters/own.py",
         "        if config.get(key) != value:", "        if key not in config:",
         "A config that was edited after saving is half believed.",
         tests=("tests/test_adapter_files.py::test_settings_that_were_edited",),
     ),
     Mutant(
-        "dropout_not_loaded", "files", "export/adapters/files.py",
+        "dropout_not_loaded", "files", "export/adapters/own.py",
         'float(entry["dropout"])', "0.0",
         "The dropout of a saved adapter is gone after loading.",
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
@@ -1425,7 +1434,67 @@ MUTANTS = (
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
-        "equal_shift_forgotten", "files", "export/adapters/files.py",
+        "tied_copy_parted", "files", "export/adapters/beside.py",
+        "names = ties if tie and name in ties else (name,)", "names = (name,)",
+        "A copy that PEFT ties to the head is read by the embedding alone.",
+        tests=("tests/test_peft_beside.py",),
+    ),
+    Mutant(
+        "rows_as_they_are_listed", "files", "export/adapters/beside.py",
+        "order = sorted(range(len(rows)), key=rows.__getitem__)", "order = list(range(len(rows)))",
+        "Rows of single tokens are taken in the order of the file for tokens in the order of the table.",
+        tests=("tests/test_peft_beside.py",),
+    ),
+    Mutant(
+        "bias_of_the_branch_unscaled", "files", "export/adapters/beside.py",
+        "(value.double() * scale)", "value.double()",
+        "What lora_bias adds is not multiplied with alpha / rank.",
+        tests=("tests/test_peft_beside.py",),
+    ),
+    Mutant(
+        "another_embedding_accepted", "files", "export/adapters/beside.py",
+        "return first if first and bool(other[first:].all()) else None", "return first",
+        "An embedding of another base is taken for one whose vocabulary was resized.",
+        tests=("tests/test_peft_beside.py",),
+    ),
+    Mutant(
+        "what_trains_not_written", "files", "export/adapters/files.py",
+        "held += _trained(model, name) if beside == SAVE else []", "held += []",
+        "A head that has requires_grad is left out of the file without a word.",
+        tests=("tests/test_peft_beside.py",),
+    ),
+    Mutant(
+        "the_last_entry_counts", "files", "export/adapters/spelling.py",
+        "if own in tensors and not (", "if False and not (",
+        "Of two entries for one weight the last is taken, silently.",
+        tests=("tests/test_adapter_dialects.py",),
+    ),
+    Mutant(
+        "alpha_in_the_file_ignored", "files", "export/adapters/entries.py",
+        'key = keys.get("alpha")', "key = None",
+        "kohya's alphas are not read: every scale is 1.",
+        tests=("tests/test_adapter_dialects.py",),
+    ),
+    Mutant(
+        "another_part_dropped", "files", "export/adapters/entries.py",
+        "if wanted is None and len(known) > 1:", "if False:",
+        "Of a file for a UNet and a text encoder one is loaded, and the other dropped without a word.",
+        tests=("tests/test_adapter_dialects.py",),
+    ),
+    Mutant(
+        "groups_side_by_side", "files", "export/adapters/loralib.py",
+        "rows = tuple(range(group * width, (group + 1) * width))", "rows = tuple(range(k * width, (k + 1) * width))",
+        "The factors of loralib's value group lie on the key's rows.",
+        tests=("tests/test_adapter_dialects.py",),
+    ),
+    Mutant(
+        "sums_of_a_pickle_unread", "files", "export/adapters/pickles.py",
+        "(damaged := archive.testzip()) is not None", "(damaged := None) is not None",
+        "Flipped bits in the numbers of a pickle are loaded.",
+        tests=("tests/test_adapter_dialects.py",),
+    ),
+    Mutant(
+        "equal_shift_forgotten", "files", "export/adapters/peft_files.py",
         "torch.ldexp(delta.B, torch.tensor(shift))", "delta.B",
         "Parts of a fused weight with scales of their own are saved with one.",
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
@@ -1925,14 +1994,14 @@ MUTANTS = (
     ),
     # ── files of other kinds ─────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
-        "settings_of_a_kind_not_saved", "kinds", "export/adapters/files.py",
+        "settings_of_a_kind_not_saved", "kinds", "export/adapters/values.py",
         '"kind": a.kind.name, "settings": dict(a.settings)}',
         '"kind": a.kind.name, "settings": {k: v for k, v in a.settings.items() if k == "rank"}}',
         "The scale of a saved DoRA is 1 after loading.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
     ),
     Mutant(
-        "kind_not_saved", "kinds", "export/adapters/files.py",
+        "kind_not_saved", "kinds", "export/adapters/values.py",
         'if a.kind.name != "lora":\n            return {**said', "if not a.settings:\n            return {**said",
         "DoRA is saved as LoRA.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
@@ -1944,13 +2013,13 @@ MUTANTS = (
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
     ),
     Mutant(
-        "use_dora_not_said", "kinds", "export/adapters/files.py",
+        "use_dora_not_said", "kinds", "export/adapters/peft_files.py",
         '"use_dora": dora,', '"use_dora": False,',
         "PEFT is given a DoRA as a LoRA.",
         tests=of_kinds("dora_for_peft_and_back"),
     ),
     Mutant(
-        "dora_loaded_as_lora", "kinds", "export/adapters/files.py",
+        "dora_loaded_as_lora", "kinds", "export/adapters/peft_files.py",
         'kind_named("dora" if config.get("use_dora") else "lora")', 'kind_named("lora")',
         "use_dora of a PEFT adapter is ignored.",
         tests=of_kinds("dora_for_peft_and_back"),
@@ -1968,19 +2037,19 @@ MUTANTS = (
         tests=of_kinds("dora_of_attention_is_refused_for_peft"),
     ),
     Mutant(
-        "part_of_dora_for_peft", "kinds", "export/adapters/files.py",
+        "part_of_dora_for_peft", "kinds", "export/adapters/peft_files.py",
         'if kind == "dora" and h.adapter.rows is not None:', "if False:",
         "A DoRA of a part of a weight is written as one of all of it.",
         tests=of_kinds("a_part_of_dora_is_refused_for_peft"),
     ),
     Mutant(
-        "dora_read_outside_for_peft", "kinds", "export/adapters/files.py",
+        "dora_read_outside_for_peft", "kinds", "export/adapters/peft_files.py",
         'if h.adapter.read_outside and layer.kind != "attention":', "if False:",
         "A DoRA whose weight another module reads is written for PEFT, which adapts calls alone.",
         tests=of_kinds("dora_of_a_weight_that_another_module_reads_is_refused_for_peft"),
     ),
     Mutant(
-        "two_kinds_for_peft", "kinds", "export/adapters/files.py",
+        "two_kinds_for_peft", "kinds", "export/adapters/peft_files.py",
         "        if len(kinds) > 1:\n", "        if not kinds:\n",
         "A LoRA beside a DoRA is written as one.",
         tests=of_kinds("what_peft_has_no_kind_for_is_refused"),
@@ -2061,14 +2130,14 @@ MUTANTS = (
     ),
     Mutant(
         "every_kind_folds_exactly", "kinds", "passes/planning.py",
-        '"exactly" if row.kind.low_rank else "rounded once"', '"exactly"',
+        '"exactly" if kind.low_rank else "rounded once"', '"exactly"',
         "The plan promises more than the fold does.",
         tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
     ),
     Mutant(
         "plan_counts_like_lora", "kinds", "passes/planning.py",
-        "return sum(math.prod(shape) for shape in self.kind.shapes(space).values())",
-        "return sum(math.prod(shape) for shape in [*self.kind.shapes(space).values()][:2])",
+        "return sum(math.prod(shape) for shape in self.kind.shapes(self.space).values())",
+        "return sum(math.prod(shape) for shape in [*self.kind.shapes(self.space).values()][:2])",
         "The plan leaves the magnitudes out.",
         tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
     ),
@@ -2128,7 +2197,7 @@ MUTANTS = (
     ),
     Mutant(
         "trained_beside_left_out", "settings", "lora_fx/model/training.py",
-        "if beside == IGNORE or not names:", "if True:",
+        "if beside != REFUSE or not (trained := trained_beside(model)):", "if True:",
         "save_adapter leaves out a head that trains, without a word.",
     ),
     Mutant(
@@ -2263,7 +2332,7 @@ MUTANTS = (
     ),
     Mutant(
         "dropout_without_a_branch", "gradients", "passes/insert.py",
-        "and not a.drops for a in alike", "for a in alike",
+        "and not a.drops and _has_delta(a) for a in alike", "and _has_delta(a) for a in alike",
         "A weight that is read as the sum W + δ has a dropout, and the first training step raises.",
         tests=(f"{GRADIENTS}::test_a_dropout_has_no_branch_there_and_is_refused",),
     ),
@@ -2378,6 +2447,36 @@ MUTANTS = (
         tests=("tests/test_budget.py::test_the_most_important_ones_act_by_the_formulas_of_the_paper",),
     ),
     Mutant(
+        "suggests_without_costs", "kinds", "lora_fx/application/suggestion.py",
+        "((own / costs[n], n) for n, values", "((own, n) for n, values",
+        "Ranks are given to where the loss falls most, whatever they cost.",
+        tests=("tests/test_suggest.py::test_no_choice_of_as_many_parameters_decreases_more",),
+    ),
+    Mutant(
+        "suggests_in_random_directions", "kinds", "lora_fx/application/suggestion.py",
+        "        return True\n\n    def close", "        return False\n\n    def close",
+        "Of a wide gradient what it does to random directions is taken for its own, without a second pass.",
+        tests=("tests/test_suggest.py::test_a_wide_gradient_is_found_without_being_kept",),
+    ),
+    Mutant(
+        "suggestion_keeps_the_gradients", "kinds", "lora_fx/application/suggestion.py",
+        "            s.add(parameter.grad)\n        parameter.grad = None", "            s.add(parameter.grad)",
+        "The gradients of all weights are there at once.",
+        tests=("tests/test_suggest.py::test_no_more_than_one_gradient_is_there_at_a_time",),
+    ),
+    Mutant(
+        "suggestion_steps_upwards", "kinds", "lora_fx/application/suggestion.py",
+        "wide * (-rate / adapter.scale)", "wide * (rate / adapter.scale)",
+        "The measured step goes up the gradient.",
+        tests=("tests/test_suggest.py::test_a_measured_step_is_the_dense_one",),
+    ),
+    Mutant(
+        "suggestion_of_the_whole_weight", "kinds", "lora_fx/application/suggestion.py",
+        "if self.row.rows is not None:\n            G =", "if False:\n            G =",
+        "The gradient of a part of a weight is that of the whole.",
+        tests=("tests/test_suggest.py::test_the_step_is_what_was_predicted_to_first_order_site_by_site",),
+    ),
+    Mutant(
         "pruning_changes_the_scale", "kinds", "passes/prune.py",
         '"alpha": adapter.scale * divisor}', '"alpha": adapter.alpha}',
         "A pruned adapter divides its alpha by fewer ranks.",
@@ -2487,14 +2586,14 @@ MUTANTS = (
         tests=("tests/test_paper_counts.py::test_digits_are_cut_or_rounded",),
     ),
     Mutant(
-        "bottlenecks_without_biases", "paper", "lora_fx/paper/counts.py",
-        "(2 * width * rank + rank + width)", "(2 * width * rank)",
+        "bottlenecks_without_biases", "paper", "lora_fx/deltas/rewrites.py",
+        '{"down_bias": (space.rank,), "up_bias": (d,), **norm}', "norm",
         "Adapter layers have no biases, and their counts are below the paper's.",
         tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
     ),
     Mutant(
         "prefixes_in_one_layer", "paper", "lora_fx/paper/counts.py",
-        '"PreLayer": layers', '"PreLayer": 1',
+        "lambda tokens: layers * d * tokens", "lambda tokens: d * tokens",
         "Prefix-layer tuning has as few parameters as prefix-embedding tuning.",
         tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
     ),
@@ -2530,5 +2629,187 @@ MUTANTS = (
         "memory_in_the_models_dtype", "memory", "lora_fx/checks/footprint.py",
         "return dtype if dtype is not None and", "return dtype if False and",
         "The dtype that is asked for is not taken.",
+    ),
+    # ── activation rewrites ──────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "bottleneck_without_the_residual", "rewrites", "lora_fx/deltas/rewrites.py",
+        "return y + F.linear(z, up, theta.up_bias)",
+        "return F.linear(z, up, theta.up_bias)",
+        "What a bottleneck gives stands in the place of y.",
+        tests=of_rewrites("a_linear_of_each_is_what_its_paper_says"),
+    ),
+    Mutant(
+        "bottleneck_starts_at_random", "rewrites", "lora_fx/deltas/rewrites.py",
+        "    theta.up.zero_()\n",
+        "    theta.up.uniform_(-bound, bound)\n",
+        "A fresh bottleneck is not the identity.",
+        tests=of_rewrites("each_system_trains_by_rules_alone_and_exactly_its_own"),
+    ),
+    Mutant(
+        "norm_of_a_bottleneck_untrained", "rewrites", "lora_fx/deltas/rewrites.py",
+        "(use.space.out,), theta.norm_weight, theta.norm_bias)",
+        "(use.space.out,))",
+        "The LayerNorm of Adapter L has no weight and no bias.",
+        tests=of_rewrites("a_linear_of_each_is_what_its_paper_says"),
+    ),
+    Mutant(
+        "kronecker_the_other_way_round", "rewrites", "lora_fx/deltas/rewrites.py",
+        '"iab,ipf,ifq->apbq"',
+        '"iab,ipf,ifq->paqb"',
+        "Of A ⊗ B a compacter makes B ⊗ A.",
+        tests=of_rewrites("a_linear_of_each_is_what_its_paper_says"),
+    ),
+    Mutant(
+        "last_word_is_a_token", "rewrites", "lora_fx/deltas/rewrites.py",
+        "own = F.embedding((use.x - n).clamp",
+        "own = F.embedding((use.x - n + 1).clamp",
+        "Tokens are looked up one row too late.",
+        tests=of_rewrites("tokens_stand_behind_the_last_one_of_the_table"),
+    ),
+    Mutant(
+        "tokens_asked_of_the_table", "rewrites", "lora_fx/deltas/rewrites.py",
+        "use.of(use.x.clamp(max=n - 1))",
+        "use.of(use.x)",
+        "The table is asked for rows that it does not have.",
+        tests=of_rewrites("tokens_stand_behind_the_last_one_of_the_table"),
+    ),
+    Mutant(
+        "tokens_start_as_noise", "rewrites", "lora_fx/deltas/rewrites.py",
+        "theta.tokens.copy_(weight.index_select(-1, drawn).mT)",
+        "theta.tokens.normal_()",
+        "New tokens are no words that the model knows.",
+        tests=of_rewrites("tokens_start_as_words_of_the_table"),
+    ),
+    Mutant(
+        "rewrite_of_the_plain_use", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "plain = weight.only(deltas) if deltas else weight.base",
+        "plain, deltas = weight.base, []",
+        "The deltas of a weight are lost where something rewrites its use.",
+        tests=of_rewrites("it_stands_around_the_deltas_and_a_later_one_around_an_earlier_one"),
+    ),
+    Mutant(
+        "only_the_last_rewrite", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "use = partial(_around, own, use, theta)",
+        "first = partial(_around, own, use, theta)\n    use = first",
+        "Of several rewrites of one use the last alone is done.",
+        tests=of_rewrites("it_stands_around_the_deltas_and_a_later_one_around_an_earlier_one"),
+    ),
+    Mutant(
+        "rewrite_left_out_of_an_unknown_use", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        'raise _no_use(branch, "reads it in another way than a product does whose features come last")',
+        "continue",
+        "A use that no plan has seen goes on without its rewrite.",
+        tests=of_rewrites("a_use_that_no_plan_has_seen_is_refused_when_it_runs"),
+    ),
+    Mutant(
+        "rewrite_in_the_dtype_of_theta", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "theta = own.cast(weight.base.dtype).theta if weight.cast else own.theta",
+        "theta = own.theta",
+        "Beside a weight in bfloat16 a rewrite computes with float32.",
+        tests=of_rewrites("beside_a_weight_in_bfloat16_its_theta_is_float32_and_its_result_is_not"),
+    ),
+    Mutant(
+        "rewrite_of_channels", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "if call.out_dims != (-1,):",
+        "if False:",
+        "A bottleneck behind a convolution narrows positions.",
+        tests=of_rewrites("what_has_no_such_use_is_refused_by_name"),
+    ),
+    Mutant(
+        "rewrite_before_the_bias", "rewrites", "passes/planning.py",
+        'if bias is not None and use.call.options.get("bias") is None:',
+        "if False:",
+        "A bias that is added by an op of its own comes behind the bottleneck.",
+        tests=of_rewrites("what_has_no_such_use_is_refused_by_name"),
+    ),
+    Mutant(
+        "rewritten_and_read_besides", "rewrites", "passes/planning.py",
+        "if use not in row.uses and not (row.split and use.module not in here):",
+        "if False:",
+        "Who reads the weight besides is told so when it runs.",
+        tests=of_rewrites("what_has_no_such_use_is_refused_by_name"),
+    ),
+    Mutant(
+        "rewrite_is_served_dense", "rewrites", "passes/insert.py",
+        " and _has_delta(a) for a in alike", " for a in alike",
+        "What rewrites a use is asked to be a sum, and the error names that.",
+        tests=of_rewrites("code_that_wants_a_plain_tensor_is_told_that_no_product_was_seen"),
+    ),
+    Mutant(
+        "shared_is_counted_at_each_site", "rewrites", "passes/planning.py",
+        " - sum(sum(own.values()) for own in common) + sum(once.values())",
+        "",
+        "What adapters have in common is counted for each.",
+        tests=of_rewrites("each_system_trains_by_rules_alone_and_exactly_its_own"),
+    ),
+    Mutant(
+        "nothing_is_shared", "rewrites", "passes/insert.py",
+        "        if owner is not adapter:\n            adapter.share(tensor, owner)\n",
+        "",
+        "Each compacter has factors of its own.",
+        tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
+    ),
+    Mutant(
+        "shared_with_those_of_one_call", "rewrites", "passes/insert.py",
+        "        if adapter.name == name:\n            for tensor in _in_common",
+        "        if False:\n            for tensor in _in_common",
+        "Sites that are added later share with each other alone.",
+        tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
+    ),
+    Mutant(
+        "shared_starts_again", "rewrites", "lora_fx/deltas/adapter.py",
+        "for name in self._owners:  # it has started",
+        "for name in ():",
+        "A later site draws what all have trained anew.",
+        tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
+    ),
+    Mutant(
+        "shared_is_saved_nowhere", "rewrites", "export/adapters/files.py",
+        "bases[h.adapter.owner(tensor)]",
+        "bases[h.adapter]",
+        "A file looks for what is shared at each site.",
+        tests=of_rewrites("saved_copied_and_put_away_it_is_the_same"),
+    ),
+    Mutant(
+        "rewrite_folds", "rewrites", "passes/fold.py",
+        "if isinstance(adapter.kind, ActivationRewrite):",
+        "if False:",
+        "A fold leaves out what is no delta.",
+        tests=of_rewrites("nothing_that_folds_takes_it"),
+    ),
+    Mutant(
+        "tokens_are_checked_without_one", "rewrites", "lora_fx/checks/rewritten.py",
+        "flat[given] = _mixed(flat[given], adapter)",
+        "pass",
+        "The self-check never looks a new token up.",
+        tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
+    ),
+    Mutant(
+        "check_rewrites_nothing", "rewrites", "lora_fx/checks/rewritten.py",
+        "use = partial(rewritten, adapter, use)",
+        "pass",
+        "A model is held against the one without its rewrites.",
+        tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
+    ),
+    Mutant(
+        "loss_counts_tokens", "rewrites", "lora_fx/application/tokens.py",
+        "row.all(_IGNORED, tensor)",
+        "row.all(0, tensor)",
+        "A loss asks for what new tokens stand for.",
+        tests=of_rewrites("tokens_are_put_into_a_batch"),
+    ),
+    Mutant(
+        "positions_behind_an_infix_before_it", "rewrites", "lora_fx/application/tokens.py",
+        "self.prefix + self.infix * behind",
+        "self.prefix + self.infix",
+        "The prompt's positions leave room for the infix behind it.",
+        tests=of_rewrites("tokens_are_put_into_a_batch"),
+    ),
+    Mutant(
+        "infix_behind_padding", "rewrites", "lora_fx/application/tokens.py",
+        "ends = torch.where(first < length, first, ends)",
+        "ends = first",
+        "In a row without labels the infix stands behind its padding.",
+        tests=of_rewrites("tokens_are_put_into_a_batch"),
     ),
 )  # fmt: skip
