@@ -153,7 +153,9 @@ def refuse_unfoldable(storage: Storage) -> None:
             sum does not fit into the dtype.
     """
     whole = _sum(storage)
-    whole.checked(*read([whole.unread]), None)
+    assert whole.unread is not None
+    (answer,) = read([whole.unread])
+    whole.checked(answer, None)
 
 
 def _sum(storage: Storage) -> ExactSum | RoundedSum:

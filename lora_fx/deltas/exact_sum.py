@@ -331,7 +331,8 @@ class ExactSum:
         for some in places.split(_CHUNK):
             if len(some):  # an empty tensor is split into one chunk, too
                 low, open_ = self.decided(values[some], some, rounded.dtype)
-                flat[some] = low if found else self._settled(some, low, open_)
+                known = torch.where(open_, flat[some], low) if found else self._settled(some, low, open_)
+                flat[some] = known
         if found:
             flat[found.places] = found.settled.to(flat.dtype)
         return rounded
