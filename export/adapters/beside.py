@@ -24,7 +24,7 @@ from torch import nn
 
 from lora_fx.deltas.kinds import kind_named
 from lora_fx.export.adapters.folder import Folder
-from lora_fx.export.adapters.peft import ITS_BASE, PREFIX, Layer, Modules, embedding, fused, names_of, tied
+from lora_fx.export.adapters.peft import ITS_BASE, PREFIX, Layer, Modules, embedding, fused, head, names_of, tied
 from lora_fx.export.adapters.values import OWN_FORMAT, Held, Saved
 from lora_fx.graph.layout import Layout
 from lora_fx.model.inventory import plain_path, weight_name
@@ -171,9 +171,7 @@ class _Reader:
         return first if first and bool(other[first:].all()) else None
 
     def _embeddings(self) -> tuple[str, ...]:
-        own, head = embedding(self.modules), getattr(self.modules.model, "get_output_embeddings", None)
-        paths = self.modules.modules.get(head() if head else None)  # type: ignore[arg-type]
-        return tuple(filter(None, (own, f"{plain_path(paths[0])}.weight" if paths else "")))
+        return tuple(filter(None, (embedding(self.modules), head(self.modules))))
 
     def _base_name(self, key: str) -> str | None:
         """Of the parameter that PEFT loads the key into."""

@@ -328,13 +328,22 @@ def tied(modules: Modules) -> tuple[str, ...]:
 
 def embedding(modules: Modules) -> str:
     """The name of the weight of the model's input embedding; empty where it has none to tell."""
-    ask: Any = getattr(modules.model, "get_input_embeddings", None)
+    return _told(modules, "get_input_embeddings", nn.Embedding)
+
+
+def head(modules: Modules) -> str:
+    """The same of its output embedding."""
+    return _told(modules, "get_output_embeddings", nn.Module)
+
+
+def _told(modules: Modules, how: str, kind: type[nn.Module]) -> str:
+    ask: Any = getattr(modules.model, how, None)
     try:
         module = ask() if ask else None
-    except NotImplementedError:
+    except Exception:  # of any model: it has none that it could tell
         return ""
-    paths = modules.modules.get(module) if isinstance(module, nn.Module) else None
-    return f"{plain_path(paths[0])}.weight" if paths and isinstance(module, nn.Embedding) else ""
+    paths = modules.modules.get(module, ()) if isinstance(module, kind) else ()
+    return f"{plain_path(paths[0])}.weight" if paths else ""
 
 
 def fused(modules: Modules, path: str) -> str:
