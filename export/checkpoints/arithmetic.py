@@ -100,7 +100,7 @@ class Piece:
     def sliced(self) -> list[LowRank]:
         """The deltas of its rows."""
         assert self.deltas is not None
-        found = []
+        found: list[LowRank] = []
         for delta in self.deltas:
             whole = ExactSum(torch.empty(delta.layout.shape, device="meta"), (delta,), 0.0)
             found += whole.rows(*self.rows).deltas

@@ -99,7 +99,7 @@ class Checkpoint:
         data = torch.empty((stop - start) * width, dtype=torch.uint8)
         with boundary("it cannot be read", self.at(name), _WHOLE), open(self.place / stored.file, "rb") as file:
             file.seek(stored.start + start * width)
-            got = file.readinto(data.numpy()) if len(data) else 0
+            got = file.readinto(data.numpy().data) if len(data) else 0
         if got != len(data):
             refuse(self.at(name), "the file ends before the tensor does", _WHOLE)
         shape = (stop - start, *stored.shape[1:]) if stored.shape else ()

@@ -129,7 +129,9 @@ def extract_adapter(
     if odd := [pair.new for pair in changed if not pair.is_matrix or orientation.transposed(pair.new) is None]:
         reason = f"{few(odd, 5)} differ, and a LoRA adapter holds matrices of Linear modules"
         refuse(str(tuned), reason, "leave them as they are in the base: --ignore PATTERN, or ignore=[…]")
-    rows, tensors, size = [], {}, sum(pair.bytes for pair in changed)
+    rows: list[Kept] = []
+    tensors: dict[str, torch.Tensor] = {}
+    size = sum(pair.bytes for pair in changed)
     flags = {pair.new: bool(orientation.transposed(pair.new)) for pair in changed}
     for pair in changed:
         A, B = pair.nearest(rank)

@@ -229,7 +229,7 @@ def _given_back(
     for name in checkpoint.files:
         own, at = _own(checkpoint, name, shares), str(checkpoint.place / name)
         with ExitStack() as stack:
-            records = iter(())
+            records: Iterator[Callable[[], bytes]] = iter(())
             if own:
                 file = stack.enter_context(open(checkpoint.place / REMAINDER / f"{name}.remainder", "rb"))
                 records = _records(file.fileno())

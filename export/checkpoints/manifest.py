@@ -77,7 +77,7 @@ def read_manifest(folder: Path) -> Manifest:
         beside = {n: File(int(f["bytes"]), str(f["sha256"])) for n, f in said["remainders"].items()}
         for name in (*files, *beside):
             assert not Path(name).is_absolute() and ".." not in Path(name).parts, f"{name!r} leaves the folder"
-        adapters = [
+        adapters: list[dict[str, Any]] = [
             {"name": str(a["name"]), "strength": float(a["strength"]), "sha256": dict(a["sha256"])}
             for a in said["adapters"]
         ]

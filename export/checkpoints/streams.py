@@ -167,7 +167,7 @@ class _Files:
             buffer = self.buffers.pop()
         else:
             buffer = torch.empty(max(size, BLOCK), dtype=torch.uint8)
-        data, got = memoryview(buffer.numpy())[:size], 0
+        data, got = buffer.numpy().data[:size], 0
         while got < size:
             more = self.source.readinto(data[got:])
             if not more:
@@ -178,7 +178,7 @@ class _Files:
 
     def write(self, changed: _Changed) -> Prefix:
         segment, buffer, more = changed.segment, changed.buffer, changed.more
-        data = memoryview(buffer.numpy())[: segment.stop - segment.start]
+        data = buffer.numpy().data[: segment.stop - segment.start]
         _write(self.target, data)
         if not self.of.copied:
             self.digest.update(data)
