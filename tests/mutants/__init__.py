@@ -2795,7 +2795,7 @@ MUTANTS = (
         tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
     ),
     Mutant(
-        "shared_is_saved_nowhere", "rewrites", "export/adapters/files.py",
+        "shared_is_saved_nowhere", "rewrites", "export/adapters/own.py",
         "bases[h.adapter.owner(tensor)]",
         "bases[h.adapter]",
         "A file looks for what is shared at each site.",
