@@ -1,7 +1,7 @@
 """Memory and processor time of exports: of one that is held against torch's own, and of one that is streamed from a
 checkpoint which is never in memory; and the memory of sessions that share weights.
 
-    python benchmarks/onnx_memory.py [--part cost | stream | sessions]
+    python benchmarks/onnx_memory.py [--part cost | stream | sessions] [--device cuda]
 
 Each measurement in a process of its own: its processor time with that of the process in which ONNX Runtime runs, on one
 thread, and its highest resident size (with the file pages that it has mapped). Needs transformers (the `test` extra),
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,24 +128,24 @@ def export(folder: Path, tiny: bool, prove: bool) -> dict[str, float]:
     }
 
 
-def exported(folder: Path, tiny: bool, how: str) -> dict[str, float]:
+def exported(folder: Path, tiny: bool, how: str, device: str) -> dict[str, float]:
     """GPT-2 with an adapter, or its base by torch alone."""
     importlib.import_module("onnxscript.optimizer")  # what takes seconds for the first time, and is no export
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = gpt2(tiny)
+    model, inputs = gpt2(tiny).to(device), {name: ids.to(device) for name, ids in IDS.items()}
     if how != "torch":
-        lora_fx.apply(model, RULE, IDS, check=False)
+        lora_fx.apply(model, RULE, inputs, check=False)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.normal_(std=0.02)
     used, options = processor(), dict(dynamic_shapes=AXES)
     if how == "torch":
-        torch.onnx.export(model, (), folder / "m.onnx", kwargs=IDS, dynamo=True, verbose=False, **options)
+        torch.onnx.export(model, (), folder / "m.onnx", kwargs=inputs, dynamo=True, verbose=False, **options)
     else:
         asked = {"check": False} if how == "unchecked" else {"prove": True}
-        lora_fx.export_onnx(model, IDS, folder / "m.onnx", **options, **asked)
+        lora_fx.export_onnx(model, inputs, folder / "m.onnx", **options, **asked)
     return {"CPU s": processor() - used, "MiB": peak(), "worker": max(map(peak, children()), default=0.0)}
 
 
@@ -182,22 +183,25 @@ def tasks(folder: Path, tiny: bool) -> dict[str, float]:
     return {"file": size / 2**20, "own": own / 2**20}
 
 
-STEPS: dict[str, Any] = {
-    "load": load, "adapter": adapter, "tasks": tasks,
-    "export": lambda folder, tiny: export(folder, tiny, prove=False),
-    "prove": lambda folder, tiny: export(folder, tiny, prove=True),
-    "torch": lambda folder, tiny: exported(folder, tiny, "torch"),
-    "unchecked": lambda folder, tiny: exported(folder, tiny, "unchecked"),
-    "proven": lambda folder, tiny: exported(folder, tiny, "proven"),
-    "alone": lambda folder, tiny: sessions(folder, tiny, shared=False),
-    "shared": lambda folder, tiny: sessions(folder, tiny, shared=True),
-}  # fmt: skip
+#: step → what it does, in a folder, tiny or not, with the model on a device where it is not on meta
+STEPS: dict[str, Callable[[Path, bool, str], Any]] = {
+    "load": lambda folder, tiny, device: load(folder, tiny),
+    "adapter": lambda folder, tiny, device: adapter(folder, tiny),
+    "tasks": lambda folder, tiny, device: tasks(folder, tiny),
+    "export": lambda folder, tiny, device: export(folder, tiny, prove=False),
+    "prove": lambda folder, tiny, device: export(folder, tiny, prove=True),
+    "torch": lambda folder, tiny, device: exported(folder, tiny, "torch", device),
+    "unchecked": lambda folder, tiny, device: exported(folder, tiny, "unchecked", device),
+    "proven": lambda folder, tiny, device: exported(folder, tiny, "proven", device),
+    "alone": lambda folder, tiny, device: sessions(folder, tiny, shared=False),
+    "shared": lambda folder, tiny, device: sessions(folder, tiny, shared=True),
+}
 
 
-def in_a_process(step: str, folder: Path, tiny: bool) -> dict[str, float]:
-    if tiny:  # only to see that it runs
-        return STEPS[step](folder, tiny)
-    command = [sys.executable, "-W", "ignore", __file__, "--run", step, str(folder)]
+def in_a_process(step: str, folder: Path, options: Any) -> dict[str, float]:
+    if options.tiny:  # only to see that it runs
+        return STEPS[step](folder, True, options.device)
+    command = [sys.executable, "-W", "ignore", __file__, "--device", options.device, "--run", step, str(folder)]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
 
@@ -206,11 +210,11 @@ def stream(options: Any) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         size = checkpoint(folder, options.tiny)
-        in_a_process("adapter", folder, options.tiny)
+        in_a_process("adapter", folder, options)
         rows = []
         for label, step in (("as it is", "export"), ("with a proof", "prove")):
-            made = in_a_process(step, folder, options.tiny)
-            loaded = in_a_process("load", folder, options.tiny)
+            made = in_a_process(step, folder, options)
+            loaded = in_a_process("load", folder, options)
             rows.append((
                 label, f"{size / 1e9:.2f}", f"{made['bytes'] / 1e9:.2f}", f"{made['MiB']:.0f}",
                 f"{made['worker']:.0f}", f"{made['CPU s']:.0f}", f"{made['s']:.0f}",
@@ -236,7 +240,7 @@ def cost(options: Any) -> None:
         found = {}
         for step in steps.values():
             with tempfile.TemporaryDirectory() as place:
-                found[step] = in_a_process(step, Path(place), options.tiny)
+                found[step] = in_a_process(step, Path(place), options)
         rounds.append(found)
 
     def median(step: str, what: str, to_torch: bool = False) -> float:
@@ -259,12 +263,12 @@ def cost(options: Any) -> None:
 def shared_sessions(options: Any) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        made = in_a_process("tasks", folder, options.tiny)
+        made = in_a_process("tasks", folder, options)
         rows = [
             (label, f"{found['first']:.0f}", f"{found['further']:.0f}")
             for label, found in (
-                ("a file of its own for each task", in_a_process("alone", folder, options.tiny)),
-                ("one file, the tasks' folded weights", in_a_process("shared", folder, options.tiny)),
+                ("a file of its own for each task", in_a_process("alone", folder, options)),
+                ("one file, the tasks' folded weights", in_a_process("shared", folder, options)),
             )
         ]
     note = f"The file has {made['file']:.0f} MiB, a task's folded weights {made['own']:.0f} MiB."
@@ -274,10 +278,11 @@ def shared_sessions(options: Any) -> None:
 def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--part", choices=("cost", "stream", "sessions"), help="one of the tables")
+    parser.add_argument("--device", default="cpu", help="of the model of the table of costs")
     parser.add_argument("--run", nargs=2, help="one step, in this process")
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(STEPS[options.run[0]](Path(options.run[1]), options.tiny)))
+        print(json.dumps(STEPS[options.run[0]](Path(options.run[1]), options.tiny, options.device)))
         return
     parts = {"cost": cost, "stream": stream, "sessions": shared_sessions}
     for name, part in parts.items():

@@ -1,6 +1,6 @@
-"""Capture, plan and apply at scale: against `torch.export` on a CPU, and with 175 billion parameters on `meta`.
+"""Capture, plan and apply at scale: against `torch.export`, and with 175 billion parameters on `meta`.
 
-    python benchmarks/scale.py [--rounds 5]
+    python benchmarks/scale.py [--rounds 5] [--device cuda]
 
 Every measurement in a process of its own. Needs transformers (the `test` extra).
 """
@@ -37,33 +37,43 @@ def gpt3(layers: int, width: int) -> tuple[torch.nn.Module, dict]:
         return GPT2LMHeadModel(config).eval(), {"input_ids": torch.zeros(1, 16, dtype=torch.long)}
 
 
-def run(what: str, layers: int, width: int) -> tuple[float, float]:
+def run(what: str, layers: int, width: int, device: str) -> tuple[float, float]:
     """Seconds, and the highest resident size of this process in MiB."""
     model, inputs = (gpt3 if what == "meta" else llama)(layers, width)
+    if what != "meta":
+        model, inputs = model.to(device), {name: numbers.to(device) for name, numbers in inputs.items()}
     rule = Rule(role="attention.query | attention.value", rank=8)
-    start = time.perf_counter()
+    start = now(device)
     if what == "export":
         torch.export.export(model, (), inputs)
     else:
         lora_fx.apply(model, rule, inputs, check=what == "checked")
-    seconds = time.perf_counter() - start
+    seconds = now(device) - start
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def in_a_process(what: str, layers: int, width: int) -> tuple[float, float]:
-    command = [sys.executable, "-W", "ignore", __file__, "--run", what, str(layers), str(width)]
+def now(device: str) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_a_process(what: str, layers: int, width: int, device: str) -> tuple[float, float]:
+    command = [sys.executable, "-W", "ignore", __file__, "--run", what, str(layers), str(width), device]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return float(out[-2]), float(out[-1])
 
 
 def main() -> None:
     parser = arguments(__doc__, rounds=5)
-    parser.add_argument("--run", nargs=3, help="one measurement, in this process")
+    parser.add_argument("--device", default="cpu", help="of the models that are not on meta")
+    parser.add_argument("--run", nargs=4, help="one measurement, in this process")
     parser.add_argument("--part", choices=("cpu", "meta"), help="one of the two tables")
     options = parser.parse_args()
     if options.run:
-        what, layers, width = options.run
-        print(*run(what, int(layers), int(width)))
+        what, layers, width, device = options.run
+        print(*run(what, int(layers), int(width), device))
         return
     measured = run if options.tiny else in_a_process
     if options.part != "meta":
@@ -77,7 +87,7 @@ def against_export(measured: Callable[..., tuple[float, float]], options: argpar
     found: dict[str, list[float]] = {"export": [], "apply": [], "checked": []}
     for _ in range(options.rounds):
         for what in found:
-            found[what].append(measured(what, layers, width)[0])
+            found[what].append(measured(what, layers, width, options.device)[0])
     middle = {what: statistics.median(values) for what, values in found.items()}
     ratios = [a / b for a, b in zip(found["apply"], found["export"], strict=True)]
     rows = [
@@ -94,7 +104,7 @@ def on_meta(measured: Callable[..., tuple[float, float]], options: argparse.Name
     found: dict[int, list[tuple[float, float]]] = {few: [], many: []}
     for _ in range(options.rounds):
         for layers in found:
-            found[layers].append(measured("meta", layers, width))
+            found[layers].append(measured("meta", layers, width, options.device))
     rows = []
     for layers, values in found.items():
         ratios = [a[0] / b[0] for a, b in zip(values, found[few], strict=True)]

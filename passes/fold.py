@@ -10,6 +10,7 @@ A fold, unfold or switch that is cut short (no memory, Ctrl-C) goes back, block 
 fold does so too, with what it keeps until it is whole, up to `_UNDOABLE` elements. The larger ones keep nothing: all
 that can be refused has been refused before they write, then they go forward only. Ctrl-C waits for their end, and a
 block that finds no memory is folded in halves, down to a row. Either way the weights are the old ones or the new ones.
+A GPU is waited for twice in a fold, however many blocks it has (`deltas.ahead`), and twice in an unfold.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import torch
 from torch import nn
 
 from lora_fx.changes import Undo, uninterrupted
-from lora_fx.deltas.exact_sum import ExactSum, Way, check_foldable, kept, scratches
-from lora_fx.deltas.rounded_sum import KeptWeight, RoundedSum, rounded_sum
+from lora_fx.deltas.ahead import foresee
+from lora_fx.deltas.exact_sum import ExactSum, Way, kept
+from lora_fx.deltas.kinds import ActivationRewrite
+from lora_fx.deltas.rounded_sum import KeptWeight, RoundedSum
 from lora_fx.deltas.rounding import read
 from lora_fx.errors import FoldError
 from lora_fx.graph.places import refuse_away
@@ -111,8 +114,10 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
     """Write the sums into the weights, and put the adapters away."""
     here = inventory(model)
     storages = here.storages()
-    sums = [foldable(storage) for storage in storages]
-    for_good = final and sum(whole.weight.numel() for whole in sums) > _UNDOABLE
+    for_good = final and sum(storage.parameter.numel() for storage in storages) > _UNDOABLE
+    with torch.no_grad():
+        ahead = foresee([_sum(storage) for storage in storages], [not (s.split or for_good) for s in storages])
+    sums = list(ahead.sums)
     unwire(model, here)
     if final:
         forget_classes(here.modules)
@@ -125,39 +130,50 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
                     originals[owner][attribute] = storage.parameter
                 storage.replace(nn.Parameter(sums[k].weight.clone(), storage.parameter.requires_grad))
                 sums[k] = replace(sums[k], weight=storage.parameter.detach())
-        scratch = scratches([whole.weight for whole in sums])
         if for_good:
             facts.outlast(uninterrupted())
         with _for_good(model) if for_good else nullcontext():
-            for storage, whole in zip(storages, sums, strict=True):
-                room = scratch[whole.weight.dtype, whole.weight.device]
+            for k, (storage, whole) in enumerate(zip(storages, sums, strict=True)):
                 if storage.split or for_good:
-                    whole.fold_for_good(room)
+                    whole.fold_for_good(ahead.scratch(k), ahead.founds[k])
                 else:
                     owner, attribute = storage.owners[0]
-                    ways[owner][attribute] = whole.fold(room, facts.undo)
+                    ways[owner][attribute] = whole.fold(ahead.scratch(k), facts.undo, ahead.founds[k])
             for module in here.modules:
                 children = {c: PutAway(a, c in module._modules) for c, a in here.of(module).items()}
                 _put_away(module, FoldRecord(children, ways[module], originals[module]), final)
             keep_keys(inventory(model))
 
 
-def foldable(storage: Storage) -> ExactSum | RoundedSum:
-    """The sum that is to be folded, refused before anything is written.
+def refuse_unfoldable(storage: Storage) -> None:
+    """What a fold would refuse before it writes, from the numbers that there are now.
 
     Raises:
-        FoldError: the weight is on meta or put away by accelerate, a number is not finite, or a sum does not fit into
-            the dtype.
+        FoldError: an adapter is no delta, a weight is on meta or put away by accelerate, a number is not finite, or a
+            sum does not fit into the dtype.
     """
+    whole = _sum(storage)
+    assert whole.unread is not None
+    (answer,) = read([whole.unread])
+    whole.checked(answer, None)
+
+
+def _sum(storage: Storage) -> ExactSum | RoundedSum:
     weight, adapters, name = storage.parameter, storage.adapters, storage.names[0]
+    for adapter in adapters:
+        if isinstance(adapter.kind, ActivationRewrite):
+            raise FoldError(
+                f"the kind {adapter.kind.name!r} does not fold: {adapter.kind.why}",
+                place=f"{name}, adapter {adapter.name!r}",
+                remedy='export it with adapters="unfolded"; or activate only adapters that are deltas, and fold those',
+            )
     refuse_away(*storage.owners[0], name, "a fold would be lost with the next forward", FoldError)
-    if all(adapter.kind.low_rank for adapter in adapters):
-        deltas = [kept(adapter.exact()) for adapter in adapters]
-        return check_foldable(weight, deltas, name, [adapter.name for adapter in adapters])
     if weight.is_meta:
         raise FoldError("the weight is on meta: it has no numbers", place=name, remedy="materialise the model first")
-    rounded_sum(weight, adapters, weight.dtype, name)  # refuses
-    return RoundedSum(weight.detach(), adapters, name)
+    if all(adapter.kind.low_rank for adapter in adapters):
+        deltas = [kept(adapter.exact()) for adapter in adapters]
+        return ExactSum.of(weight.detach(), deltas, name, [adapter.name for adapter in adapters])
+    return RoundedSum.of(weight.detach(), adapters, name)
 
 
 @contextmanager
@@ -186,11 +202,11 @@ def _take_back(model: nn.Module, undo: list[Undo]) -> None:
     """Unfold the weights; the adapters are back, but nothing reads them yet."""
     here = inventory(model)
     written = [_way(here, m, attribute) for m, record in here.records.items() for attribute in record.ways]
-    for (name, *_), right in zip(written, read([way.starts_at(weight) for _, weight, way in written]), strict=True):
+    for (name, *_), (right,) in zip(written, read([way.starts_at(weight) for _, weight, way in written]), strict=True):
         if not right:
             raise _written(name)
     exact = [way.take_back(weight, undo) for _, weight, way in written]
-    assert all(read(exact)), "unfolding is exact"
+    assert all(right for (right,) in read(exact)), "unfolding is exact"
     for module, record in here.records.items():
         module._parameters.update(record.originals)
         marks.drop_fold_record(module)

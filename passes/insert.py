@@ -6,6 +6,7 @@ Insert  the adapters beside their weights  →  Rewrite  the forwards that read 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from lora_fx.checks.certification import check_adapted
 from lora_fx.checks.verification import NotServed
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import EquivalenceError, KindError, PlanError
 from lora_fx.graph.places import loaded
@@ -58,7 +60,8 @@ class Insert(Pass):
     def call(self, model: nn.Module, facts: Facts) -> Result:
         plan = facts[Plan]
         freeze(model)
-        adapters = tuple(_insert(model, row, plan.name) for row in plan.rows)
+        owners = _owners(model, plan.name)
+        adapters = tuple(_insert(model, row, plan.name, owners) for row in plan.rows)
         for row in plan.rows:
             if row.realised == Realisation.GRAPH:
                 for use in row.weight.uses:
@@ -134,7 +137,7 @@ def _give_way(model: nn.Module, adapters: tuple[Adapter, ...], error: Equivalenc
     alike = [a for s in storages if kinds & set(map(_held, s.owners)) for a in s.adapters if a in adapters]
     traced = [a for a in alike or adapters if a.realised == Realisation.GRAPH]
     plain = isinstance(error, NotServed) and alike and not traced
-    if plain and all(a.realised == Realisation.DISPATCH and not a.drops for a in alike):
+    if plain and all(a.realised == Realisation.DISPATCH and not a.drops and _has_delta(a) for a in alike):
         demote(alike, Realisation.DENSE)
         return True
     traced = traced or [a for a in adapters if a.realised == Realisation.GRAPH]
@@ -142,14 +145,60 @@ def _give_way(model: nn.Module, adapters: tuple[Adapter, ...], error: Equivalenc
     return bool(traced)
 
 
+def _has_delta(adapter: Adapter) -> bool:
+    return not isinstance(adapter.kind, ActivationRewrite)
+
+
 def _held(owner: tuple[nn.Module, str]) -> tuple[type[nn.Module], str]:
     module, attribute = owner
     return own_class(module), attribute
 
 
-def _insert(model: nn.Module, row: Row, name: str) -> Adapter:
+_Owners = dict[tuple[Any, ...], Adapter]
+"""(kind, tensor, shape) → the adapter whose parameter all others of its name have in common with it: the first one."""
+
+
+def _owners(model: nn.Module, name: str) -> _Owners:
+    """Among the adapters of this name that are there already."""
+    found: _Owners = {}
+    for adapter in inventory(model).adapters:
+        if adapter.name == name:
+            for tensor in _in_common(adapter):
+                owner = adapter.owner(tensor)
+                found[adapter.kind.name, tensor, *owner.get_parameter(tensor).shape] = owner
+    return found
+
+
+def _in_common(adapter: Adapter) -> tuple[str, ...]:
+    return adapter.kind.shared if isinstance(adapter.kind, ActivationRewrite) else ()
+
+
+def _share(adapter: Adapter, owners: _Owners, row: Row) -> None:
+    """Have in common what there is, and give what there is not yet.
+
+    Raises:
+        PlanError: the numbers of a file are others than those of another adapter, or lie on another device.
+    """
+    for tensor in _in_common(adapter):
+        own = adapter.get_parameter(tensor)
+        owner = owners.setdefault((adapter.kind.name, tensor, *own.shape), adapter)
+        there = owner.get_parameter(tensor)
+        alike = there.device == own.device and there.dtype == own.dtype
+        if not alike or (row.stored is not None and not torch.equal(there, own)):
+            here = "it has other numbers here" if alike else f"it is {own.dtype} on {own.device} here"
+            raise PlanError(
+                f"the adapters {adapter.name!r} of the kind {adapter.kind.name!r} have {tensor!r} in common: {here}",
+                place=row.name,
+                remedy="give these sites an adapter of another name",
+            )
+        if owner is not adapter:
+            adapter.share(tensor, owner)
+
+
+def _insert(model: nn.Module, row: Row, name: str, owners: _Owners) -> Adapter:
     path, attribute = row.owners[0]
     adapter = make_adapter(row, name, model.get_submodule(path))
+    _share(adapter, owners, row)
     for n, (path, attribute) in enumerate(row.owners):
         owner = model.get_submodule(path)
         adapter.train(owner.training)
@@ -182,7 +231,8 @@ def make_adapter(row: Row, name: str, owner: nn.Module) -> Adapter:
     with torch.no_grad():
         for tensor, numbers in stored.items():
             adapter.get_parameter(tensor).copy_(numbers)
-        if not (row.kind.low_rank or parameter.is_meta) and not bool(adapter.delta(parameter).isfinite().all()):
+        delta = not (row.kind.low_rank or isinstance(row.kind, ActivationRewrite))
+        if delta and not parameter.is_meta and not bool(adapter.delta(parameter).isfinite().all()):
             raise PlanError(
                 f"with this θ of the kind {row.kind.name!r} δ is not finite",
                 place=row.name,

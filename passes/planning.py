@@ -19,8 +19,8 @@ from lora_fx.analysis.patterns import find_pattern
 from lora_fx.analysis.rules import SKIP, Rule, read_rules, select
 from lora_fx.analysis.sites import Site, find_sites
 from lora_fx.deltas import costs, schedules
-from lora_fx.deltas.adapted_weight import has_product, schedulable
-from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
+from lora_fx.deltas.adapted_weight import has_product, schedulable, why_not_around
+from lora_fx.deltas.kinds import ActivationRewrite, Kind, Space, Theta, kind_named
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import PlanError, by_reason, few
 from lora_fx.graph import layout
@@ -61,6 +61,8 @@ class Row:
     """θ, where it has numbers already, from a file: beside a weight on meta it lies on the CPU."""
     schedule: str = ""
     """How its branches are computed on these inputs, in words: `lora_fx.deltas.schedules`."""
+    axes: Layout | None = None
+    """Of θ, where they are not those in which the weight multiplies: of its rows, of what multiplies nothing."""
     expected: float | None = None
     """What a training step of its uses is expected to take by that, of what the frozen weight's takes; None where it is
     not known: see `lora_fx.deltas.costs`."""
@@ -78,6 +80,8 @@ class Row:
     def layout(self) -> Layout:
         """Every axis of a bias is one of features."""
         shape = self.weight.shape
+        if self.axes is not None:
+            return self.axes
         return Layout("o" * len(shape), shape) if self.kind.adapts == "bias" else self.weight.layout
 
     @property
@@ -85,11 +89,23 @@ class Row:
         return self.rule.rank
 
     @property
-    def parameters(self) -> int:
-        """Trainable parameters of this adapter."""
+    def space(self) -> Space:
+        """What θ is for."""
         settings = Theta(**self.kind.complete(self.rule.chosen))
-        space = Space(self.layout.batch, self.out, self.layout.size("i"), settings)
-        return sum(math.prod(shape) for shape in self.kind.shapes(space).values())
+        return Space(self.layout.batch, self.out, self.layout.size("i"), settings)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters of this adapter, those too that it has in common with others."""
+        return sum(math.prod(shape) for shape in self.kind.shapes(self.space).values())
+
+    @property
+    def in_common(self) -> Mapping[tuple[Any, ...], int]:
+        """Tensors that all adapters of its name have in common (`ActivationRewrite.shared`) → their parameters."""
+        if not isinstance(self.kind, ActivationRewrite):
+            return {}
+        shapes = self.kind.shapes(self.space)
+        return {(self.kind.name, name, *shapes[name]): math.prod(shapes[name]) for name in self.kind.shared}
 
     @property
     def out(self) -> int:
@@ -140,7 +156,10 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        return sum(row.parameters for row in self.rows)
+        """Trainable parameters: those that adapters have in common, once."""
+        common = [row.in_common for row in self.rows]
+        once = {tensor: count for own in common for tensor, count in own.items()}
+        return sum(row.parameters for row in self.rows) - sum(sum(own.values()) for own in common) + sum(once.values())
 
     @property
     def model_parameters(self) -> int:
@@ -168,15 +187,23 @@ class Plan:
         part = f"[{len(row.rows)} rows]" if row.rows is not None else ""
         shared = " = ".join(row.weight.names) if len(row.weight.names) > 1 else ""
         if row.split:
-            shared += f"; split off, {row.copied_bytes / 2**20:.2f} MiB when folded"
+            shared += "; split off"
+        if row.split and not isinstance(row.kind, ActivationRewrite):
+            shared += f", {row.copied_bytes / 2**20:.2f} MiB when folded"
         realised = f"{row.realised} ({reasons.index(row.why) + 1})" if row.why else row.realised
         role = f"{row.role} ({reasons.index(row.reason) + 1})" if row.reason else row.role
         forms = ", ".join(dict.fromkeys(use.form for use in row.uses))
         return (
             row.name + part, role or "?", forms, "×".join(map(str, row.weight.shape)), row.kind.name,
             str(row.rank or "–"), f"{row.parameters:,}", realised, row.schedule,
-            f"{row.expected:.2f} ×" if row.expected else "", "exactly" if row.kind.low_rank else "rounded once", shared,
+            f"{row.expected:.2f} ×" if row.expected else "", _folds(row.kind), shared,
         )  # fmt: skip
+
+
+def _folds(kind: Kind) -> str:
+    if isinstance(kind, ActivationRewrite):
+        return "never"
+    return "exactly" if kind.low_rank else "rounded once"
 
 
 # ── the passes ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -288,6 +315,8 @@ def _check_schedule(row: Row) -> None:
 
 
 def _schedule(row: Row) -> str:
+    if isinstance(row.kind, ActivationRewrite):
+        return "around the use"
     if not row.kind.low_rank:
         beside = row.kind.branch is not None and all(_has_product(use, row.kind) for use in row.uses)
         return "its own branch" if beside else f"{row.kind.adapts} + δ"
@@ -384,6 +413,9 @@ def plan_rows(
     """
     here, refused = inventory(program.model), refused or Refused()
     rows = [row for row in rows if refused.allows(row.rule, _check, row, program.model, name, here)]
+    if any(isinstance(row.kind, ActivationRewrite) for row in rows):
+        biases = Biases(program)
+        rows = [row for row in rows if refused.allows(row.rule, _check_around, row, biases)]
     left_out = refused.left_out(rows)
     _realise(rows, program)
     return Plan(program, rules, name, tuple(rows), sites, _notes(program, rows), left_out)
@@ -528,6 +560,8 @@ def _reads_rows(use: Use, rows: tuple[int, ...] | None) -> bool:
 def _check_rank(row: Row) -> None:
     if row.rank is None or row.weight.problem:
         return
+    if isinstance(row.kind, ActivationRewrite):
+        return _check_width(row)
     most = min(row.layout.size("i"), row.out)
     if row.rank > most:
         raise PlanError(
@@ -535,6 +569,46 @@ def _check_rank(row: Row) -> None:
             place=row.weight.name,
             remedy=f"choose a rank of at most {most}",
         )
+
+
+def _check_width(row: Row) -> None:
+    """Of what is behind the use, where the weight's inputs are no bound."""
+    if row.rank is not None and row.rank > row.out:
+        raise PlanError(
+            f"rank={row.rank} is more than the {row.out} features that it narrows",
+            place=row.weight.name,
+            remedy=f"choose a rank of at most {row.out}",
+        )
+
+
+def _check_around(row: Row, biases: Biases) -> None:
+    """A kind that rewrites the result of a use wants all of that: every feature, with its bias, wherever it is used."""
+    if isinstance(row.kind, ActivationRewrite) and (why := _why_not_around(row, row.kind, biases)):
+        raise PlanError(
+            f"the kind {row.kind.name!r} rewrites what a use of the weight gives, and {why}",
+            place=row.weight.name,
+            remedy="leave the weight out, or adapt it by a kind that is a delta of it: lora, dora, full",
+        )
+
+
+def _why_not_around(row: Row, kind: ActivationRewrite, biases: Biases) -> str:
+    if row.rows is not None:
+        return f"the rule, or the model, asks for {len(row.rows)} of its {row.layout.size('o')} features alone"
+    here = {path for path, _ in row.owners}
+    for use in row.weight.uses:
+        if use not in row.uses and not (row.split and use.module not in here):
+            return f"{use.form} in {use.module or 'the model'} reads it besides"
+    for use in row.uses:
+        if use.call is None:
+            return f"{use.form} takes it whole: what it multiplies inside nobody sees"
+        if why := kind.asks(use.form, row.space):
+            return why
+        if why := why_not_around(use.call, layout.place(row.layout, use.view, use.call.sides)):
+            return f"{use.form} in {use.module or 'the model'} {why}"
+        bias = biases.of(use) if use.seen else None
+        if bias is not None and use.call.options.get("bias") is None:
+            return f"its bias {bias.name} is added by an op of its own, behind what would be rewritten"
+    return ""
 
 
 def _is_finite(weight: torch.Tensor) -> bool:

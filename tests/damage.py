@@ -5,7 +5,8 @@ run. A table says how many were refused by an error of ours, and how many were a
 file, with another one, or raised something else. The exit status says whether the last two are none.
 
 In the rows with a seal *of their own* the damage is of somebody who seals the file again: what a digest cannot tell is
-left to the loaders, which may accept it, and may not raise anything but our errors.
+left to the loaders, which may accept it, and may not raise anything but our errors. So it is in the dialects of others
+that have *no seal*.
 """
 
 from __future__ import annotations
@@ -85,6 +86,14 @@ def _loaded(folder: Path) -> numpy.ndarray:
         return lora_fx.load_adapter(net(), folder / "adapter", X, check=False)(X).numpy()
 
 
+def _dialect(name: str, config: dict[str, Any] | None = None) -> Callable[[Path], numpy.ndarray]:
+    def opened(folder: Path) -> numpy.ndarray:
+        with torch.no_grad():
+            return lora_fx.load_adapter(net(), folder / name, X, check=False, config=config)(X).numpy()
+
+    return opened
+
+
 TARGETS: dict[str, Target] = {
     ".onnx_adapter": Target("a.onnx_adapter", _whole("switchable.onnx")),
     "task file": Target("task.safetensors", _task),
@@ -98,11 +107,20 @@ TARGETS: dict[str, Target] = {
     "switchable graph, a seal of its own": Target("switchable.onnx", _resealed("switchable.onnx")),
     "its manifest, a seal of its own": Target("switchable.onnx", _resealed("switchable.onnx"), b"lora_fx.slots"),
     ".onnx_adapter, a seal of its own": Target("a.onnx_adapter", _adapter_resealed),
+    "PEFT's folder, no seal": Target("peft/adapter_model.safetensors", _dialect("peft")),
+    "PEFT's config, no seal": Target("peft/adapter_config.json", _dialect("peft")),
+    "PEFT's pickle, sums of zip": Target("pickled/adapter_model.bin", _dialect("pickled")),
+    "a head beside it, no seal": Target("beside/adapter_model.safetensors", _dialect("beside")),
+    "one file, no seal": Target("one.safetensors", _dialect("one.safetensors")),
+    "kohya, no seal": Target("kohya.safetensors", _dialect("kohya.safetensors")),
+    "diffusers, no seal": Target("diffusers.safetensors", _dialect("diffusers.safetensors")),
+    "loralib, sums of zip": Target("loralib.pt", _dialect("loralib.pt", {"lora_alpha": 2})),
 }
 
 
 def own_seal(name: str) -> bool:
-    return name.endswith("of its own")
+    """Nothing tells its numbers from others: damage may be accepted, and may not end in anything but our errors."""
+    return name.endswith(("of its own", "no seal"))
 
 
 def write(folder: Path) -> Path:
@@ -121,7 +139,32 @@ def write(folder: Path) -> Path:
     lora_fx.export_onnx(net(), X, folder / "base.onnx", external_data=True, check=False)
     lora_fx.export_onnx(model, X, folder / "folded.onnx", check=False)
     save_onnx_weights(folder / "base.onnx", folder / "folded.onnx", folder / "task.safetensors")
+    write_dialects(folder, model)
     return folder
+
+
+def write_dialects(folder: Path, model: nn.Module) -> None:
+    """The same adapter in every dialect of `lora_fx.export.adapters.dialects`."""
+    from safetensors.torch import load_file, save_file
+
+    for dialect in ("kohya", "diffusers"):
+        lora_fx.save_adapter(model, folder / f"{dialect}.safetensors", dialect=dialect, part="unet")
+    for name in ("peft", "pickled"):
+        shutil.copytree(folder / "adapter", folder / name)
+    plain = load_file(folder / "adapter" / "adapter_model.safetensors")
+    save_file(plain, folder / "peft" / "adapter_model.safetensors")
+    torch.save(plain, folder / "pickled" / "adapter_model.bin")
+    (folder / "pickled" / "adapter_model.safetensors").unlink()
+    paths = {key.removeprefix("base_model.model.").partition(".")[0] for key in plain}
+    save_file(plain | {f"{path}.alpha": torch.tensor(2.0) for path in paths}, folder / "one.safetensors")
+    named = {key.removeprefix("base_model.model.").removesuffix(".weight"): t for key, t in plain.items()}
+    torch.save(named, folder / "loralib.pt")
+    model[2].bias.requires_grad_(True)
+    lora_fx.save_adapter(model, folder / "beside")
+    model[2].bias.requires_grad_(False)
+    save_file(
+        load_file(folder / "beside" / "adapter_model.safetensors"), folder / "beside" / "adapter_model.safetensors"
+    )
 
 
 def flipped(data: bytes, target: Target, draw: random.Random) -> bytes:

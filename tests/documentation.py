@@ -7,6 +7,10 @@ A page's blocks run from top to bottom in one scope. A comment on the line befor
     <!-- prints, with other numbers -->   the same, whatever its numbers are
     <!-- refuses -->                      before a text block: the error that ended the python block before it; also
                                           with other numbers
+    <!-- with other numbers -->           before a console block
+
+A console block is a transcript: each line that begins with a dollar is given to a shell, and what comes out stands
+below it.
 
 `python -m tests.documentation [page …]` writes what comes out into the pages.
 """
@@ -15,7 +19,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import subprocess
 import sys
 import tempfile
 import types
@@ -76,7 +82,7 @@ def write(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for _, shown, came in _come(page, {}):
         if shown is not None and not _agrees(came, shown):
-            fence = f"<!-- {shown.mark} -->\n```text\n"
+            fence = f"<!-- {shown.mark} -->\n```{shown.language}\n" if shown.mark else f"```{shown.language}\n"
             text = text.replace(f"{fence}{shown.text}```", f"{fence}{_trimmed(came)}\n```", 1)
     page.write_text(text, encoding="utf-8")
 
@@ -91,6 +97,9 @@ def _come(page: Path, scope: dict[str, Any]) -> Iterator[tuple[Block, Block | No
             if block.mark.startswith("not run"):
                 assert block.mark.removeprefix("not run").strip(": "), f"{block.place}: say why it is not run"
                 continue
+            if block.language == "console":
+                yield block, shown, _transcript(block)
+                continue
             came = _execute(block, module.__dict__, refuses=shown is not None and shown.mark.startswith("refuses"))
             yield block, shown, came
     finally:
@@ -99,6 +108,8 @@ def _come(page: Path, scope: dict[str, Any]) -> Iterator[tuple[Block, Block | No
 
 def _with_what_is_shown(found: list[Block]) -> Iterator[tuple[Block, Block | None]]:
     for block, after in zip(found, [*found[1:], None], strict=False):
+        if block.language == "console":
+            yield block, block
         if block.language == "python":
             yield block, after if after is not None and after.mark.startswith(("prints", "refuses")) else None
 
@@ -116,6 +127,20 @@ def _execute(block: Block, scope: dict[str, Any], refuses: bool) -> str:
             raise
     assert not refuses, f"{block.place} refuses nothing"
     return printed.getvalue()
+
+
+def _transcript(block: Block) -> str:
+    """Each command of the block, and what the shell says to it."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, "PYTHONWARNINGS": "ignore", "COLUMNS": "100"}
+    came = []
+    for line in block.text.splitlines():
+        if line.startswith("$ "):
+            done = subprocess.run(
+                ["bash", "-c", line[2:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            )
+            came.append(f"{line}\n{done.stdout.strip()}")
+    return "\n".join(came)
 
 
 def _agrees(came: str, shown: Block) -> bool:

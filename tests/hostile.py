@@ -265,6 +265,7 @@ CASES: dict[str, Case] = {
     "a pattern in layers_pattern": pattern(layers_pattern=ENDLESS, layers_to_transform=[1]),
     "a pattern in rank_pattern": pattern(rank_pattern={ENDLESS: 2}),
     "a pattern in alpha_pattern": pattern(alpha_pattern={ENDLESS: 2}),
+    "a pattern in modules_to_save": pattern(modules_to_save=[ENDLESS]),
     "a pattern of groups": pattern(target_modules="([a-z_.]|[a-z_.]){40}!"),
     "a deep pattern": pattern(target_modules="(" * 5000 + "a" + ")" * 5000),
     "a table of six million tables": wide_table,

@@ -18,6 +18,7 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+CHECKPOINTS = ["cp -r", *(f"lora-fx {verb}" for verb in ("fold", "fold --keep", "verify", "unfold"))]
 LATENCY = ("base", "unfolded", "folded", "base again", "switchable, no adapter", "switchable, an adapter")
 LATENCIES = [f"batch {batch}: {what}" for batch in (1, 16) for what in LATENCY]
 
@@ -79,6 +80,7 @@ REAL_SIZE = [
         ("folding.py", [], ["float32", "bfloat16"]),
         ("scale.py", [], ["1", "2"]),
         ("real_size.py", [], REAL_SIZE),
+        ("checkpoints.py", ["--part", "fold", "--kills", "1"], CHECKPOINTS),
         pytest.param("onnx_memory.py", ["--part", "stream"], ["as it is", "with a proof"], marks=pytest.mark.onnx),
         pytest.param("onnx_graphs.py", ["--part", "latency"], LATENCIES, marks=pytest.mark.onnx),
     ],

@@ -245,7 +245,7 @@ def test_it_answers_without_torch(tmp_path):
 
 def test_a_shell_completes_commands_and_their_options(capsys, monkeypatch):
     monkeypatch.setenv("_LORA_FX_COMPLETE", "bash_complete")
-    for words, shown in (("lora-fx p", {"paper", "pipeline"}), ("lora-fx demo --q", {"--quick"})):
+    for words, shown in (("lora-fx p", {"paper", "pipeline", "plan"}), ("lora-fx demo --q", {"--quick"})):
         monkeypatch.setenv("COMP_WORDS", words)
         monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
         with pytest.raises(SystemExit):

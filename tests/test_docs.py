@@ -21,7 +21,8 @@ from lora_fx.deltas.schedules import SCHEDULES
 from tests.documentation import PAGES, ROOT, blocks, run
 
 FACES = (lora_fx, lora_fx.export, lora_fx.passes, lora_fx.testing)
-EXPORTING = {"onnx", "testing", "troubleshooting"}
+_MARKS = r"|not run: .+|(prints|refuses)(, with other numbers)?"
+EXPORTING = {"command", "onnx", "testing", "troubleshooting"}
 """Pages with blocks that export."""
 
 
@@ -36,7 +37,7 @@ def test_the_blocks_of_a_page_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=()):
         ran = run(path)
-    assert ran == sum(b.language == "python" and not b.mark.startswith("not run") for b in blocks(path))
+    assert ran == sum(b.language in ("python", "console") and not b.mark.startswith("not run") for b in blocks(path))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
@@ -44,7 +45,8 @@ def test_what_a_page_shows_belongs_to_a_block(path):
     """A mark before the wrong block, or a misspelt one, would check nothing."""
     found = blocks(path)
     for before, block in zip([None, *found], found, strict=False):
-        assert re.fullmatch(r"|not run: .+|(prints|refuses)(, with other numbers)?", block.mark), block.place
+        wanted = r"|with other numbers" if block.language == "console" else _MARKS
+        assert re.fullmatch(wanted, block.mark), block.place
         if block.mark.startswith(("prints", "refuses")):
             assert block.language == "text" and before is not None and before.language == "python", block.place
     assert path.read_text(encoding="utf-8").count("```") == 2 * len(found), "a block without a language"

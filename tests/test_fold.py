@@ -11,15 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import lora_fx
 from lora_fx import Rule
+from lora_fx.deltas import ahead as looking_ahead
 from lora_fx.deltas import exact_sum
 from lora_fx.deltas.exact_sum import ExactSum
-from lora_fx.deltas.rounding import round_once
+from lora_fx.deltas.rounding import Scratch, round_once
+from lora_fx.passes import fold as folding
 from lora_fx.passes.fold import kept_bytes
 from tests import reference
+from tests.waits import Waits
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -86,7 +88,7 @@ def adapted(dtype: torch.dtype) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
-def test_folded_weights_are_the_rounded_sum_and_unfolded_ones_the_old_bits(dtype):
+def test_folded_weights_are_the_rounded_sum_and_unfolded_ones_the_old_bits(dtype, either_way):
     model = adapted(dtype)
     state, sums = reference.bits(model), reference.dense_weights(model)
     lora_fx.fold(model)
@@ -114,7 +116,7 @@ def grid(value: float, dtype: torch.dtype) -> list[float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("kind", ["ordinary", "near ties", "cancelling"])
-def test_every_folded_element_is_the_real_sum_rounded_once(dtype, kind):
+def test_every_folded_element_is_the_real_sum_rounded_once(dtype, either_way, kind):
     """Against fractions: an oracle with no rounding in it at all."""
     torch.manual_seed(0)
     layer = nn.Linear(40, 24, bias=False).to(dtype)
@@ -140,7 +142,7 @@ def test_every_folded_element_is_the_real_sum_rounded_once(dtype, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(("size", "most"), [(0.01, 0.2), (0.1, 0.7), (1.0, 1.0)])
-def test_the_way_back_costs_less_than_a_byte_an_element(dtype, size, most):
+def test_the_way_back_costs_less_than_a_byte_an_element(dtype, either_way, size, most):
     """`size`: the delta relative to the weights, in root mean square."""
     torch.manual_seed(0)
     layer = nn.Linear(300, 200, bias=False).to(dtype)
@@ -156,7 +158,7 @@ def test_the_way_back_costs_less_than_a_byte_an_element(dtype, size, most):
     assert reference.same_bits(reference.bits(layer), before)
 
 
-def test_zeros_of_both_signs_and_subnormals_come_back():
+def test_zeros_of_both_signs_and_subnormals_come_back(either_way):
     layer = nn.Linear(8, 6, bias=False)
     with torch.no_grad():
         layer.weight[:, ::2] = torch.tensor([0.0, -0.0, 1e-45, -1e-40]).repeat(6, 1)
@@ -194,7 +196,7 @@ def test_training_an_adapter_that_is_put_away_changes_nothing():
 
 @pytest.mark.parametrize(("dtype", "exponent"), [(torch.float32, -25), (torch.bfloat16, -9), (torch.float16, -12)])
 @pytest.mark.parametrize("towards", [-1, 1])
-def test_unfolding_is_exact_in_whatever_order_the_sums_are_taken(monkeypatch, dtype, exponent, towards):
+def test_unfolding_is_exact_in_whatever_order_the_sums_are_taken(monkeypatch, either_way, dtype, exponent, towards):
     """W = 1, D = 2^exponent: W' − D lies between two numbers, and the last bit of D decides."""
     model = lora_fx.apply(nn.Linear(5, 3, bias=False, dtype=dtype), Rule(where="*", rank=1), torch.ones(1, 5).to(dtype))
     with torch.no_grad():
@@ -209,7 +211,7 @@ def test_unfolding_is_exact_in_whatever_order_the_sums_are_taken(monkeypatch, dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_zeros_are_folded_without_fractions(monkeypatch, dtype):
+def test_zeros_are_folded_without_fractions(monkeypatch, either_way, dtype):
     """Pruned weights and unused rows lie on a border, yet there is nothing to doubt."""
     model = lora_fx.apply(nn.Linear(9, 7, bias=False, dtype=dtype), Rule(where="*", rank=2), torch.ones(1, 9).to(dtype))
     reference.fill(model)
@@ -217,12 +219,13 @@ def test_zeros_are_folded_without_fractions(monkeypatch, dtype):
         model.weight[:4] = 0
         model.weight_lora_default.B[2:6] = 0
     sums = reference.dense_weights(model)
-    monkeypatch.setattr(ExactSum, "_exact", lambda *_: pytest.fail("summed as fractions"))
+    monkeypatch.setattr(ExactSum, "nearest", lambda *_: pytest.fail("summed as fractions"))
     assert torch.equal(lora_fx.fold(model).weight, round_once(sums["weight"], dtype))
+    assert not bool(model.weight[2:4].signbit().any())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_blocks_make_no_difference(monkeypatch, rows):
+def test_blocks_make_no_difference(monkeypatch, either_way, rows):
     whole, blocks = adapted(torch.float64), adapted(torch.float64)
     lora_fx.fold(whole)
     monkeypatch.setattr(exact_sum, "_BLOCK", rows)
@@ -239,7 +242,7 @@ def test_fold_of_a_copy_leaves_the_model_alone():
     assert lora_fx.verify(model, folded, IDS)
 
 
-def test_several_adapters_fold_into_one_sum_and_inactive_ones_stay_out():
+def test_several_adapters_fold_into_one_sum_and_inactive_ones_stay_out(either_way):
     model = adapted(torch.float32)
     lora_fx.apply(model, Rule(where="head", rank=2, alpha=7), IDS, name="second")
     lora_fx.apply(model, Rule(where="head", rank=1), IDS, name="idle")
@@ -273,7 +276,7 @@ def test_a_thousand_switches_lose_nothing(dtype=torch.bfloat16):
         lora_fx.switch(layer, "three")
 
 
-def test_final_fold_keeps_nothing():
+def test_final_fold_keeps_nothing(either_way):
     model = lora_fx.fold(adapted(torch.float32), final=True)
     plain = Forms()
     assert [sorted(m.__dict__) for m in model.modules()] == [sorted(m.__dict__) for m in plain.modules()]
@@ -300,21 +303,198 @@ def test_a_sum_that_cancels_is_found_among_all_floats():
     assert torch.equal(folded_weight(torch.full((4, 5), -3.0), [delta], torch.float32, "w"), torch.zeros(4, 5))
 
 
-class _Waits(TorchFunctionMode):
-    """Counts the calls for which Python waits until a GPU has computed what they ask for."""
+# ── a device that is waited for ──────────────────────────────────────────────────────────────────────────────────────
 
-    NAMES = frozenset({"tolist", "item", "nonzero", "equal", "unique", "any", "all", "cpu", "numpy"})
-    ASKS = frozenset({"__bool__", "__int__", "__float__", "__index__"})
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
+@pytest.fixture(params=[False, True], ids=["asking", "ahead"])
+def either_way(request, monkeypatch):
+    """Each block asks for what it has to know, as on a CPU; or all is found out before, as on a GPU."""
+    monkeypatch.setattr(looking_ahead, "waits", lambda device: request.param)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        if name in self.NAMES | self.ASKS:
-            self.seen.append(name)
-        return func(*args, **kwargs or {})
+
+@pytest.fixture
+def ahead(monkeypatch):
+    monkeypatch.setattr(looking_ahead, "waits", lambda device: True)
+
+
+x = torch.arange(4.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "times"),
+    [
+        (lambda: x.tolist(), 1), (lambda: x[1].item(), 1), (lambda: float(x[1]), 1), (lambda: bool((x > 1).any()), 1),
+        (lambda: x.nonzero(), 1), (lambda: x[x > 1], 1), (lambda: x.clone().index_put_((x > 1,), x[0]), 1),
+        (lambda: torch.equal(x, x), 1), (lambda: x.unique(), 1), (lambda: x.masked_select(x > 1), 1),
+        (lambda: x.cpu(), 1), (lambda: torch.tensor([1.0], device="cpu"), 1), (lambda: x[0] if x[0] else x, 1),
+        (lambda: torch.where(x > 1, x, -x), 0), (lambda: x[torch.arange(2)], 0), (lambda: x.aminmax(), 0),
+        (lambda: torch.searchsorted(x, x), 0), (lambda: x.cumsum(0).count_nonzero(), 0),
+    ],
+)  # fmt: skip
+def test_what_is_waited_for_is_seen(call, times):
+    with Waits() as waits:
+        call()
+    assert len(waits.seen) == times
+
+
+def of_many_blocks(dtype: torch.dtype, hard: int) -> nn.Module:
+    """Three weights, of which `hard` elements each lie so near the middle of two numbers that float64 cannot tell."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 48, bias=False), nn.Linear(48, 24, bias=False), nn.Linear(24, 40)).to(dtype)
+    lora_fx.apply(model, Rule(where="*", rank=3, alpha=2), torch.randn(2, 40).to(dtype), check=False)
+    reference.fill(model)
+    half_step = torch.finfo(dtype).eps / 2
+    with torch.no_grad():
+        for layer in model if hard else ():
+            adapter = layer.weight_lora_default
+            adapter.A[0] = 0.0
+            adapter.A[:, :hard] = torch.tensor([[half_step], [2.0**-60], [0.0]])
+            adapter.B[0] = torch.tensor([1.5, 1.0, 0.7])  # the scale is 2/3
+            layer.weight[0, :hard] = 1.0
+    return model
+
+
+@pytest.mark.parametrize("hard", [0, 3], ids=["plain", "hard"])
+@pytest.mark.parametrize("final", [False, True], ids=["undoable", "final"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_a_fold_waits_for_the_device_twice_at_most_however_many_blocks_and_weights(
+    monkeypatch, ahead, dtype, final, hard
+):
+    monkeypatch.setattr(exact_sum, "_BLOCK", 96)
+    monkeypatch.setattr(folding, "_UNDOABLE", 0)
+    model, parts = of_many_blocks(dtype, hard), []
+    state, sums, blocks = reference.bits(model), reference.dense_weights(model), exact_sum.ExactSum.rounded
+    monkeypatch.setattr(ExactSum, "rounded", lambda part, *rest: parts.append(part) or blocks(part, *rest))
+    with Waits() as waits:
+        lora_fx.fold(model, final=final)
+    assert len(parts) == 24 + 12 + 10 and waits.seen == ["tolist"] * (2 if hard else 1)
+    for name, total in sums.items():
+        right = round_once(total, dtype)
+        if hard and "weight" in name:  # the sum is a hair above the middle, and float64 does not see it
+            right[0, :hard] = 1 + torch.finfo(dtype).eps
+        assert torch.equal(model.get_parameter(name).detach(), right), name
+    if not final:
+        assert reference.same_bits(reference.bits(lora_fx.unfold(model)), state)
+
+
+def test_a_fold_of_other_kinds_waits_no_more_often(monkeypatch, ahead):
+    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.randn(2, 8)
+    lora_fx.apply(
+        model, [Rule(where="0", kind="dora", rank=2), Rule(where="1", kind="full"), Rule(where="2", rank=2)], x
+    )
+    lora_fx.apply(model, Rule(where="*", kind="bias"), x, name="bias")
+    lora_fx.activate(model, "default", "bias")
+    reference.fill(model)
+    with Waits() as waits:
+        lora_fx.fold(model)
+    assert len(waits.seen) <= 2
+
+
+def test_a_block_with_much_in_doubt_asks_for_itself(monkeypatch, ahead):
+    model = lora_fx.apply(nn.Linear(60, 40, bias=False), Rule(where="*", rank=2), torch.randn(1, 60), check=False)
+    with torch.no_grad():
+        model.weight.fill_(1)
+        model.weight_lora_default.A.fill_(2.0**-25)  # 1 + 2⁻²⁴ and a hair
+        model.weight_lora_default.B[:] = torch.tensor([2.0, 2.0**-40])
+    state = reference.bits(model)
+    folded = lora_fx.fold(model, copy=True)
+    assert bool((folded.weight == 1 + 2.0**-23).all())
+    assert reference.same_bits(reference.bits(lora_fx.unfold(folded)), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first", [-1, 1])
+def test_a_sum_may_come_out_another_one_when_it_is_computed_again(monkeypatch, ahead, dtype, first):
+    """Three quarters of its error off when it is looked at, and as much the other way when it is folded."""
+    model, rule = nn.Linear(20, 3, bias=False, dtype=dtype), Rule(where="*", rank=3, alpha=3)
+    lora_fx.apply(model, rule, torch.randn(1, 20, dtype=dtype), check=False)
+    adapter = model.weight_lora_default
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        adapter.A.zero_()
+        adapter.A[0], adapter.B[:] = torch.finfo(dtype).eps / 2, 1.0
+        adapter.A[1] = 2.0**-52 * torch.arange(20)  # above the middle of two numbers, by up to five times the error
+    state, above = reference.bits(model), 1 + torch.finfo(dtype).eps
+    real, calls = ExactSum.sums, []
+
+    def off(part, *args, **kwargs):
+        calls.append(part)
+        total, delta = real(part, *args, **kwargs)
+        return total.add_(first * (1 if len(calls) == 1 else -1) * 6 * 2.0**-53), delta
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExactSum, "sums", off)
+        lora_fx.fold(model)
+    assert len(calls) == 2
+    assert bool((model.weight[:, 1:] == above).all())
+    assert reference.same_bits(reference.bits(lora_fx.unfold(model)), state)
+
+
+# ── no room for a block ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def no_room_for(elements: int, monkeypatch, where: str) -> list[int]:
+    """From now on, blocks of more elements than that find no memory; what comes gets the sizes of those that do."""
+    fits: list[int] = []
+
+    def check(size: int) -> None:
+        if size > elements:
+            raise torch.OutOfMemoryError("no memory, says the test")
+        fits.append(size)
+
+    if where == "for what is kept":
+        real = Scratch.__init__
+        monkeypatch.setattr(Scratch, "__init__", lambda self, n, *rest: check(n) or real(self, n, *rest))
+    else:
+        sums = ExactSum.sums
+        monkeypatch.setattr(ExactSum, "sums", lambda part, *a, **k: check(part.weight.numel()) or sums(part, *a, **k))
+    return fits
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["undoable", "final"])
+@pytest.mark.parametrize("where", ["for what is kept", "for what comes and goes"])
+def test_a_block_that_finds_no_room_is_halved(monkeypatch, ahead, where, final):
+    monkeypatch.setattr(folding, "_UNDOABLE", 0)
+    model = of_many_blocks(torch.bfloat16, 3)
+    state, whole = reference.bits(model), reference.bits(lora_fx.fold(model, copy=True, final=True))
+    with monkeypatch.context() as patch:
+        fits = no_room_for(300, patch, where)
+        lora_fx.fold(model, final=final)
+    assert max(fits) == 240, "of 1,920: 960, 480, 240"
+    if final:
+        assert reference.same_bits(reference.bits(model), whole)
+    else:  # and unfolds in the same blocks, although there is room now
+        assert reference.same_bits(reference.bits(lora_fx.unfold(model)), state)
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["undoable", "final"])
+@pytest.mark.parametrize("where", ["for what is kept", "for what comes and goes"])
+def test_a_fold_that_finds_no_room_for_a_row_is_refused_whole(monkeypatch, ahead, where, final):
+    model = of_many_blocks(torch.float32, 0)
+    state, classes = reference.bits(model), reference.classes(model)
+    with monkeypatch.context() as patch, pytest.raises(lora_fx.LoraFxError) as caught:
+        no_room_for(47, patch, where)
+        lora_fx.fold(model, final=final)
+    assert str(caught.value).startswith("1.weight: there is no room on cpu to fold one row: no memory, says the test")
+    assert "free memory there" in caught.value.remedy
+    assert reference.same_bits(reference.bits(model), state) and reference.classes(model) == classes
+    lora_fx.fold(model)
+
+
+def test_on_a_gpu_a_block_takes_half_of_the_memory_that_is_free(monkeypatch):
+    gpu, bytes_ = torch.device("cuda", 0), Scratch.bytes(torch.bfloat16)
+    assert looking_ahead.waits(gpu) and not looking_ahead.waits(torch.device("cpu"))
+    for free, unused, scratches, elements in (
+        (2 * 1000 * bytes_, 0, 1, 1000),
+        (2 * 1000 * bytes_, 2 * 500 * bytes_, 1, 1500),
+        (2 * 1000 * bytes_, 0, 4, 250),
+        (1, 0, 1, 1),
+        (2**40, 0, 1, exact_sum._LARGE),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**40))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, unused=unused: 70 + unused)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 70)
+        assert exact_sum._worth(torch.bfloat16, gpu, scratches) == elements
 
 
 @pytest.mark.parametrize("elements", [64, 16])
@@ -325,7 +505,7 @@ def test_an_unfold_waits_for_the_device_twice_however_many_blocks_there_are(monk
     lora_fx.apply(model, Rule(where="*", rank=2), torch.randn(2, 8).bfloat16())
     reference.fill(model)
     lora_fx.fold(model)
-    with _Waits() as waits:
+    with Waits() as waits:
         lora_fx.unfold(model)
     assert waits.seen == ["tolist", "tolist"]
     assert all(torch.equal(model.state_dict()[name], numbers) for name, numbers in before.items())

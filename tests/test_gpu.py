@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch.utils import _pytree as pytree
 import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import run
+from lora_fx.deltas import exact_sum
 from lora_fx.graph.capture import Inputs, no_fast_paths, normalize_inputs
+from lora_fx.passes import fold as folding
 from tests import reference
 from tests.zoo import case
 
@@ -70,6 +73,28 @@ def test_the_laws_hold_on_cuda(name, dtype):
     assert reference.classes(model) == reference.classes(base)
     lora_fx.unfold(model)
     assert reference.same_bits(reference.bits(model), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("final", [False, True], ids=["undoable", "final"])
+def test_a_fold_and_an_unfold_wait_for_the_device_twice_each(monkeypatch, dtype, final):
+    """As torch itself counts it, on a weight of 64 blocks."""
+    monkeypatch.setattr(exact_sum, "_LARGE", 2**14)
+    monkeypatch.setattr(folding, "_UNDOABLE", 0)
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.Linear(1024, 64)).to("cuda", dtype)
+    lora_fx.apply(model, Rule(where="*", rank=8), torch.randn(2, 1024, device="cuda", dtype=dtype))
+    reference.fill(model)
+    for verb in [lambda: lora_fx.fold(model, final=final), *([] if final else [lambda: lora_fx.unfold(model)])]:
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                verb()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        assert len([w for w in caught if "synchronizing" in str(w.message)]) <= 2
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])

@@ -21,6 +21,7 @@ from lora_fx import Adapter, Kind, LoraFxError, Rule, register_kind
 from lora_fx.checks import oracles
 from lora_fx.checks.verification import compare, run, scatter, verify
 from lora_fx.deltas import kinds
+from lora_fx.deltas.dropping import BranchDropout
 from lora_fx.deltas.kinds import KINDS, REQUIRED
 from lora_fx.errors import EquivalenceError, FileError, FoldError, KindError, PlanError, RuleError
 from lora_fx.graph.capture import normalize_inputs
@@ -767,7 +768,7 @@ def test_dropout_of_dora_acts_on_its_branch_input_in_train_mode(use):
     torch.manual_seed(3)
     found = layer.train()(x)
     torch.manual_seed(3)
-    dropped = F.dropout(x, 0.5)
+    dropped = BranchDropout(0.5)(x)
     assert bool((dropped == 0).any())
     branch = function(dropped, whole, b) - function(dropped, W, b)
     assert_same(found, function(x, W, b) + branch)

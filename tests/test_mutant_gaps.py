@@ -16,6 +16,7 @@ import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import compare, rounding_step, run, worst
 from lora_fx.deltas import exact_sum
+from lora_fx.deltas.dropping import BranchDropout
 from lora_fx.errors import EquivalenceError
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.graph.views import View, move
@@ -67,7 +68,7 @@ def test_dropout_takes_single_features_out_of_the_branch_input_in_train_mode(dis
     torch.manual_seed(3)
     got = model(x)
     torch.manual_seed(3)
-    dropped = F.dropout(x, 0.5)
+    dropped = BranchDropout(0.5)(x)
     assert 0 < int((dropped == 0).sum()) < x.numel()
     base = F.linear(x, model._parameters["weight"], model.bias)
     assert_same_sum(got, base + 2 / 3 * dropped @ adapter.A.T @ adapter.B.T)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lora_fx.cli import main
+from lora_fx.paper import counts
 from lora_fx.paper.architectures import ARCHITECTURES
-from lora_fx.paper.counts import CLAIMS, agreement, bottlenecks
+from lora_fx.paper.counts import CLAIMS, agreement
 
 SIZES = {"RoBERTa base": (12, 768), "RoBERTa large": (24, 1024), "DeBERTa XXL": (48, 1536), "GPT-2 M": (24, 1024),
          "GPT-2 L": (36, 1280), "GPT-3": (96, 12288)}  # fmt: skip
@@ -61,7 +62,8 @@ def test_other_methods_are_the_papers_formulas(said):
     assert ours["GPT-3", "BitFit", ""] == 96 * 11 * 12288 + 12288
     assert ours["GPT-2 M", "FT Top2", ""] == 2 * (12 * 1024**2 + 13 * 1024)
     assert ours["GPT-2 L", "FT", ""] == 774_030_080 and ours["GPT-3", "FT", ""] == 174_604_259_328
-    assert bottlenecks(12, 3, 2, norms=2) == 2 * (2 * 12 * 3 + 3 + 12) + 2 * 2 * 12
+    with_norms = counts._Counted(ARCHITECTURES["RoBERTa base"]).bottlenecks(3, ("down",), norm=True)  # Adapter L
+    assert with_norms == 12 * (2 * 768 * 3 + 3 + 768) + 2 * 12 * 768
 
 
 def test_a_checkpoint_is_ten_thousand_times_smaller(said):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lora_fx import Adapter, Rule
 from lora_fx.checks.verification import compare
 from lora_fx.errors import AdapterError
 from lora_fx.graph.capture import normalize_inputs, output_tensors
+from lora_fx.model.inventory import inventory
 from tests import reference
 
 X = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -353,10 +355,15 @@ def test_what_trains_beside_an_adapter_is_not_left_out_in_silence(how, tmp_path)
     model = chosen().float()
     reason = r"^1\.weight: it has requires_grad.*so have 1\.bias, 4\.weight, 4\.bias\n"
     with pytest.raises(lora_fx.LoraFxError, match=rf"{reason}[\s\S]*kind=\"full\".*beside=\"ignore\""):
-        saves(model, tmp_path, how)
+        saves(model, tmp_path, how, beside="refuse")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(lora_fx.LoraFxError, match=r"beside: 'save' is unknown\n.*'refuse', 'ignore'"):
-        saves(model, tmp_path, how, beside="save")
+    with pytest.raises(lora_fx.LoraFxError, match=r"beside: 'all' is unknown\n.*'refuse', 'ignore'"):
+        saves(model, tmp_path, how, beside="all")
+    if how != "onnx":
+        saves(model, tmp_path / "saved", how)
+        again = lora_fx.load_adapter(tower().float(), tmp_path / "saved" / "adapter", X.float())
+        assert {place.weight for place in inventory(again).places} == {"0.weight", *BESIDE}
+        shutil.rmtree(tmp_path / "saved")
     saves(model, tmp_path, how, beside="ignore")
     (made,) = tmp_path.iterdir()
     model.requires_grad_(False)

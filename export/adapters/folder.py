@@ -1,9 +1,10 @@
-"""The folder of an adapter: adapter_config.json and adapter_model.safetensors, read with suspicion, written as one.
+"""The files of an adapter: a folder with its config and its tensors, or one file; read with suspicion, written as one.
 
-Nothing in a file is trusted: types, numbers and shapes are checked before anyone uses them, no pickle is ever opened,
-and no name in a file is taken for a path. Our header in the tensor file carries a digest over itself, the names and
-shapes of the tensors, and the numbers. The two files may be symbolic links, as in the caches of model hubs, which keep
-files under their digests: whoever made the folder chose where they point. Saving never writes through a link.
+Nothing in a file is trusted: types, numbers and shapes are checked before anyone uses them, a pickle is opened for
+tensors alone, and no name in a file is taken for a path. Our header in the tensor file carries a digest over itself,
+the names and shapes of the tensors, and the numbers. The files may be symbolic links, as in the caches of model hubs,
+which keep files under their digests: whoever made the folder chose where they point. Saving never writes through a
+link.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_fx.export.adapters.pickles import unpickled
 from lora_fx.reading import boundary, contents, packed, refuse, tensor_table, tensors_digest, to_json
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+DIFFUSERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+PICKLES = (".bin", ".pt", ".pth")
 PEFT, ADALORA, OWN = "LORA", "ADALORA", "LORA_FX"  # peft_type: two of PEFT's own, and what only lora_fx can read
 HEADER, DIGEST, VERSION = "lora_fx", "lora_fx_sha256", 1
 
@@ -33,28 +37,50 @@ _RESTORE = "restore the file from where the adapter was saved"
 
 @dataclass(frozen=True)
 class Folder:
-    """What an adapter's folder holds."""
+    """What an adapter's folder, or its one file, holds."""
 
     path: Path
     config: dict[str, Any]
+    """Empty where the file comes without one."""
     tensors: dict[str, torch.Tensor]
-    """All floating point and finite."""
+    """Finite, and floating point, but for what may be a buffer."""
     header: dict[str, Any] | None
     """Ours, where there is one."""
+    file: str = TENSORS
+    """Where the tensors stand; of one file, its own name."""
+    said: Mapping[str, str] = field(default_factory=dict)
+    """What the header of the tensor file says besides."""
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    """Key → what the file calls it, where that is another."""
 
     def option(self, key: str) -> str:
         """The place of an option of the config, for errors."""
-        return f"{self.path / CONFIG}, {key}"
+        return f"{self.path if self.path.is_file() else self.path / CONFIG}, {key}"
 
     def tensor(self, key: str) -> str:
         """The place of a tensor, or of our header, for errors."""
-        return f"{self.path / TENSORS}, {key}"
+        place = self.path if self.path.is_file() else self.path / self.file
+        return f"{place}, {self.spelled.get(key, key)}"
 
 
 def read_folder(path: Path) -> Folder:
+    """A folder of an adapter, one that holds exactly one in a subfolder, or a single file of tensors."""
     with boundary("it cannot be read", str(path), _RESTORE):
+        if path.is_file() and path.name in (TENSORS, PICKLE) and (path.parent / CONFIG).is_file():
+            path = path.parent
+        single = path if path.is_file() else next((path / n for n in DIFFUSERS if _is_alone(path, n)), None)
+        if single is not None:
+            tensors, header, said = _unpack(single)
+            return Folder(single, dict(header["config"]) if header else {}, tensors, header, single.name, said)
         folder = _find_folder(path)
-        return Folder(folder, _read_config(folder / CONFIG), *_unpack(folder))
+        config = _read_config(folder / CONFIG)
+        pickled = not (folder / TENSORS).is_file() and (folder / PICKLE).is_file()
+        tensors, header, said = _unpack(folder / (PICKLE if pickled else TENSORS))
+        return Folder(folder, config, tensors, header, PICKLE if pickled else TENSORS, said)
+
+
+def _is_alone(path: Path, name: str) -> bool:
+    return (path / name).is_file() and not (path / CONFIG).is_file()
 
 
 def _find_folder(path: Path) -> Path:
@@ -108,6 +134,14 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules": (lambda v: _is_text(v) or _are(_is_text)(v), "a pattern or a list of names"),
     "exclude_modules": (lambda v: _is_text(v) or _are(_is_text)(v), "a pattern or a list of names"),
     "target_parameters": (_are(_is_text), "a list of names"),
+    "modules_to_save": (_are(_is_text), "a list of names"),
+    "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "lora_bias": (lambda v: isinstance(v, bool), "true or false"),
+    "ensure_weight_tying": (lambda v: isinstance(v, bool), "true or false"),
+    "trainable_token_indices": (
+        lambda v: _are(_is_int)(v) or _table_of(_are(_is_int))(v),
+        "a list of integers, or a table of such lists",
+    ),
     "layers_to_transform": (lambda v: _is_int(v) or _are(_is_int)(v), "an integer or a list of integers"),
     "layers_pattern": (lambda v: _is_text(v) or _are(_is_text)(v), "a name or a list of names"),
 }
@@ -128,11 +162,16 @@ def _read_config(file: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind not in (PEFT, ADALORA, OWN):
         refuse(f"{file}, peft_type", f"{kind!r} is no LoRA adapter", "load it with the library that wrote it")
-    for key, (test, wanted) in (_TYPES | (_ADALORA_TYPES if kind == ADALORA else {})).items():
+    check_types(config, str(file))
+    return config
+
+
+def check_types(config: Mapping[str, Any], file: str) -> None:
+    """Refuse options of PEFT's that are not what they may be."""
+    for key, (test, wanted) in (_TYPES | (_ADALORA_TYPES if config["peft_type"] == ADALORA else {})).items():
         default = key not in config or (config[key] is None and key not in _NEEDED)
         if not default and not test(config[key]):
             refuse(f"{file}, {key}", f"{repr(config[key])[:200]} is not {wanted}", _RESTORE)
-    return config
 
 
 # ── adapter_model.safetensors ────────────────────────────────────────────────────────────────────────────────────────
@@ -147,26 +186,30 @@ def _pack(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
     return packed(tensors, safetensors.torch, {"format": "pt", HEADER: text}, DIGEST, text)
 
 
-def _unpack(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+_Unpacked = tuple[dict[str, torch.Tensor], dict[str, Any] | None, dict[str, str]]
+
+
+def _unpack(file: Path) -> _Unpacked:
     from safetensors.torch import load
 
-    file = folder / TENSORS
-    if not file.is_file() and (folder / PICKLE).is_file():
-        remedy = f"save the adapter as {TENSORS} with PEFT, where you trust it"
-        refuse(str(folder / PICKLE), "it is a pickle, which can run any code when it is opened", remedy)
+    meta: dict[str, str] = {}
     with boundary("it cannot be read", str(file), _RESTORE):
         data = contents(file, _RESTORE, most=None)
-        table = tensor_table(io.BytesIO(data), str(file), _RESTORE)
-        tensors = load(data)
-        meta = json.loads(table).get("__metadata__") or {}
+        if file.suffix in PICKLES:
+            tensors = unpickled(data, str(file))
+        else:
+            table = tensor_table(io.BytesIO(data), str(file), _RESTORE)
+            tensors = load(data)
+            meta = json.loads(table).get("__metadata__") or {}
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        counts = tensor.dtype in (torch.int64, torch.bool) and ".lora_" not in key  # buffers beside what was trained
+        if not counts and (not tensor.is_floating_point() or tensor.dtype.itemsize < 2):
             dtypes = "factors are float16, bfloat16, float32 or float64: save them so"
             refuse(f"{file}, {key}", f"its dtype is {tensor.dtype}", dtypes)
         if not bool(tensor.float().isfinite().all()):
             reason = "it holds NaN, Inf or numbers beyond float32"
             refuse(f"{file}, {key}", reason, "load an earlier checkpoint of the adapter")
-    return tensors, _read_header(meta, data, f"{file}, {HEADER}") if HEADER in meta else None
+    return tensors, _read_header(meta, data, f"{file}, {HEADER}") if HEADER in meta else None, meta
 
 
 def _read_header(meta: dict, data: bytes, place: str) -> dict[str, Any]:
@@ -269,6 +312,26 @@ def _exchange(a: Path, b: Path) -> bool:
     call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
+
+
+def write_single(file: Path, tensors: dict[str, torch.Tensor], said: dict[str, str]) -> None:
+    """One safetensors file, in the place of another or of none, in one step."""
+    import safetensors.torch
+
+    data = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, said)
+    file = file.resolve()
+    if file.is_dir():
+        refuse(str(file), "it is a folder", "pass the path of a file that ends in .safetensors")
+    fresh = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(fresh, data)
+        os.replace(fresh, file)
+        _sync_folder(file.parent)
+    except OSError as error:
+        refuse(str(file), f"it cannot be written: {error}", "choose a disk with space and permission", error)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _write_file(path: Path, data: bytes) -> None:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lora_fx.deltas.low_rank import LowRank
 from lora_fx.export.adapters.folder import ADALORA, Folder
 from lora_fx.export.adapters.patterns import EVERY, matching
 from lora_fx.graph.layout import Layout
+from lora_fx.graph.program import storage_key
 from lora_fx.model.classes import spec_of
 from lora_fx.model.inventory import inventory, plain_path, weight_name
 from lora_fx.reading import refuse
@@ -33,7 +35,7 @@ KINDS = ("lora", "dora")  # what its LoRA files hold
 
 ATTENTION = ("in_proj_weight", "out_proj.weight")  # what PEFT adapts of a MultiheadAttention
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FUSED = "torch's fused TransformerEncoderLayer reads it in eval, past PEFT's modules"
 
 
@@ -65,12 +67,12 @@ class Layer:
     @property
     def keys(self) -> tuple[str, str]:
         a, b = ("embedding_A", "embedding_B") if self.kind == "embedding" else ("A.weight", "B.weight")
-        return f"{_PREFIX}{self.path}.lora_{a}", f"{_PREFIX}{self.path}.lora_{b}"
+        return f"{PREFIX}{self.path}.lora_{a}", f"{PREFIX}{self.path}.lora_{b}"
 
     @property
     def magnitude(self) -> str:
         """The key of DoRA's m."""
-        return f"{_PREFIX}{self.path}.lora_magnitude_vector"
+        return f"{PREFIX}{self.path}.lora_magnitude_vector"
 
     @property
     def magnitude_shape(self) -> tuple[int, ...]:
@@ -88,7 +90,7 @@ class Layer:
     def adalora_keys(self) -> dict[str, str]:
         """Tensor of the kind `adalora` → its key."""
         names = {"P": "lora_B", "singular": "lora_E", "Q": "lora_A"}
-        return {tensor: f"{_PREFIX}{self.path}.{name}" for tensor, name in names.items()}
+        return {tensor: f"{PREFIX}{self.path}.{name}" for tensor, name in names.items()}
 
     def adalora(self, folder: Folder) -> dict[str, torch.Tensor]:
         """P (out, rank), λ (rank, 1) and Q (rank, in) out of a folder: the ranks that its training has left."""
@@ -230,6 +232,11 @@ class Modules:
         return self.by_path[path.rpartition(".")[0]]
 
     @property
+    def names(self) -> list[str]:
+        """Of all parameters, under each of their names."""
+        return [weight_name(path, name) for path, module in self.by_path.items() for name in _own_names(module)]
+
+    @property
     def parameters(self) -> list[str]:
         """The names of all parameters, as PEFT walks over them."""
         return [weight_name(plain_path(paths[0]), name) for m, paths in self.modules.items() for name in _own_names(m)]
@@ -258,11 +265,8 @@ class Modules:
             return "the model itself holds it, and PEFT replaces modules inside the model"
         if len(paths := self.modules[module]) > 1:
             return f"its module has the names {' = '.join(map(plain_path, paths))}, and PEFT adapts only the first"
-        parts = path.split(".")
-        for n in range(len(parts)):
-            above = self.by_path[".".join(parts[:n])]
-            if isinstance(above, nn.TransformerEncoderLayer) and above.self_attn.batch_first:
-                return _FUSED
+        if why := fused(self, path):
+            return why
         if raw:
             return _why_not_raw(module, attribute)
         kind = known_kind(module, attribute)
@@ -297,6 +301,61 @@ class Modules:
         return Layer(name, path + ".base_layer" * around, Layout(sides, shape), "parameter")
 
 
+def names_of(modules: Modules, name: str) -> tuple[str, ...]:
+    """Every name of the parameter's storage, in the order of the model."""
+    keys = {n: storage_key(p) for n in modules.names if (p := modules.parameter(n)) is not None}
+    return tuple(n for n, key in keys.items() if key == keys[name])
+
+
+def tied(modules: Modules) -> tuple[str, ...]:
+    """The names of the embedding's weight and of those that PEFT knows to be tied to it; empty where none is.
+
+    It asks a model of transformers' for them: `_tied_weights_keys`, unless the config says that they are not tied.
+    """
+    model: Any = modules.model
+    name = embedding(modules)
+    config = getattr(model, "config", None)
+    if not name or not getattr(config, "tie_word_embeddings", False):
+        return ()
+    known = {
+        weight_name(plain_path(paths[0]), key)
+        for module, paths in modules.modules.items()
+        for key in getattr(module, "_tied_weights_keys", None) or ()
+    }
+    rest = [n for n in names_of(modules, name) if n in known and n != name]
+    return (name, *rest) if rest else ()
+
+
+def embedding(modules: Modules) -> str:
+    """The name of the weight of the model's input embedding; empty where it has none to tell."""
+    return _told(modules, "get_input_embeddings", nn.Embedding)
+
+
+def head(modules: Modules) -> str:
+    """The same of its output embedding."""
+    return _told(modules, "get_output_embeddings", nn.Module)
+
+
+def _told(modules: Modules, how: str, kind: type[nn.Module]) -> str:
+    ask: Any = getattr(modules.model, how, None)
+    try:
+        module = ask() if ask else None
+    except Exception:  # of any model: it has none that it could tell
+        return ""
+    paths = modules.modules.get(module, ()) if isinstance(module, kind) else ()
+    return f"{plain_path(paths[0])}.weight" if paths else ""
+
+
+def fused(modules: Modules, path: str) -> str:
+    """Why torch reads past the modules that PEFT would put at this path; empty where it does not."""
+    parts = path.split(".")
+    for n in range(len(parts)):
+        above = modules.by_path[".".join(parts[:n])]
+        if isinstance(above, nn.TransformerEncoderLayer) and above.self_attn.batch_first:
+            return _FUSED
+    return ""
+
+
 def _own_names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
 
@@ -328,12 +387,12 @@ def why_not_together(layers: Sequence[Layer], transposed: bool) -> str:
 _READ = frozenset({
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
     "target_parameters", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "bias",
-    "init_lora_weights", "use_dora",
+    "init_lora_weights", "use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "ensure_weight_tying",
 })  # fmt: skip
 _FREE = frozenset({
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "qalora_group_size", "runtime_config",
+    "qalora_group_size", "runtime_config", "modules_to_tie", "target_modules_to_tie",
 })  # fmt: skip
 _ADALORA = frozenset({
     "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
@@ -346,13 +405,10 @@ _MERGE = "merge it into its base with PEFT (merge_and_unload), or train plain Lo
 
 _REASONS = {
     "use_dora": "the file has the sizes of DoRA, and its config does not say so",
-    "lora_bias": "the branch has a bias of its own",
-    "modules_to_save": "it replaces whole modules of the base model",
-    "trainable_token_indices": "it replaces rows of the embedding",
+    "lora_bias": "the file has a bias of the branch, and its config does not say so",
     "layer_replication": "it changes how many layers the base model has",
     "alora_invocation_tokens": "the branch acts only after certain tokens",
     "use_qalora": "the branch reads pooled inputs",
-    "ensure_weight_tying": "one adapter stands under several modules",
 }
 
 
@@ -365,8 +421,8 @@ def check_options(folder: Folder) -> None:
             continue
         why = _REASONS.get(key, "lora_fx does not know what this option does to the adapter")
         refuse(folder.option(key), f"{key}={value!r}: {why}", _MERGE)
-    if config.get("bias", "none") != "none":
-        refuse(folder.option("bias"), f"bias={config['bias']!r}: it also trains biases of the base model", _MERGE)
+    if config["peft_type"] == ADALORA and config.get("lora_bias"):
+        refuse(folder.option("lora_bias"), "PEFT's AdaLoRA has no bias of its branch", _MERGE)
     if (init := config.get("init_lora_weights", True)) not in _INITS:
         reason = f"init_lora_weights={init!r}: it changes the base weights when it starts"
         convert = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
@@ -379,10 +435,13 @@ def targeted_layers(modules: Modules, folder: Folder) -> Iterator[tuple[str, Lay
     every = str(config.get("target_modules")).lower() == "all-linear"
     given: Any = getattr(modules.model, "get_output_embeddings", None) if every else None
     head = given() if given else None
-    targets = set() if every else _targets(modules, folder)
+    targets, whole = set() if every else _targets(modules, folder), saved_whole(modules, folder)
+    if folder.config.get("ensure_weight_tying"):
+        ties = [name.rpartition(".")[0] for name in tied(modules)]
+        targets |= {*ties} if {*ties[:1]} & targets else set()  # PEFT ties their adapters to the embedding's
     for module, (path, *_) in modules.modules.items():
         linear = known_kind(module, "weight") in ("linear", "conv1d") and module is not head
-        if not path or not (linear if every else path in targets):
+        if not path or path in whole or not (linear if every else path in targets):
             continue
         taken, attention = f"it takes {path}, a {type(module).__name__}", isinstance(module, nn.MultiheadAttention)
         if isinstance(modules.parent(path), nn.MultiheadAttention):
@@ -421,6 +480,14 @@ def _targets(modules: Modules, folder: Folder) -> set[str]:
     if not isinstance(exact, str):
         found = found & ({*exact} | _in_layers(folder, paths))
     return found - taken("exclude_modules")
+
+
+def saved_whole(modules: Modules, folder: Folder) -> set[str]:
+    """The paths at which PEFT adapts nothing: in its eyes the names of what it saves whole are patterns."""
+    wanted = folder.config.get("modules_to_save") or ()
+    around = r"(^|.*\.)(?:", r")($|\..*)"
+    found = matching(wanted, list(modules.by_path), folder.option("modules_to_save"), around)
+    return {path for own in found for path in own}
 
 
 def _in_layers(folder: Folder, paths: Sequence[str]) -> set[str]:
@@ -475,18 +542,21 @@ def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config.get(key) for key in sorted(_READ)}
 
 
-def check_rest(model: nn.Module, rest: Mapping[str, torch.Tensor], folder: Folder) -> None:
-    """PEFT also writes base weights (of an adapted embedding): they must be the ones the model has."""
-    state = model.state_dict(keep_vars=True)
+def check_rest(modules: Modules, rest: Mapping[str, torch.Tensor], folder: Folder) -> None:
+    """What nothing has taken must be what the model has: then it says nothing."""
+    if not rest:
+        return
+    state = modules.model.state_dict(keep_vars=True)
     for key, value in rest.items():
         place = folder.tensor(key)
         for end, option in ((".lora_magnitude_vector", "use_dora"), (".lora_B.bias", "lora_bias")):
             if key.endswith(end):
                 refuse(place, f"{option}: {_REASONS[option]}", _MERGE)
-        base = state.get(key.removeprefix(_PREFIX).replace(".base_layer.", "."))
-        if base is None or not key.startswith(_PREFIX):
+        base = state.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if base is None or not key.startswith(PREFIX):
             reason = "no layer that the config names has this key"
-            refuse(place, reason, "load the base model and the config it was saved with")
+            near = ", ".join(get_close_matches(key.removeprefix(PREFIX), modules.names[:2_000], 3, 0.5)) or "none"
+            refuse(place, reason, f"load the base model and the config it was saved with; near: {near}")
         if base.shape != value.shape or not torch.equal(base.detach().cpu().to(value.dtype), value):
             reason = "the file carries a base weight, and the model's is another"
             refuse(place, reason, "load that base weight into the model first")

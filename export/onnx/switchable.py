@@ -26,6 +26,7 @@ from torch import nn
 
 from lora_fx.changes import borrowed, changing
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.export.onnx import portable
 from lora_fx.export.onnx.calls import Call
 from lora_fx.export.onnx.files import folder_beside, move_files, writable
@@ -65,7 +66,8 @@ def adapted(model: nn.Module) -> dict[str, list[Place]]:
         if not place.adapter.kind.low_rank:
             adapter = place.adapter
             reason = f"the adapter {adapter.name!r} is of the kind {adapter.kind.name!r}, which has no factors to feed"
-            refuse(place.weight, reason, 'export with adapters="folded", or remove it')
+            other = "unfolded" if isinstance(adapter.kind, ActivationRewrite) else "folded"
+            refuse(place.weight, reason, f'export with adapters="{other}", or remove it')
         found.setdefault(place.weight, []).append(place)
     if not found:
         reason = "the model has no adapter beside a weight"

@@ -28,7 +28,7 @@ from lora_fx.export.onnx.runtimes import refuse, refusing
 from lora_fx.graph.capture import on_meta
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory, weight_name
-from lora_fx.passes.fold import foldable
+from lora_fx.passes.fold import refuse_unfoldable
 from lora_fx.reading import RESTORE, TABLE, contents, regular, tensor_table
 
 
@@ -78,7 +78,7 @@ def structure(model: nn.Module, folded: bool, checkpoint: Checkpoint | None = No
             storages = inventory(model).storages()
             for storage in storages:
                 if checkpoint is None:
-                    foldable(storage)
+                    refuse_unfoldable(storage)
             stack.enter_context(unwired(model))
             for storage in storages:
                 old = storage.parameter

@@ -49,8 +49,9 @@ class Rule:
         pattern: a plain function of ordinary torch calls; its weights are the arguments that it multiplies with.
         adapt: which of the pattern's weights, several with ``|``; all by default.
         when: a predicate on the `Site`.
-        kind: what an adapter is (see `lora_fx.deltas.kinds`): ``lora`` where there is a rank, ``dora``, ``bias``,
-            ``full``, or one that `register_kind` knows. Each takes the settings below that it has.
+        kind: what an adapter is (see `lora_fx.deltas.kinds`): ``lora`` where there is a rank, ``dora``, ``adalora``,
+            ``bias``, ``full``, one that does not fold (``bottleneck``, ``compacter``, ``tokens``), or one that
+            `register_kind` knows. Each takes the settings below that it has.
         rank: of the low-rank branch; without one, and without a kind, the rule excludes the sites.
         alpha: the scale is alpha / rank; alpha = rank by default.
         dropout: probability on the branch input, in training.

@@ -19,6 +19,7 @@ from lora_fx.application import (
 )
 from lora_fx.application.budget import Budget
 from lora_fx.application.suggestion import Suggestion, suggest
+from lora_fx.application.tokens import with_tokens
 from lora_fx.checks.certification import Certificate
 from lora_fx.checks.footprint import Memory
 from lora_fx.checks.verification import Report, verify
@@ -28,6 +29,9 @@ from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.registration import register_form
 from lora_fx.errors import LoraFxError
 from lora_fx.export.adapters.files import load_adapter, save_adapter
+from lora_fx.export.checkpoints.extract import extract_adapter
+from lora_fx.export.checkpoints.fold import fold_checkpoint, unfold_checkpoint
+from lora_fx.export.checkpoints.manifest import verify_checkpoint
 from lora_fx.export.onnx.export import ExportReport, export_onnx
 from lora_fx.export.onnx.folding import fold_onnx
 from lora_fx.export.onnx.switchable import save_onnx_adapter
@@ -62,7 +66,9 @@ __all__ = [
     "deactivate",
     "disabled",
     "export_onnx",
+    "extract_adapter",
     "fold",
+    "fold_checkpoint",
     "fold_onnx",
     "load_adapter",
     "memory",
@@ -77,5 +83,8 @@ __all__ = [
     "suggest",
     "switch",
     "unfold",
+    "unfold_checkpoint",
     "verify",
+    "verify_checkpoint",
+    "with_tokens",
 ]

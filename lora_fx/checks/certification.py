@@ -26,6 +26,7 @@ from torch import nn
 from lora_fx.changes import Undo
 from lora_fx.checks.flow import Flow
 from lora_fx.checks.gradients import Reach, reach
+from lora_fx.checks.rewritten import Checked, check_rewritten, deltas_of, rewrites_of
 from lora_fx.checks.uses import Coverage, measured, names_of, not_as_often
 from lora_fx.checks.verification import (
     NotRun,
@@ -162,7 +163,20 @@ def certify_adapted(
 
 def _by_use_and_sums(model: nn.Module, inputs: Inputs, here: Inventory, whole: bool, undo: list[Undo]) -> _Seen:
     """Each use on the x that reaches it, and the whole model against itself with the sums in its weights."""
-    storages = here.storages()
+    deltas, modes = deltas_of(here.storages()), (False, True) if whole else ()
+    rows, rounding, lowered = _by_each_use(model, inputs, here, deltas, undo) if deltas else ((), {}, False)
+    if rewrites_of(here.storages()):
+        checked = [check_rewritten(model, inputs, training, undo) for training in modes or (False,)]
+        around = (row for own in checked[:1] if isinstance(own, Checked) for row in own.rows)
+        return _Seen((*rows, *around), tuple(map(_report, checked)) if whole else (), lowered)
+    reports = [check_once(model, inputs, training, rounding, undo) for training in modes]
+    return _Seen(rows, tuple(reports), lowered)
+
+
+def _by_each_use(
+    model: nn.Module, inputs: Inputs, here: Inventory, storages: Sequence[Storage], undo: list[Undo]
+) -> tuple[tuple[Coverage, ...], Mapping[int, float], bool]:
+    """A row for each use of what deltas adapt, the rounding step of each storage, and whether it was lowered."""
     # The base model takes the adapted one's path with the adapted one's numbers.
     with unwired(model), with_dense_weights(model, undo):
         program = capture(model, inputs)
@@ -173,9 +187,20 @@ def _by_use_and_sums(model: nn.Module, inputs: Inputs, here: Inventory, whole: b
         base = Flow(recorded, storages, here.modules).counts()
     flow = Flow(capture_graph(model, inputs, lowered), storages, here.modules)
     rows = (*measured(model, flow)[0], *not_as_often(storages, base, flow.counts()))
-    modes = (False, True) if whole else ()
-    reports = [check_once(model, inputs, training, program.rounding(), undo) for training in modes]
-    return _Seen(rows, tuple(reports), lowered)
+    return rows, program.rounding(), lowered
+
+
+def _report(checked: Checked | NotRun) -> Report | NotRun:
+    return checked.report if isinstance(checked, Checked) else checked
+
+
+def _checked_once(
+    model: nn.Module, inputs: Inputs, training: bool, rounding: Mapping[int, float], undo: list[Undo]
+) -> Report | NotRun:
+    """`check_once`, of whichever adapters act."""
+    if rewrites_of(inventory(model).storages()):
+        return _report(check_rewritten(model, inputs, training, undo))
+    return check_once(model, inputs, training, rounding, undo)
 
 
 def check_adapted(
@@ -229,7 +254,7 @@ def _by_sums(
     reports: list[Report] = []
     for seed in range(3):  # rounding can flip a router's choice: such an error goes away with other numbers
         with filled(model, adapters, seed, undo):
-            found = [check_once(model, inputs, training, rounding, undo) for training in (False, True)]
+            found = [_checked_once(model, inputs, training, rounding, undo) for training in (False, True)]
             reports = [report for report in found if isinstance(report, Report)]
             if all(reports):
                 return found
@@ -344,7 +369,7 @@ def _refuse_wrong_uses(model: nn.Module, inputs: Inputs, adapters: Sequence[Adap
     with filled(model, adapters, 0, undo, whole=True):
         captured, here = capture_graph(model, inputs), inventory(model)
         if not captured.transformed:
-            _refuse_wrong(measured(model, Flow(captured, here.storages(), here.modules))[0])
+            _refuse_wrong(measured(model, Flow(captured, deltas_of(here.storages()), here.modules))[0])
 
 
 def _refuse_wrong(rows: Sequence[Coverage]) -> None:
@@ -385,6 +410,6 @@ def _suspect(
     storages = inventory(model).storages()
     for adapter in dict.fromkeys(adapters):
         with filled(model, [adapter], 0, undo):
-            if not check_once(model, inputs, True, rounding, undo):
+            if not _checked_once(model, inputs, True, rounding, undo):
                 return next(names_of(storage) for storage in storages if adapter in storage.adapters)
     return "several weights together"

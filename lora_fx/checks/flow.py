@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.graph.capture import (
     MODULE,
     Capture,
+    Inputs,
 )
 from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.nodes import base_name, first_operand, looked_into, shape_of, written_by
@@ -80,10 +81,10 @@ class Flow:
         acting = (storage for reading in self.readings for storage in reading.acting.values())
         return Counter(storage for storage in acting if storage is not None)
 
-    def arguments(self) -> list[torch.Tensor]:
-        """What the captured graph takes: the model's tensors as they are now, and the inputs."""
-        captured = self.captured
-        leaves = pytree.tree_leaves((captured.inputs.args, captured.inputs.kwargs))
+    def arguments(self, inputs: Inputs | None = None) -> list[torch.Tensor]:
+        """What the captured graph takes: the model's tensors as they are now, and the inputs, or others like them."""
+        captured, inputs = self.captured, inputs or self.captured.inputs
+        leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
         state = [captured.tensors[n] for n in captured.graph.nodes if n.op == "placeholder" and n in captured.tensors]
         return [*state, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
 

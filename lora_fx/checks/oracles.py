@@ -7,14 +7,16 @@ folded[k]  =  round(W[k] + Σ δ[k])             with an error bound, as fractio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.kinds import Theta
+from lora_fx.deltas.kinds import ActivationRewrite, Theta
+from lora_fx.deltas.rewrites import Using
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNIT = 2.0**-53
@@ -29,10 +31,20 @@ def delta(weight: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
 
 
 def _delta(weight: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    if isinstance(adapter.kind, ActivationRewrite):  # the weight stays what it is
+        return torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
     if adapter.kind.low_rank:  # it does not depend on W
         return _Product.of(adapter).delta()
     with torch.no_grad():
         return adapter.delta(weight.detach().to(torch.float64), _wide(adapter))
+
+
+def rewritten(adapter: Adapter, use: Callable[[Any], torch.Tensor], x: Any) -> torch.Tensor:
+    """What a kind that is no delta makes of a use, in float64: by what its row says."""
+    assert isinstance(adapter.kind, ActivationRewrite)
+    with torch.no_grad():
+        using = Using(x, lambda own: use(own).to(torch.float64), adapter.space)
+        return adapter.kind.around(using, _wide(adapter))
 
 
 def moved_by(x: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
@@ -54,7 +66,7 @@ def delta_size(weight: torch.Tensor, adapter: Adapter) -> float:
 
 def _wide(adapter: Adapter) -> Theta:
     """θ in float64."""
-    return adapter.theta_of({name: p.detach().to(torch.float64) for name, p in adapter.named_parameters()})
+    return adapter.theta_of({name: getattr(adapter, name).detach().to(torch.float64) for name in adapter.tensors})
 
 
 def misrounded(weight: torch.Tensor, folded: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import click
 
 from lora_fx.errors import LoraFxError
 
-REFUSED, INTERRUPTED = 2, 130
+REFUSED, FAILED, INTERRUPTED = 2, 3, 130
 
 
 class Row(NamedTuple):

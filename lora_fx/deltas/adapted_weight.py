@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.deltas import schedules
-from lora_fx.deltas.adapter import Adapter, Dense
+from lora_fx.deltas.adapter import Adapter, Around, Dense
 from lora_fx.deltas.compiled_schedules import ORDINARY
 from lora_fx.deltas.kernels import Term
 from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.low_rank import LowRank
+from lora_fx.deltas.rewrites import Using
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.capture import recording
 from lora_fx.graph.forms import FORMS, Call, Form, find, op_name, without_gradient
@@ -36,7 +37,7 @@ class Branch:
     """One adapter as a use of its weight sees it."""
 
     adapter: Adapter
-    delta: LowRank | Dense
+    delta: LowRank | Dense | Around
     """Of tensors, or of proxies; of some experts alone, where those were picked."""
     dropout: Callable[[Any], Any] | None
     """None where the rule had no dropout."""
@@ -98,6 +99,8 @@ class AdaptedWeight:
         """W + Σ δ as a plain tensor, differentiable in θ."""
         delta: Any = None
         for branch in self.branches:
+            if isinstance(branch.delta, Around):
+                raise _no_use(branch, "reads it in another way than a product does whose features come last")
             if branch.dropout is not None and branch.adapter.dropout.p and branch.adapter.training:
                 raise LoraFxError(
                     "this use is no matmul with a branch input, so dropout on the branch has no meaning there",
@@ -129,6 +132,7 @@ class AdaptedWeight:
         beside: list[tuple[Branch, Placement]] = []
         inside: list[Branch] = []
         for branch in self.branches:
+            assert not isinstance(branch.delta, Around), "those stand around the whole"
             placement = placed(branch.delta.layout, self.window, call.sides)
             if placement is not None and self._stands(branch, call, placement):
                 beside.append((branch, placement))
@@ -439,6 +443,9 @@ def _multiplied(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     call = find(func, args, kwargs, lambda operand: weight.window.ndim if operand is weight else None)
     if call is None:
         return None
+    around = [branch for branch in weight.branches if isinstance(branch.delta, Around)]
+    if around:
+        return _rewritten(func, args, kwargs, weight, call, around)
     beside, inside = weight.parted(call)
     if not beside:
         return None
@@ -456,6 +463,55 @@ def _multiplied(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         own = own if untrained is None else without_gradient(own, call.x, untrained)
         out = schedules.add(out, own)
     return out
+
+
+def _rewritten(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], weight: AdaptedWeight, call: Call, around: Sequence[Branch]
+) -> Any:
+    """What the rewrites make of a use, the later ones around the earlier ones: y is what W with its deltas gives."""
+    placed = place.__wrapped__ if torch.compiler.is_compiling() else place  # Dynamo warns of caches
+    deltas = [branch for branch in weight.branches if branch not in around]
+    plain = weight.only(deltas) if deltas else weight.base
+
+    def use(x: Any) -> Any:
+        operands = {id(call.x): x, id(weight): plain}
+        own = [_exchanged(a, operands) for a in args], {k: _exchanged(v, operands) for k, v in kwargs.items()}
+        return dispatch(func, *own) if deltas else _call(func, *own)
+
+    for branch in around:
+        own = branch.delta
+        assert isinstance(own, Around)
+        if why := why_not_around(call, placed(own.layout, weight.window, call.sides)):
+            raise _no_use(branch, why)
+        theta = own.cast(weight.base.dtype).theta if weight.cast else own.theta
+        use = partial(_around, own, use, theta)
+    return use(call.x)
+
+
+def _around(own: Around, use: Callable[[Any], Any], theta: Any, x: Any) -> Any:
+    return own.kind.around(Using(x, use, own.space), theta)
+
+
+def why_not_around(call: Call, placement: Placement | None) -> str:
+    """Why nothing can stand around this use; empty where its output is all features of W, in their order and last."""
+    if "b" in call.sides:
+        return "has a matrix for each expert"
+    if call.out_dims != (-1,):
+        return "gives an output whose features do not come last"
+    if len(call.sides) != 2:
+        return "reads it as more than one matrix"
+    if placement is None or not placement.is_whole:
+        return "reads a part of it, or another way round: its output is not all features of the weight"
+    return ""
+
+
+def _no_use(branch: Branch, why: str) -> LoraFxError:
+    adapter = branch.adapter
+    return LoraFxError(
+        f"the kind {adapter.kind.name!r} rewrites what a use of the weight gives, and this one {why}",
+        place=f"adapter {adapter.name!r}",
+        remedy="exclude the weight, or adapt it by a kind that is a delta of it",
+    )
 
 
 def has_product(kind: Kind, call: Call, placement: Placement) -> bool:
@@ -518,6 +574,13 @@ def schedulable(call: Call) -> tuple[str, Any]:
     if any(not isinstance(k, int) or k != 1 for k in (options.get("alpha", 1), options.get("beta", 1))):
         return "", None
     return options["op"], options.get("bias")
+
+
+def _exchanged(value: Any, operands: Mapping[int, Any]) -> Any:
+    """`value` with these in the places of the operands of those ids."""
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(_exchanged(v, operands) for v in value)
+    return operands.get(id(value), value)
 
 
 def _read(value: Any, how: Callable[[AdaptedWeight], Any]) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
 from types import MappingProxyType
@@ -18,7 +18,8 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from lora_fx.deltas import schedules
-from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named, own_factors
+from lora_fx.deltas.dropping import BranchDropout
+from lora_fx.deltas.kinds import ActivationRewrite, Kind, Space, Theta, kind_named, own_factors
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import AdapterError
@@ -38,6 +39,24 @@ class Dense:
 
     def detached(self) -> Dense:
         return Dense(self.layout, lambda weight: self.of(weight).detach(), None)
+
+
+@dataclass(frozen=True)
+class Around:
+    """What rewrites the result of a use, in the place of a delta."""
+
+    kind: ActivationRewrite
+    layout: Layout
+    space: Space
+    theta: Theta
+
+    def cast(self, dtype: Any) -> Around:
+        """With θ in this dtype."""
+        tensors = {name: getattr(self.theta, name).to(dtype) for name in self.kind.shapes(self.space)}
+        return replace(self, theta=Theta(**{**vars(self.theta), **tensors}))
+
+    def detached(self) -> Around:
+        return self
 
 
 _AGAIN = "remove it and apply again, with that in the rule"
@@ -96,7 +115,7 @@ class Adapter(Beside):
 
     A: nn.Parameter  # of `lora`, and of what has factors of these names
     B: nn.Parameter
-    dropout: nn.Dropout | NoDropout
+    dropout: BranchDropout | NoDropout
     kind: Kind
     layout: Layout
     rows: tuple[int, ...] | None
@@ -112,6 +131,8 @@ class Adapter(Beside):
     _scale: float
     _trained: tuple[str, ...]
     """What of θ trained when it was last deactivated."""
+    _owners: Mapping[str, Adapter]
+    """Tensors of θ that another adapter of the same name has, for both → that one."""
 
     def __init__(
         self,
@@ -130,9 +151,9 @@ class Adapter(Beside):
         settings = kind.complete(settings)
         settings.pop("init", None)  # for `start` alone
         dropout = settings.get("dropout", 0.0)
-        self.add_module("dropout", nn.Dropout(dropout) if dropout else NoDropout())
+        self.add_module("dropout", BranchDropout(dropout) if dropout else NoDropout())
         self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings=settings)
-        self.change(active=True, realised=Realisation.DISPATCH, read_outside="", _trained=())
+        self.change(active=True, realised=Realisation.DISPATCH, read_outside="", _trained=(), _owners={})
         self.change(schedule=settings.get("schedule", schedules.BRANCH))
         if "rank" in settings and "alpha" in settings:
             self.change(_scale=self.theta_of({}).scale)
@@ -150,6 +171,22 @@ class Adapter(Beside):
     def change(self, **fields: Any) -> None:
         """Set what is fixed to others: for the passes, which see to it that everything follows."""
         self.__dict__.update(fields)
+
+    def share(self, tensor: str, owner: Adapter) -> None:
+        """Have this tensor of θ in common with another adapter, whose parameter it is from now on: copies of both go
+        on sharing it, and a `state_dict` has it once."""
+        del self._parameters[tensor]
+        self.change(_owners={**self._owners, tensor: owner})
+        self.__class__ = SharingAdapter
+
+    def owner(self, tensor: str) -> Adapter:
+        """Whose parameter this tensor of θ is: mostly its own."""
+        return self._owners.get(tensor, self)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of θ's tensors, those too that it has in common with others."""
+        return (*self._parameters, *self._owners)
 
     def act(self, whether: bool) -> None:
         """Become active, or cease to be: then θ does not train. `requires_grad` comes back as it was."""
@@ -176,7 +213,7 @@ class Adapter(Beside):
     @property
     def theta(self) -> Theta:
         """θ as it is now, and the settings."""
-        return self.theta_of({name: getattr(self, name) for name in self._parameters})
+        return self.theta_of({name: getattr(self, name) for name in self.tensors})
 
     def theta_of(self, tensors: dict[str, Any]) -> Theta:
         """These in the place of its own tensors."""
@@ -273,24 +310,41 @@ class Adapter(Beside):
         wide = {name: p.detach().to(torch.float64) for name, p in self.named_parameters()}
         return self.low_rank(wide, self._buffers.get("index"))
 
-    def value(self) -> LowRank | Dense:
-        """Its delta as a value."""
+    def value(self) -> LowRank | Dense | Around:
+        """Its delta as a value; of what is none, what it does to the result of a use."""
         if self.kind.low_rank:
             return self.low_rank()
         theta = self.theta
+        if isinstance(self.kind, ActivationRewrite):
+            return self.around(theta)
         return Dense(self.layout, partial(self.delta, theta=theta), theta)
+
+    def around(self, theta: Theta) -> Around:
+        """What a kind that is no delta does with this θ."""
+        assert isinstance(self.kind, ActivationRewrite), self.kind.name
+        return Around(self.kind, self.layout, self.space, theta)
 
     @torch.no_grad()
     def start(self, weight: torch.Tensor, init: Any = "kaiming") -> None:
         """Fill θ so that the adapted weight is W, bit for bit."""
         weight = weight.detach()
         matrix = self._part(weight) if self.kind.low_rank else self.matrix(weight)
-        self.kind.start(Theta(**vars(self.theta), init=init), matrix)
+        theta = Theta(**vars(self.theta), init=init)
+        for name in self._owners:  # it has started
+            setattr(theta, name, getattr(theta, name).clone())
+        self.kind.start(theta, matrix)
 
     def delta(self, weight: Any = None, theta: Theta | None = None) -> Any:
         """δ(W, θ) in the weight's own shape and θ's dtype; a low-rank one asks for no W."""
         if self.kind.low_rank:
-            return self.low_rank().delta()
+            return self.low_rank(
+                None if theta is None else {name: getattr(theta, name) for name in self._parameters}
+            ).delta()
+        if isinstance(self.kind, ActivationRewrite):
+            reason = f"the kind {self.kind.name!r} has no δ: {self.kind.why}"
+            raise AdapterError(
+                reason, place=f"adapter {self.name!r}", remedy="call the model: it acts on its activations"
+            )
         assert self.kind.delta is not None
         own = self.kind.delta(self.matrix(weight), self.theta if theta is None else theta)
         return self.layout.to_weight(self.embedded(own))
@@ -318,6 +372,14 @@ class Adapter(Beside):
 
     def extra_repr(self) -> str:
         part = f", {self.role}: {len(self.rows)} of {self.layout.size('o')} features" if self.rows else ""
-        own = f"rank={self.rank}, scale={self.scale:g}" if "rank" in self._settings else ""
+        own = f"rank={self.rank}, scale={self.scale:g}" if {"rank", "alpha"} <= self._settings.keys() else ""
         kind = "" if self.kind.name == "lora" else f"{self.kind.name}{', ' if own else ''}"
         return f"{kind}{own}{part}"
+
+
+class SharingAdapter(Adapter):
+    """One that has some of its θ in common with others, and finds it there: apart, since a look costs each call."""
+
+    def __getattr__(self, name: str) -> Any:
+        owners = self.__dict__.get("_owners", {})
+        return getattr(owners[name], name) if name in owners else super().__getattr__(name)

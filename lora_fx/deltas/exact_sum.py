@@ -4,7 +4,8 @@
 
 In row blocks of bounded memory; every element is the real sum rounded once to W's own dtype (`deltas.rounding`). The
 way back is exact, bit for bit: it keeps what rounding took away, some tenths of a byte for each element, at most one
-where the deltas are no larger than the weight.
+where the deltas are no larger than the weight (`deltas.remainder`). What a block has to know that only its device knows
+is asked for as it is needed; or else it has been found out before, for all blocks at once (`deltas.ahead`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ import torch
 
 from lora_fx.changes import Undo, safe_point
 from lora_fx.deltas.low_rank import LowRank
-from lora_fx.deltas.rounding import Remainder, Scratch, between, checksum, nearest, remember, round_once, same
+from lora_fx.deltas.remainder import Remainder, Steps
+from lora_fx.deltas.rounding import Scratch, between, checksum, first_places, nearest, places_of, round_once, same
 from lora_fx.errors import FoldError
 from lora_fx.graph.layout import Layout
 
 _CHUNK = 2**15  # doubtful elements that are looked at together
-_BLOCK = 2**19  # elements of a weight that are folded at a time: fewer calls of torch, and the caches still help
+_BLOCK = 2**19  # elements of a weight that are folded at a time on a CPU: fewer calls of torch, and caches still help
+_LARGE = 2**24  # the same on other devices: by then starting the work takes a small share of the time
+
+
+Place = tuple[torch.dtype, torch.device]  # what one scratch is for
 
 
 def folded_weight(weight: torch.Tensor, deltas: Sequence[LowRank], dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -33,48 +39,21 @@ def folded_weight(weight: torch.Tensor, deltas: Sequence[LowRank], dtype: torch.
     Raises:
         FoldError: a number is not finite, or does not fit into the dtype.
     """
-    whole = ExactSum.of(weight, deltas)
+    whole = ExactSum.of(weight, deltas, name)
+    whole = replace(whole, magnitude=float(whole.magnitude))
     folded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if math.isfinite(whole.magnitude):
         scratch = _scratch(folded)
-        for (start, stop), part in zip(_blocks(weight), whole.blocks(), strict=True):
-            folded[start:stop] = part.rounded(part.total(scratch), scratch)
-    if not math.isfinite(whole.magnitude) or not math.isfinite(_largest(folded)):
+        blocks = _blocks(weight, scratch.elements)
+        for (start, stop), part in zip(blocks, whole.blocks(scratch.elements), strict=True):
+            folded[start:stop] = part.rounded(part.sums(scratch)[0], scratch)
+    if not math.isfinite(whole.magnitude) or not math.isfinite(float(_largest(folded))):
         raise FoldError(
             f"W + s·B·A is not finite in {dtype}",
             place=name,
             remedy="look for NaN and Inf in the weight and the factors; lower the scale, or take a wider dtype",
         )
     return folded
-
-
-def check_foldable(weight: torch.Tensor, deltas: Sequence[LowRank], name: str, adapters: Sequence[str]) -> ExactSum:
-    """The sum that is to be folded, refused before anything is written.
-
-    Args:
-        name: of the weight.
-        adapters: the names of those that the deltas are of.
-
-    Raises:
-        FoldError: the weight is on meta, a number is not finite, or a sum does not fit into the dtype.
-    """
-    weight = weight.detach()
-    if weight.is_meta:
-        raise FoldError("the weight is on meta: it has no numbers", place=name, remedy="materialise the model first")
-    whole = ExactSum.of(weight, deltas)
-    if whole.magnitude <= torch.finfo(weight.dtype).max:
-        return whole
-    factors = [(f"{f} of adapter {a!r}", getattr(d, f)) for a, d in zip(adapters, deltas, strict=True) for f in "AB"]
-    for what, numbers in (("the weight", weight), *factors):
-        if not math.isfinite(_largest(numbers)):
-            remedy = f"repair {what}, or load an earlier checkpoint"
-            raise FoldError(f"{what} holds NaN or Inf", place=name, remedy=remedy)
-    scratch = _scratch(weight)
-    for part in whole.blocks():  # only the sums themselves can tell
-        if not math.isfinite(_largest(round_once(part.total(scratch), weight.dtype))):
-            remedy = "lower the scale, or fold the model in a wider dtype"
-            raise FoldError(f"W + s·B·A does not fit into {weight.dtype}", place=name, remedy=remedy)
-    return whole
 
 
 @dataclass(frozen=True)
@@ -84,6 +63,8 @@ class Way:
     deltas: tuple[LowRank, ...]
     """As they were when they were folded."""
     magnitude: float
+    elements: int
+    """As many as a block had at most. The way back takes the same blocks."""
     remainders: tuple[Remainder, ...]
     folded: torch.Tensor
     """Checksum of the folded weight: it must still be what it was."""
@@ -96,7 +77,7 @@ class Way:
 
     def starts_at(self, weight: torch.Tensor) -> torch.Tensor:
         """The folded weight is bitwise what the fold has made it; the answer is on its device."""
-        return same(_checksum(weight), self.folded)
+        return same(_checksum(weight, self.elements), self.folded)
 
     def take_back(self, weight: torch.Tensor, undo: list[Undo]) -> torch.Tensor:
         """Write the weight that was; `undo` gets what folds each block again, for an unfold that is cut short.
@@ -104,11 +85,12 @@ class Way:
         Returns:
             Whether it is the one that was, on its device.
         """
-        whole, scratch = ExactSum(weight, tuple(map(_wide, self.deltas)), self.magnitude), _scratch(weight)
-        for part, remainder in zip(whole.blocks(), self.remainders, strict=True):
+        whole = ExactSum(weight, tuple(map(_wide, self.deltas)), self.magnitude)
+        scratch = _scratch(weight, self.elements)
+        for part, remainder in zip(whole.blocks(self.elements), self.remainders, strict=True):
             old = remainder.restore(part.guess(scratch))
             _write(part.weight, old, undo, partial(_fold_block, part), scratch)
-        return same(_checksum(weight), self.original)
+        return same(_checksum(weight, self.elements), self.original)
 
 
 def kept(delta: LowRank) -> LowRank:
@@ -117,17 +99,35 @@ def kept(delta: LowRank) -> LowRank:
     return replace(delta, A=delta.A.clone(), B=delta.whole.clone(), rows=None, index=None)
 
 
-def scratches(weights: Sequence[torch.Tensor]) -> dict[tuple[torch.dtype, torch.device], Scratch]:
-    """One for the weights of each dtype on each device."""
-    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+def block_sizes(weights: Sequence[torch.Tensor], at_most: int | None = None) -> dict[Place, int]:
+    """How many elements a block has at most: of the weights of each dtype on each device.
+
+    Args:
+        at_most: so many, or a row where that has more; None for as many as are worth it, and find room.
+    """
+    places = {(weight.dtype, weight.device) for weight in weights}
+    worth = {place: at_most or _worth(*place, len(places)) for place in places}
+    sizes = dict.fromkeys(places, 0)
     for weight in weights:
-        key, first = (weight.dtype, weight.device), slice(*next(_blocks(weight), (0, 0)))
-        sizes[key] = max(sizes.get(key, 0), weight[first].numel())
-    return {key: Scratch(elements, *key) for key, elements in sizes.items()}
+        place = weight.dtype, weight.device
+        first = slice(*next(_blocks(weight, worth[place]), (0, 0)))
+        sizes[place] = max(sizes[place], weight[first].numel())
+    return sizes
 
 
-def _scratch(weight: torch.Tensor) -> Scratch:
-    return scratches([weight])[weight.dtype, weight.device]
+def _worth(dtype: torch.dtype, device: torch.device, scratches: int) -> int:
+    if device.type == "cpu":
+        return _BLOCK
+    if device.type != "cuda":
+        return _LARGE
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    return max(1, min(_LARGE, free // (2 * scratches * Scratch.bytes(dtype))))  # half of it for what comes and goes
+
+
+def _scratch(weight: torch.Tensor, at_most: int | None = None) -> Scratch:
+    ((place, elements),) = block_sizes([weight], at_most).items()
+    return Scratch(elements, *place)
 
 
 def _write(block: torch.Tensor, new: torch.Tensor, undo: list[Undo], way_back: Undo, scratch: Scratch) -> None:
@@ -151,12 +151,12 @@ def _unfold_block(part: ExactSum, remainder: Remainder) -> None:
         _unfold_block(part.rows(start, stop), remainder.part(start * width, stop * width))
 
 
-def _fold_block(part: ExactSum, scratch: Scratch | None = None) -> None:
+def _fold_block(part: ExactSum, scratch: Scratch | None = None, found: Found | None = None) -> None:
     """Keeping nothing. Where memory is short, in halves: some of the weight may have been folded before."""
     block = part.weight
     try:
         scratch = scratch or Scratch.of(block)
-        block.copy_(part.rounded(part.total(scratch), scratch))
+        block.copy_(part.rounded(part.sums(scratch)[0], scratch, found))
         return
     except Exception:
         if len(block) == 1:
@@ -170,43 +170,97 @@ def _fold_block(part: ExactSum, scratch: Scratch | None = None) -> None:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What has been found out about a block before it is folded."""
+
+    doubtful: int
+    """How many sums lie near a border between two numbers, at most."""
+    places: torch.Tensor
+    """Flat indices of those that float64 cannot decide."""
+    settled: torch.Tensor
+    """What their real sums are rounded to, float64."""
+    counts: tuple[int, int] | None
+    """Of the steps back that are kept, for a fold that can be undone: `Steps.kept`."""
+
+
+@dataclass(frozen=True)
 class ExactSum:
     """W + Σ s·B·A of a weight, or of some of its rows. What it computes is in the scratch that it is given."""
 
     weight: torch.Tensor
     deltas: tuple[LowRank, ...]
     """With float64 factors, of all output features."""
-    magnitude: float
-    """No element is larger, and no part of its sum."""
+    magnitude: float | torch.Tensor
+    """No element is larger, and no part of its sum. On its device until it is `checked`."""
     kept: tuple[LowRank, ...] = ()
     """The deltas in their own dtype, for the way back."""
+    name: str = ""
+    """Of the weight."""
+    adapters: tuple[str, ...] = ()
+    """The names of those that the deltas are of."""
+    unread: torch.Tensor | None = None
+    """The largest magnitudes of the weight, and of A and B of each delta, for `checked`. Of some rows: None."""
 
     @staticmethod
-    def of(weight: torch.Tensor, deltas: Sequence[LowRank]) -> ExactSum:
-        bounds = (abs(d.scale) * d.rank * _largest(d.A) * _largest(d.B) for d in deltas)
-        return ExactSum(weight, tuple(map(_wide, deltas)), _largest(weight) + sum(bounds), tuple(deltas))
+    def of(weight: torch.Tensor, deltas: Sequence[LowRank], name: str = "", adapters: Sequence[str] = ()) -> ExactSum:
+        factors = (factor for delta in deltas for factor in (delta.A, delta.B))
+        sizes = torch.stack([_largest(numbers) for numbers in (weight, *factors)])
+        wide = tuple(map(_wide, deltas))
+        return ExactSum(weight, wide, _bound(sizes, deltas), tuple(deltas), name, tuple(adapters), sizes)
 
-    def fold(self, scratch: Scratch, undo: list[Undo]) -> Way:
+    def checked(self, sizes: Sequence[float], sums: Sequence[float] | None) -> ExactSum:
+        """Itself with its magnitude known.
+
+        Args:
+            sizes: what is `unread`, read.
+            sums: the least and the largest of each block; None to compute them where they are needed.
+
+        Raises:
+            FoldError: a number is not finite, or a sum does not fit into the dtype.
+        """
+        magnitude, dtype = float(_bound(sizes, self.deltas)), self.weight.dtype
+        if magnitude <= torch.finfo(dtype).max:
+            return replace(self, magnitude=magnitude)
+        factors = [f"{f} of adapter {a!r}" for a in self.adapters for f in "AB"]
+        for what, size in zip(("the weight", *factors), sizes, strict=True):
+            if not math.isfinite(size):
+                remedy = f"repair {what}, or load an earlier checkpoint"
+                raise FoldError(f"{what} holds NaN or Inf", place=self.name, remedy=remedy)
+        if sums is None:  # only the sums themselves can tell
+            scratch = _scratch(self.weight)
+            parts = self.blocks(scratch.elements)
+            sums = [float(_largest(round_once(part.sums(scratch)[0], dtype))) for part in parts]
+        if not all(map(math.isfinite, sums)):
+            remedy = "lower the scale, or fold the model in a wider dtype"
+            raise FoldError(f"W + s·B·A does not fit into {dtype}", place=self.name, remedy=remedy)
+        return replace(self, magnitude=magnitude)
+
+    def fold(self, scratch: Scratch, undo: list[Undo], founds: Sequence[Found | None]) -> Way:
         """Write the folded weight; what comes is the way back.
 
         Args:
             undo: gets what undoes each block, for a fold that is cut short.
+            founds: of each block; none at all where nothing has been found out before.
         """
-        before, remainders = _checksum(self.weight), []
-        for part in self.blocks():
-            block = part.weight
-            delta = part.delta(scratch)
-            total = scratch.wide(scratch.TOTAL, block.shape).copy_(block).add_(delta)
-            new = part.rounded(total, scratch)
-            difference = total.copy_(new).sub_(delta)
-            remainders.append(remember(block, difference, 2 * part.magnitude, 4 * part.steps, scratch))
-            _write(block, new, undo, partial(_unfold_block, part, remainders[-1]), scratch)
-        return Way(self.kept, self.magnitude, tuple(remainders), _checksum(self.weight), before)
+        before, remainders = _checksum(self.weight, scratch.elements), []
+        for part, found in self._with(founds, scratch):
+            total, delta = part.sums(scratch, undoable=True)
+            assert delta is not None
+            new = part.rounded(total, scratch, found)
+            steps = Steps.between(part.weight, total.copy_(new).sub_(delta), part.apart, scratch)
+            remainders.append(steps.kept(found.counts if found else None, scratch))
+            _write(part.weight, new, undo, partial(_unfold_block, part, remainders[-1]), scratch)
+        after = _checksum(self.weight, scratch.elements)
+        return Way(self.kept, float(self.magnitude), scratch.elements, tuple(remainders), after, before)
 
-    def fold_for_good(self, scratch: Scratch) -> None:
+    def fold_for_good(self, scratch: Scratch, founds: Sequence[Found | None]) -> None:
         """Write the folded weight, and keep nothing."""
-        for part in self.blocks():
-            _fold_block(part, scratch)
+        for part, found in self._with(founds, scratch):
+            _fold_block(part, scratch, found)
+
+    def _with(self, founds: Sequence[Found | None], scratch: Scratch) -> Iterator[tuple[ExactSum, Found | None]]:
+        parts = self.blocks(scratch.elements)
+        return zip(parts, founds, strict=True) if founds else ((part, None) for part in parts)
 
     @property
     def steps(self) -> float:
@@ -214,14 +268,24 @@ class ExactSum:
         each operation rounds by at most 2⁻⁵³ of what is there at most."""
         return sum(2 * delta.rank + 2 for delta in self.deltas) * 2.0**-53
 
+    @property
+    def error(self) -> float | torch.Tensor:
+        """The same in the weight's units."""
+        return self.steps * self.magnitude
+
+    @property
+    def apart(self) -> float | torch.Tensor:
+        """How far W' − Σ s·B·A may be from what it is the next time; it may be twice as large as the sum."""
+        return 4 * 2 * self.error
+
     def rows(self, start: int, stop: int) -> ExactSum:
         """The indices start:stop of the weight's first axis."""
         deltas = tuple(_rows(delta, start, stop) for delta in self.deltas)
         return ExactSum(self.weight[start:stop], deltas, self.magnitude)
 
-    def blocks(self) -> Iterator[ExactSum]:
-        """Rows that are few enough to compute with, from the first to the last."""
-        for start, stop in _blocks(self.weight):
+    def blocks(self, elements: int) -> Iterator[ExactSum]:
+        """As many rows as have so many elements, or one, from the first to the last."""
+        for start, stop in _blocks(self.weight, elements):
             safe_point()
             yield self.rows(start, stop)
 
@@ -232,14 +296,15 @@ class ExactSum:
             _add(delta, total, self.weight.dtype)
         return total
 
-    def total(self, scratch: Scratch) -> torch.Tensor:
-        """W + Σ s·B·A in float64."""
+    def sums(self, scratch: Scratch, undoable: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W + Σ s·B·A in float64, contiguous; and Σ s·B·A, for a fold that can be undone."""
         total = scratch.wide(scratch.TOTAL, self.weight.shape).copy_(self.weight)
-        if self.weight.dtype == torch.float64:  # as it is summed where the delta is needed, too
-            return total.add_(self.delta(scratch))
-        for delta in self.deltas:
-            _add(delta, total, self.weight.dtype)
-        return total
+        if undoable or self.weight.dtype == torch.float64:  # float64 in one order, whether it can be undone or not
+            delta = self.delta(scratch)
+            return total.add_(delta), delta
+        for one in self.deltas:
+            _add(one, total, self.weight.dtype)
+        return total, None
 
     def guess(self, scratch: Scratch) -> torch.Tensor:
         """Where the weight is W': W' − Σ s·B·A, the original one, give or take a few steps."""
@@ -247,7 +312,7 @@ class ExactSum:
         difference = scratch.wide(scratch.TOTAL, self.weight.shape).copy_(self.weight).sub_(delta)
         return scratch.narrow(scratch.ROUNDED, self.weight.shape).copy_(difference)
 
-    def rounded(self, total: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    def rounded(self, total: torch.Tensor, scratch: Scratch, found: Found | None = None) -> torch.Tensor:
         """The real sums rounded to nearest-even in the dtype of `scratch`, in its `ROUNDED`.
 
         Beyond doubt is a sum of which both ends, `total` ± error, round to one number. The few others are looked at
@@ -255,28 +320,41 @@ class ExactSum:
 
         Args:
             total: the sums in float64, contiguous.
+            found: what is known of them; None to ask.
         """
         rounded = scratch.narrow(scratch.ROUNDED, total.shape)
         if rounded.dtype == torch.float64:
             return rounded.copy_(total)
         flat, values = rounded.view(-1), total.view(-1)
-        end = scratch.spare(total.shape)
-        for places in between(total, self.magnitude, self.steps, end, rounded, scratch).split(_CHUNK):
-            if len(places):  # an empty tensor is split into one chunk, too
-                flat[places] = self._round_doubtful(values[places], places, rounded.dtype)
+        bits = between(total, self.error, rounded, scratch)
+        places = first_places(bits, found.doubtful)[0] if found else places_of(bits)
+        for some in places.split(_CHUNK):
+            if len(some):  # an empty tensor is split into one chunk, too
+                low, open_ = self.decided(values[some], some, rounded.dtype)
+                known = torch.where(open_, flat[some], low) if found else self._settled(some, low, open_)
+                flat[some] = known
+        if found:
+            flat[found.places] = found.settled.to(flat.dtype)
         return rounded
 
-    def _round_doubtful(self, values: torch.Tensor, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        error = self.steps * self.magnitude
+    def decided(
+        self, values: torch.Tensor, places: torch.Tensor, dtype: torch.dtype, times: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Single sums rounded, by how far they may be off themselves, and which are open still: those are rounded down.
+
+        Args:
+            values: the sums in float64.
+            places: their flat indices.
+            times: that error.
+        """
+        error = times * self._errors(places)
         low, high = round_once(torch.stack([values - error, values + error]), dtype)
-        if torch.equal(low, high):
-            return low
-        own = self._errors(places)
-        low, high = round_once(torch.stack([values - own, values + own]), dtype)
-        open_ = low != high
+        return low, low != high
+
+    def _settled(self, places: torch.Tensor, low: torch.Tensor, open_: torch.Tensor) -> torch.Tensor:
         if bool(open_.any()):
-            sums = self._exact(places[open_])
-            low[open_] = torch.stack([nearest(x, a, b) for x, a, b in zip(sums, low[open_], high[open_], strict=True)])
+            exact = self.nearest(self.terms(places[open_]).tolist(), low.dtype)
+            low[open_] = torch.tensor(exact, dtype=low.dtype, device=low.device)
         return low
 
     def _errors(self, places: torch.Tensor) -> torch.Tensor:
@@ -287,14 +365,28 @@ class ExactSum:
             sizes = sizes + (A.abs() * B.abs()).sum(-1) * abs(delta.scale)
         return self.steps * sizes
 
-    def _exact(self, places: torch.Tensor) -> list[Fraction]:
-        """The sums of single elements, as fractions."""
-        sums = [Fraction(w) for w in self.weight.reshape(-1)[places].double().tolist()]
+    def terms(self, places: torch.Tensor) -> torch.Tensor:
+        """What single sums are made of: W, and of each delta a column of A and a row of B, (n, 1 + 2·Σr), float64."""
+        factors = [factor for delta in self.deltas for factor in _at(delta, places)]
+        return torch.cat([self.weight.reshape(-1)[places].double()[:, None], *factors], -1)
+
+    def nearest(self, rows: Sequence[Sequence[float]], dtype: torch.dtype) -> list[float]:
+        """The real sums of such `terms`, rounded."""
+        return [nearest(self._fraction(row), dtype) for row in rows]
+
+    def _fraction(self, row: Sequence[float]) -> Fraction:
+        total, at = Fraction(row[0]), 1
         for delta in self.deltas:
-            scale = Fraction(delta.scale)
-            for k, (a, b) in enumerate(zip(*(factor.tolist() for factor in _at(delta, places)), strict=True)):
-                sums[k] += scale * sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True))
-        return sums
+            a, b = row[at : at + delta.rank], row[at + delta.rank : at + 2 * delta.rank]
+            total += Fraction(delta.scale) * sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True))
+            at += 2 * delta.rank
+        return total
+
+
+def _bound(sizes: Sequence[float] | torch.Tensor, deltas: Sequence[LowRank]) -> float | torch.Tensor:
+    """Of W + Σ s·B·A, from the largest magnitudes of W, and of A and B of each delta."""
+    pairs = zip(deltas, sizes[1::2], sizes[2::2], strict=True)
+    return sizes[0] + sum(abs(delta.scale) * delta.rank * a * b for delta, a, b in pairs)
 
 
 def _wide(delta: LowRank) -> LowRank:
@@ -354,23 +446,22 @@ def _at(delta: LowRank, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return A, B
 
 
-def _blocks(weight: torch.Tensor) -> Iterator[tuple[int, int]]:
-    rows = weight.shape[0]
-    step = max(1, _BLOCK // max(math.prod(weight.shape[1:]), 1))
-    for start in range(0, rows, step):
+def _blocks(weight: torch.Tensor, elements: int) -> Iterator[tuple[int, int]]:
+    rows, width = weight.shape[0], math.prod(weight.shape[1:])
+    step = max(1, elements // max(width, 1))
+    for start in range(0, rows, step) if width else ():
         yield start, min(start + step, rows)
 
 
-def _checksum(weight: torch.Tensor) -> torch.Tensor:
+def _checksum(weight: torch.Tensor, elements: int) -> torch.Tensor:
     found = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for start, stop in _blocks(weight):
+    for start, stop in _blocks(weight, elements):
         found += checksum(weight[start:stop])
     return found
 
 
-def _largest(values: torch.Tensor) -> float:
-    """The largest magnitude; NaN or Inf if one is there."""
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude, float64; NaN or Inf if one is there. It stays on the device."""
     if not values.numel():
-        return 0.0
-    low, high = torch.stack(values.detach().aminmax()).tolist()
-    return max(-low, high) if low == low else low
+        return torch.zeros((), dtype=torch.float64, device=values.device)
+    return torch.stack(values.detach().aminmax()).to(torch.float64).abs().amax()

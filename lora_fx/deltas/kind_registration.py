@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.kinds import KINDS, REQUIRED, Kind
+from lora_fx.deltas.kinds import KINDS, REQUIRED, REWRITES, Kind
 from lora_fx.deltas.registration import Registration
 from lora_fx.errors import KindError, LoraFxError, essence
 from lora_fx.graph.layout import Layout
@@ -77,7 +77,7 @@ class _Trial:
         kind = self.kind
         named = isinstance(kind.name, str) and kind.name.isidentifier()
         self.require(named, "its name is no identifier", "give a name that a rule can say: kind='loha'")
-        free = kind.name not in KINDS
+        free = kind.name not in (*KINDS, *REWRITES)
         self.require(free, "a kind of that name is registered", "remove that one, or give another name")
         one = (kind.delta is None) != (kind.factors is None)
         self.require(one, "it has both delta and factors, or neither", "give δ, or its two factors where it has some")

@@ -7,7 +7,8 @@ table, as a kernel, as experts. A bias is the weight of an input that is always 
 has, how they start (δ = 0, to the bit), and what δ is: two factors where it is of low rank, a function of W and θ
 elsewhere. Branches, the dense sum, folds, checks, files and ONNX follow from that.
 
-The table is open: `lora_fx.register_kind` checks a row and puts it in.
+The table is open: `lora_fx.register_kind` checks a row and puts it in. Beside it stands a small table of what is no
+delta of a parameter, and rewrites what a use gives (`lora_fx.deltas.rewrites`): such a row has no branch and no fold.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from lora_fx.deltas import dora
+from lora_fx.deltas import dora, rewrites
 from lora_fx.errors import KindError
 
 REQUIRED: Any = ...
@@ -81,6 +82,9 @@ class Kind:
     """(op of `kernels.OPS`, x, W, bias, θ) → the op on W + δ, where that is faster than to add a branch; or None."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What a rule may give it: name → default, or `REQUIRED`."""
+    by_feature: bool = False
+    """δ of an output feature follows from what W and θ have for that feature alone, and from θ that is for all: then a
+    few rows of a weight can be folded at a time."""
     adapts: Literal["weight", "bias"] = "weight"
     """The weight of a matched site, or its bias."""
 
@@ -112,19 +116,42 @@ class Kind:
         return kind_named, (self.name,)
 
 
+@dataclass(frozen=True)
+class ActivationRewrite(Kind):
+    """A row of the table of activation rewrites: y = use(x) = x·W'ᵀ + b  ⇒  y' = around(use, θ)."""
+
+    around: Callable[[rewrites.Using, Any], Any] = field(kw_only=True)
+    """(use, θ) → y', over tensors or proxies; at the start y' = y, to the bit."""
+    why: str = field(kw_only=True)
+    """Why it cannot be folded: the paper's reason."""
+    asks: Callable[[str, Space], str] = field(kw_only=True, default=lambda form, space: "")
+    """(form, space) → why it cannot stand at such a use; empty where it can."""
+    check: Callable[[Mapping[str, Any]], str] = field(kw_only=True, default=lambda settings: "")
+    """settings → why they are none; empty where they are."""
+    shared: tuple[str, ...] = field(kw_only=True, default=())
+    """Tensors of θ that all adapters of one name have in common."""
+
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        settings = super().complete(given)
+        if why := self.check(settings):
+            raise KindError(why, place=f"kind={self.name!r}", remedy="change that setting in the rule")
+        return settings
+
+
 def kind_named(name: str) -> Kind:
-    """The row of this name.
+    """The row of this name, in either table.
 
     Raises:
         KindError: there is none.
     """
-    if name not in KINDS:
+    row = KINDS.get(name) or REWRITES.get(name)
+    if row is None:
         raise KindError(
             f"there is no kind {name!r}",
             place="kind",
-            remedy=f"choose one of {', '.join(KINDS)}; register_kind adds another",
+            remedy=f"choose one of {', '.join((*KINDS, *REWRITES))}; register_kind adds another",
         )
-    return KINDS[name]
+    return row
 
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -186,6 +213,7 @@ DORA = Kind(
     branch=dora.branch,
     matmul=dora.matmul,
     settings=_FACTORED,
+    by_feature=True,
 )
 
 
@@ -224,7 +252,52 @@ FULL = Kind(
     shapes=lambda space: {"weight": (*space.batch, space.out, space.inner)},
     start=lambda theta, weight: theta.weight.copy_(weight),
     delta=lambda weight, theta: theta.weight - weight,
+    by_feature=True,
 )
 
 #: name → row; read whenever a kind is asked for, since rows come and go (`lora_fx.deltas.kind_registration`)
 KINDS = {kind.name: kind for kind in (LORA, DORA, ADALORA, BIAS, FULL)}
+
+_DEPTH = (
+    "it adds layers that are computed one after the other, behind each use (Hu et al., section 3), and is no delta of W"
+)
+_NARROW = {"rank": REQUIRED, "norm": False, "activation": "gelu"}
+
+#: Houlsby et al. 2019, Lin et al. 2020 (``norm=True``), Pfeiffer et al. 2021: where it stands is what tells them apart
+BOTTLENECK = ActivationRewrite(
+    "bottleneck",
+    shapes=rewrites.bottleneck_shapes,
+    start=rewrites.bottleneck_start,
+    settings=_NARROW,
+    around=rewrites.bottleneck,
+    check=rewrites.bottleneck_check,
+    why=_DEPTH,
+)
+
+#: Mahabadi et al., NeurIPS 2021
+COMPACTER = ActivationRewrite(
+    "compacter",
+    shapes=rewrites.compacter_shapes,
+    start=rewrites.compacter_start,
+    settings={**_NARROW, "n": 4, "factors": 1},
+    around=rewrites.compacter,
+    asks=rewrites.compacter_asks,
+    check=rewrites.compacter_check,
+    shared=("shared",),
+    why=_DEPTH,
+)
+
+#: PreEmbed (Hu et al., section 5.1): trainable tokens behind the last one of the vocabulary
+TOKENS = ActivationRewrite(
+    "tokens",
+    shapes=rewrites.tokens_shapes,
+    start=rewrites.tokens_start,
+    settings={"prefix": 0, "infix": 0},
+    around=rewrites.tokens,
+    asks=rewrites.tokens_asks,
+    check=rewrites.tokens_check,
+    why="its tokens take a part of the sequence length (Hu et al., section 3), and the table of W has no rows for them",
+)
+
+#: name → row, of those that are no delta of a parameter
+REWRITES = {row.name: row for row in (BOTTLENECK, COMPACTER, TOKENS)}

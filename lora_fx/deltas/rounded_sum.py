@@ -15,6 +15,7 @@ import torch
 
 from lora_fx.changes import Undo
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.exact_sum import Found
 from lora_fx.deltas.rounding import Scratch, checksum, round_once, same
 from lora_fx.errors import FoldError
 
@@ -25,21 +26,29 @@ def rounded_sum(weight: torch.Tensor, adapters: Sequence[Adapter], dtype: torch.
     Raises:
         FoldError: a number is not finite, or does not fit into the dtype.
     """
+    rounded = _rounded(weight, adapters, dtype)
+    _refuse_infinite(bool(rounded.isfinite().all()), adapters, dtype, name)
+    return rounded
+
+
+def _rounded(weight: torch.Tensor, adapters: Sequence[Adapter], dtype: torch.dtype) -> torch.Tensor:
     plain = weight.detach().to(torch.float64)
     total = plain.clone()
     with torch.no_grad():
         for adapter in adapters:
             wide = {tensor: p.to(plain.device, torch.float64) for tensor, p in adapter.named_parameters()}
             total += adapter.delta(plain, adapter.theta_of(wide))
-    rounded = round_once(total, dtype)
-    if not bool(rounded.isfinite().all()):
+    return round_once(total, dtype)
+
+
+def _refuse_infinite(finite: bool, adapters: Sequence[Adapter], dtype: torch.dtype, name: str) -> None:
+    if not finite:
         kinds = ", ".join(f"{adapter.name!r} ({adapter.kind.name})" for adapter in adapters)
         raise FoldError(
             f"W + δ is not finite in {dtype}, with δ of the adapters {kinds}",
             place=name,
             remedy="look for NaN and Inf in the weight and in the adapters; train with less, or take a wider dtype",
         )
-    return rounded
 
 
 @dataclass(frozen=True)
@@ -49,20 +58,35 @@ class RoundedSum:
     weight: torch.Tensor
     adapters: tuple[Adapter, ...]
     name: str
+    unread: torch.Tensor
+    """Whether all of it is finite, on its device: what `checked` asks for."""
 
-    def fold(self, scratch: Scratch, undo: list[Undo]) -> KeptWeight:
+    @staticmethod
+    def of(weight: torch.Tensor, adapters: tuple[Adapter, ...], name: str) -> RoundedSum:
+        return RoundedSum(weight, adapters, name, _rounded(weight, adapters, weight.dtype).isfinite().all())
+
+    def checked(self, finite: Sequence[float], sums: Sequence[float] | None) -> RoundedSum:
+        """Itself.
+
+        Raises:
+            FoldError: a number is not finite, or does not fit into the dtype.
+        """
+        _refuse_infinite(all(finite), self.adapters, self.weight.dtype, self.name)
+        return self
+
+    def fold(self, scratch: Scratch, undo: list[Undo], founds: Sequence[Found | None]) -> KeptWeight:
         """Write the sum; what comes is the way back, and `undo` gets it."""
         folded, before = self._folded(), self.weight.clone()
         undo.append(partial(self.weight.copy_, before))
         self.weight.copy_(folded)
         return KeptWeight(before, checksum(folded))
 
-    def fold_for_good(self, scratch: Scratch) -> None:
+    def fold_for_good(self, scratch: Scratch, founds: Sequence[Found | None]) -> None:
         """Write the sum, and keep nothing."""
         self.weight.copy_(self._folded())
 
     def _folded(self) -> torch.Tensor:
-        return rounded_sum(self.weight, self.adapters, self.weight.dtype, self.name)
+        return _rounded(self.weight, self.adapters, self.weight.dtype)
 
 
 @dataclass(frozen=True)

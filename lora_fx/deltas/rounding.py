@@ -1,24 +1,23 @@
-"""Rounding a sum once, for certain, and remembering in few bits what rounding took away.
+"""Rounding a sum once, for certain.
 
-    fold      W' = round(W + D)                      D = Σ s·B·A in float64, within `error` of the real number
-    unfold    W  = round(W' − D) moved by a few steps of its dtype; the steps are what `remember` keeps
+    W' = round(W + D)                                D = Σ s·B·A in float64, within `error` of the real number
 
-Only elements whose float64 sum lies within `error` of the border between two numbers can come out wrong; those few are
-summed again as fractions. On the way back D may be summed in another order (by another number of threads, say): the
-numbers of which that could move the guess are kept in full.
+Only elements whose float64 sum lies within `error` of the border between two numbers can come out wrong: both ends of
+the interval are rounded, and where that gives two numbers the element is looked at again. Asking a GPU for a number
+makes Python wait until all that it was asked for before is done. So nothing in here asks, but for what says so.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 
 import torch
 
 _NARROW = (torch.bfloat16, torch.float16)
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -51,11 +50,16 @@ class Scratch:
     ROUNDED, BEFORE, GUESS, HIGH = range(4)  # narrow
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.elements = elements
         room = -(-elements // 8) * 8  # each buffer begins at a whole word, and steps are packed in pairs
         self._wide = torch.empty(3, room, dtype=torch.float64, device=device)
-        self._ends_in = torch.float32 if dtype in _NARROW else torch.float64
         self._narrow = torch.empty(4, room, dtype=dtype, device=device)
         self._codes = torch.empty(room, dtype=torch.uint8, device=device)
+
+    @staticmethod
+    def bytes(dtype: torch.dtype) -> int:
+        """For each element."""
+        return 3 * 8 + 4 * dtype.itemsize + 1
 
     @staticmethod
     def of(block: torch.Tensor) -> Scratch:
@@ -69,37 +73,43 @@ class Scratch:
         """Rounded numbers, what stood in the weight before, and two ends of an interval: in the weight's dtype."""
         return self._narrow[which, : math.prod(shape)].view(shape)
 
-    def spare(self, shape: torch.Size) -> torch.Tensor:
-        """Wider than the weight's dtype: float32, which is faster, where that does."""
-        return self._wide[self.SPARE].view(self._ends_in)[: math.prod(shape)].view(shape)
+    def singles(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two in float32, in the place of what is spare."""
+        halves = self._wide[self.SPARE].view(torch.float32).view(2, -1)
+        near, margin = halves[:, : math.prod(shape)].view(2, *shape)
+        return near, margin
 
     def codes(self, elements: int) -> torch.Tensor:
         """uint8, an even number of them."""
         return self._codes[: elements + elements % 2]
 
 
-def between(
-    total: torch.Tensor, magnitude: float, steps: float, end: torch.Tensor, rounded: torch.Tensor, scratch: Scratch
-) -> torch.Tensor:
-    """Write `total` − error, rounded, and say where `total` + error is rounded to another number. Everywhere else all
-    that lies between the two is rounded to the same."""
-    error = steps * magnitude
-    if end.dtype == torch.float32:  # into which each of three operations rounds
-        error += 3 * 2.0**-24 * magnitude + 2.0**-147
-    elif rounded.dtype in _NARROW:  # to which torch goes by way of float32
-        error += 2.0**-24 * magnitude + 2.0**-150
-    rounded.copy_(end.copy_(total).sub_(error))
-    return _differing(rounded, scratch.narrow(scratch.HIGH, total.shape).copy_(end.add_(2 * error)))
+def between(total: torch.Tensor, error: float | torch.Tensor, low: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """Write `total` − error, rounded, into `low`; integers in `HIGH` that are not zero say where `total` + error is
+    rounded to another number. Everywhere else all that lies between the two is rounded to the same, also by way of
+    float32, which rounds in the same direction.
+
+    float32 is faster where it does: three operations round by at most 2⁻²⁴ of what is there, and 2⁻²² are allowed.
+    """
+    high = scratch.narrow(scratch.HIGH, total.shape)
+    if low.dtype in _NARROW:
+        near, margin = scratch.singles(total.shape)
+        near.copy_(total)
+        torch.abs(near, out=margin).mul_(2.0**-22).add_(error * (1 + 2.0**-20) + 2.0**-147)
+        low.copy_(near.sub_(margin))
+        high.copy_(near.add_(margin, alpha=2))
+    else:
+        end = scratch.wide(scratch.SPARE, total.shape)
+        low.copy_(torch.sub(total, error, out=end))
+        high.copy_(end.add_(2 * error))
+    integers = INTEGERS[low.element_size()]
+    a, b = (t.view(-1).view(integers) for t in (low, high))
+    return torch.bitwise_xor(a, b, out=b)
 
 
-def _differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The flat indices at which two tensors differ in a bit; `other` is written to."""
-    a, b = (t.view(-1).view(_INTEGERS[t.element_size()]) for t in (one, other))
-    return _nonzero(torch.bitwise_xor(a, b, out=b))
-
-
-def _nonzero(bits: torch.Tensor) -> torch.Tensor:
-    """The indices of the integers that are not zero: few, so that whole words are looked at first."""
+def places_of(bits: torch.Tensor) -> torch.Tensor:
+    """The indices of the integers that are not zero: few, so that whole words are looked at first. It asks for their
+    number."""
     per_word = 8 // bits.element_size()
     if len(bits) % per_word:
         return bits.nonzero().view(-1)
@@ -108,41 +118,29 @@ def _nonzero(bits: torch.Tensor) -> torch.Tensor:
     return places[bits[places] != 0] if len(places) else places
 
 
-def nearest(x: Fraction, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """The number of the dtype from `low` to `high` that is nearest to x; the even one of two as near."""
-    first, last = int(ordinal(low)), int(ordinal(high))
-    while last - first > 1:  # where W and δ cancel, around 0, half of all floats lie between
-        middle = (first + last) // 2
-        below = Fraction(float(from_ordinal(torch.tensor(middle), low.dtype))) <= x
-        first, last = (middle, last) if below else (first, middle)
-    candidates = [from_ordinal(torch.tensor(n), low.dtype) for n in (first, last)]
-
-    def distance(value: torch.Tensor) -> tuple[Fraction, int]:
-        return abs(Fraction(float(value)) - x), int(value[None].view(_INTEGERS[value.itemsize])) & 1
-
-    return min(candidates, key=distance).to(low.device)
+def first_places(bits: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same without asking: the first `room` of them, and how many there are. Where they are fewer, the last index
+    of all stands for the rest."""
+    upto = (bits != 0).cumsum(0, dtype=torch.int32)
+    wanted = torch.arange(1, room + 1, dtype=torch.int32, device=bits.device)
+    return torch.searchsorted(upto, wanted).clamp_(max=len(bits) - 1), upto[-1]
 
 
-def ordinal(values: torch.Tensor) -> torch.Tensor:
-    """Floats as integers in the same order, one step for each float; −0 is one below +0."""
-    integers = _INTEGERS[values.dtype.itemsize]
-    bits = values.contiguous().reshape(-1).view(integers).reshape(values.shape)
-    return bits ^ ((bits >> (8 * values.dtype.itemsize - 1)) & torch.iinfo(integers).max)
-
-
-def from_ordinal(steps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The inverse of `ordinal`."""
-    integers = _INTEGERS[dtype.itemsize]
-    steps = steps.to(integers)
-    bits = steps ^ ((steps >> (8 * dtype.itemsize - 1)) & torch.iinfo(integers).max)
-    return bits.contiguous().reshape(-1).view(dtype).reshape(steps.shape)
+def nearest(x: Fraction, dtype: torch.dtype) -> float:
+    """The number of the dtype that is nearest to x, the even one of two as near; Inf beyond the largest."""
+    info, size = torch.finfo(dtype), abs(x)
+    power = Fraction(2) ** (size.numerator.bit_length() - size.denominator.bit_length())
+    power = power if power <= size else power / 2  # the largest that is no larger than x
+    step = Fraction(info.eps) * max(power, Fraction(info.tiny))
+    near = round(x / step) * step
+    return float(near) if abs(near) <= info.max else math.copysign(math.inf, near)
 
 
 def checksum(values: torch.Tensor) -> torch.Tensor:
     """A sum over the bits, modulo 2⁶⁴: different for any one changed element. It stays on the device."""
     flat = values.detach().contiguous().view(-1)
     aligned = flat.numel() * flat.element_size() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
-    return flat.view(torch.int64 if aligned else _INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+    return flat.view(torch.int64 if aligned else INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -150,93 +148,11 @@ def same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return one == other.to(one.device)
 
 
-def read(answers: Sequence[torch.Tensor]) -> list[bool]:
-    """What devices have found out, all at once: they are waited for once, and not for each."""
-    return torch.stack([one.to(answers[0].device) for one in answers]).tolist() if answers else []
-
-
-# ── what rounding took away ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Remainder:
-    """How to get from a guess to the numbers that were: up to 8 steps down or 7 up in four bits, the rest in full.
-
-    A step leads from one bit pattern to the next, so it never changes a sign.
-    """
-
-    nibbles: torch.Tensor | None
-    """Two steps to a byte, biased by 8; None where no element takes a step that is not in `places`."""
-    places: torch.Tensor | None
-    """Flat indices, int32; None where all the numbers are kept."""
-    numbers: torch.Tensor
-    """The numbers at `places`."""
-
-    @property
-    def bytes(self) -> int:
-        kept = (self.nibbles, self.places, self.numbers)
-        return sum(t.numel() * t.element_size() for t in kept if t is not None)
-
-    def restore(self, guess: torch.Tensor) -> torch.Tensor:
-        """The numbers that were, written over the guess, which is contiguous."""
-        if self.places is None:
-            return guess.copy_(self.numbers.view(guess.shape))
-        flat = guess.view(-1)
-        if self.nibbles is not None:
-            pairs = self.nibbles.to(torch.int16)
-            pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F)
-            bits = flat.view(_INTEGERS[flat.element_size()])
-            bits.add_(pairs.view(torch.uint8)[: flat.numel()]).sub_(_BIAS)
-        flat[self.places.to(torch.int64)] = self.numbers
-        return guess
-
-    def part(self, start: int, stop: int) -> Remainder:
-        """That of the flat elements start:stop; start is even, for two steps lie in a byte."""
-        if self.places is None:
-            return Remainder(None, None, self.numbers[start:stop])
-        inside = (self.places >= start) & (self.places < stop)
-        nibbles = None if self.nibbles is None else self.nibbles[start // 2 : (stop + 1) // 2]
-        return Remainder(nibbles, self.places[inside] - start, self.numbers[inside])
-
-
-_BIAS = 8
-
-
-def remember(
-    numbers: torch.Tensor, difference: torch.Tensor, magnitude: float, steps: float, scratch: Scratch
-) -> Remainder:
-    """The fewest bytes that give `numbers` back from a guess: only exceptions, four bits each, or all of them.
-
-    Args:
-        difference: W' − D in float64, contiguous, whose rounded value is the guess, none larger than `magnitude`.
-        steps: by how much of `magnitude` the difference may be another one the next time.
-    """
-    flat = numbers.detach().reshape(-1)
-    integers, count = _INTEGERS[flat.element_size()], flat.numel()
-    if flat.dtype == torch.float64:  # summed in one order, so the guess is the same each time
-        guess, shaky = difference.view(-1), torch.empty(0, dtype=torch.int64, device=flat.device)
-    else:
-        guess = scratch.narrow(scratch.GUESS, flat.shape)
-        end = scratch.wide(scratch.SPARE, flat.shape)  # not float32: each number in doubt is kept in full
-        shaky = between(difference.view(-1), magnitude, steps, end, guess, scratch)
-    step = scratch.narrow(scratch.HIGH, flat.shape).view(integers)
-    torch.sub(flat.view(integers), guess.view(integers), out=step)
-    step.add_(_BIAS)
-    other = scratch.narrow(scratch.GUESS, flat.shape).view(integers)
-    moved = int(torch.bitwise_xor(step, _BIAS, out=other).count_nonzero())
-    full = torch.cat([shaky, _nonzero(torch.bitwise_and(step, ~15, out=other))])
-    each = 4 + flat.element_size()
-    sparse, packed = each * (moved + len(shaky)), (count + 1) // 2 + each * len(full)
-    if min(sparse, packed) >= count * flat.element_size():
-        return Remainder(None, None, flat.clone())
-    nibbles = None
-    if packed < sparse:
-        codes = scratch.codes(count)
-        codes[:count] = step
-        codes[full] = codes[count:] = _BIAS
-        pairs = codes.view(torch.int16)
-        nibbles = (pairs | (pairs >> 4)).to(torch.uint8)
-    else:
-        full = torch.cat([shaky, (step != _BIAS).nonzero().view(-1)])
-    places = full.unique()
-    return Remainder(nibbles, places.to(torch.int32), flat[places].clone())
+def read(answers: Sequence[torch.Tensor]) -> list[list[float]]:
+    """What devices have found out, each answer a list: every device is waited for once, and not for each."""
+    found: dict[int, list[float]] = {}
+    for device in {answer.device for answer in answers}:
+        here = [k for k, answer in enumerate(answers) if answer.device == device]
+        numbers = iter(torch.cat([answers[k].reshape(-1).to(torch.float64) for k in here]).tolist())
+        found |= {k: list(islice(numbers, answers[k].numel())) for k in here}
+    return [found[k] for k in range(len(answers))]

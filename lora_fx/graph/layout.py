@@ -54,7 +54,7 @@ class Layout:
         return [k for k, axis in enumerate(self.axes) if axis.side in sides]
 
     def size(self, side: str) -> int:
-        return math.prod(axis.size for axis in self.axes if axis.side == side)
+        return math.prod([axis.size for axis in self.axes if axis.side == side])  # a list, which Dynamo can trace
 
     @property
     def batch(self) -> tuple[int, ...]:

@@ -9,8 +9,11 @@ After the last adapter is removed, the model's own parameters are still frozen: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from lora_fx.graph.program import storage_key
 from lora_fx.model.inventory import base_parameters, inventory
 
 
@@ -21,22 +24,28 @@ def freeze(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-IGNORE, REFUSE = "ignore", "refuse"
-BESIDE = (REFUSE, IGNORE)
-"""What to do about parameters that train beside an adapter which is saved alone."""
+SAVE, IGNORE, REFUSE = "save", "ignore", "refuse"
+"""What to do about parameters that train beside an adapter which is saved."""
 
 
-def why_not_alone(model: nn.Module, beside: str) -> tuple[str, str, str]:
-    """The place, reason and remedy where a file of an adapter would leave out what else has been trained; or empty."""
-    if beside not in BESIDE:
-        return "beside", f"{beside!r} is unknown", f"say one of {', '.join(map(repr, BESIDE))}"
-    names: dict[int, str] = {}
+def trained_beside(model: nn.Module) -> list[tuple[str, ...]]:
+    """The names of each storage of the model's own that has ``requires_grad``."""
+    names: dict[tuple, list[str]] = {}
+    trained = set[tuple]()
     for name, parameter in base_parameters(model).items():
-        if parameter.requires_grad:
-            names.setdefault(id(parameter), name)
-    if beside == IGNORE or not names:
+        key = storage_key(parameter)
+        names.setdefault(key, []).append(name)
+        trained |= {key} if parameter.requires_grad else set()
+    return [tuple(own) for key, own in names.items() if key in trained]
+
+
+def why_not_alone(model: nn.Module, beside: str, known: Sequence[str] = (REFUSE, IGNORE)) -> tuple[str, str, str]:
+    """The place, reason and remedy where a file of an adapter would leave out what else has been trained; or empty."""
+    if beside not in known:
+        return "beside", f"{beside!r} is unknown", f"say one of {', '.join(map(repr, known))}"
+    if beside != REFUSE or not (trained := trained_beside(model)):
         return "", "", ""
-    first, *more = names.values()
+    first, *more = (names[0] for names in trained)
     reason = "it has requires_grad, and a file of an adapter holds no parameters of the model"
     also = f"; so have {', '.join(more[:3])}{', …' if len(more) > 3 else ''}" if more else ""
     remedy = (

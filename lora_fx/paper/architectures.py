@@ -21,7 +21,7 @@ class Architecture:
     width: int
     build: Callable[[Architecture], nn.Module]
     sites: dict[str, dict[str, str]]
-    """q, k, v, o → the keys of a rule that asks for it."""
+    """q, k, v, o, the MLP's ``down``, the ``words`` of the embedding → the keys of a rule that asks for it."""
     inputs: Callable[[], Any] = lambda: None
     """Of a model in which only its program tells the parts of a weight apart; the others are planned by their names."""
 
@@ -91,13 +91,19 @@ def gpt3_that_runs(layers: int = 96, width: int = 12288) -> nn.Module:
         return t.GPT2LMHeadModel(t.GPT2Config(n_embd=width, n_layer=layers, n_head=width // 128, n_positions=2048))
 
 
-def _named(q: str, k: str, v: str, o: str) -> dict[str, dict[str, str]]:
-    return {site: {"where": where} for site, where in zip("qkvo", (q, k, v, o), strict=True)}
+def _named(*where: str) -> dict[str, dict[str, str]]:
+    return {site: {"where": own} for site, own in zip((*"qkvo", "down", "words"), where, strict=True)}
 
 
-_ROBERTA = _named("*.self.query", "*.self.key", "*.self.value", "*.attention.output.dense")
-_DEBERTA = _named("*.query_proj", "*.key_proj", "*.value_proj", "*.attention.output.dense")
+_BEHIND = (
+    "*.attention.output.dense",
+    "*.layer.[0-9].output.dense | *.layer.[0-9][0-9].output.dense",
+    "*.word_embeddings",
+)
+_ROBERTA = _named("*.self.query", "*.self.key", "*.self.value", *_BEHIND)
+_DEBERTA = _named("*.query_proj", "*.key_proj", "*.value_proj", *_BEHIND)
 _ROLES = {s: {"role": f"attention.{r}"} for s, r in zip("qkvo", ("query", "key", "value", "output"), strict=True)}
+_ROLES |= {"down": {"role": "mlp.down"}, "words": {"where": "*.wte", "role": "embedding"}}
 
 
 def _tokens() -> Any:
@@ -112,6 +118,6 @@ ARCHITECTURES = {
         Architecture("DeBERTa XXL", 48, 1536, _deberta, _DEBERTA),
         Architecture("GPT-2 M", 24, 1024, _gpt2, _ROLES, _tokens),
         Architecture("GPT-2 L", 36, 1280, _gpt2, _ROLES, _tokens),
-        Architecture("GPT-3", 96, 12288, _gpt3, _named("*.q", "*.k", "*.v", "*.o")),
+        Architecture("GPT-3", 96, 12288, _gpt3, _named("*.q", "*.k", "*.v", "*.o", "*.down", "tokens")),
     )
 }

@@ -1,7 +1,7 @@
 """The paper's tables of trainable parameters, counted: theirs, ours, equal or not, and why not.
 
-LoRA's by a plan of the rules on the architecture, the model's and its biases' by its parameters, and those of the other
-methods by the paper's formulas (5.1), with L layers of width d:
+LoRA's, adapters' and PreEmbed's by a plan of the rules on the architecture, the model's and its biases' by its
+parameters, and PreLayer's by the paper's formula. What a plan must come to (5.1), with L layers of width d:
 
     adapters     L_A·(2·d·r + r + d) + 2·L_N·d      L_A adapter layers (H: two a block, P: one), L_N trained LayerNorms
     PreEmbed     d·(l_p + l_i)                      l_p prefix and l_i infix tokens
@@ -174,13 +174,27 @@ class _Counted:
         run = lora_fx.pipeline("plan", self._rules({"q": 1}), architecture.inputs())(self.model)
         self._known = _Known(run.facts[Program], run.facts[Sites])
 
-    def _rules(self, ranks: dict[str, int]) -> list[Rule]:
-        return [Rule(rank=rank, **self.a.sites[site]) for site, rank in ranks.items()]  # type: ignore[arg-type]
+    def _rules(self, ranks: dict[str, int], **more: Any) -> list[Rule]:
+        sites: Any = self.a.sites
+        return [Rule(rank=rank, **sites[site], **more) for site, rank in ranks.items()]
+
+    def _planned(self, rules: list[Rule], sites: int) -> int:
+        plan = Pipeline("plan", (self._known, Select(rules), Schedule()))(self.model).facts[Plan]
+        assert len(plan.rows) == sites, str(plan)
+        return plan.parameters
 
     def lora(self, ranks: dict[str, int]) -> int:
-        plan = Pipeline("plan", (self._known, Select(self._rules(ranks)), Schedule()))(self.model).facts[Plan]
-        assert len(plan.rows) == self.a.layers * len(ranks), str(plan)
-        return plan.parameters
+        return self._planned(self._rules(ranks), self.a.layers * len(ranks))
+
+    def bottlenecks(self, rank: int, sites: tuple[str, ...], **settings: Any) -> int:
+        """An adapter layer behind each of these sites."""
+        rules = self._rules(dict.fromkeys(sites, rank), kind="bottleneck", settings=settings)
+        return self._planned(rules, self.a.layers * len(sites))
+
+    def tokens(self, prefix: int) -> int:
+        where: Any = self.a.sites["words"]
+        rule = Rule(kind="tokens", settings={"prefix": prefix}, **where)
+        return self._planned([rule], 1)
 
     def count(self, method: str, stated: dict[str, int]) -> int:
         d, layers, tokens = self.a.width, self.a.layers, stated.get("l", 0)
@@ -191,20 +205,13 @@ class _Counted:
             return sum(p.numel() for block in self._blocks()[-2:] for p in block.parameters())
         if method == "BitFit":
             return sum(p.numel() for name, p in self.model.named_parameters() if name.endswith("bias"))
-        beside = {"PreEmbed": 1, "LoRA+PE": 1, "PreLayer": layers, "LoRA+PL": layers}
-        if method in beside:
-            return beside[method] * d * tokens + (self.lora(ranks) if ranks else 0)
         if method.startswith("Adapter"):
-            return bottlenecks(d, stated["r"], 2 * layers if method == "Adapter H" else layers)
-        return self.lora(ranks)
+            return self.bottlenecks(stated["r"], ("o", "down") if method == "Adapter H" else ("down",))
+        beside = {"PreEmbed": self.tokens, "LoRA+PE": self.tokens}.get(method, lambda tokens: layers * d * tokens)
+        return (self.lora(ranks) if ranks else 0) + (beside(tokens) if tokens else 0)
 
     def _blocks(self) -> list[nn.Module]:
         return next(list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.a.layers)
-
-
-def bottlenecks(width: int, rank: int, layers: int, norms: int = 0) -> int:
-    """|Θ| of adapter layers (5.1): up and down with biases, and the LayerNorms that train with them."""
-    return layers * (2 * width * rank + rank + width) + 2 * norms * width
 
 
 @dataclass(frozen=True)

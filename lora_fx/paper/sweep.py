@@ -58,17 +58,17 @@ class System:
     rules: tuple[Rule, ...] = ()
     then: tuple[Rule, ...] = ()
     """More of them, for sites that have an adapter by the first: of a linear layer its bias."""
-    rate: float = 1e-2
+    rate: float = 3e-2
     chosen: str = ""
     """Who gives the ranks, where that is not the rules: `SUGGEST` or `ADALORA`, which start from them."""
     budget: int = 0
     """Parameters that these may give."""
+    prefix: int = 0
+    """Tokens of its own, before those of a batch."""
 
     @property
     def label(self) -> str:
-        return (
-            f"{self.name} {[rule.label for rule in (*self.rules, *self.then)]} {self.rate} {self.chosen} {self.budget}"
-        )
+        return f"{self.name} {[rule.label for rule in (*self.rules, *self.then)]} {self.rate} {self.chosen} {self.budget} {self.prefix}"
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,8 @@ class _Systems:
         """The parameters of one rank, in all layers."""
         self.depth = sum(row.role == _ROLES["q"] for row in rows)
         self.budget = 16 * self.cost["q"]
+        self.width = task.width
+        self.reads = task.reads
 
     def evenly(self, parts: str, budget: int) -> tuple[Rule, ...]:
         """One rank after the other to each of the parts, while it fits."""
@@ -210,14 +212,34 @@ class _Systems:
         yield System("full fine-tuning", (full,), (bias,), _RATES["full fine-tuning"])
         yield System("FT-Top2", top[:1], top[1:], _RATES["FT-Top2"])
         yield System("bias only", (bias,), rate=_RATES["bias only"])
+        tokens = Rule(where="embedding", kind="tokens", settings={"prefix": _PREFIX})
+        if self.reads:
+            yield System("PreEmbed", (tokens,), rate=_RATES["PreEmbed"], prefix=_PREFIX)
+        both = " | ".join((_ROLES["o"], _ROLES["down"]))
+        narrow = self.budget // (2 * self.depth * (2 * self.width + 1))  # 2·d·r + r + d parameters at each place
+        for name, role, rank, settings in (
+            ("Adapter H", both, narrow, {}),
+            ("Adapter L", _ROLES["down"], 2 * narrow, {"norm": True, "activation": "relu"}),
+            ("Adapter P", _ROLES["down"], 2 * narrow, {}),
+        ):
+            rule = Rule(role=role, kind="bottleneck", rank=rank, settings=settings)
+            yield System(name, (rule,), rate=_RATES["adapters"])
+        yield System("Compacter", (Rule(role=both, kind="compacter", rank=16),), rate=_RATES["adapters"])
         yield self._adalora("q, v")
-        yield System("LoRA q, v", self.evenly("q v", self.budget))
+        lora = self.evenly("q v", self.budget)
+        yield System("LoRA q, v", lora)
+        if self.reads:
+            yield System("LoRA q, v + PreEmbed", (*lora, tokens), prefix=_PREFIX)
 
 
-_LOW_DATA = ("full fine-tuning", "bias only", "LoRA q, v")
+_PREFIX = 16
+
+_LOW_DATA = ("full fine-tuning", "bias only", "PreEmbed", "Adapter H", "LoRA q, v")
 
 #: of each method the best of a few rates (3 to a decade), on one seed that is in no table
-_RATES = {"full fine-tuning": 1e-3, "FT-Top2": 1e-3, "bias only": 1e-2, "AdaLoRA": 3e-2}
+_RATES = {
+    "full fine-tuning": 3e-3, "FT-Top2": 3e-3, "bias only": 3e-2, "AdaLoRA": 1e-1, "PreEmbed": 3e-2, "adapters": 1e-2,
+}  # fmt: skip
 
 
 # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -233,7 +255,8 @@ def trained(run: Run, base: Path) -> Outcome:
         model.load_state_dict(load_file(base))
         model.requires_grad_(False).eval()
         data = task.after()[: run.examples or None]
-        how, placed = Effort(run.steps, task.effort.batch, run.system.rate), Placed()
+        how = Effort(run.steps, task.effort.batch, run.system.rate)
+        placed = Placed(run.system.prefix, getattr(task, "characters", 0))
         for rules in (_rules(run, model, task, data, placed), run.system.then):
             if rules:
                 lora_fx.apply(model, rules, task.example(), check=False)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lora_fx.application.tokens import with_tokens
 from lora_fx.demo import experiment
 
 
@@ -81,6 +82,10 @@ class Task(ABC):
     base_effort: Effort
     effort: Effort
     """Of an adaptation; its rate is the method's."""
+    width: int
+    """Of the model, d."""
+    reads: bool
+    """Its inputs are ids, which an embedding looks up."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -115,14 +120,19 @@ class Task(ABC):
         return model.requires_grad_(False)
 
 
+@dataclass(frozen=True)
 class Placed:
-    """How a method changes what goes into the model, and what comes out: nothing, but with tokens of its own."""
+    """What a method puts before the ids of a batch: tokens of its own, or nothing."""
+
+    prefix: int = 0
+    vocabulary: int = 0
 
     def into(self, ids: torch.Tensor) -> torch.Tensor:
-        return ids
+        return with_tokens(ids, self.prefix, vocabulary=self.vocabulary) if self.prefix else ids
 
     def out_of(self, outputs: torch.Tensor) -> torch.Tensor:
-        return outputs
+        """What belongs to the ids alone."""
+        return outputs[:, self.prefix :]
 
 
 def train(
@@ -158,9 +168,10 @@ def train(
 class Text(Task):
     """Python's topics, by the share of letters and blanks in them."""
 
-    name, unit = "text", "bits per character"
+    name, unit, reads = "text", "bits per character", True
     base_effort, effort = Effort(3000, 16, 4e-3), Effort(300, 16, 0.0)
-    width, depth, heads, context = 64, 4, 4, 64
+    width, depth, heads, context, room = 64, 4, 4, 64, 16
+    """The base has read windows of context + room characters: an adaptation has room for tokens of its own."""
 
     @cached_property
     def _halves(self) -> tuple[list[str], list[str], list[str]]:
@@ -176,25 +187,30 @@ class Text(Task):
         texts = [topics[name] for name in order]
         return sorted(set("".join(texts))), texts[:half], texts[half:]
 
-    def _windows(self, texts: list[str], held_out: bool) -> torch.Tensor:
-        """Of context + 1 characters, one after the other; every tenth is held out."""
+    def _windows(self, texts: list[str], held_out: bool, length: int) -> torch.Tensor:
+        """Of so many characters and the next one, one window after the other; every tenth is held out."""
         ids = {c: n for n, c in enumerate(self._halves[0])}
         flat = torch.tensor([ids[c] for c in "".join(texts)])
-        windows = flat[: len(flat) // (self.context + 1) * (self.context + 1)].view(-1, self.context + 1)
+        windows = flat[: len(flat) // (length + 1) * (length + 1)].view(-1, length + 1)
         kept = torch.arange(len(windows)) % 10 == 9
         return windows[kept] if held_out else windows[~kept]
 
+    @property
+    def characters(self) -> int:
+        """How many there are: ids behind the last one are tokens of an adaptation's own."""
+        return len(self._halves[0])
+
     def model(self) -> nn.Module:
-        return CharacterGPT(len(self._halves[0]), self.width, self.depth, self.heads, self.context)
+        return CharacterGPT(self.characters, self.width, self.depth, self.heads, self.context + self.room)
 
     def example(self) -> torch.Tensor:
-        return self._windows(self._halves[2], False)[:2, :-1]
+        return self.after()[:2, :-1]
 
     def before(self) -> torch.Tensor:
-        return self._windows(self._halves[1], False)
+        return self._windows(self._halves[1], False, self.context + self.room)
 
     def after(self) -> torch.Tensor:
-        windows = self._windows(self._halves[2], False)
+        windows = self._windows(self._halves[2], False, self.context)
         return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
 
     def loss(self, model: nn.Module, batch: torch.Tensor, placed: Placed) -> torch.Tensor:
@@ -203,7 +219,7 @@ class Text(Task):
 
     @torch.no_grad()
     def score(self, model: nn.Module, placed: Placed) -> float:
-        held_out = self._windows(self._halves[2], True)
+        held_out = self._windows(self._halves[2], True, self.context)
         losses = [float(self.loss(model, part, placed)) * len(part) for part in held_out.split(128)]
         return math.fsum(losses) / len(held_out) / math.log(2)
 
@@ -211,7 +227,7 @@ class Text(Task):
 class Digits(Task):
     """Images and labels travel as one tensor: (n, 65), the label last."""
 
-    name, unit = "digits", "% wrong"
+    name, unit, reads = "digits", "% wrong", False
     base_effort, effort = Effort(1500, 64, 3e-3), Effort(300, 64, 0.0)
     width, depth, heads = 64, 3, 4
 

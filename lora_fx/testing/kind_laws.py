@@ -7,26 +7,34 @@ import tempfile
 from typing import Any
 
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 from torch import nn
 
-from lora_fx.application import apply, certify
+from lora_fx.analysis.rules import Rule
+from lora_fx.application import apply, certify, fold, plan, remove
 from lora_fx.checks.oracles import delta
 from lora_fx.checks.verification import run, verify
+from lora_fx.deltas.kinds import ActivationRewrite, kind_named
 from lora_fx.deltas.realisation import Realisation
+from lora_fx.errors import FoldError, LoraFxError
 from lora_fx.export.adapters.files import load_adapter, save_adapter
 from lora_fx.graph.capture import Inputs, no_fast_paths, normalize_inputs, output_tensors
+from lora_fx.model.classes import is_wired
 from lora_fx.model.inventory import inventory
 from lora_fx.testing import comparing
 from lora_fx.testing.assertions import assert_folds_exactly
+from lora_fx.testing.random_models import BLOCKS
 from lora_fx.testing.strategies import adapters, models, rules_for
 
 
 def assert_kind(kind: str, data: Any) -> None:
-    """The laws of a registered kind hold on one random model, with rules and θ that are drawn for it.
+    """The laws of a kind hold on one random model, with rules and θ that are drawn for it.
 
     A freshly adapted model is the base, bit for bit; with another θ it is the model with W + δ in its weights, as is
     each use; each tensor of θ gets a gradient, and no other; the fold is W + δ rounded once, leaves the base's
-    graph and is undone to the bit; saved and loaded it is the same model.
+    graph and is undone to the bit; saved and loaded it is the same model. Of a kind that is no delta each use is what
+    the kind makes of it, and a fold is refused, and removed it leaves the base, both to the bit.
 
     Args:
         kind: its name.
@@ -35,21 +43,23 @@ def assert_kind(kind: str, data: Any) -> None:
     Raises:
         AssertionError: a law does not hold; it shows the model, as a program that can be pasted.
     """
-    model, example = data.draw(models())
+    model, example = data.draw(models(blocks=_LOOKUPS if kind == "tokens" else BLOCKS))
     base, inputs = model.requires_grad_(False), normalize_inputs(model, example)
-    rules = data.draw(rules_for(base, example, kinds=(kind,)))
+    rewrites = isinstance(kind_named(kind), ActivationRewrite)
+    rules = _rewriting(base, example, kind, data) if rewrites else data.draw(rules_for(base, example, kinds=(kind,)))
     adapted = apply(copy.deepcopy(base), rules, example)
     with no_fast_paths():
         same = all(map(torch.equal, run(base, inputs), run(adapted, inputs)))
     _require(same, "a freshly adapted model is not the base, bit for bit", base, rules)
     data.draw(adapters(sizes=(1.0, 0.25)))(adapted)
-    report = verify(_dense(base, adapted), adapted, inputs)
+    report = rewrites or verify(_dense(base, adapted), adapted, inputs)
     _require(bool(report), f"it is not the model with W + δ in its weights: {report}", base, rules)
     certificate = certify(adapted, inputs, gradients=False)
     right = all(row.error <= row.bound and row.realised != Realisation.MISSED for row in certificate.rows)
     _require(right and all(certificate.whole), f"a use is not W + δ:\n{certificate}", base, rules)
     _check_gradients(base, adapted, inputs, rules)
-    assert_folds_exactly(adapted, example)
+    if not rewrites:
+        assert_folds_exactly(adapted, example)
     fresh = copy.deepcopy(base)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(adapted, folder, peft=False)
@@ -57,6 +67,55 @@ def assert_kind(kind: str, data: Any) -> None:
     before, after = comparing.bits(adapted), comparing.bits(fresh)
     changed = [name for name in before if name not in after or not comparing.same_bits(before[name], after[name])]
     _require(not changed and len(before) == len(after), f"{changed}: saved and loaded it is another one", base, rules)
+    if rewrites:
+        _check_no_fold(base, adapted, rules)
+
+
+_LOOKUPS = [block for block in BLOCKS if block.reads_ids] * 8 + [block for block in BLOCKS if not block.reads_ids][:2]
+
+#: kind → settings of which each has another θ
+_SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "bottleneck": [
+        {"rank": 1},
+        {"rank": 3, "settings": {"activation": "tanh"}},
+        {"rank": 2, "settings": {"norm": True, "activation": "silu"}},
+    ],
+    "compacter": [{"rank": 2, "settings": {"n": 2}}, {"rank": 3, "settings": {"n": 1, "factors": 2, "norm": True}}],
+    "tokens": [{"settings": {"prefix": 2, "infix": 1}}],
+}
+
+
+def _rewriting(base: nn.Module, example: Any, kind: str, data: Any) -> list[Rule]:
+    """A rule for some of the weights that can have it; LoRA on others."""
+    settings = data.draw(st.sampled_from(_SETTINGS[kind]))
+    role = "embedding" if kind == "tokens" else None  # of a tied table the lookup alone
+    try:
+        rows = plan(base, Rule(where="*", role=role, kind=kind, otherwise="skip", **settings), example).rows
+    except LoraFxError:  # no weight can
+        rows = ()
+    normed = settings.get("settings", {}).get("norm")  # one number less its mean is 0: no gradient is right then
+    able = [row for row in rows if not (normed and row.out == 1)]
+    assume(able)
+    chosen = data.draw(st.lists(st.sampled_from(able), min_size=1, max_size=4, unique_by=id))
+    rules = [Rule(where=" | ".join(row.weight.name for row in chosen), role=role, kind=kind, **settings)]
+    others = [row for row in able if row not in chosen]
+    return [*rules, Rule(where=others[0].weight.name, rank=1)] if others and data.draw(st.booleans()) else rules
+
+
+def _check_no_fold(base: nn.Module, adapted: nn.Module, rules: Any) -> None:
+    before = comparing.bits(adapted)
+    try:
+        fold(adapted)
+    except FoldError:
+        pass
+    else:
+        _require(False, "it folds, and is no delta", base, rules)
+    same = all(comparing.same_bits(own, before[name]) for name, own in comparing.bits(adapted).items())
+    _require(same, "a refused fold changes it", base, rules)
+    remove(adapted, "default")
+    plain, left = comparing.bits(base), comparing.bits(adapted)
+    same = plain.keys() == left.keys() and all(comparing.same_bits(own, left[name]) for name, own in plain.items())
+    _require(same and not is_wired(adapted), "removed it leaves another model than the base", base, rules)
 
 
 def _dense(base: nn.Module, adapted: nn.Module) -> nn.Module:
@@ -87,6 +146,7 @@ def _check_gradients(base: nn.Module, adapted: nn.Module, inputs: Inputs, rules:
         for place in inventory(adapted).places
         if place.child in place.owner._modules and place.weight in reached
         for name in place.adapter._parameters
+        if name != "tokens"  # no index asks for one
     }
     _require(not wanted - found, f"no gradient reaches {', '.join(sorted(wanted - found))}", base, rules)
     trained = {name for name, p in adapted.named_parameters(remove_duplicate=False) if p.requires_grad}

@@ -93,11 +93,22 @@ def of_kinds(*names: str) -> tuple[str, ...]:
     return tuple(f"{KINDS}::test_{name}" for name in names)
 
 
+REWRITES = "tests/test_rewrites.py"
+
+
+def of_rewrites(name: str) -> tuple[str, ...]:
+    """This test of `REWRITES`, without its ``test_``."""
+    return (f"{REWRITES}::test_{name}",)
+
+
 HISTORIES = "tests/test_histories.py"
 GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"
 PAPER = "tests/test_paper.py"
 MEMORY = "tests/test_memory.py"
+
+CHECKPOINTS = "tests/test_checkpoints.py"
+COMMAND = "tests/test_command.py"
 
 AREAS = {
     "algebra": Area((GAPS, "tests/test_forms.py"), "native-chain", "l2"),
@@ -108,6 +119,7 @@ AREAS = {
     "capture": Area((GAPS, "tests/test_refusals.py"), "native-batchnorm", "l13"),
     "fold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l3"),
     "rounding": Area(("tests/test_fold.py", GAPS), "native-chain", "l3"),
+    "ahead": Area(("tests/test_fold.py",)),
     "unfold": Area(("tests/test_fold.py", "tests/test_rules.py", GAPS), "native-chain", "l5"),
     "changes": Area(("tests/test_concurrency.py",)),
     "switching": Area(("tests/test_switching.py",)),
@@ -119,6 +131,7 @@ AREAS = {
     "verification": Area((GAPS, "tests/test_refusals.py"), "native-tied", "l1"),
     "export": Area(("tests/test_onnx.py",), laws="l10"),
     "schedules": Area(("tests/test_schedules.py",)),
+    "dropping": Area(("tests/test_dropping.py",)),
     "dispatch": Area(("tests/test_dispatch.py",)),
     "files": Area(("tests/test_adapter_files.py", GAPS)),
     "kinds": Area((KINDS,)),
@@ -127,6 +140,9 @@ AREAS = {
     "gradients": Area((GRADIENTS,)),
     "paper": Area((PAPER,)),
     "memory": Area((MEMORY,)),
+    "rewrites": Area((REWRITES,)),
+    "checkpoints": Area((CHECKPOINTS,)),
+    "command": Area((COMMAND,)),
 }
 
 MUTANTS = (
@@ -318,8 +334,8 @@ MUTANTS = (
     ),
     Mutant(
         "site_skipped", "insert", "passes/insert.py",
-        "_insert(model, row, plan.name) for row in plan.rows)",
-        "_insert(model, row, plan.name) for row in plan.rows[:-1] or plan.rows)",
+        "_insert(model, row, plan.name, owners) for row in plan.rows)",
+        "_insert(model, row, plan.name, owners) for row in plan.rows[:-1] or plan.rows)",
         "The last site of a plan with several gets no adapter.",
     ),
     Mutant(
@@ -706,7 +722,7 @@ MUTANTS = (
     ),
     Mutant(
         "fold_last_block_left_out", "fold", "lora_fx/deltas/exact_sum.py",
-        "for start in range(0, rows, step):", "for start in range(0, max(rows - rows % step, 1), step):",
+        "for start in range(0, rows, step) if", "for start in range(0, max(rows - rows % step, 1), step) if",
         "The last rows of weights above a million elements are not folded.",
         tests=(GAPS,),
     ),
@@ -717,13 +733,13 @@ MUTANTS = (
     ),
     Mutant(
         "nan_folded", "fold", "lora_fx/deltas/exact_sum.py",
-        "if whole.magnitude <= torch", "if not whole.magnitude > torch",
+        "if magnitude <= torch", "if not magnitude > torch",
         "Factors with NaN are folded into the weights.",
         tests=("tests/test_refusals.py", GAPS),
     ),
     Mutant(
         "overflow_folded", "fold", "lora_fx/deltas/exact_sum.py",
-        "for part in whole.blocks():  # only", "for part in ():  # only",
+        "if not all(map(math.isfinite, sums)):", "if False:",
         "A sum beyond float16 is folded as Inf.",
         tests=("tests/test_refusals.py", GAPS),
     ),
@@ -736,7 +752,7 @@ MUTANTS = (
     ),
     Mutant(
         "delta_rounded_before_the_sum", "rounding", "lora_fx/deltas/exact_sum.py",
-        ".copy_(block).add_(delta)\n", ".copy_(block).add_(delta.to(block.dtype))\n",
+        "return total.add_(delta), delta", "return total.add_(delta.to(self.weight.dtype)), delta",
         "The delta is rounded to W's dtype, and the sum again.",
     ),
     Mutant(
@@ -746,15 +762,61 @@ MUTANTS = (
     ),
     Mutant(
         "ties_to_odd", "rounding", "lora_fx/deltas/rounding.py",
-        "int(value[None].view(_INTEGERS[value.itemsize])) & 1",
-        "-(int(value[None].view(_INTEGERS[value.itemsize])) & 1)",
+        "near = round(x / step) * step", "near = (round(x / step - 1) + 1) * step",
         "A sum exactly between two numbers becomes the odd one.",
         tests=(GAPS,),
     ),
     Mutant(
         "doubt_ignored", "rounding", "lora_fx/deltas/exact_sum.py",
-        "if len(places):  #", "if False:  #",
+        "if len(some):  #", "if False:  #",
         "Sums too near a border for float64 to decide are rounded on a guess.",
+    ),
+    Mutant(
+        "sieve_too_fine", "rounding", "lora_fx/deltas/rounding.py",
+        "mul_(2.0**-22)", "mul_(2.0**-26)",
+        "What float32 rounds away while doubtful sums are looked for is not allowed for.",
+    ),
+    # ── looking ahead ────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "gpu_asked_in_each_block", "ahead", "lora_fx/deltas/ahead.py",
+        'return device.type != "cpu"', "return False",
+        "A fold on a GPU waits for it in each block.",
+    ),
+    Mutant(
+        "look_reads", "ahead", "lora_fx/deltas/ahead.py",
+        "    if undoable:\n", "    if undoable or int(counts[0]) < 0:\n",
+        "Looking ahead at a block waits for what it has found.",
+    ),
+    Mutant(
+        "other_sums_not_allowed_for", "ahead", "lora_fx/deltas/ahead.py",
+        "_TIMES = 4", "_TIMES = 1",
+        "A sum that comes out another one the second time may be in doubt then, and nobody has settled it.",
+    ),
+    Mutant(
+        "settled_not_written", "ahead", "lora_fx/deltas/exact_sum.py",
+        "            flat[found.places] = found.settled.to(flat.dtype)\n", "            pass\n",
+        "What was summed as fractions before the fold is not what is written.",
+    ),
+    Mutant(
+        "doubt_beyond_the_room", "ahead", "lora_fx/deltas/ahead.py",
+        "if doubtful > self.room or open_ > len(self.places):", "if False:",
+        "Of a block with much in doubt the first few elements are looked at.",
+    ),
+    Mutant(
+        "block_not_halved", "ahead", "lora_fx/deltas/ahead.py",
+        "if smaller == sizes:", "if True:",
+        "A fold whose first blocks find no memory is refused.",
+    ),
+    Mutant(
+        "way_back_in_other_blocks", "ahead", "lora_fx/deltas/exact_sum.py",
+        "zip(whole.blocks(self.elements), self.remainders, strict=True)",
+        "zip(whole.blocks(_BLOCK), self.remainders, strict=True)",
+        "Unfolding takes blocks of today's size, and not the fold's.",
+    ),
+    Mutant(
+        "block_of_all_memory", "ahead", "lora_fx/deltas/exact_sum.py",
+        "free // (2 * scratches", "free // (scratches",
+        "A block on a GPU takes all the memory that is free, and nothing is left to compute with.",
     ),
     # ── schedules ────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -858,6 +920,31 @@ MUTANTS = (
     ),
     # ── dispatch ─────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
+        "kept_without_scale", "dropping", "lora_fx/deltas/dropping.py",
+        ".mul_(2**_BITS / (2**_BITS - dropped))", "",
+        "Dropout makes the branch smaller in training than it is afterwards.",
+    ),
+    Mutant(
+        "drops_what_it_should_keep", "dropping", "lora_fx/deltas/dropping.py",
+        "dropped - 2 ** (_BITS - 1)", "2 ** (_BITS - 1) - dropped",
+        "1 − p of the elements are dropped.",
+    ),
+    Mutant(
+        "a_bit_that_is_never_drawn", "dropping", "lora_fx/deltas/dropping.py",
+        "random_(-(2**63), None)", "random_()",
+        "Every fourth element is dropped less often.",
+    ),
+    Mutant(
+        "captured_with_draws_of_ours", "dropping", "lora_fx/deltas/dropping.py",
+        "return not captured and ", "return ",
+        "A program that is captured shows how dropout is drawn, instead of dropout.",
+    ),
+    Mutant(
+        "first_adapter_for_all", "dropping", "lora_fx/model/classes.py",
+        'return f"{first}{indent}{start}{name}."', 'return f"{first}{indent}{start}{min(held)}."',
+        "With two adapters a generated forward reads the factors of one twice.",
+    ),
+    Mutant(
         "second_adapter_lost_at_once", "dispatch", "lora_fx/deltas/adapted_weight.py",
         "    for adapter in adapters:\n        term", "    for adapter in adapters[:1]:\n        term",
         "Of two adapters on a weight that is read by dispatch only the first acts.",
@@ -879,13 +966,13 @@ MUTANTS = (
     ),
     # ── unfold ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
-        "unfold_off_by_one", "unfold", "lora_fx/deltas/rounding.py",
+        "unfold_off_by_one", "unfold", "lora_fx/deltas/remainder.py",
         ".sub_(_BIAS)", ".sub_(_BIAS - 1)",
         "Every unfolded number is one step of its dtype too large.",
     ),
     Mutant(
-        "shaky_guess_trusted", "unfold", "lora_fx/deltas/rounding.py",
-        "torch.cat([shaky, _nonzero(", "torch.cat([shaky[:0], _nonzero(",
+        "shaky_guess_trusted", "unfold", "lora_fx/deltas/remainder.py",
+        "far.bitwise_or_(torch.bitwise_and(steps, ~15, out=moved))", "torch.bitwise_and(steps, ~15, out=far)",
         "A delta that is summed in another order on the way back can move the guess, and the weight with it.",
         tests=("tests/test_fold.py",),
     ),
@@ -1306,13 +1393,13 @@ MUTANTS = (
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
     ),
     Mutant(
-        "rslora_loaded_as_standard", "files", "export/adapters/files.py",
+        "rslora_loaded_as_standard", "files", "export/adapters/peft_files.py",
         '"scaling": "rslora" if config.get("use_rslora") else "standard"', '"scaling": "standard"',
         "use_rslora of a PEFT adapter is ignored.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
-        "out_proj_once", "files", "export/adapters/files.py",
+        "out_proj_once", "files", "export/adapters/peft_files.py",
         "float(alphas[layer.target]) * layer.times", "float(alphas[layer.target])",
         "PEFT adds the delta of an attention's out_proj twice, and the loaded model once.",
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
@@ -1360,13 +1447,13 @@ MUTANTS = (
         tests=("tests/test_adapter_files.py::test_damaged_folders",),
     ),
     Mutant(
-        "edited_settings_accepted", "files", "export/adapters/files.py",
+        "edited_settings_accepted", "files", "export/adapters/own.py",
         "        if config.get(key) != value:", "        if key not in config:",
         "A config that was edited after saving is half believed.",
         tests=("tests/test_adapter_files.py::test_settings_that_were_edited",),
     ),
     Mutant(
-        "dropout_not_loaded", "files", "export/adapters/files.py",
+        "dropout_not_loaded", "files", "export/adapters/own.py",
         'float(entry["dropout"])', "0.0",
         "The dropout of a saved adapter is gone after loading.",
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
@@ -1378,7 +1465,67 @@ MUTANTS = (
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
-        "equal_shift_forgotten", "files", "export/adapters/files.py",
+        "tied_copy_parted", "files", "export/adapters/beside.py",
+        "names = ties if tie and name in ties else (name,)", "names = (name,)",
+        "A copy that PEFT ties to the head is read by the embedding alone.",
+        tests=("tests/test_peft_beside.py",),
+    ),
+    Mutant(
+        "rows_as_they_are_listed", "files", "export/adapters/beside.py",
+        "order = sorted(range(len(rows)), key=rows.__getitem__)", "order = list(range(len(rows)))",
+        "Rows of single tokens are taken in the order of the file for tokens in the order of the table.",
+        tests=("tests/test_peft_beside.py",),
+    ),
+    Mutant(
+        "bias_of_the_branch_unscaled", "files", "export/adapters/beside.py",
+        "(value.double() * scale)", "value.double()",
+        "What lora_bias adds is not multiplied with alpha / rank.",
+        tests=("tests/test_peft_beside.py",),
+    ),
+    Mutant(
+        "another_embedding_accepted", "files", "export/adapters/beside.py",
+        "return first if first and bool(other[first:].all()) else None", "return first",
+        "An embedding of another base is taken for one whose vocabulary was resized.",
+        tests=("tests/test_peft_beside.py",),
+    ),
+    Mutant(
+        "what_trains_not_written", "files", "export/adapters/files.py",
+        "held += _trained(model, name) if beside == SAVE else []", "held += []",
+        "A head that has requires_grad is left out of the file without a word.",
+        tests=("tests/test_peft_beside.py",),
+    ),
+    Mutant(
+        "the_last_entry_counts", "files", "export/adapters/spelling.py",
+        "if own in tensors and not (", "if False and not (",
+        "Of two entries for one weight the last is taken, silently.",
+        tests=("tests/test_adapter_dialects.py",),
+    ),
+    Mutant(
+        "alpha_in_the_file_ignored", "files", "export/adapters/entries.py",
+        'key = keys.get("alpha")', "key = None",
+        "kohya's alphas are not read: every scale is 1.",
+        tests=("tests/test_adapter_dialects.py",),
+    ),
+    Mutant(
+        "another_part_dropped", "files", "export/adapters/entries.py",
+        "if wanted is None and len(known) > 1:", "if False:",
+        "Of a file for a UNet and a text encoder one is loaded, and the other dropped without a word.",
+        tests=("tests/test_adapter_dialects.py",),
+    ),
+    Mutant(
+        "groups_side_by_side", "files", "export/adapters/loralib.py",
+        "rows = tuple(range(group * width, (group + 1) * width))", "rows = tuple(range(k * width, (k + 1) * width))",
+        "The factors of loralib's value group lie on the key's rows.",
+        tests=("tests/test_adapter_dialects.py",),
+    ),
+    Mutant(
+        "sums_of_a_pickle_unread", "files", "export/adapters/pickles.py",
+        "(damaged := archive.testzip()) is not None", "(damaged := None) is not None",
+        "Flipped bits in the numbers of a pickle are loaded.",
+        tests=("tests/test_adapter_dialects.py",),
+    ),
+    Mutant(
+        "equal_shift_forgotten", "files", "export/adapters/peft_files.py",
         "torch.ldexp(delta.B, torch.tensor(shift))", "delta.B",
         "Parts of a fused weight with scales of their own are saved with one.",
         tests=("tests/test_adapter_files.py::test_peft_reads_what_we_save",),
@@ -1686,7 +1833,7 @@ MUTANTS = (
     ),
     Mutant(
         "infinite_sum_folded", "kinds", "lora_fx/deltas/rounded_sum.py",
-        "if not bool(rounded.isfinite().all()):", "if False:",
+        "    if not finite:\n", "    if False:\n",
         "NaN in θ is folded into the weight.",
         tests=of_kinds("nan_in_theta_is_refused_before_anything_is_written"),
     ),
@@ -1878,14 +2025,14 @@ MUTANTS = (
     ),
     # ── files of other kinds ─────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
-        "settings_of_a_kind_not_saved", "kinds", "export/adapters/files.py",
+        "settings_of_a_kind_not_saved", "kinds", "export/adapters/values.py",
         '"kind": a.kind.name, "settings": dict(a.settings)}',
         '"kind": a.kind.name, "settings": {k: v for k, v in a.settings.items() if k == "rank"}}',
         "The scale of a saved DoRA is 1 after loading.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
     ),
     Mutant(
-        "kind_not_saved", "kinds", "export/adapters/files.py",
+        "kind_not_saved", "kinds", "export/adapters/values.py",
         'if a.kind.name != "lora":\n            return {**said', "if not a.settings:\n            return {**said",
         "DoRA is saved as LoRA.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
@@ -1897,13 +2044,13 @@ MUTANTS = (
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
     ),
     Mutant(
-        "use_dora_not_said", "kinds", "export/adapters/files.py",
+        "use_dora_not_said", "kinds", "export/adapters/peft_files.py",
         '"use_dora": dora,', '"use_dora": False,',
         "PEFT is given a DoRA as a LoRA.",
         tests=of_kinds("dora_for_peft_and_back"),
     ),
     Mutant(
-        "dora_loaded_as_lora", "kinds", "export/adapters/files.py",
+        "dora_loaded_as_lora", "kinds", "export/adapters/peft_files.py",
         'kind_named("dora" if config.get("use_dora") else "lora")', 'kind_named("lora")',
         "use_dora of a PEFT adapter is ignored.",
         tests=of_kinds("dora_for_peft_and_back"),
@@ -1921,19 +2068,19 @@ MUTANTS = (
         tests=of_kinds("dora_of_attention_is_refused_for_peft"),
     ),
     Mutant(
-        "part_of_dora_for_peft", "kinds", "export/adapters/files.py",
+        "part_of_dora_for_peft", "kinds", "export/adapters/peft_files.py",
         'if kind == "dora" and h.adapter.rows is not None:', "if False:",
         "A DoRA of a part of a weight is written as one of all of it.",
         tests=of_kinds("a_part_of_dora_is_refused_for_peft"),
     ),
     Mutant(
-        "dora_read_outside_for_peft", "kinds", "export/adapters/files.py",
+        "dora_read_outside_for_peft", "kinds", "export/adapters/peft_files.py",
         'if h.adapter.read_outside and layer.kind != "attention":', "if False:",
         "A DoRA whose weight another module reads is written for PEFT, which adapts calls alone.",
         tests=of_kinds("dora_of_a_weight_that_another_module_reads_is_refused_for_peft"),
     ),
     Mutant(
-        "two_kinds_for_peft", "kinds", "export/adapters/files.py",
+        "two_kinds_for_peft", "kinds", "export/adapters/peft_files.py",
         "        if len(kinds) > 1:\n", "        if not kinds:\n",
         "A LoRA beside a DoRA is written as one.",
         tests=of_kinds("what_peft_has_no_kind_for_is_refused"),
@@ -2014,14 +2161,14 @@ MUTANTS = (
     ),
     Mutant(
         "every_kind_folds_exactly", "kinds", "passes/planning.py",
-        '"exactly" if row.kind.low_rank else "rounded once"', '"exactly"',
+        '"exactly" if kind.low_rank else "rounded once"', '"exactly"',
         "The plan promises more than the fold does.",
         tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
     ),
     Mutant(
         "plan_counts_like_lora", "kinds", "passes/planning.py",
-        "return sum(math.prod(shape) for shape in self.kind.shapes(space).values())",
-        "return sum(math.prod(shape) for shape in [*self.kind.shapes(space).values()][:2])",
+        "return sum(math.prod(shape) for shape in self.kind.shapes(self.space).values())",
+        "return sum(math.prod(shape) for shape in [*self.kind.shapes(self.space).values()][:2])",
         "The plan leaves the magnitudes out.",
         tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
     ),
@@ -2081,7 +2228,7 @@ MUTANTS = (
     ),
     Mutant(
         "trained_beside_left_out", "settings", "lora_fx/model/training.py",
-        "if beside == IGNORE or not names:", "if True:",
+        "if beside != REFUSE or not (trained := trained_beside(model)):", "if True:",
         "save_adapter leaves out a head that trains, without a word.",
     ),
     Mutant(
@@ -2216,7 +2363,7 @@ MUTANTS = (
     ),
     Mutant(
         "dropout_without_a_branch", "gradients", "passes/insert.py",
-        "and not a.drops for a in alike", "for a in alike",
+        "and not a.drops and _has_delta(a) for a in alike", "and _has_delta(a) for a in alike",
         "A weight that is read as the sum W + δ has a dropout, and the first training step raises.",
         tests=(f"{GRADIENTS}::test_a_dropout_has_no_branch_there_and_is_refused",),
     ),
@@ -2470,14 +2617,14 @@ MUTANTS = (
         tests=("tests/test_paper_counts.py::test_digits_are_cut_or_rounded",),
     ),
     Mutant(
-        "bottlenecks_without_biases", "paper", "lora_fx/paper/counts.py",
-        "(2 * width * rank + rank + width)", "(2 * width * rank)",
+        "bottlenecks_without_biases", "paper", "lora_fx/deltas/rewrites.py",
+        '{"down_bias": (space.rank,), "up_bias": (d,), **norm}', "norm",
         "Adapter layers have no biases, and their counts are below the paper's.",
         tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
     ),
     Mutant(
         "prefixes_in_one_layer", "paper", "lora_fx/paper/counts.py",
-        '"PreLayer": layers', '"PreLayer": 1',
+        "lambda tokens: layers * d * tokens", "lambda tokens: d * tokens",
         "Prefix-layer tuning has as few parameters as prefix-embedding tuning.",
         tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
     ),
@@ -2513,5 +2660,343 @@ MUTANTS = (
         "memory_in_the_models_dtype", "memory", "lora_fx/checks/footprint.py",
         "return dtype if dtype is not None and", "return dtype if False and",
         "The dtype that is asked for is not taken.",
+    ),
+    # ── activation rewrites ──────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "bottleneck_without_the_residual", "rewrites", "lora_fx/deltas/rewrites.py",
+        "return y + F.linear(z, up, theta.up_bias)",
+        "return F.linear(z, up, theta.up_bias)",
+        "What a bottleneck gives stands in the place of y.",
+        tests=of_rewrites("a_linear_of_each_is_what_its_paper_says"),
+    ),
+    Mutant(
+        "bottleneck_starts_at_random", "rewrites", "lora_fx/deltas/rewrites.py",
+        "    theta.up.zero_()\n",
+        "    theta.up.uniform_(-bound, bound)\n",
+        "A fresh bottleneck is not the identity.",
+        tests=of_rewrites("each_system_trains_by_rules_alone_and_exactly_its_own"),
+    ),
+    Mutant(
+        "norm_of_a_bottleneck_untrained", "rewrites", "lora_fx/deltas/rewrites.py",
+        "(use.space.out,), theta.norm_weight, theta.norm_bias)",
+        "(use.space.out,))",
+        "The LayerNorm of Adapter L has no weight and no bias.",
+        tests=of_rewrites("a_linear_of_each_is_what_its_paper_says"),
+    ),
+    Mutant(
+        "kronecker_the_other_way_round", "rewrites", "lora_fx/deltas/rewrites.py",
+        '"iab,ipf,ifq->apbq"',
+        '"iab,ipf,ifq->paqb"',
+        "Of A ⊗ B a compacter makes B ⊗ A.",
+        tests=of_rewrites("a_linear_of_each_is_what_its_paper_says"),
+    ),
+    Mutant(
+        "last_word_is_a_token", "rewrites", "lora_fx/deltas/rewrites.py",
+        "own = F.embedding((use.x - n).clamp",
+        "own = F.embedding((use.x - n + 1).clamp",
+        "Tokens are looked up one row too late.",
+        tests=of_rewrites("tokens_stand_behind_the_last_one_of_the_table"),
+    ),
+    Mutant(
+        "tokens_asked_of_the_table", "rewrites", "lora_fx/deltas/rewrites.py",
+        "use.of(use.x.clamp(max=n - 1))",
+        "use.of(use.x)",
+        "The table is asked for rows that it does not have.",
+        tests=of_rewrites("tokens_stand_behind_the_last_one_of_the_table"),
+    ),
+    Mutant(
+        "tokens_start_as_noise", "rewrites", "lora_fx/deltas/rewrites.py",
+        "theta.tokens.copy_(weight.index_select(-1, drawn).mT)",
+        "theta.tokens.normal_()",
+        "New tokens are no words that the model knows.",
+        tests=of_rewrites("tokens_start_as_words_of_the_table"),
+    ),
+    Mutant(
+        "rewrite_of_the_plain_use", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "plain = weight.only(deltas) if deltas else weight.base",
+        "plain, deltas = weight.base, []",
+        "The deltas of a weight are lost where something rewrites its use.",
+        tests=of_rewrites("it_stands_around_the_deltas_and_a_later_one_around_an_earlier_one"),
+    ),
+    Mutant(
+        "only_the_last_rewrite", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "use = partial(_around, own, use, theta)",
+        "first = partial(_around, own, use, theta)\n    use = first",
+        "Of several rewrites of one use the last alone is done.",
+        tests=of_rewrites("it_stands_around_the_deltas_and_a_later_one_around_an_earlier_one"),
+    ),
+    Mutant(
+        "rewrite_left_out_of_an_unknown_use", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        'raise _no_use(branch, "reads it in another way than a product does whose features come last")',
+        "continue",
+        "A use that no plan has seen goes on without its rewrite.",
+        tests=of_rewrites("a_use_that_no_plan_has_seen_is_refused_when_it_runs"),
+    ),
+    Mutant(
+        "rewrite_in_the_dtype_of_theta", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "theta = own.cast(weight.base.dtype).theta if weight.cast else own.theta",
+        "theta = own.theta",
+        "Beside a weight in bfloat16 a rewrite computes with float32.",
+        tests=of_rewrites("beside_a_weight_in_bfloat16_its_theta_is_float32_and_its_result_is_not"),
+    ),
+    Mutant(
+        "rewrite_of_channels", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        "if call.out_dims != (-1,):",
+        "if False:",
+        "A bottleneck behind a convolution narrows positions.",
+        tests=of_rewrites("what_has_no_such_use_is_refused_by_name"),
+    ),
+    Mutant(
+        "rewrite_before_the_bias", "rewrites", "passes/planning.py",
+        'if bias is not None and use.call.options.get("bias") is None:',
+        "if False:",
+        "A bias that is added by an op of its own comes behind the bottleneck.",
+        tests=of_rewrites("what_has_no_such_use_is_refused_by_name"),
+    ),
+    Mutant(
+        "rewritten_and_read_besides", "rewrites", "passes/planning.py",
+        "if use not in row.uses and not (row.split and use.module not in here):",
+        "if False:",
+        "Who reads the weight besides is told so when it runs.",
+        tests=of_rewrites("what_has_no_such_use_is_refused_by_name"),
+    ),
+    Mutant(
+        "rewrite_is_served_dense", "rewrites", "passes/insert.py",
+        " and _has_delta(a) for a in alike", " for a in alike",
+        "What rewrites a use is asked to be a sum, and the error names that.",
+        tests=of_rewrites("code_that_wants_a_plain_tensor_is_told_that_no_product_was_seen"),
+    ),
+    Mutant(
+        "shared_is_counted_at_each_site", "rewrites", "passes/planning.py",
+        " - sum(sum(own.values()) for own in common) + sum(once.values())",
+        "",
+        "What adapters have in common is counted for each.",
+        tests=of_rewrites("each_system_trains_by_rules_alone_and_exactly_its_own"),
+    ),
+    Mutant(
+        "nothing_is_shared", "rewrites", "passes/insert.py",
+        "        if owner is not adapter:\n            adapter.share(tensor, owner)\n",
+        "",
+        "Each compacter has factors of its own.",
+        tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
+    ),
+    Mutant(
+        "shared_with_those_of_one_call", "rewrites", "passes/insert.py",
+        "        if adapter.name == name:\n            for tensor in _in_common",
+        "        if False:\n            for tensor in _in_common",
+        "Sites that are added later share with each other alone.",
+        tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
+    ),
+    Mutant(
+        "shared_starts_again", "rewrites", "lora_fx/deltas/adapter.py",
+        "for name in self._owners:  # it has started",
+        "for name in ():",
+        "A later site draws what all have trained anew.",
+        tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
+    ),
+    Mutant(
+        "shared_is_saved_nowhere", "rewrites", "export/adapters/own.py",
+        "bases[h.adapter.owner(tensor)]",
+        "bases[h.adapter]",
+        "A file looks for what is shared at each site.",
+        tests=of_rewrites("saved_copied_and_put_away_it_is_the_same"),
+    ),
+    Mutant(
+        "rewrite_folds", "rewrites", "passes/fold.py",
+        "if isinstance(adapter.kind, ActivationRewrite):",
+        "if False:",
+        "A fold leaves out what is no delta.",
+        tests=of_rewrites("nothing_that_folds_takes_it"),
+    ),
+    Mutant(
+        "tokens_are_checked_without_one", "rewrites", "lora_fx/checks/rewritten.py",
+        "flat[given] = _mixed(flat[given], adapter)",
+        "pass",
+        "The self-check never looks a new token up.",
+        tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
+    ),
+    Mutant(
+        "check_rewrites_nothing", "rewrites", "lora_fx/checks/rewritten.py",
+        "use = partial(rewritten, adapter, use)",
+        "pass",
+        "A model is held against the one without its rewrites.",
+        tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
+    ),
+    Mutant(
+        "loss_counts_tokens", "rewrites", "lora_fx/application/tokens.py",
+        "row.all(_IGNORED, tensor)",
+        "row.all(0, tensor)",
+        "A loss asks for what new tokens stand for.",
+        tests=of_rewrites("tokens_are_put_into_a_batch"),
+    ),
+    Mutant(
+        "positions_behind_an_infix_before_it", "rewrites", "lora_fx/application/tokens.py",
+        "self.prefix + self.infix * behind",
+        "self.prefix + self.infix",
+        "The prompt's positions leave room for the infix behind it.",
+        tests=of_rewrites("tokens_are_put_into_a_batch"),
+    ),
+    Mutant(
+        "infix_behind_padding", "rewrites", "lora_fx/application/tokens.py",
+        "ends = torch.where(first < length, first, ends)",
+        "ends = first",
+        "In a row without labels the infix stands behind its padding.",
+        tests=of_rewrites("tokens_are_put_into_a_batch"),
+    ),
+    # ── checkpoints on disk ──────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "strength_is_dropped", "checkpoints", "export/checkpoints/arithmetic.py",
+        "scale=plain.scale * share.strength", "scale=plain.scale",
+        "An adapter of strength 0.5 is folded whole.",
+        tests=(f"{CHECKPOINTS}::test_strengths_multiply_deltas_and_several_adapters_add_up",),
+    ),
+    Mutant(
+        "first_features_of_dora", "checkpoints", "export/checkpoints/arithmetic.py",
+        "value.narrow(axis, start, size)", "value.narrow(axis, 0, size)",
+        "Every block of rows gets the sizes of the first.",
+        tests=(f"{CHECKPOINTS}::test_it_is_the_fold_of_the_model",),
+    ),
+    Mutant(
+        "one_expert_for_all", "checkpoints", "export/checkpoints/arithmetic.py",
+        "delta.picked(torch.tensor(n))", "delta.picked(torch.tensor(0))",
+        "Every expert gets the adapter of the first.",
+        tests=(f"{CHECKPOINTS}::test_experts_are_matrices_of_their_own",),
+    ),
+    Mutant(
+        "what_was_written_is_trusted", "checkpoints", "export/checkpoints/streams.py",
+        "if found != (was.target, was.beside_digest):", "if False:",
+        "A file that a kill has left is gone on with, whatever is in it.",
+        tests=(f"{CHECKPOINTS}::test_what_was_finished_is_verified_before_it_is_trusted",),
+    ),
+    Mutant(
+        "another_base_is_gone_on_with", "checkpoints", "export/checkpoints/streams.py",
+        "if self.read_digest.hexdigest() != was.source:", "if False:",
+        "A base that has changed is gone on with.",
+        tests=(f"{CHECKPOINTS}::test_another_task_or_another_base_does_not_go_on_with_it",),
+    ),
+    Mutant(
+        "a_torn_line_counts", "checkpoints", "export/checkpoints/work.py",
+        ".split(b\"\\n\")[:-1]  # what", ".split(b\"\\n\")  # what",
+        "A line of the journal that a kill has cut short is read.",
+        tests=(f"{CHECKPOINTS}::test_what_was_finished_is_verified_before_it_is_trusted",),
+    ),
+    Mutant(
+        "another_task_goes_on", "checkpoints", "export/checkpoints/work.py",
+        "elif first != self.task:", "elif False:",
+        "A fold goes on with what another fold had begun.",
+        tests=(f"{CHECKPOINTS}::test_another_task_or_another_base_does_not_go_on_with_it",),
+    ),
+    Mutant(
+        "two_processes_at_once", "checkpoints", "export/checkpoints/work.py",
+        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+        "Two processes write the same folder.",
+        tests=(f"{CHECKPOINTS}::test_two_at_once_is_one_too_many",),
+    ),
+    Mutant(
+        "a_full_folder_is_written_over", "checkpoints", "export/checkpoints/work.py",
+        "    if out.exists() or out.is_symlink():", "    if False:",
+        "A folder with files in it is replaced.",
+        tests=(f"{CHECKPOINTS}::test_a_folder_that_is_not_empty_is_not_written_to",),
+    ),
+    Mutant(
+        "an_index_is_believed", "checkpoints", "export/checkpoints/checkpoint.py",
+        "if where != table.get(name):", "if False:",
+        "An index may say that a tensor is where it is not.",
+        tests=(f"{CHECKPOINTS}::test_a_damaged_base_is_refused",),
+    ),
+    Mutant(
+        "an_index_leaves_its_folder", "checkpoints", "export/checkpoints/checkpoint.py",
+        "if Path(name).name != name or name in", "if False and name in",
+        "An index may name any file of the system.",
+        tests=(f"{CHECKPOINTS}::test_a_damaged_base_is_refused",),
+    ),
+    Mutant(
+        "weights_a_second_time", "checkpoints", "export/checkpoints/checkpoint.py",
+        "if any(fnmatch.fnmatch(name, pattern) for pattern in _COPIES):", "if False:",
+        "The base's weights are copied beside the folded ones, for a loader to take.",
+        tests=(f"{CHECKPOINTS}::test_a_damaged_base_is_refused",),
+    ),
+    Mutant(
+        "a_truncated_shard", "checkpoints", "export/checkpoints/checkpoint.py",
+        "    if end != size:", "    if end < size:",
+        "A shard may end before its tensors do.",
+        tests=(f"{CHECKPOINTS}::test_a_damaged_base_is_refused",),
+    ),
+    Mutant(
+        "a_tied_weight_is_folded", "checkpoints", "export/checkpoints/entries.py",
+        "if twice or (vocabulary and tied is not False and len(names) < 2):", "if twice:",
+        "An adapter of the embedding changes the head that is tied to it.",
+        tests=(f"{CHECKPOINTS}::test_a_weight_that_may_be_tied_is_refused",),
+    ),
+    Mutant(
+        "the_config_decides_on_squares", "checkpoints", "export/checkpoints/entries.py",
+        "            if said != flag:", "            if False:",
+        "A square matrix is folded as the config says, which knows only the last layer.",
+        tests=(f"{CHECKPOINTS}::test_a_square_matrix_lies_as_its_neighbours_of_that_name",),
+    ),
+    Mutant(
+        "convolutions_are_plain", "checkpoints", "export/checkpoints/entries.py",
+        "if set(shape[2:]) != {1} and folder.header is None:", "if False:",
+        "A dilated convolution is folded as a plain one.",
+        tests=(f"{CHECKPOINTS}::test_an_adapter_that_does_not_fit_is_refused",),
+    ),
+    Mutant(
+        "a_half_entry_is_dropped", "checkpoints", "export/checkpoints/entries.py",
+        "if lost := sorted({*folder.tensors} - used):", "if lost := []:",
+        "What fits nowhere in an adapter's file is dropped in silence.",
+        tests=(f"{CHECKPOINTS}::test_an_adapter_that_does_not_fit_is_refused",),
+    ),
+    Mutant(
+        "a_bias_tells_the_other_axis", "checkpoints", "export/checkpoints/orientation.py",
+        "None if rows == columns else columns", "None if rows == columns else rows",
+        "A bias is as long as there are input features.",
+        tests=(f"{CHECKPOINTS}::test_a_square_matrix_lies_as_its_neighbours_of_that_name",),
+    ),
+    Mutant(
+        "what_is_new_is_not_seen", "checkpoints", "export/checkpoints/manifest.py",
+        '"is new": new}', '"is new": []}',
+        "A file that somebody has put into a folded checkpoint is not named.",
+        tests=(f"{CHECKPOINTS}::test_every_file_that_changes_is_named",),
+    ),
+    Mutant(
+        "any_base_comes_back", "checkpoints", "export/checkpoints/fold.py",
+        "if end.target != manifest.files[name].base:", "if False:",
+        "What an unfold has written need not be the base.",
+        tests=(f"{CHECKPOINTS}::test_nothing_is_unfolded_but_what_was_written",),
+    ),
+    Mutant(
+        "directions_at_random", "checkpoints", "export/checkpoints/extract.py",
+        "_ROUNDS = 4", "_ROUNDS = 0",
+        "An extracted adapter holds the first directions that were drawn, and not the largest.",
+        tests=(f"{CHECKPOINTS}::test_the_nearest_of_a_rank_is_kept",),
+    ),
+    Mutant(
+        "conv1d_is_extracted_as_linear", "checkpoints", "export/checkpoints/extract.py",
+        "flags = {pair.new: bool(orientation.transposed(pair.new)) for", "flags = {pair.new: False for",
+        "The factors of a weight that lies (in, out) are in each other's place.",
+        tests=(f"{CHECKPOINTS}::test_what_was_folded_is_extracted",),
+    ),
+    Mutant(
+        "wrong_is_done", "command", "lora_fx/cli/lazy.py",
+        "REFUSED, FAILED, INTERRUPTED = 2, 3, 130", "REFUSED, FAILED, INTERRUPTED = 2, 0, 130",
+        "What is looked at and found wrong ends with 0.",
+    ),
+    Mutant(
+        "a_path_with_a_sign", "command", "lora_fx/cli/checkpoints.py",
+        "if not path or Path(text).exists():", "if not path:",
+        "A folder that has a = in its name is taken for a strength.",
+        tests=(f"{COMMAND}::test_a_strength_comes_after_the_last_sign",),
+    ),
+    Mutant(
+        "a_glob_is_a_number", "command", "lora_fx/cli/given.py",
+        "for kind in (int, float) if key in _NUMBERS else ():", "for kind in (int, float):",
+        "where=0 on the command line is the number 0, which is no glob.",
+        tests=(f"{COMMAND}::test_models_by_json",),
+    ),
+    Mutant(
+        "help_imports_torch", "command", "lora_fx/cli/checkpoints.py",
+        "from lora_fx.cli.lazy import FAILED\n", "import torch\nfrom lora_fx.cli.lazy import FAILED\n",
+        "A command imports torch to print its help.",
+        tests=(f"{COMMAND}::test_help_has_an_example_of_each_and_needs_no_torch",),
     ),
 )  # fmt: skip

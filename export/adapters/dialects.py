@@ -1,0 +1,142 @@
+"""Dialects: the ways in which adapters are written down, a row each. The first that knows a file reads it.
+
+    files   →   what the row's `recognised` asks   →   its `read`: PEFT's words, or ours   →   adapters of this model
+
+A row that has PEFT's layout with other keys translates (`entries`, `spelling`), so that shapes, refusals and kinds are
+those of one reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_fx.export.adapters import diffusion, loralib
+from lora_fx.export.adapters.entries import Entry, Single, in_pefts_words
+from lora_fx.export.adapters.folder import ADALORA, HEADER, OWN, PEFT, Folder, check_types
+from lora_fx.export.adapters.own import read_own
+from lora_fx.export.adapters.peft import PREFIX, Modules
+from lora_fx.export.adapters.peft_files import layers_of, read_adalora, read_lora
+from lora_fx.export.adapters.spelling import respelled
+from lora_fx.export.adapters.values import Files, Saved
+from lora_fx.reading import refuse
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A row."""
+
+    name: str
+    keys: str
+    """What it looks like, for reading."""
+    recognised: Callable[[Modules, Folder], bool]
+    read: Callable[[nn.Module, Folder, str | None, Mapping[str, Any]], list[Saved]]
+    """(model, files, which part of a pipeline it is, what the caller says that the files do not) → adapters."""
+    write: Callable[..., Single] | None = None
+    """(config and tensors of PEFT's, its layers, the part) → one file; None where a folder is written, or nothing."""
+    whole: bool = False
+    """It says all: nothing can be said besides."""
+
+
+def _translated(into: Callable[[Modules, Folder, str | None, Mapping[str, Any]], Folder]) -> Callable[..., list[Saved]]:
+    def read(model: nn.Module, folder: Folder, part: str | None, config: Mapping[str, Any]) -> list[Saved]:
+        return read_lora(model, into(Modules(model), folder, part, config))
+
+    return read
+
+
+def _one_file(modules: Modules, folder: Folder, part: str | None, config: Mapping[str, Any]) -> Folder:
+    """PEFT's keys without its config: ranks are in the shapes, and alpha is in the file, or said, or it is refused."""
+    folder, entries, rest = respelled(modules, folder), [], {}
+    for key, tensor in folder.tensors.items():
+        path, factor = next(
+            ((key.removeprefix(PREFIX).removesuffix(end), own) for end, own in _ENDS.items() if key.endswith(end)),
+            ("", ""),
+        )
+        if factor and path in modules.by_path:
+            entries.append(Entry(path, factor, key))
+        else:
+            rest[key] = tensor
+    return in_pefts_words(modules, folder, entries, alpha=None, config=config, rest=rest)
+
+
+_ENDS = {
+    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B", ".alpha": "alpha",
+    ".lora_magnitude_vector": "m", ".lora_B.bias": "b",
+}  # fmt: skip
+
+
+def _is(kind: str) -> Callable[[Modules, Folder], bool]:
+    return lambda modules, folder: folder.config.get("peft_type") == kind
+
+
+def _has_factors(modules: Modules, folder: Folder) -> bool:
+    return not folder.config and any(".lora_A" in key or ".lora_embedding_A" in key for key in folder.tensors)
+
+
+def _ours(model: nn.Module, folder: Folder, part: str | None, config: Mapping[str, Any]) -> list[Saved]:
+    if folder.header is None:
+        refuse(folder.tensor(HEADER), "the header is missing", "save the adapter again")
+    return read_own(model, folder, folder.header)
+
+
+def _plain(read: Callable[[nn.Module, Folder], list[Saved]]) -> Callable[..., list[Saved]]:
+    return lambda model, folder, part, config: read(model, folder)
+
+
+DIALECTS = (
+    Dialect(
+        "lora_fx", "a header `lora_fx` in the tensor file, also without a config",
+        lambda modules, folder: folder.header is not None or _is(OWN)(modules, folder), _ours, whole=True,
+    ),
+    Dialect(
+        "AdaLoRA", "`peft_type: ADALORA`; `….lora_A`, `….lora_E`, `….lora_B`",
+        _is(ADALORA), _plain(read_adalora), whole=True,
+    ),
+    Dialect("peft", "`peft_type: LORA`; `base_model.model.….lora_A.weight`", _is(PEFT), _plain(read_lora), whole=True),
+    Dialect(
+        "kohya", "`lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`; `lora_te_…`, `lora_te2_…`",
+        diffusion.is_kohya, _translated(diffusion.from_kohya), diffusion.to_kohya,
+    ),
+    Dialect(
+        "diffusers", "`unet.….lora_A.weight`; `….lora.down.weight`; `….processor.to_q_lora.down.weight`",
+        diffusion.is_diffusers, _translated(diffusion.from_diffusers), diffusion.to_diffusers,
+    ),
+    Dialect("loralib", "`….lora_A`, `….lora_B` in a state dict", loralib.is_loralib, loralib.read),
+    Dialect("one file of PEFT's", "`….lora_A.weight` without a config", _has_factors, _translated(_one_file)),
+)  # fmt: skip
+
+
+def read(model: nn.Module, folder: Folder, part: str | None, config: Mapping[str, Any]) -> list[Saved]:
+    """The adapters that the files hold for this model.
+
+    Raises:
+        FileError: no dialect is theirs, or they do not fit.
+    """
+    modules = Modules(model)
+    dialect = next((row for row in DIALECTS if row.recognised(modules, folder)), None)
+    if dialect is None:
+        keys = list(folder.tensors)[:3]
+        reason = f"its keys ({', '.join(keys) or 'none'}) are of no dialect that is known"
+        refuse(str(folder.path), reason, "; ".join(f"{row.name}: {row.keys}" for row in DIALECTS))
+    if dialect.whole and (config or part):
+        what = f"part={part!r}" if part else f"config={dict(config)!r}"
+        refuse(str(folder.path), f"{what}, and the files say themselves what they are", "leave it out")
+    check_types({**config, "peft_type": PEFT}, "config")
+    return dialect.read(model, folder, part, config)
+
+
+def written(name: str, model: nn.Module, files: Files, part: str | None) -> Single:
+    """One file of a dialect, of what PEFT would get."""
+    row = next((row for row in DIALECTS if row.name == name and row.write is not None), None)
+    assert row is not None and row.write is not None, name
+    config, tensors, _ = files
+    if part is None:
+        refuse("part", f"a file of {name}'s says which part of a pipeline the model is", 'say it: part="unet"')
+    return row.write(config, tensors, layers_of(Modules(model), config, tensors), part)
+
+
+WRITTEN = tuple(row.name for row in DIALECTS if row.write is not None)
