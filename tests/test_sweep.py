@@ -99,10 +99,10 @@ def test_a_table_marks_the_best_and_shows_the_spread():
 
 
 def test_the_command_writes_tables_and_figures(short, tmp_path):
-    options = ["sweep", "-o", str(tmp_path / "out"), "--task", "text", "--table", "data", "--jobs", "1"]
+    options = ["sweep", "-o", str(tmp_path / "out"), "--task", "text", "--table", "choice", "--jobs", "1"]
     result = CliRunner().invoke(paper, [*options, "--seeds", "1"])
     assert result.exit_code == 0, result.output
     said = json.loads((tmp_path / "out" / "sweep.json").read_text("utf-8"))
-    assert {row["column"] for row in said["rows"]} == {"100 examples", "1,000 examples", "all examples"}
-    assert (tmp_path / "out" / "text-data.png").stat().st_size > 10_000
+    assert {row["row"] for row in said["rows"]} >= {"lora_fx.suggest", "AdaLoRA: all"}
+    assert (tmp_path / "out" / "text-choice.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "sweep.txt").read_text("utf-8").strip() in result.output

@@ -68,7 +68,8 @@ class System:
 
     @property
     def label(self) -> str:
-        return f"{self.name} {[rule.label for rule in (*self.rules, *self.then)]} {self.rate} {self.chosen} {self.budget} {self.prefix}"
+        rules = [rule.label for rule in (*self.rules, *self.then)]
+        return f"{self.name} {rules} {self.rate} {self.chosen} {self.budget} {self.prefix}"
 
 
 @dataclass(frozen=True)
