@@ -2508,6 +2508,24 @@ MUTANTS = (
         tests=("tests/test_suggest.py::test_the_step_is_what_was_predicted_to_first_order_site_by_site",),
     ),
     Mutant(
+        "sweep_forgets_what_is_over", "paper", "lora_fx/paper/sweep.py",
+        "{run.key: run for run in runs if run.key not in notes.found}", "{run.key: run for run in runs}",
+        "A sweep that goes on trains everything again.",
+        tests=("tests/test_sweep.py::test_an_interrupted_sweep_goes_on_where_it_was",),
+    ),
+    Mutant(
+        "sweep_over_its_budget", "paper", "lora_fx/paper/sweep.py",
+        "if self.cost[name] <= left]:", "if left > 0]:",
+        "What is compared at one budget goes beyond it.",
+        tests=("tests/test_sweep.py::test_what_is_compared_at_one_budget_has_it",),
+    ),
+    Mutant(
+        "torn_note_is_read", "paper", "lora_fx/paper/sweep.py",
+        'text.rpartition("\\n")[0]', "text",
+        "A line that an interrupted write has left is read.",
+        tests=("tests/test_sweep.py::test_an_interrupted_sweep_goes_on_where_it_was",),
+    ),
+    Mutant(
         "pruning_changes_the_scale", "kinds", "passes/prune.py",
         '"alpha": adapter.scale * divisor}', '"alpha": adapter.alpha}',
         "A pruned adapter divides its alpha by fewer ranks.",
