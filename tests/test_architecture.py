@@ -24,7 +24,8 @@ ROOMS = [
     {"export"},
     {"application"},
     {"lora_fx"},
-    {"testing", "demo", "paper"},
+    {"testing", "demo"},
+    {"paper"},
     {"cli"},
 ]
 
