@@ -20,6 +20,7 @@ from lora_fx.application import (
 from lora_fx.application.budget import Budget
 from lora_fx.application.suggestion import Suggestion, suggest
 from lora_fx.application.tokens import with_tokens
+from lora_fx.application.trained import Summary, parameter_groups, summary
 from lora_fx.checks.certification import Certificate
 from lora_fx.checks.footprint import Memory
 from lora_fx.checks.verification import Report, verify
@@ -57,6 +58,7 @@ __all__ = [
     "Report",
     "Rule",
     "Suggestion",
+    "Summary",
     "activate",
     "active",
     "adapters",
@@ -72,6 +74,7 @@ __all__ = [
     "fold_onnx",
     "load_adapter",
     "memory",
+    "parameter_groups",
     "pipeline",
     "plan",
     "register_form",
@@ -81,6 +84,7 @@ __all__ = [
     "save_onnx_adapter",
     "show",
     "suggest",
+    "summary",
     "switch",
     "unfold",
     "unfold_checkpoint",

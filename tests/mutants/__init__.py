@@ -2526,6 +2526,19 @@ MUTANTS = (
         tests=("tests/test_sweep.py::test_an_interrupted_sweep_goes_on_where_it_was",),
     ),
     Mutant(
+        "tied_counted_twice", "kinds", "lora_fx/application/trained.py",
+        "    parameters = list(dict.fromkeys(model.parameters()))",
+        "    parameters = [p for m in model.modules() for p in m._parameters.values() if p is not None]",
+        "A summary counts what has two names twice.",
+        tests=("tests/test_trained.py::test_a_summary_counts_each_parameter_once",),
+    ),
+    Mutant(
+        "a_goes_as_fast_as_b", "kinds", "lora_fx/application/trained.py",
+        'if name == "B"}', 'if name in "AB"}',
+        "LoRA+ gives A the rate of B.",
+        tests=("tests/test_trained.py::test_b_alone_goes_faster",),
+    ),
+    Mutant(
         "pruning_changes_the_scale", "kinds", "passes/prune.py",
         '"alpha": adapter.scale * divisor}', '"alpha": adapter.alpha}',
         "A pruned adapter divides its alpha by fewer ranks.",
