@@ -180,7 +180,8 @@ class _Systems:
     def ranks(self) -> Iterator[_Row]:
         for name in ("q", "q, v", "q, k, v, o"):
             for rank in (1, 2, 4, 8, 64):
-                rules = tuple(Rule(role=_ROLES[part], rank=rank) for part in _COMBINATIONS[name].split())
+                # one alpha for all ranks, as the paper has it (4.1): alpha = r = 64 diverges at the rate of the others
+                rules = tuple(Rule(role=_ROLES[part], rank=rank, alpha=8) for part in _COMBINATIONS[name].split())
                 yield name, f"r = {rank}", System(f"LoRA {name}", rules), 0
 
     def methods(self) -> Iterator[_Row]:
