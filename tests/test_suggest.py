@@ -15,7 +15,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.application import suggestion
-from lora_fx.application.suggestion import allocate
+from lora_fx.application.suggestion import allocate, better
 from tests import reference
 from tests.zoo.native_models import Experts
 
@@ -97,6 +97,12 @@ def decrease(squares: list[list[int]], ranks: Sequence[int]) -> int:
 def test_what_does_not_fit_is_passed_over_for_what_does():
     assert allocate([[9.0, 8.0], [1.0]], [5, 2], 7) == [1, 1]
     assert allocate([[0.0], [1.0, 0.0]], [1, 1], 5) == [0, 1]
+
+
+def test_one_rank_for_all_where_what_is_left_over_makes_it_better():
+    squares, costs = [[7.2, 1.0], [6.0, 5.7]], [8, 6]
+    assert allocate(squares, costs, 14) == [0, 2] and better(squares, [0, 2], [1, 1]) == [1, 1]
+    assert better(squares, [1, 0], [1, 0]) == [1, 0] and better(squares, [1, 1], [0, 2]) == [1, 1]
 
 
 def test_ranks_follow_the_gradients_singular_values():

@@ -5,7 +5,8 @@
 
 σ are G's singular values. One more rank of a weight (out, in) decreases L by η·σᵣ₊₁² and costs out + in parameters.
 Over all sites the ranks with most of it for a parameter are taken until the budget is spent: as every site's σ² fall,
-no other choice of as many parameters decreases L more, to first order.
+no other choice of as many parameters decreases L more, to first order. Where that leaves much of the budget over, and
+one rank for all sites decreases L more, it is that.
 
 No full gradient of the model is ever there: each weight's is taken out of backward as soon as it has come. Of a weight
 that is small on one side it is added up; of another one only its products with a few random directions are, and in a
@@ -18,7 +19,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -185,14 +185,15 @@ def suggest(
         inputs = _called_with(model, given[0], loss)
         rows = _candidates(model, rules, inputs)
         found, before = _spectra(model, rows, given, loss, min(most, budget))
-        ranks = allocate([s.squares for s in found], [s.cost for s in found], budget)
+        squares, costs = [s.squares for s in found], [s.cost for s in found]
+        uniform = _uniform(found, budget)
+        ranks = better(squares, allocate(squares, costs, budget), [min(uniform, len(own)) for own in squares])
         if not any(ranks):
             raise _nothing(found, budget)
-        uniform = _uniform(found, budget)
         rate = _SHARE * abs(before or 1.0) / sum(s.decrease(rank) for s, rank in zip(found, ranks, strict=True))
-        taken = partial(_taken, model, given, loss, inputs, found, rate, before, measure)
-        together, each = taken(ranks, alone=True)
-        other = taken([min(uniform, len(s.squares)) for s in found])[0] if uniform else None
+        trial = _Trial(model, given, loss, inputs, found, rate, before, measure)
+        together, each = trial.taken(ranks, alone=True)
+        other = trial.taken([min(uniform, len(s.squares)) for s in found])[0] if uniform else None
     named = tuple(
         SuggestedSite(
             s.row.name, s.row.role, s.row.weight.shape, rank, rank * s.cost, rate * s.decrease(rank), own
@@ -215,6 +216,11 @@ def allocate(squares: Sequence[Sequence[float]], costs: Sequence[int], budget: i
         if costs[n] <= budget:
             budget, ranks[n] = budget - costs[n], ranks[n] + 1
     return ranks
+
+
+def better(squares: Sequence[Sequence[float]], *choices: list[int]) -> list[int]:
+    """The choice of most decrease, of equals the first: what a budget leaves over can make one rank for all that."""
+    return max(choices, key=lambda ranks: sum(math.fsum(own[:r]) for own, r in zip(squares, ranks, strict=True)))
 
 
 def _uniform(found: Sequence[_Spectrum], budget: int) -> int:
@@ -461,38 +467,41 @@ def _evaluated(model: nn.Module, batch: Any, loss: Loss, number: int, backward: 
 # ── the step ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _taken(
-    model: nn.Module,
-    batches: Sequence[Any],
-    loss: Loss,
-    inputs: Inputs,
-    found: Sequence[_Spectrum],
-    rate: float,
-    before: float,
-    measure: bool,
-    ranks: Sequence[int],
-    alone: bool = False,
-) -> tuple[Step, list[float | None]]:
-    """The step with these ranks: of all sites together, and of each alone where that is asked for."""
-    predicted = rate * sum(s.decrease(rank) for s, rank in zip(found, ranks, strict=True))
-    each: list[float | None] = [None] * len(found)
-    if not measure:
-        return Step(predicted, None), each
+@dataclass(frozen=True)
+class _Trial:
+    """One step down the gradient, from the model as it is."""
 
-    def decrease() -> float:
-        return before - sum(_evaluated(model, batch, loss, n) for n, batch in enumerate(batches)) / len(batches)
+    model: nn.Module
+    batches: Sequence[Any]
+    loss: Loss
+    inputs: Inputs
+    found: Sequence[_Spectrum]
+    rate: float
+    before: float
+    measure: bool
 
-    rules = [replace(rule, dropout=0.0, init="zero") for rule in _rules(found, ranks)]
-    with borrowed(model):
-        apply(model, rules, inputs, name=_NAME, check=False)
-        here = {(place.weight, place.adapter.rows): place.adapter for place in inventory(model).places}
-        adapters = [here.get((s.row.name, s.row.rows)) for s in found]
-        for n, adapter in enumerate(adapters):
-            if alone and adapter is not None:
-                found[n].step(adapter, rate)
-                each[n] = decrease()
-                adapter.B.detach().zero_()
-        for s, adapter in zip(found, adapters, strict=True):
-            if adapter is not None:
-                s.step(adapter, rate)
-        return Step(predicted, decrease()), each
+    def taken(self, ranks: Sequence[int], alone: bool = False) -> tuple[Step, list[float | None]]:
+        """The step with these ranks: of all sites together, and of each alone where that is asked for."""
+        found, rate = self.found, self.rate
+        predicted = rate * sum(s.decrease(rank) for s, rank in zip(found, ranks, strict=True))
+        each: list[float | None] = [None] * len(found)
+        if not self.measure:
+            return Step(predicted, None), each
+        rules = [replace(rule, dropout=0.0, init="zero") for rule in _rules(found, ranks)]
+        with borrowed(self.model):
+            apply(self.model, rules, self.inputs, name=_NAME, check=False)
+            here = {(place.weight, place.adapter.rows): place.adapter for place in inventory(self.model).places}
+            adapters = [here.get((s.row.name, s.row.rows)) for s in found]
+            for n, adapter in enumerate(adapters):
+                if alone and adapter is not None:
+                    found[n].step(adapter, rate)
+                    each[n] = self._decrease()
+                    adapter.B.detach().zero_()
+            for s, adapter in zip(found, adapters, strict=True):
+                if adapter is not None:
+                    s.step(adapter, rate)
+            return Step(predicted, self._decrease()), each
+
+    def _decrease(self) -> float:
+        now = (_evaluated(self.model, batch, self.loss, n) for n, batch in enumerate(self.batches))
+        return self.before - sum(now) / len(self.batches)

@@ -30,7 +30,7 @@ from torch import nn
 import lora_fx
 from lora_fx import Rule
 from lora_fx.demo import experiment
-from lora_fx.errors import FileError, LoraFxError
+from lora_fx.errors import FileError
 from lora_fx.paper.outcome import prepared
 from lora_fx.paper.tasks import TASKS, Effort, Placed, Task, base_of, train
 from lora_fx.tables import table
@@ -395,10 +395,3 @@ def shown(found: Sequence[Cell]) -> str:
 def _score(cell: Cell, best: float) -> str:
     spread = f" ± {cell.spread:.3f}" if len(cell.scores) > 1 else ""
     return f"{cell.mean:.3f}{spread}{' *' if cell.mean == best else '  '}"
-
-
-def refuse_unknown(tables: Sequence[str], tasks: Sequence[str]) -> None:
-    for what, given, known in (("table", tables, TABLES), ("task", tasks, tuple(TASKS))):
-        for name in given:
-            if name not in known:
-                raise LoraFxError(f"there is no {what} {name!r}", place="sweep", remedy=f"one of {', '.join(known)}")
