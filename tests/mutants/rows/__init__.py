@@ -1,0 +1,8 @@
+"""The rows of the table, a file for each room of the library; every file in this folder is read."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+MUTANTS = tuple(row for room in iter_modules(__path__) for row in import_module(f"{__name__}.{room.name}").ROWS)

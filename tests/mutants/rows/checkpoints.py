@@ -1,0 +1,141 @@
+"""Defects of `export/checkpoints`."""
+
+from __future__ import annotations
+
+from tests.mutants.table import CHECKPOINTS, Mutant
+
+ROWS = (
+    # ── checkpoints on disk ──────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "strength_is_dropped", "checkpoints", "export/checkpoints/arithmetic.py",
+        "scale=plain.scale * share.strength", "scale=plain.scale",
+        "An adapter of strength 0.5 is folded whole.",
+        tests=(f"{CHECKPOINTS}::test_strengths_multiply_deltas_and_several_adapters_add_up",),
+    ),
+    Mutant(
+        "first_features_of_dora", "checkpoints", "export/checkpoints/arithmetic.py",
+        "value.narrow(axis, start, size)", "value.narrow(axis, 0, size)",
+        "Every block of rows gets the sizes of the first.",
+        tests=(f"{CHECKPOINTS}::test_it_is_the_fold_of_the_model",),
+    ),
+    Mutant(
+        "one_expert_for_all", "checkpoints", "export/checkpoints/arithmetic.py",
+        "delta.picked(torch.tensor(n))", "delta.picked(torch.tensor(0))",
+        "Every expert gets the adapter of the first.",
+        tests=(f"{CHECKPOINTS}::test_experts_are_matrices_of_their_own",),
+    ),
+    Mutant(
+        "what_was_written_is_trusted", "checkpoints", "export/checkpoints/streams.py",
+        "if found != (was.target, was.beside_digest):", "if False:",
+        "A file that a kill has left is gone on with, whatever is in it.",
+        tests=(f"{CHECKPOINTS}::test_what_was_finished_is_verified_before_it_is_trusted",),
+    ),
+    Mutant(
+        "another_base_is_gone_on_with", "checkpoints", "export/checkpoints/streams.py",
+        "if self.read_digest.hexdigest() != was.source:", "if False:",
+        "A base that has changed is gone on with.",
+        tests=(f"{CHECKPOINTS}::test_another_task_or_another_base_does_not_go_on_with_it",),
+    ),
+    Mutant(
+        "a_torn_line_counts", "checkpoints", "export/checkpoints/work.py",
+        ".split(b\"\\n\")[:-1]  # what", ".split(b\"\\n\")  # what",
+        "A line of the journal that a kill has cut short is read.",
+        tests=(f"{CHECKPOINTS}::test_what_was_finished_is_verified_before_it_is_trusted",),
+    ),
+    Mutant(
+        "another_task_goes_on", "checkpoints", "export/checkpoints/work.py",
+        "elif first != self.task:", "elif False:",
+        "A fold goes on with what another fold had begun.",
+        tests=(f"{CHECKPOINTS}::test_another_task_or_another_base_does_not_go_on_with_it",),
+    ),
+    Mutant(
+        "two_processes_at_once", "checkpoints", "export/checkpoints/work.py",
+        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+        "Two processes write the same folder.",
+        tests=(f"{CHECKPOINTS}::test_two_at_once_is_one_too_many",),
+    ),
+    Mutant(
+        "a_full_folder_is_written_over", "checkpoints", "export/checkpoints/work.py",
+        "    if out.exists() or out.is_symlink():", "    if False:",
+        "A folder with files in it is replaced.",
+        tests=(f"{CHECKPOINTS}::test_a_folder_that_is_not_empty_is_not_written_to",),
+    ),
+    Mutant(
+        "an_index_is_believed", "checkpoints", "export/checkpoints/checkpoint.py",
+        "if where != table.get(name):", "if False:",
+        "An index may say that a tensor is where it is not.",
+        tests=(f"{CHECKPOINTS}::test_a_damaged_base_is_refused",),
+    ),
+    Mutant(
+        "an_index_leaves_its_folder", "checkpoints", "export/checkpoints/checkpoint.py",
+        "if Path(name).name != name or name in", "if False and name in",
+        "An index may name any file of the system.",
+        tests=(f"{CHECKPOINTS}::test_a_damaged_base_is_refused",),
+    ),
+    Mutant(
+        "weights_a_second_time", "checkpoints", "export/checkpoints/checkpoint.py",
+        "if any(fnmatch.fnmatch(name, pattern) for pattern in _COPIES):", "if False:",
+        "The base's weights are copied beside the folded ones, for a loader to take.",
+        tests=(f"{CHECKPOINTS}::test_a_damaged_base_is_refused",),
+    ),
+    Mutant(
+        "a_truncated_shard", "checkpoints", "export/checkpoints/checkpoint.py",
+        "    if end != size:", "    if end < size:",
+        "A shard may end before its tensors do.",
+        tests=(f"{CHECKPOINTS}::test_a_damaged_base_is_refused",),
+    ),
+    Mutant(
+        "a_tied_weight_is_folded", "checkpoints", "export/checkpoints/entries.py",
+        "if twice or (vocabulary and tied is not False and len(names) < 2):", "if twice:",
+        "An adapter of the embedding changes the head that is tied to it.",
+        tests=(f"{CHECKPOINTS}::test_a_weight_that_may_be_tied_is_refused",),
+    ),
+    Mutant(
+        "the_config_decides_on_squares", "checkpoints", "export/checkpoints/entries.py",
+        "            if said != flag:", "            if False:",
+        "A square matrix is folded as the config says, which knows only the last layer.",
+        tests=(f"{CHECKPOINTS}::test_a_square_matrix_lies_as_its_neighbours_of_that_name",),
+    ),
+    Mutant(
+        "convolutions_are_plain", "checkpoints", "export/checkpoints/entries.py",
+        "if set(shape[2:]) != {1} and folder.header is None:", "if False:",
+        "A dilated convolution is folded as a plain one.",
+        tests=(f"{CHECKPOINTS}::test_an_adapter_that_does_not_fit_is_refused",),
+    ),
+    Mutant(
+        "a_half_entry_is_dropped", "checkpoints", "export/checkpoints/entries.py",
+        "if lost := sorted({*folder.tensors} - used):", "if lost := []:",
+        "What fits nowhere in an adapter's file is dropped in silence.",
+        tests=(f"{CHECKPOINTS}::test_an_adapter_that_does_not_fit_is_refused",),
+    ),
+    Mutant(
+        "a_bias_tells_the_other_axis", "checkpoints", "export/checkpoints/orientation.py",
+        "None if rows == columns else columns", "None if rows == columns else rows",
+        "A bias is as long as there are input features.",
+        tests=(f"{CHECKPOINTS}::test_a_square_matrix_lies_as_its_neighbours_of_that_name",),
+    ),
+    Mutant(
+        "what_is_new_is_not_seen", "checkpoints", "export/checkpoints/manifest.py",
+        '"is new": new}', '"is new": []}',
+        "A file that somebody has put into a folded checkpoint is not named.",
+        tests=(f"{CHECKPOINTS}::test_every_file_that_changes_is_named",),
+    ),
+    Mutant(
+        "any_base_comes_back", "checkpoints", "export/checkpoints/fold.py",
+        "if end.target != manifest.files[name].base:", "if False:",
+        "What an unfold has written need not be the base.",
+        tests=(f"{CHECKPOINTS}::test_nothing_is_unfolded_but_what_was_written",),
+    ),
+    Mutant(
+        "directions_at_random", "checkpoints", "export/checkpoints/extract.py",
+        "_ROUNDS = 4", "_ROUNDS = 0",
+        "An extracted adapter holds the first directions that were drawn, and not the largest.",
+        tests=(f"{CHECKPOINTS}::test_the_nearest_of_a_rank_is_kept",),
+    ),
+    Mutant(
+        "conv1d_is_extracted_as_linear", "checkpoints", "export/checkpoints/extract.py",
+        "flags = {pair.new: bool(orientation.transposed(pair.new)) for", "flags = {pair.new: False for",
+        "The factors of a weight that lies (in, out) are in each other's place.",
+        tests=(f"{CHECKPOINTS}::test_what_was_folded_is_extracted",),
+    ),
+)  # fmt: skip

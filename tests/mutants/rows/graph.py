@@ -1,0 +1,213 @@
+"""Defects of `lora_fx/graph`."""
+
+from __future__ import annotations
+
+from tests.mutants.table import GAPS, GRADIENTS, INTERRUPTS, Mutant, of_sites
+
+ROWS = (
+    # ── the algebra: factors, scale, forms ───────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "conv_dilation_ignored", "algebra", "lora_fx/graph/forms.py",
+        'o["padding"], o["dilation"], o["groups"])', 'o["padding"], 1, o["groups"])',
+        'The branch of a convolution has no dilation; with padding="same" no shape tells.',
+        tests=("tests/test_forms.py",),
+    ),
+    Mutant(
+        "conv_groups_interleaved", "algebra", "lora_fx/graph/forms.py",
+        'A = A.repeat(o["groups"], *[1] * (len(call.sides) - 1))', 'A = A.repeat_interleave(o["groups"], 0)',
+        "Each group of a convolution reads one row of A several times; rank 1 and a single group show nothing.",
+        tests=("tests/test_forms.py",),
+    ),
+    Mutant(
+        "conv_transpose_groups_mixed", "algebra", "lora_fx/graph/forms.py",
+        "A = A.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)",
+        "A = A.unflatten(1, (-1, groups)).permute(2, 0, 1).flatten(0, 1)",
+        "The input channels of a grouped transposed convolution go to the wrong groups.",
+        zoo="native-deconv",
+    ),
+    Mutant(
+        "addmm_alpha_ignored", "algebra", "lora_fx/graph/forms.py",
+        "z if isinstance(alpha, int) and alpha == 1 else z * alpha", "z",
+        "addmm(..., alpha=a) multiplies the weight by a, and its branch not.",
+        tests=("tests/test_forms.py",),
+    ),
+    Mutant(
+        "form_of_another_library", "algebra", "lora_fx/graph/forms.py",
+        'return func._schema.name.removeprefix("aten::")', 'return func._schema.name.rpartition("::")[2]',
+        "An op of another library is read as torch's op of the same name.",
+        tests=("tests/test_open_forms.py",),
+    ),
+    Mutant(
+        "delta_transposed_where_square", "algebra", "lora_fx/graph/layout.py",
+        "return self.to_weight(B @ A)",
+        "return self.to_weight((B @ A).mT if self.size('i') == self.size('o') else B @ A)",
+        "The dense delta of square weights is transposed; no shape tells.",
+        zoo="native-lstm,native-bilinear,native-mha",
+    ),
+    # ── layouts and views ────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "view_step_ignored", "layouts", "lora_fx/graph/views.py",
+        "strides[d] * step\n", "strides[d]\n",
+        "Every second row of a weight reads as the rows in front.",
+    ),
+    Mutant(
+        "chunks_rounded_down", "layouts", "lora_fx/graph/views.py",
+        "-(-v.shape[v.dim(dim)] // chunks)", "max(v.shape[v.dim(dim)] // chunks, 1)",
+        "chunk() of a size that does not divide evenly cuts elsewhere than torch does.",
+    ),
+    Mutant(
+        "select_forgets_the_offset", "layouts", "lora_fx/graph/views.py",
+        "offset = self.offset + (index % self.shape[d]) * self.strides[d]",
+        "offset = (index % self.shape[d]) * self.strides[d]",
+        "W[8:][0] reads as W[0].",
+    ),
+    Mutant(
+        "element_located_by_the_wrong_axis", "layouts", "lora_fx/graph/layout.py",
+        "index = own if index is None else index * axis.size + own",
+        "index = own if index is None else index + own",
+        "The exact sum of a doubtful element takes the factors of another one, where a side has several axes (heads).",
+    ),
+    # ── capture ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "capture_leaves_eval_mode", "capture", "lora_fx/graph/own_state.py",
+        "self._keep_all([*modules, *buffers_away(model)])", "self._keep_all(p for m in modules for p in m.buffers())",
+        "Capturing a model in train mode leaves it in eval mode.",
+    ),
+    Mutant(
+        "capture_moves_buffers", "capture", "lora_fx/graph/own_state.py",
+        "self.undo.append(partial(value.detach().copy_, value.detach().clone()))", "pass",
+        "Running a model to look at it moves its batch statistics.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_draws_random_numbers", "capture", "lora_fx/graph/own_state.py",
+        "with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):", "with contextlib.nullcontext():",
+        "Looking at a model changes the random numbers drawn after that.",
+    ),
+    Mutant(
+        "capture_fills_logs", "capture", "lora_fx/graph/own_state.py",
+        "self.undo.append(partial(_restore_list, value, list(value)))", "pass",
+        "Looking at a model appends to its lists.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_moves_objects", "capture", "lora_fx/graph/own_state.py",
+        "elif package not in _OTHERS:", "elif False:",
+        "Looking at a model moves the counters of its meters.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_moves_globals", "capture", "lora_fx/graph/own_state.py",
+        "self.undo.append(partial(_restore_item, scope, name, value))", "pass",
+        "Looking at a model moves the globals that its code counts in.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_moves_class_attributes", "capture", "lora_fx/graph/own_state.py",
+        "self.undo.append(partial(_restore_attribute, cls, name, value))", "pass",
+        "Looking at a model moves what its class counts.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_moves_pythons_random_state", "capture", "lora_fx/graph/own_state.py",
+        "self.undo: list[Undo] = [partial(random.setstate, random.getstate())]", "self.undo: list[Undo] = []",
+        "Looking at a model draws from Python's random numbers.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "computed_weight_accepted", "capture", "lora_fx/graph/program.py",
+        "        if weight in self.made:", "        if False:",
+        "The parameters behind a weight_norm are adapted, which means nothing.",
+    ),
+    Mutant(
+        "unseen_not_told", "capture", "lora_fx/graph/program.py",
+        "return tuple(w for w in self.weights if not w.uses)", "return ()",
+        "The plan does not say which weights the example inputs never reached.",
+        tests=(GAPS,),
+    ),
+    # ── checks of other kinds ────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "scales_are_sites", "sites", "lora_fx/graph/program.py",
+        "matrices = [n for n in made_of if not whole or", "matrices = [n for n in made_of if True or",
+        "The gain of a standardised weight is adapted beside it.",
+        tests=of_sites("a gain on it"),
+    ),
+    Mutant(
+        "axes_of_computed_weights_forgotten", "sites", "lora_fx/graph/program.py",
+        "_Seen(seen.weight, _axes(node, name, n, seen.view))", "_Seen(seen.weight, None)",
+        "A mask makes the input features of a weight its outputs, and its experts one matrix.",
+        tests=of_sites("mask of experts"),
+    ),
+    Mutant(
+        "tables_are_modulated_weights", "sites", "lora_fx/graph/program.py",
+        "size > 1 and all(_size(n, axis) == 1 for n in scales)", "True",
+        "A table that scales activations is taken for a weight that they scale.",
+        tests=of_sites("a table that scales activations is none"),
+    ),
+    Mutant(
+        "weights_in_a_cond_not_told", "sites", "lora_fx/graph/program.py",
+        "            if name in _BRANCHING:\n", "            if name in ():\n",
+        "A weight that a branch of torch.cond multiplies with is left out without a word.",
+        tests=("tests/test_sites.py::test_weights_inside_of_a_cond_are_refused_and_the_others_are_sites",),
+    ),
+    Mutant(
+        "hooks_in_a_cond", "sites", "lora_fx/graph/capture.py",
+        "        if torch.compiler.is_dynamo_compiling():  # a", "        if False:  # a",
+        "A model that calls modules in a branch of torch.cond is not captured.",
+        tests=("tests/test_sites.py::test_weights_inside_of_a_cond_are_refused_and_the_others_are_sites",),
+    ),
+    Mutant(
+        "autocast_unknown", "sites", "lora_fx/graph/program.py",
+        "for d in (dtype, *made))", "for d in (dtype,))",
+        "A model with autocast in its forward is held to float32's bounds, and refused.",
+        tests=("tests/test_sites.py::test_autocast_inside_the_forward",),
+    ),
+    Mutant(
+        "casts_of_a_check_are_kept", "sites", "lora_fx/graph/own_state.py",
+        "        self.undo.append(torch.clear_autocast_cache)\n", "",
+        "Under autocast a fresh adapter computes with the numbers that the self-check filled in.",
+        tests=("tests/test_sites.py::test_autocast_around_apply",),
+    ),
+    # ── changes: wholly or not at all, while the model rests ─────────────────────────────────────────────────────────
+    Mutant(
+        "no_safe_point_while_recording", "changes", "lora_fx/graph/capture.py",
+        "        safe_point()\n        return create", "        return create",
+        "A capture cannot be stopped before it has run the model.",
+        tests=(f"{INTERRUPTS}::test_what_a_handler_raises_is_not_taken_for_the_models_own_error",),
+    ),
+    # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "padding_trains", "gradients", "lora_fx/graph/forms.py",
+        "torch.where((indices == index).unsqueeze(-1), out.detach(), out)", "out",
+        "Tokens of padding train A and B, and the row of W + δ would get nothing.",
+        tests=(f"{GRADIENTS}::test_padding_trains_nothing",),
+    ),
+    Mutant(
+        "other_paddings_train", "gradients", "lora_fx/graph/forms.py",
+        "        if not weight_first:\n            return None\n", "",
+        "F.embedding counts a negative index from the end, and its row trains A and B.",
+        tests=(f"{GRADIENTS}::test_padding_trains_nothing",),
+    ),
+    Mutant(
+        "adapters_left_in_eval_mode", "gradients", "lora_fx/graph/own_state.py",
+        "partial(setattr, module, \"training\", module.training)", "partial(int)",
+        "After an export or a capture dropouts of adapters are off.",
+        tests=("tests/test_onnx.py::test_flags_gradients_and_random_state_stay",),
+    ),
+    # ── where parameters live ────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "factors_put_away", "places", "lora_fx/graph/places.py",
+        "                own.pre_forward(self)\n                own.offload = False\n", "",
+        "accelerate puts the factors away until somebody calls their module, which nobody does: garbage.",
+    ),
+    Mutant(
+        "shards_captured", "places", "lora_fx/graph/capture.py",
+        "    refuse_shards(model)\n", "",
+        "A model in parts is captured, and waits for the other processes.",
+    ),
+    Mutant(
+        "storages_by_luck", "places", "lora_fx/graph/program.py",
+        "    if storage == id(tensor):\n        return (storage,)\n", "",
+        "A tensor without a storage is asked for its strides.",
+    ),
+)  # fmt: skip

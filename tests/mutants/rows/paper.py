@@ -1,0 +1,105 @@
+"""Defects of `lora_fx/paper`."""
+
+from __future__ import annotations
+
+from tests.mutants.table import Mutant
+
+ROWS = (
+    # ── where parameters live ────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "sweep_forgets_what_is_over", "paper", "lora_fx/paper/sweep.py",
+        "{run.key: run for run in runs if run.key not in notes.found}", "{run.key: run for run in runs}",
+        "A sweep that goes on trains everything again.",
+        tests=("tests/test_sweep.py::test_an_interrupted_sweep_goes_on_where_it_was",),
+    ),
+    Mutant(
+        "sweep_over_its_budget", "paper", "lora_fx/paper/sweep.py",
+        "if self.cost[name] <= left]:", "if left > 0]:",
+        "What is compared at one budget goes beyond it.",
+        tests=("tests/test_sweep.py::test_what_is_compared_at_one_budget_has_it",),
+    ),
+    Mutant(
+        "torn_note_is_read", "paper", "lora_fx/paper/sweep.py",
+        'text.rpartition("\\n")[0]', "text",
+        "A line that an interrupted write has left is read.",
+        tests=("tests/test_sweep.py::test_an_interrupted_sweep_goes_on_where_it_was",),
+    ),
+    # ── the paper: directions, subspaces, table 7, the command line ──────────────────────────────────────────────────
+    Mutant(
+        "phi_by_the_larger", "paper", "lora_fx/paper/subspaces.py",
+        "overlap / torch.minimum(", "overlap / torch.maximum(",
+        "φ(i, j) is divided by the larger of i and j, so that a subspace inside another is no 1.",
+    ),
+    Mutant(
+        "random_overlap_by_the_smaller", "paper", "lora_fx/paper/subspaces.py",
+        "return torch.maximum(i[:, None], j[None, :]) / d", "return torch.minimum(i[:, None], j[None, :]) / d",
+        "Random subspaces are expected to overlap less than they do.",
+    ),
+    Mutant(
+        "directions_of_the_core_transposed", "paper", "lora_fx/paper/factors.py",
+        "(P @ vh.mT)[:, :n]", "(P @ vh)[:, :n]",
+        "The right-singular directions are mixed by the transpose.",
+    ),
+    Mutant(
+        "rounding_is_a_direction", "paper", "lora_fx/paper/factors.py",
+        "n = int((s > s[0] * rounding).sum())", "n = len(s)",
+        "Rows of zeros in A are directions of the adapter.",
+    ),
+    Mutant(
+        "entropy_in_bits", "paper", "lora_fx/paper/factors.py",
+        "(-share * share.log())", "(-share * share.log2())",
+        "The effective rank is exp of an entropy in bits: n equal values count as more than n.",
+    ),
+    Mutant(
+        "factors_of_a_file_lose_their_scale", "paper", "lora_fx/paper/factors.py",
+        "scale = float(alphas[path]) / A.shape[0]", "scale = 1.0 / A.shape[0]",
+        "The alpha of a file is not read.",
+    ),
+    Mutant(
+        "parts_of_a_file_are_one", "paper", "lora_fx/paper/factors.py",
+        "for entry in _entries(folder, name) or [_WHOLE]:", "for entry in [_WHOLE]:",
+        "The query and the value of a fused weight are one adapter of twice the rank.",
+    ),
+    Mutant(
+        "layers_in_no_order", "paper", "lora_fx/paper/factors.py",
+        "sorted(pairs.items(), key=lambda pair: _in_order(pair[0]))", "reversed(sorted(pairs.items()))",
+        "The layers of a file come in another order than the model's.",
+    ),
+    Mutant(
+        "rank_above_the_weights", "paper", "lora_fx/paper/factors.py",
+        "        if self.rank > min(out, inner):", "        if False:",
+        "An adapter has more directions than its weight.",
+    ),
+    Mutant(
+        "amplification_upside_down", "paper", "lora_fx/paper/amplification.py",
+        "factor=norm / along,", "factor=along / norm,",
+        "The amplification factor is its own inverse.",
+    ),
+    Mutant(
+        "weakest_directions_of_w", "paper", "lora_fx/paper/amplification.py",
+        "squares[-n:]", "squares[:n]",
+        "The directions of W are those of its smallest singular values.",
+    ),
+    Mutant(
+        "first_rows_of_the_base", "paper", "lora_fx/paper/base.py",
+        "W.index_select(axis, torch.tensor(adapter.rows))", "W.narrow(axis, 0, len(adapter.rows))",
+        "Every part of a fused weight is held against its query.",
+    ),
+    Mutant(
+        "other_weights_compared", "paper", "lora_fx/paper/subspaces.py",
+        "    matching(first, second)\n    found", "    found",
+        "Adapters of different models are compared, or fail with a KeyError.",
+    ),
+    Mutant(
+        "counts_are_rounded_only", "paper", "lora_fx/paper/counts.py",
+        "(ROUND_DOWN, ROUND_HALF_UP))", "(ROUND_HALF_UP, ROUND_HALF_UP))",
+        "18.87 million is not the 18.8 that the paper cuts it to.",
+        tests=("tests/test_paper_counts.py::test_digits_are_cut_or_rounded",),
+    ),
+    Mutant(
+        "prefixes_in_one_layer", "paper", "lora_fx/paper/counts.py",
+        "lambda tokens: layers * d * tokens", "lambda tokens: d * tokens",
+        "Prefix-layer tuning has as few parameters as prefix-embedding tuning.",
+        tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
+    ),
+)  # fmt: skip
