@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from torch import nn
 
@@ -19,13 +24,38 @@ from lora_fx.passes.keeping import forget_classes
 class Require(Pass):
     """Refuse where a name is none of the model's adapters, before anything is changed."""
 
-    names: tuple[str, ...]
+    names: tuple[str | Mapping[str, float], ...]
+    """As in `Activate`."""
 
     name = "require"
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        inventory(model).require(self.names)
+        inventory(model).require(strengths(self.names))
         return Result(model, False)
+
+
+def strengths(names: Sequence[str | Mapping[str, float]]) -> dict[str, float]:
+    """Name → strength of each adapter that is named. A name alone has 1.
+
+    Raises:
+        AdapterError: a strength is no finite number, or a name stands there twice, or is none.
+    """
+    found: dict[str, float] = {}
+    for given in names:
+        for name, strength in given.items() if isinstance(given, Mapping) else [(given, 1.0)]:
+            if not isinstance(name, str) or name in found:
+                reason = f"{name!r} {'stands there twice' if name in found else 'is no name'}"
+                raise AdapterError(reason, place="adapters", remedy='say "a", or {"a": 0.7} with its strength, once')
+            found[name] = _number(name, strength)
+    return found
+
+
+def _number(name: str, strength: Any) -> float:
+    with suppress(OverflowError):  # of an integer
+        if isinstance(strength, Real) and not isinstance(strength, bool) and math.isfinite(strength):
+            return float(strength)
+    remedy = "give a finite number: 1 is the adapter as it was trained, 0 leaves it out, −1 takes it away"
+    raise AdapterError(f"{strength!r} is no strength", place=f"adapter {name!r}", remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -34,6 +64,7 @@ class Acting:
 
     adapter: Adapter
     active: bool
+    strength: float
     trained: tuple[str, ...]
     """When it last acted."""
     flags: tuple[bool, ...]
@@ -41,9 +72,12 @@ class Acting:
 
     @classmethod
     def of(cls, adapter: Adapter) -> Acting:
-        return cls(adapter, adapter.active, adapter._trained, tuple(p.requires_grad for p in adapter.parameters()))
+        flags = tuple(p.requires_grad for p in adapter.parameters())
+        return cls(adapter, adapter.active, adapter.strength, adapter._trained, flags)
 
     def restore(self) -> None:
+        if self.adapter.strength != self.strength:
+            self.adapter.adjust(self.strength)
         self.adapter.change(active=self.active, _trained=self.trained)
         for parameter, flag in zip(self.adapter.parameters(), self.flags, strict=True):
             parameter.requires_grad_(flag)
@@ -51,19 +85,24 @@ class Acting:
 
 @dataclass(frozen=True)
 class Activate(Pass):
-    """Make exactly these adapters act, and train as they did; all others stay, and do nothing."""
+    """Make exactly these adapters act, and train as they did; all others stay, and do nothing.
 
-    names: tuple[str, ...]
+    Args:
+        names: of adapters; or name → strength c, for W + c·δ. A name alone has 1, and 0 is as if it were not named.
+    """
+
+    names: tuple[str | Mapping[str, float], ...]
 
     name = "activate"
     requires = (UNFOLDED,)
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        here = inventory(model)
-        here.require(self.names)
+        here, wanted = inventory(model), strengths(self.names)
+        here.require(wanted)
         for adapter in here.adapters:
             facts.undo.append(Acting.of(adapter).restore)  # a fold may have put it away
-            adapter.act(adapter.name in self.names)
+            strength = wanted.get(adapter.name, 0.0)
+            adapter.act(strength != 0, strength or 1.0)
         return Result(model, True)
 
 

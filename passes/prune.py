@@ -90,5 +90,4 @@ def _shorten(adapter: Adapter, kept: list[int]) -> None:
         whole = adapter.get_parameter(name)
         adapter.register_parameter(name, nn.Parameter(whole.detach().index_select(axis, index), whole.requires_grad))
     divisor = math.sqrt(len(kept)) if adapter.scaling == "rslora" else len(kept)
-    adapter.change(_settings={**adapter._settings, "rank": len(kept), "alpha": adapter.scale * divisor})
-    adapter.change(_scale=adapter.theta_of({}).scale)
+    adapter.adjust(rank=len(kept), alpha=adapter.scale * divisor)

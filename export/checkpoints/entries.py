@@ -41,12 +41,10 @@ _FACTOR = re.compile(r".+\.(lora_embedding_[AB]|lora_[AB](\.weight)?|lora_E|lora
 
 @dataclass(frozen=True)
 class Share:
-    """What one adapter adds to one tensor of a checkpoint."""
+    """What one adapter adds to one tensor of a checkpoint: strength · δ."""
 
     tensor: str
     adapter: Adapter
-    strength: float = 1.0
-    """δ is multiplied with it."""
 
 
 def adapter_folder(path: Path) -> Folder:
@@ -89,7 +87,8 @@ def read_shares(path: Path, checkpoint: Checkpoint, strength: float, name: str) 
             stored = checkpoint.tensors[share.tensor]
             reason = f"it is stored as {stored.dtype}, and a fold adds to {', '.join(FLOATS)}"
             refuse(checkpoint.at(share.tensor), reason, "fold into the checkpoint it was quantised from, then quantise")
-    return [replace(share, strength=strength) for share in found]
+        share.adapter.adjust(strength)
+    return found
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────

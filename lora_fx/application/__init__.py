@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -209,8 +209,14 @@ def adapters(model: nn.Module) -> dict[str, list[str]]:
     return {name: list(weights) for name, weights in found.items()}
 
 
-def activate(model: nn.Module, *names: str) -> nn.Module:
+def activate(model: nn.Module, *names: str | Mapping[str, float]) -> nn.Module:
     """Make exactly these adapters act; all others stay, and do nothing. No name: the base model.
+
+        activate(model, {"a": 0.7, "b": -0.3})      W + 0.7·δa − 0.3·δb
+
+    A strength multiplies δ, whatever the kind, in the next forward and in folds and exports; a name alone has 1, and 0
+    is as if it were not named. It is a number, not code: nothing is traced or compiled anew for another one. Files of
+    adapters hold what was trained, without it.
 
     An adapter that ceases to act does not train; when it acts again, what trained of it before does. Every other
     ``requires_grad`` stays what it is: see `lora_fx.model.training`.
@@ -219,7 +225,7 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
         The same model.
 
     Raises:
-        AdapterError: there is no adapter of a name.
+        AdapterError: there is no adapter of a name; or a strength is no finite number, or of a kind that has no δ.
         LoraFxError: a thread is inside a forward of the model.
     """
     return pipeline("activate", *names)(model).model
@@ -231,13 +237,14 @@ def deactivate(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def active(model: nn.Module, *names: str) -> Iterator[nn.Module]:
-    """Inside, exactly these adapters act, as after `activate`; then all are as they were, ``requires_grad`` too.
+def active(model: nn.Module, *names: str | Mapping[str, float]) -> Iterator[nn.Module]:
+    """Inside, exactly these adapters act, as after `activate`, which also takes strengths; then all are as they were,
+    ``requires_grad`` too.
 
     Blocks nest. An adapter that is applied or loaded inside stays, as it then is.
 
     Raises:
-        AdapterError: there is no adapter of a name.
+        AdapterError: as in `activate`.
         PlanError: the model is folded, before or at the end.
         LoraFxError: a thread is inside a forward of the model.
     """
@@ -300,14 +307,14 @@ def unfold(model: nn.Module) -> nn.Module:
     return pipeline("unfold")(model).model
 
 
-def switch(model: nn.Module, *names: str) -> nn.Module:
-    """Fold these adapters in the place of those that are folded now, through the exact base weights.
+def switch(model: nn.Module, *names: str | Mapping[str, float]) -> nn.Module:
+    """Fold these adapters, at these strengths, in the place of those that are folded now, through the exact base weights.
 
     Returns:
         The same model.
 
     Raises:
-        AdapterError: there is no adapter of a name.
+        AdapterError: as in `activate`.
         FoldError: a fold is refused; see `fold`, `unfold`.
     """
     return pipeline("switch", *names)(model).model

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from lora_fx.deltas import schedules
 from lora_fx.deltas.dropping import BranchDropout
+from lora_fx.deltas.kernels import times
 from lora_fx.deltas.kinds import ActivationRewrite, Kind, Space, Theta, kind_named, own_factors
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.realisation import Realisation
@@ -67,7 +69,8 @@ _FIXED = {
     "realised": "lora_fx decides it, so that no use of the weight is left out",
     "read_outside": "lora_fx finds it in the model",
     "dropout": "set dropout.p",
-    "name": "save it, remove it, and load it under another name",
+    "strength": "lora_fx.activate(model, {name: strength}) gives it",
+    "name": "lora_fx.rename(model, old, new)",
     "layout": "it follows from how the model reads the weight",
     **dict.fromkeys(("kind", "rows", "role", "rank", "scaling", "schedule", "settings"), _AGAIN),
 }
@@ -129,6 +132,10 @@ class Adapter(Beside):
     schedule: str
     _settings: Mapping[str, Any]
     _scale: float
+    _strength: float
+    _multiplier: float
+    _live: torch.Tensor
+    """The multiplier as a tensor."""
     _trained: tuple[str, ...]
     """What of θ trained when it was last deactivated."""
     _owners: Mapping[str, Adapter]
@@ -152,11 +159,10 @@ class Adapter(Beside):
         settings.pop("init", None)  # for `start` alone
         dropout = settings.get("dropout", 0.0)
         self.add_module("dropout", BranchDropout(dropout) if dropout else NoDropout())
-        self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings=settings)
+        self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings={})
         self.change(active=True, realised=Realisation.DISPATCH, read_outside="", _trained=(), _owners={})
         self.change(schedule=settings.get("schedule", schedules.BRANCH))
-        if "rank" in settings and "alpha" in settings:
-            self.change(_scale=self.theta_of({}).scale)
+        self.adjust(1.0, **settings)
         for tensor, shape in self.kind.shapes(self.space).items():
             self.register_parameter(tensor, nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device)))
         if rows is not None and rows[-1] - rows[0] + 1 != len(rows):
@@ -171,6 +177,29 @@ class Adapter(Beside):
     def change(self, **fields: Any) -> None:
         """Set what is fixed to others: for the passes, which see to it that everything follows."""
         self.__dict__.update(fields)
+
+    def adjust(self, strength: float | None = None, **settings: Any) -> None:
+        """Another strength, or other settings; what its forward multiplies with follows.
+
+        Raises:
+            AdapterError: that is not finite, or the kind has no δ that a strength could be of; nothing has changed.
+        """
+        own, place = {**self._settings, **settings}, f"strength of adapter {self.name!r}"
+        strength = self._strength if strength is None else strength
+        if strength != 1 and isinstance(self.kind, ActivationRewrite):
+            reason = f"{strength!r}: the kind {self.kind.name!r} has no δ that it could be of: {self.kind.why}"
+            raise AdapterError(reason, place=place, remedy="activate it by its name alone, or leave it out")
+        multiplier = strength
+        if "rank" in own and "alpha" in own:
+            scale = Theta(**own).scale
+            multiplier *= scale if self.kind.low_rank else 1.0
+            if not math.isfinite(multiplier):
+                reason = f"{strength!r} times its scale, {scale!r}, is no finite number"
+                raise AdapterError(reason, place=place, remedy="give a smaller one")
+            self.change(_scale=scale)
+        with torch.inference_mode(False):  # a new one: what runs just now, and its backward, has the old one still
+            live = torch.tensor(multiplier, dtype=torch.float64, device="cpu")
+        self.change(_settings=own, _strength=strength, _multiplier=multiplier, _live=live)
 
     def share(self, tensor: str, owner: Adapter) -> None:
         """Have this tensor of θ in common with another adapter, whose parameter it is from now on: copies of both go
@@ -188,8 +217,10 @@ class Adapter(Beside):
         """The names of θ's tensors, those too that it has in common with others."""
         return (*self._parameters, *self._owners)
 
-    def act(self, whether: bool) -> None:
+    def act(self, whether: bool, strength: float = 1.0) -> None:
         """Become active, or cease to be: then θ does not train. `requires_grad` comes back as it was."""
+        if strength != self._strength:
+            self.adjust(strength)
         if whether == self.active:
             return
         own: Any = self._parameters
@@ -230,7 +261,7 @@ class Adapter(Beside):
         own: Any = self._parameters
         A, B = (own["A"], own["B"]) if self.kind.factors is own_factors else self.kind.factors(self.theta)
         drop: Any = self._modules["dropout"]
-        return A, B, self._scale, self.rows[0] if self.rows else 0, drop if drop.p else None
+        return A, B, self._multiplier, self.rows[0] if self.rows else 0, drop if drop.p else None
 
     @property
     def rank(self) -> int:
@@ -258,27 +289,40 @@ class Adapter(Beside):
 
     @property
     def scale(self) -> float:
-        """What s·B·A is multiplied with. Setting it sets `alpha`, which is what is kept and saved."""
+        """The s of s·B·A, by which it was trained. Setting it sets `alpha`, which is what is kept and saved."""
+        return self._scale
+
+    @property
+    def strength(self) -> float:
+        """What δ is multiplied with, whatever the kind: W + strength·δ. `lora_fx.activate` gives it; 1 otherwise."""
+        return self._strength
+
+    @property
+    def multiplier(self) -> Any:
+        """What the forward multiplies with now: B·A with strength · scale, a δ that has no factors with the strength.
+
+        Where Dynamo compiles it is a tensor, so that another number is no other program.
+        """
+        if is_dynamo_compiling() and not is_exporting():
+            return self._live
         if is_fx_symbolic_tracing():  # as when a GraphModule is unpickled: its graph goes on reading it
             first = getattr(self, next(iter(self._parameters)))
             if type(first) is fx.Proxy:
                 path = str(first.node.target).rpartition(".")[0]
-                proxy: Any = first.tracer.create_proxy("get_attr", f"{path}.scale", (), {})
-                return proxy
-        return self._scale
+                return first.tracer.create_proxy("get_attr", f"{path}.multiplier", (), {})
+        return self._multiplier
 
     @scale.setter
     def scale(self, value: float) -> None:
         self._set("scale", value, math.sqrt(self.rank) if self.scaling == "rslora" else self._settings.get("rank", 0))
 
-    def _set(self, what: str, value: float, times: float) -> None:
+    def _set(self, what: str, value: float, by: float) -> None:
         place = f"{what} of adapter {self.name!r}"
         if "alpha" not in self._settings or "rank" not in self._settings:
             raise AdapterError(f"the kind {self.kind.name!r} has none", place=place, remedy="change its θ")
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value * times):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value * by):
             raise AdapterError(f"{value!r} is no finite number", place=place, remedy="set one")
-        self.change(_settings={**self._settings, "alpha": float(value * times)})
-        self.change(_scale=self.theta_of({}).scale)
+        self.adjust(alpha=float(value * by))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -296,11 +340,15 @@ class Adapter(Beside):
         return first
 
     def low_rank(self, tensors: dict[str, Any] | None = None, index: Any = None, scale: Any = None) -> LowRank:
-        """Its delta as a value, of a kind that has factors: of θ as it is now, or of these in its place."""
+        """Its delta as a value, of a kind that has factors: of θ as it is now, or of these in its place.
+
+        Args:
+            scale: what is to be multiplied with; None for what it is now, the strength in it.
+        """
         assert self.kind.factors is not None, self.kind.name
         A, B = self.kind.factors(self.theta if tensors is None else self.theta_of(tensors))
         index = self._buffers.get("index") if tensors is None else index
-        return LowRank(self.layout, A, B, self.scale if scale is None else scale, self.rank, self.rows, index)
+        return LowRank(self.layout, A, B, self.multiplier if scale is None else scale, self.rank, self.rows, index)
 
     def exact(self) -> LowRank:
         """The same for a fold: factors that are computed, and are no tensors of θ themselves, in float64."""
@@ -335,7 +383,7 @@ class Adapter(Beside):
         self.kind.start(theta, matrix)
 
     def delta(self, weight: Any = None, theta: Theta | None = None) -> Any:
-        """δ(W, θ) in the weight's own shape and θ's dtype; a low-rank one asks for no W."""
+        """strength · δ(W, θ) in the weight's own shape and θ's dtype; a low-rank one asks for no W."""
         if self.kind.low_rank:
             return self.low_rank(
                 None if theta is None else {name: getattr(theta, name) for name in self._parameters}
@@ -347,7 +395,7 @@ class Adapter(Beside):
             )
         assert self.kind.delta is not None
         own = self.kind.delta(self.matrix(weight), self.theta if theta is None else theta)
-        return self.layout.to_weight(self.embedded(own))
+        return self.layout.to_weight(times(self.multiplier, self.embedded(own)))
 
     forward = delta
 
@@ -374,7 +422,8 @@ class Adapter(Beside):
         part = f", {self.role}: {len(self.rows)} of {self.layout.size('o')} features" if self.rows else ""
         own = f"rank={self.rank}, scale={self.scale:g}" if {"rank", "alpha"} <= self._settings.keys() else ""
         kind = "" if self.kind.name == "lora" else f"{self.kind.name}{', ' if own else ''}"
-        return f"{kind}{own}{part}"
+        strength = "" if self.strength == 1 else f", strength={self.strength:g}"
+        return f"{kind}{own}{strength}{part}"
 
 
 class SharingAdapter(Adapter):
