@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -15,7 +16,7 @@ from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import AdapterError
 from lora_fx.model.classes import unwire
 from lora_fx.model.inventory import inventory
-from lora_fx.model.marks import detach, unmark
+from lora_fx.model.marks import child_name, detach, unmark
 from lora_fx.passes.base import UNFOLDED, Facts, Pass, Result
 from lora_fx.passes.keeping import forget_classes
 
@@ -126,6 +127,45 @@ class Restore(Pass):
             if own.adapter in here:
                 facts.undo.append(Acting.of(own.adapter).restore)
                 own.restore()
+        return Result(model, True)
+
+
+@dataclass(frozen=True)
+class Rename(Pass):
+    """Call an adapter something else: its parameters stay what they are, under other names in the `state_dict`."""
+
+    old: str
+    new: str
+
+    name = "rename"
+    requires = (UNFOLDED,)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        here = inventory(model)
+        here.require([self.old])
+        if not isinstance(self.new, str) or not self.new.isidentifier():
+            reason, remedy = f"{self.new!r} is no identifier", "name the adapter with letters, digits and _"
+            raise AdapterError(reason, place="rename", remedy=remedy)
+        if self.new in here.names:
+            remedy = f"take another name, or lora_fx.remove(model, {self.new!r}) first"
+            raise AdapterError(f"there is an adapter {self.new!r} already", place="rename", remedy=remedy)
+        mine = [place for place in here.places if place.adapter.name == self.old]
+        names = {place: child_name(place.attribute, self.new, place.part) for place in mine}
+        for place, child in names.items():
+            if child in place.owner._modules or hasattr(place.owner, child):
+                reason = f"{type(place.owner).__name__} has something called {child} already"
+                raise AdapterError(reason, place=place.weight, remedy="take another name")
+        unwire(model, here)
+        forget_classes(here.modules)
+        for place, child in names.items():
+            for table in (place.owner._modules, place.owner.__dict__):
+                if table.get(place.child) is place.adapter:
+                    order = [(child if key == place.child else key, value) for key, value in table.items()]
+                    table.clear()
+                    table.update(order)
+        for adapter in {place.adapter for place in mine}:
+            facts.undo.append(partial(adapter.change, name=self.old))
+            adapter.change(name=self.new)
         return Result(model, True)
 
 

@@ -59,6 +59,8 @@ class Row:
     """Why it dispatches instead of being rewritten as a graph."""
     stored: Mapping[str, torch.Tensor] | None = None
     """θ, where it has numbers already, from a file: beside a weight on meta it lies on the CPU."""
+    width: int | None = None
+    """The ranks that there is to be room for, where they are more than its own."""
     schedule: str = ""
     """How its branches are computed on these inputs, in words: `lora_fx.deltas.schedules`."""
     axes: Layout | None = None
@@ -92,7 +94,7 @@ class Row:
     def space(self) -> Space:
         """What θ is for."""
         settings = Theta(**self.kind.complete(self.rule.chosen))
-        return Space(self.layout.batch, self.out, self.layout.size("i"), settings)
+        return Space(self.layout.batch, self.out, self.layout.size("i"), settings, self.width)
 
     @property
     def parameters(self) -> int:

@@ -19,7 +19,6 @@ from lora_fx.export.onnx.sessions import Session
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.model.inventory import inventory
 from lora_fx.testing import Filling, assert_equivalent, assert_folds_exactly
-from tests import reference
 from tests.test_active import Configured, same, state
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
@@ -66,25 +65,6 @@ def test_it_is_the_dense_sum_in_forwards_folds_and_certificates(kind):
         lora_fx.unfold(model)
         assert {a.name: a.strength for a in inventory(model).adapters} == STRENGTHS
     assert same(state(model), before)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gradient_is_that_of_the_dense_sum(kind):
-    model, base = (m.double() for m in adapted(kind))
-    lora_fx.activate(model, {"a": -0.5})
-    model(X.double()).square().sum().backward()
-    (place, *_) = (p for p in inventory(model).places if p.owner is model[2])
-    adapter, weight = place.adapter, place.parameter
-    theta = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
-    whole = copy.deepcopy(adapter)
-    whole.adjust(1.0)
-    own = weight - 0.5 * whole.delta(weight.detach(), whole.theta_of(theta))
-    dense = copy.deepcopy(base)
-    dense[0].weight.data.copy_(reference.dense_weights(model).get("0.weight", base[0].weight))
-    dense[0].bias.data.copy_(reference.dense_weights(model).get("0.bias", base[0].bias))
-    torch.func.functional_call(dense, {place.weight: own}, X.double()).square().sum().backward()
-    for name, p in adapter.named_parameters():
-        torch.testing.assert_close(p.grad, theta[name].grad, rtol=1e-12, atol=1e-12)
 
 
 def test_blocks_nest_and_all_is_as_it_was_after_an_error():
@@ -210,7 +190,7 @@ def test_another_strength_is_no_other_program(kind):
             lora_fx.activate(model, {"a": a, "b": 0.5})
             with torch.no_grad():
                 found = compiled(X)
-            assert_close(found, by_hand(model, base, {"a": a, "b": 0.5}))
+            assert_agrees(found, by_hand(model, base, {"a": a, "b": 0.5}))
             compiled(X).sum().backward()
         assert len(graphs) == 2  # with gradients and without
 
@@ -229,7 +209,7 @@ def counted(model: nn.Module) -> Iterator[tuple[nn.Module, list[torch.fx.GraphMo
     torch.compiler.reset()
 
 
-def assert_close(found: torch.Tensor, dense: nn.Module) -> None:
+def assert_agrees(found: torch.Tensor, dense: nn.Module) -> None:
     inputs = normalize_inputs(dense, X)
     (y,) = outputs = run(dense, inputs)
     ((exact, noise),) = noise_floors(dense, inputs, outputs)
@@ -253,4 +233,4 @@ def test_it_is_exported_as_it_acts(tmp_path, form):
         session = Session(tmp_path / "m.onnx")
         (found,) = session.run((X.numpy(),)).values()
         dense = by_hand(model, base, STRENGTHS)
-    assert_close(torch.from_numpy(found), dense)
+    assert_agrees(torch.from_numpy(found), dense)

@@ -21,7 +21,7 @@ from lora_fx.export.adapters.files import loading
 from lora_fx.export.onnx.export import exporting
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.model.inventory import base_parameters, inventory, weight_name
-from lora_fx.passes.activate import Activate, Remove, Require, Restore, acting
+from lora_fx.passes.activate import Activate, Remove, Rename, Require, Restore, acting
 from lora_fx.passes.base import Pass
 from lora_fx.passes.fold import Fold, Unfold
 from lora_fx.passes.insert import Check, Insert, Rewrite
@@ -33,8 +33,8 @@ def pipeline(verb: str, *arguments: Any, **options: Any) -> Pipeline:
     """The passes that a verb runs, to print, to change, and to run on a model.
 
     Args:
-        verb: ``plan``, ``apply``, ``fold``, ``unfold``, ``activate``, ``deactivate``, ``remove``, ``switch``,
-            ``load_adapter`` or ``export_onnx``.
+        verb: ``plan``, ``apply``, ``fold``, ``unfold``, ``activate``, ``deactivate``, ``remove``, ``rename``,
+            ``switch``, ``load_adapter`` or ``export_onnx``.
         arguments, options: those of the verb, without the model; ``fold`` has no ``copy`` here.
 
     Raises:
@@ -64,6 +64,7 @@ _PIPELINES: dict[str, Callable[..., tuple[Pass, ...]]] = {
     "activate": lambda *names: (Activate(names), Rewrite()),
     "deactivate": lambda: (Activate(()), Rewrite()),
     "remove": lambda *names: (Remove(names), Rewrite()),
+    "rename": lambda old, new: (Rename(old, new), Rewrite()),
     "switch": lambda *names: (Require(names), Unfold(if_folded=True), Activate(names), Fold()),
     "load_adapter": loading,
     "export_onnx": exporting,
@@ -274,6 +275,21 @@ def remove(model: nn.Module, *names: str) -> nn.Module:
     return pipeline("remove", *names)(model).model
 
 
+def rename(model: nn.Module, old: str, new: str) -> nn.Module:
+    """Call an adapter something else. Its parameters are the same objects, so optimizers go on, under other names in
+    the `state_dict`; whether it acts, and how strongly, stays.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: there is no adapter `old`, there is one `new` already, or that is no identifier.
+        PlanError: the model is folded.
+        LoraFxError: a thread is inside a forward of the model.
+    """
+    return pipeline("rename", old, new)(model).model
+
+
 def fold(model: nn.Module, *, copy: bool = False, final: bool = False) -> nn.Module:
     """Fold the active adapters into the weights (the LoRA papers say *merge*), each storage once, rounded once.
 
@@ -308,7 +324,7 @@ def unfold(model: nn.Module) -> nn.Module:
 
 
 def switch(model: nn.Module, *names: str | Mapping[str, float]) -> nn.Module:
-    """Fold these adapters, at these strengths, in the place of those that are folded now, through the exact base weights.
+    """Fold these adapters, at these strengths, for those that are folded now, through the exact base weights.
 
     Returns:
         The same model.

@@ -97,7 +97,7 @@ def _misrounded(
     plain = weight.detach().to(torch.float64)
     total = sum((product.delta() for product in products), start=plain)
     size = sum((product.size() for product in products), start=plain.abs())
-    error = sum(2 * adapter.rank + 2 for adapter in adapters) * _UNIT * size
+    error = sum(2 * adapter.width + 2 for adapter in adapters) * _UNIT * size
     value = folded.detach().to(torch.float64)
     if weight.dtype == torch.float64:
         return (~((value - total).abs() <= 2 * error)).reshape(-1).nonzero().squeeze(1)
@@ -159,7 +159,7 @@ class _Product:
 
     @classmethod
     def of(cls, adapter: Adapter) -> _Product:
-        sides, shape, rank = adapter.layout.sides, adapter.layout.shape, adapter.rank
+        sides, shape, rank = adapter.layout.sides, adapter.layout.shape, adapter.width
         axes = {side: [k for k, s in enumerate(sides) if s == side] for side in "boi"}
         size = {side: [shape[k] for k in own] for side, own in axes.items()}
 
@@ -174,7 +174,7 @@ class _Product:
             whole = B.new_zeros(*B.shape[:-2], math.prod(size["o"]), rank)
             whole[..., list(adapter.rows), :] = B
             B = whole
-        scale = adapter.strength * (adapter.alpha / (math.sqrt(rank) if adapter.scaling == "rslora" else rank))
+        scale = adapter.strength * (adapter.alpha / _divisor(adapter))
         return cls(scale, over_axes(B, "o", "i"), over_axes(A.mT, "i", "o"), sides)
 
     def delta(self) -> torch.Tensor:
@@ -206,6 +206,10 @@ class _Product:
         """One element, not rounded."""
         b, a = (factor.expand(*shape, -1)[index].tolist() for factor in (self.B, self.A))
         return Fraction(self.scale) * sum(Fraction(x) * Fraction(y) for x, y in zip(b, a, strict=True))
+
+
+def _divisor(adapter: Adapter) -> float:
+    return math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank
 
 
 def _step(values: torch.Tensor, by: int) -> torch.Tensor:

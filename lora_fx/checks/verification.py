@@ -465,7 +465,7 @@ def _fill(adapter: Adapter, weight: torch.Tensor | None, generator: torch.Genera
         if weight is not None:
             scatter(adapter, weight, generator, 0.5)
         return
-    for factor, fan in ((adapter.A, adapter.A.shape[-1]), (adapter.B, adapter.rank)):
+    for factor, fan in ((adapter.A, adapter.A.shape[-1]), (adapter.B, adapter.width)):
         factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float32) / math.sqrt(fan))
     inputs = adapter.A.shape[-1]
     size = 0.0 if weight is None else _size(weight)

@@ -106,6 +106,7 @@ class Adapter(Beside):
         name: the adapter's name; one name may be on many weights.
         role: what the site does, for reading.
         dtype: of θ: float32 for weights of lower precision.
+        width: the ranks that there is room for, of a kind that `pads`: those behind its own are zeros.
         settings: those of the kind; ``rank``, ``alpha``, ``scaling``, ``dropout`` (probability on the branch input, in
             training only) and ``schedule`` (see `lora_fx.deltas.schedules`) for `lora`.
 
@@ -131,6 +132,7 @@ class Adapter(Beside):
     """The module, if there is one, that multiplies with the weight though another holds it."""
     schedule: str
     _settings: Mapping[str, Any]
+    _width: int | None
     _scale: float
     _strength: float
     _multiplier: float
@@ -151,6 +153,7 @@ class Adapter(Beside):
         role: str = "",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        width: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -161,7 +164,7 @@ class Adapter(Beside):
         self.add_module("dropout", BranchDropout(dropout) if dropout else NoDropout())
         self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings={})
         self.change(active=True, realised=Realisation.DISPATCH, read_outside="", _trained=(), _owners={})
-        self.change(schedule=settings.get("schedule", schedules.BRANCH))
+        self.change(schedule=settings.get("schedule", schedules.BRANCH), _width=width)
         self.adjust(1.0, **settings)
         for tensor, shape in self.kind.shapes(self.space).items():
             self.register_parameter(tensor, nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device)))
@@ -239,7 +242,7 @@ class Adapter(Beside):
     def space(self) -> Space:
         """What θ is for."""
         out = self.layout.size("o") if self.rows is None else len(self.rows)
-        return Space(self.layout.batch, out, self.layout.size("i"), self.theta_of({}))
+        return Space(self.layout.batch, out, self.layout.size("i"), self.theta_of({}), self._width)
 
     @property
     def theta(self) -> Theta:
@@ -267,6 +270,50 @@ class Adapter(Beside):
     def rank(self) -> int:
         """Of its factors; KeyError for a kind that has none."""
         return self._settings["rank"]
+
+    @property
+    def width(self) -> int:
+        """The ranks that there is room for: those behind its own are zeros."""
+        return self.rank if self._width is None else self._width
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of θ, for a rank that there is room for; for 0 of a kind that has none."""
+        space = replace(self.space, width=rank or None)
+        return {name: tuple(shape) for name, shape in self.kind.shapes(space).items()}
+
+    @torch.no_grad()
+    def put(self, theta: Mapping[str, torch.Tensor]) -> None:
+        """Write numbers into the parameters: zeros behind their ranks."""
+        for name, numbers in theta.items():
+            parameter = self.owner(name).get_parameter(name)
+            if parameter.shape != numbers.shape:
+                parameter.zero_()
+            parameter[tuple(map(slice, numbers.shape))].copy_(numbers)
+
+    def fitting(self) -> Adapter:
+        """Itself, or the same without the room behind its ranks, for files.
+
+        Raises:
+            AdapterError: there are numbers in that room.
+        """
+        if self._width is None or self._width == self.rank:
+            return self
+        dtype, device = self.dtype, self.device
+        settings = {key: value for key, value in self.settings.items() if key in self.kind.settings}
+        own = Adapter(
+            self.layout, kind=self.kind, rows=self.rows, name=self.name, role=self.role, dtype=dtype, device=device,
+            **settings,
+        )  # fmt: skip
+        for name, parameter in self.named_parameters():
+            rest, mine = parameter.detach().clone(), own.get_parameter(name)
+            corner = tuple(map(slice, mine.shape))
+            own.put({name: rest[corner]})
+            rest[corner] = 0
+            if bool(rest.any()):
+                reason = f"{name} has numbers behind its rank of {self.rank}, in the room for {self._width}"
+                raise AdapterError(reason, place=f"adapter {self.name!r}", remedy="write zeros there, or load it again")
+        own.change(realised=self.realised, read_outside=self.read_outside)
+        return own
 
     @property
     def alpha(self) -> float:
@@ -346,9 +393,12 @@ class Adapter(Beside):
             scale: what is to be multiplied with; None for what it is now, the strength in it.
         """
         assert self.kind.factors is not None, self.kind.name
-        A, B = self.kind.factors(self.theta if tensors is None else self.theta_of(tensors))
+        if self.kind.factors is own_factors:  # without the settings, which Dynamo would take for a part of the program
+            A, B = (self.A, self.B) if tensors is None else (tensors["A"], tensors["B"])
+        else:
+            A, B = self.kind.factors(self.theta if tensors is None else self.theta_of(tensors))
         index = self._buffers.get("index") if tensors is None else index
-        return LowRank(self.layout, A, B, self.multiplier if scale is None else scale, self.rank, self.rows, index)
+        return LowRank(self.layout, A, B, self.multiplier if scale is None else scale, self.width, self.rows, index)
 
     def exact(self) -> LowRank:
         """The same for a fold: factors that are computed, and are no tensors of θ themselves, in float64."""
@@ -422,6 +472,7 @@ class Adapter(Beside):
         part = f", {self.role}: {len(self.rows)} of {self.layout.size('o')} features" if self.rows else ""
         own = f"rank={self.rank}, scale={self.scale:g}" if {"rank", "alpha"} <= self._settings.keys() else ""
         kind = "" if self.kind.name == "lora" else f"{self.kind.name}{', ' if own else ''}"
+        own += "" if self._width is None else f", room for {self._width}"
         strength = "" if self.strength == 1 else f", strength={self.strength:g}"
         return f"{kind}{own}{strength}{part}"
 

@@ -55,10 +55,12 @@ class Space:
     inner: int
     """Input features; of a convolution times the kernel's size, of a bias 1."""
     settings: Theta
+    width: int | None = None
+    """Ranks that there is room for, where they are more than the settings say."""
 
     @property
     def rank(self) -> int:
-        return self.settings.rank
+        return self.settings.rank if self.width is None else self.width
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Kind:
     by_feature: bool = False
     """δ of an output feature follows from what W and θ have for that feature alone, and from θ that is for all: then a
     few rows of a weight can be folded at a time."""
+    pads: bool = False
+    """Further ranks of zeros, in each tensor that has an axis of ranks, add nothing: so there may be room for more."""
     adapts: Literal["weight", "bias"] = "weight"
     """The weight of a matched site, or its bias."""
 
@@ -190,6 +194,7 @@ LORA = Kind(
     start=start_factors,
     factors=own_factors,
     settings={**_FACTORED, "schedule": "auto"},
+    pads=True,
 )
 
 
@@ -214,6 +219,7 @@ DORA = Kind(
     matmul=dora.matmul,
     settings=_FACTORED,
     by_feature=True,
+    pads=True,
 )
 
 
@@ -235,6 +241,7 @@ ADALORA = Kind(
     start=_adalora_start,
     factors=lambda theta: (theta.singular * theta.Q, theta.P),
     settings={key: value for key, value in LORA.settings.items() if key != "init"},
+    pads=True,
 )
 
 #: Zaken et al., ACL 2022 (BitFit)
