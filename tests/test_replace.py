@@ -128,7 +128,7 @@ def test_replaced_it_is_what_a_fresh_model_loads(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
 def test_a_lower_rank_is_filled_with_zeros_and_saved_without_them(tmp_path, kind):
-    """Ranks of 2, 4 and 1 in the room for 4, by 3/2, −1/2 and 5/1. If it is not said, there is room for the first one."""
+    """Ranks of 2, 4 and 1 in the room for 4, by 3/2, −1/2 and 5. Not said, there is room for the first one."""
     two = saved(tmp_path, kind=kind)
     four = saved(tmp_path, seed=1, kind=kind, rank=4, alpha=-2)
     one = saved(tmp_path, seed=2, kind=kind, rank=1, alpha=5)
