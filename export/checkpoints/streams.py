@@ -27,7 +27,7 @@ from lora_fx.reading import refuse
 
 _DEPTH = 2  # blocks that are read ahead, and as many that wait to be written
 _MOST = 8  # blocks that are changed at a time: each takes memory
-_PART = 2**20  # bytes of one call of the system: of larger writes ext4 takes ten times as long, and a part stays in cache
+_PART = 2**20  # bytes of one call of the system: they are still in the cache when they are hashed
 _AGAIN = "restore it, or remove what was begun to begin anew"
 _EMPTY = hashlib.sha256().hexdigest()
 
