@@ -16,6 +16,8 @@ from lora_fx.export.adapters.names import Names
 from lora_fx.export.adapters.peft import PREFIX
 from lora_fx.reading import refuse
 
+SAY_ALPHA = 'say it: config={"lora_alpha": …} of load_adapter and fold_checkpoint, --alpha of lora-fx fold'
+
 Single = tuple[dict[str, torch.Tensor], dict[str, str]]
 """The tensors of one file, and what its header says."""
 
@@ -110,7 +112,7 @@ def _alpha(folder: Folder, keys: Mapping[str, str], alpha: Any, rank: int, confi
         return float(config["lora_alpha"])
     if alpha is None:
         reason = "the file does not say its alpha, and without one there is no scale"
-        refuse(folder.tensor(keys["A"]), reason, 'say it: load_adapter(..., config={"lora_alpha": …})')
+        refuse(folder.tensor(keys["A"]), reason, SAY_ALPHA)
     return rank if alpha == "rank" else float(alpha)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_fx.deltas.kinds import kind_named
-from lora_fx.export.adapters.entries import Entry, in_pefts_words
+from lora_fx.export.adapters.entries import SAY_ALPHA, Entry, in_pefts_words
 from lora_fx.export.adapters.folder import Folder
 from lora_fx.export.adapters.names import Names
 from lora_fx.export.adapters.peft import PREFIX, Modules
@@ -75,7 +75,7 @@ def _pairs(names: Names, folder: Folder, config: Mapping[str, Any]) -> tuple[Fol
     if "lora_alpha" not in config:
         place = folder.tensor(next(key for keys in pairs.values() for key in keys.values()))
         reason = "loralib's files do not say their alpha, and without one there is no scale"
-        refuse(place, reason, 'say it: load_adapter(..., config={"lora_alpha": …})')
+        refuse(place, reason, SAY_ALPHA)
     return folder, pairs, rest
 
 
