@@ -101,7 +101,7 @@ class Activate(Pass):
         here, wanted = inventory(model), strengths(self.names)
         here.require(wanted)
         for adapter in here.adapters:
-            facts.undo.append(Acting.of(adapter).restore)  # a fold may have put it away
+            facts.undo += Acting.of(adapter).restore, partial(adapter.change, **adapter.told)  # it may be put away
             strength = wanted.get(adapter.name, 0.0)
             adapter.act(strength != 0, strength or 1.0)
         return Result(model, True)
@@ -125,7 +125,7 @@ class Restore(Pass):
         here = {*inventory(model).adapters}
         for own in self.before:
             if own.adapter in here:
-                facts.undo.append(Acting.of(own.adapter).restore)
+                facts.undo += Acting.of(own.adapter).restore, partial(own.adapter.change, **own.adapter.told)
                 own.restore()
         return Result(model, True)
 
@@ -156,7 +156,6 @@ class Rename(Pass):
                 reason = f"{type(place.owner).__name__} has something called {child} already"
                 raise AdapterError(reason, place=place.weight, remedy="take another name")
         unwire(model, here)
-        forget_classes(here.modules)
         for place, child in names.items():
             for table in (place.owner._modules, place.owner.__dict__):
                 if table.get(place.child) is place.adapter:

@@ -67,6 +67,14 @@ def test_it_is_the_dense_sum_in_forwards_folds_and_certificates(kind):
     assert same(state(model), before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_alone_is_the_dense_sum(kind):
+    model, base = adapted(kind)
+    for c in (0.7, -1.25):
+        lora_fx.activate(model, {"a": c})
+        assert_equivalent(by_hand(model, base, {"a": c}), model, X)
+
+
 def test_blocks_nest_and_all_is_as_it_was_after_an_error():
     model, base = adapted()
     lora_fx.activate(model, {"a": 0.25})

@@ -204,6 +204,12 @@ class Adapter(Beside):
             live = torch.tensor(multiplier, dtype=torch.float64, device="cpu")
         self.change(_settings=own, _strength=strength, _multiplier=multiplier, _live=live)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `adjust` changes, as `change` gives it back."""
+        names = ("_settings", "_scale", "_strength", "_multiplier", "_live")
+        return {name: self.__dict__[name] for name in names if name in self.__dict__}
+
     def share(self, tensor: str, owner: Adapter) -> None:
         """Have this tensor of θ in common with another adapter, whose parameter it is from now on: copies of both go
         on sharing it, and a `state_dict` has it once."""

@@ -8,7 +8,7 @@ ROWS = (
     # ── checkpoints on disk ──────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "strength_is_dropped", "checkpoints", "export/checkpoints/entries.py",
-        "        share.adapter.adjust(strength)\n", "",
+        "        share.adapter.adjust(given.strength)\n", "",
         "An adapter of strength 0.5 is folded whole.",
         tests=(f"{CHECKPOINTS}::test_strengths_multiply_deltas_and_several_adapters_add_up",),
     ),
@@ -23,6 +23,12 @@ ROWS = (
         "delta.picked(torch.tensor(n))", "delta.picked(torch.tensor(0))",
         "Every expert gets the adapter of the first.",
         tests=(f"{CHECKPOINTS}::test_experts_are_matrices_of_their_own",),
+    ),
+    Mutant(
+        "said_besides_is_not_kept", "checkpoints", "export/checkpoints/entries.py",
+        'said.get("config", {})', "{}",
+        "The alpha that was said of a file without one is gone when the checkpoint is unfolded.",
+        tests=(f"{CHECKPOINTS}::test_another_dialect_is_the_same_adapter",),
     ),
     Mutant(
         "what_was_written_is_trusted", "checkpoints", "export/checkpoints/streams.py",
