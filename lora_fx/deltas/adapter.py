@@ -345,6 +345,10 @@ class Adapter(Beside):
         """The s of s·B·A, by which it was trained. Setting it sets `alpha`, which is what is kept and saved."""
         return self._scale
 
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._set("scale", value, math.sqrt(self.rank) if self.scaling == "rslora" else self._settings.get("rank", 0))
+
     @property
     def strength(self) -> float:
         """What δ is multiplied with, whatever the kind: W + strength·δ. `lora_fx.activate` gives it; 1 otherwise."""
@@ -364,10 +368,6 @@ class Adapter(Beside):
                 path = str(first.node.target).rpartition(".")[0]
                 return first.tracer.create_proxy("get_attr", f"{path}.multiplier", (), {})
         return self._multiplier
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        self._set("scale", value, math.sqrt(self.rank) if self.scaling == "rslora" else self._settings.get("rank", 0))
 
     def _set(self, what: str, value: float, by: float) -> None:
         place = f"{what} of adapter {self.name!r}"
