@@ -85,6 +85,14 @@ def of_rewrites(name: str) -> tuple[str, ...]:
     return (f"{REWRITES}::test_{name}",)
 
 
+COMBINE = "tests/test_combine.py"
+
+
+def of_combine(name: str) -> tuple[str, ...]:
+    """This test of `COMBINE`, without its ``test_``."""
+    return (f"{COMBINE}::test_{name}",)
+
+
 HISTORIES = "tests/test_histories.py"
 GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"

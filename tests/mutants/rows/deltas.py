@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, Mutant, of_kinds, of_rewrites
+from tests.mutants.table import CHECKPOINTS, GAPS, Mutant, of_combine, of_kinds, of_rewrites
 
 ROWS = (
     # ── the algebra: factors, scale, forms ───────────────────────────────────────────────────────────────────────────
@@ -966,5 +966,29 @@ ROWS = (
         "for name in ():",
         "A later site draws what all have trained anew.",
         tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
+    ),
+    Mutant(
+        "directions_at_random", "checkpoints", "lora_fx/deltas/nearest.py",
+        "_ROUNDS = 4", "_ROUNDS = 0",
+        "An extracted adapter holds the first directions that were drawn, and not the largest.",
+        tests=(f"{CHECKPOINTS}::test_the_nearest_of_a_rank_is_kept",),
+    ),
+    Mutant(
+        "truncates_the_smallest", "kinds", "lora_fx/deltas/nearest.py",
+        "    root = S[..., :rank].sqrt()", "    root = S.flip(-1)[..., :rank].sqrt()",
+        "The nearest of a rank has the sizes of the directions that matter least.",
+        tests=of_combine("svd_is_the_nearest_of_a_rank_and_says_what_it_keeps"),
+    ),
+    Mutant(
+        "ties_elects_by_strength", "kinds", "lora_fx/deltas/merging.py",
+        "elected = torch.where(kept.sum(0) >= 0,", "elected = torch.where(summed(kept, strengths) >= 0,",
+        "TIES elects the signs of what is weighed, and turns round what has a negative strength.",
+        tests=of_combine("ties_trims_elects_and_takes_the_mean_of_what_agrees"),
+    ),
+    Mutant(
+        "dare_does_not_rescale", "kinds", "lora_fx/deltas/merging.py",
+        "delta.mul(mask).div_(density)", "delta.mul(mask)",
+        "What DARE leaves is smaller than what it was made of.",
+        tests=of_combine("dare_drops_at_random_and_rescales"),
     ),
 )  # fmt: skip

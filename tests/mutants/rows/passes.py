@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, GRADIENTS, Mutant, of_kinds, of_rewrites
+from tests.mutants.table import GAPS, GRADIENTS, Mutant, of_combine, of_kinds, of_rewrites
 
 ROWS = (
     # ── tracing and wiring ───────────────────────────────────────────────────────────────────────────────────────────
@@ -426,5 +426,23 @@ ROWS = (
         "if False:",
         "A fold leaves out what is no delta.",
         tests=of_rewrites("nothing_that_folds_takes_it"),
+    ),
+    Mutant(
+        "combines_without_scales", "kinds", "passes/combine.py",
+        "own = [(w * a.scale, a.exact())", "own = [(w, a.exact())",
+        "The sum of adapters leaves out what each B·A is multiplied with.",
+        tests=of_combine("ranks_add_up_and_a_weight_of_none_takes_nothing"),
+    ),
+    Mutant(
+        "combines_parts_as_they_come", "kinds", "passes/combine.py",
+        "at = {row: n for n, row in enumerate(rows)}", "at = {row: n for n, row in enumerate(reversed(rows))}",
+        "The rows of a part are put where another part's are.",
+        tests=of_combine("parts_stay_apart_and_meet_where_they_overlap"),
+    ),
+    Mutant(
+        "combined_acts_at_once", "kinds", "passes/combine.py",
+        "        adapter.act(False)\n", "",
+        "A combined adapter acts beside those that it is made of.",
+        tests=of_combine("it_is_there_and_does_nothing_until_it_is_asked"),
     ),
 )  # fmt: skip
