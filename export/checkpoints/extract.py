@@ -181,7 +181,8 @@ class _Pair:
     @property
     def change(self) -> Rows:
         """D."""
-        return Rows(*self.stored.shape, self.blocks)
+        rows, columns = self.stored.shape
+        return Rows(rows, columns, self.blocks)
 
     def nearest(self, rank: int) -> Factors:
         """A (rank, columns) and B (rows, rank), float32: D ≈ B·A."""

@@ -1,15 +1,20 @@
-"""Adapters out of adapters: `combine`."""
+"""Adapters that nobody has trained: out of others (`combine`), out of two models (`extract`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from lora_fx.deltas.nearest import Approximation
+from lora_fx.model.training import REFUSE
 from lora_fx.passes.base import Pass
 from lora_fx.passes.combine import EXACT, Combine
+from lora_fx.passes.extract import Extract
+from lora_fx.passes.insert import Check, Insert, Rewrite
 from lora_fx.passes.pipeline import Pipeline
+from lora_fx.passes.planning import Schedule
 
 
 def combine(
@@ -72,3 +77,59 @@ def combining(
 ) -> tuple[Pass, ...]:
     """The passes of `combine`."""
     return (Combine(adapters, name, method, rank, density, seed),)
+
+
+def extract(
+    base: nn.Module,
+    tuned: nn.Module,
+    rank: int,
+    example_inputs: Any = None,
+    *,
+    name: str = "default",
+    beside: str = REFUSE,
+    ignore: Sequence[str] = (),
+    check: bool = True,
+) -> Approximation:
+    """Insert into `base` the adapter of this rank that is nearest to what `tuned` has become, in place.
+
+    Of each weight that differs and multiplies, D = W_tuned − W: the leading singular directions of D, in float64; D is
+    there in blocks of rows only. It acts, and trains, as after `apply`; save it, and the tuned model is `base` and a
+    small file. For checkpoints on disk there is `extract_adapter`.
+
+    Args:
+        tuned: a model of the same parameters and buffers, by name and shape; it is left as it is. Fold its adapters
+            for good first, if it has some.
+        rank: of every weight; of one with fewer rows or columns as many as it has.
+        example_inputs: as in `apply`: what they show is which weights multiply, and how.
+        name: of the new adapter.
+        beside: what to do about what else differs, norms, biases and weights that the inputs do not reach:
+            ``"refuse"`` it by name; keep it whole, as adapters of the kind ``"full"``; or ``"ignore"`` it. Buffers,
+            which no adapter has, are refused unless ignored.
+        ignore: patterns of names that may differ, and stay as they are in the base.
+        check: as in `apply`.
+
+    Returns:
+        For each weight ‖D‖ and the share of its energy that the adapter holds, measured; and what is left out.
+
+    Raises:
+        PlanError: the two are of different architectures (the first difference is named), nothing differs, something
+            differs that nobody has said may be left out, or a weight cannot be adapted.
+        LoraFxError: as in `apply`. The model is bitwise what it was, each time.
+    """
+    passes = extracting(tuned, rank, example_inputs, name=name, beside=beside, ignore=ignore, check=check)
+    return Pipeline("extract", passes)(base).facts[Approximation]
+
+
+def extracting(
+    tuned: nn.Module,
+    rank: int,
+    example_inputs: Any = None,
+    *,
+    name: str = "default",
+    beside: str = REFUSE,
+    ignore: Sequence[str] = (),
+    check: bool = True,
+) -> tuple[Pass, ...]:
+    """The passes of `extract`."""
+    first = Extract(tuned, rank, example_inputs, name, beside, tuple(ignore))
+    return first, Schedule(), Insert(), Rewrite(), *([Check()] if check else [])

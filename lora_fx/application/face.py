@@ -18,7 +18,7 @@ from lora_fx.application import (
     unfold,
 )
 from lora_fx.application.budget import Budget
-from lora_fx.application.combination import combine
+from lora_fx.application.combination import combine, extract
 from lora_fx.application.suggestion import Suggestion, suggest
 from lora_fx.application.tokens import with_tokens
 from lora_fx.application.trained import Summary, parameter_groups, summary
@@ -72,6 +72,7 @@ __all__ = [
     "deactivate",
     "disabled",
     "export_onnx",
+    "extract",
     "extract_adapter",
     "fold",
     "fold_checkpoint",

@@ -40,7 +40,8 @@ class Rows:
 
     @classmethod
     def of(cls, matrix: torch.Tensor) -> Rows:
-        return cls(*matrix.shape, lambda: iter([(0, len(matrix), matrix.clone())]))
+        rows, columns = matrix.shape
+        return cls(rows, columns, lambda: iter([(0, rows, matrix.clone())]))
 
     def onto(self, right: torch.Tensor) -> torch.Tensor:
         """D·right."""
@@ -53,8 +54,13 @@ class Rows:
             total.addmm_(left[start:stop].T, block)
         return total
 
+    @property
+    def squared_norm(self) -> float:
+        """‖D‖², Frobenius."""
+        return sum(float(block.square().sum()) for *_, block in self.blocks())
+
     def measured(self, A: torch.Tensor, B: torch.Tensor) -> tuple[float, float]:
-        """‖D‖² and ‖D − B·A‖², Frobenius."""
+        """‖D‖² and ‖D − B·A‖²."""
         total, rest, wide = 0.0, 0.0, A.to(torch.float64)
         for start, stop, block in self.blocks():
             total += float(block.square().sum())

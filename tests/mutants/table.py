@@ -93,6 +93,14 @@ def of_combine(name: str) -> tuple[str, ...]:
     return (f"{COMBINE}::test_{name}",)
 
 
+EXTRACT = "tests/test_extract.py"
+
+
+def of_extract(name: str) -> tuple[str, ...]:
+    """This test of `EXTRACT`, without its ``test_``."""
+    return (f"{EXTRACT}::test_{name}",)
+
+
 HISTORIES = "tests/test_histories.py"
 GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"

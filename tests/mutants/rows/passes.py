@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, GRADIENTS, Mutant, of_combine, of_kinds, of_rewrites
+from tests.mutants.table import EXTRACT, GAPS, GRADIENTS, Mutant, of_combine, of_extract, of_kinds, of_rewrites
 
 ROWS = (
     # ── tracing and wiring ───────────────────────────────────────────────────────────────────────────────────────────
@@ -444,5 +444,23 @@ ROWS = (
         "        adapter.act(False)\n", "",
         "A combined adapter acts beside those that it is made of.",
         tests=of_combine("it_is_there_and_does_nothing_until_it_is_asked"),
+    ),
+    Mutant(
+        "extracts_what_was", "kinds", "passes/extract.py",
+        "yield start, stop, wide - one[start:stop]", "yield start, stop, wide + one[start:stop]",
+        "What is extracted is not what has changed.",
+        tests=of_extract("at_the_rank_of_the_change_it_is_the_tuned_model"),
+    ),
+    Mutant(
+        "extracts_past_buffers", "kinds", "passes/extract.py",
+        "if self.beside != IGNORE and buffers:", "if False:",
+        "Buffers that differ are left out without a word.",
+        tests=(f"{EXTRACT}::test_what_cannot_be_extracted_is_refused",),
+    ),
+    Mutant(
+        "extracts_one_of_two", "kinds", "passes/extract.py",
+        "        if not _equal(first, tensors[name]):", "        if False:",
+        "Of a weight that is no longer tied the first name is taken.",
+        tests=(f"{EXTRACT}::test_what_cannot_be_extracted_is_refused",),
     ),
 )  # fmt: skip
