@@ -158,7 +158,7 @@ class _Spot:
 
     def _rank(self, how: Combine) -> int:
         """Within what there is: PEFT's default is the largest too."""
-        rank = max(adapter.rank for adapter in self.terms) if how.rank is None else how.rank
+        rank = max(adapter.width for adapter in self.terms) if how.rank is None else how.rank
         out = self.first.layout.size("o") if self.rows is None else len(self.rows)
         return min(rank, out, self.first.layout.size("i"))
 

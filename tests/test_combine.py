@@ -16,7 +16,9 @@ import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.deltas import merging
 from lora_fx.graph.capture import normalize_inputs
+from lora_fx.model import marks
 from lora_fx.model.inventory import Place, inventory
+from lora_fx.passes import combine as passes
 from lora_fx.testing import Filling, assert_folds_exactly, models, rules_for
 from tests import reference
 
@@ -267,6 +269,24 @@ def test_kinds_that_are_no_products_are_summed_whole():
     report = lora_fx.combine(model, {"a": 1.0, "b": 1.0}, "t", method="ties", density=0.5)
     own = dense(model, "a")["2.bias"], dense(model, "b")["2.bias"]
     assert torch.equal(dense(model, "t")["2.bias"], merging.ties(own, (1.0, 1.0), 0.5)) and report.energy == 1.0
+
+
+def test_what_fails_on_the_way_leaves_the_model_as_it_was(monkeypatch):
+    model, x = two()
+    before, calls = (reference.bits(model), reference.classes(model), model(x)), []
+
+    def once(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError
+        marks.attach(*arguments, **options)
+
+    monkeypatch.setattr(passes, "attach", once)
+    with pytest.raises(MemoryError):
+        lora_fx.combine(model, {"a": 1.0}, name="c")
+    assert len(calls) == 2 and "c" not in lora_fx.adapters(model)
+    assert reference.same_bits(reference.bits(model), before[0]) and reference.classes(model) == before[1]
+    assert torch.equal(model(x), before[2])
 
 
 def nan(model: nn.Module) -> None:

@@ -101,6 +101,11 @@ def of_extract(name: str) -> tuple[str, ...]:
     return (f"{EXTRACT}::test_{name}",)
 
 
+def of_principal(name: str) -> tuple[str, ...]:
+    """This test of `tests/test_principal.py`, without its ``test_``."""
+    return (f"tests/test_principal.py::test_{name}",)
+
+
 HISTORIES = "tests/test_histories.py"
 GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"

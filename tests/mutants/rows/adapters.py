@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, Mutant, of_kinds, of_rewrites
+from tests.mutants.table import GAPS, Mutant, of_kinds, of_principal, of_rewrites
 
 ROWS = (
     # ── adapter files ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,5 +255,11 @@ ROWS = (
         "bases[h.adapter]",
         "A file looks for what is shared at each site.",
         tests=of_rewrites("saved_copied_and_put_away_it_is_the_same"),
+    ),
+    Mutant(
+        "pissa_is_written_at_half_its_scale", "kinds", "export/adapters/values.py",
+        "        alpha = a.scale * rank\n", "        alpha = a.alpha\n",
+        "The LoRA that a PiSSA adapter is written as has the alpha of half its rank.",
+        tests=of_principal("files_are_plain_lora_of_twice_the_rank_on_the_base_that_was"),
     ),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import CHECKPOINTS, GAPS, Mutant, of_combine, of_kinds, of_rewrites
+from tests.mutants.table import CHECKPOINTS, GAPS, Mutant, of_combine, of_kinds, of_principal, of_rewrites
 
 ROWS = (
     # ── the algebra: factors, scale, forms ───────────────────────────────────────────────────────────────────────────
@@ -119,8 +119,8 @@ ROWS = (
     # ── tracing and wiring ───────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "adapters_not_trainable", "insert", "lora_fx/deltas/adapter.py",
-        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))",
-        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)",
+        "nn.Parameter(numbers, requires_grad=tensor not in self.kind.frozen)",
+        "nn.Parameter(numbers, requires_grad=False)",
         "Nothing trains.",
     ),
     Mutant(
@@ -990,5 +990,23 @@ ROWS = (
         "delta.mul(mask).div_(density)", "delta.mul(mask)",
         "What DARE leaves is smaller than what it was made of.",
         tests=of_combine("dare_drops_at_random_and_rescales"),
+    ),
+    Mutant(
+        "pissa_forgets_its_start", "kinds", "lora_fx/deltas/principal.py",
+        "torch.cat((theta.B, theta.B - theta.B0), -1)", "torch.cat((theta.B, theta.B.detach() - theta.B0), -1)",
+        "A part of the gradient of B is left out.",
+        tests=of_principal("training_is_that_of_the_papers_with_their_changed_base"),
+    ),
+    Mutant(
+        "pissa_starts_without_its_scale", "kinds", "lora_fx/deltas/principal.py",
+        "(S[..., : theta.rank] / abs(theta.scale)).sqrt()", "S[..., : theta.rank].sqrt()",
+        "What PiSSA starts at is the leading part of W, times the scale.",
+        tests=of_principal("pissa_starts_at_the_nearest_of_its_rank"),
+    ),
+    Mutant(
+        "starts_train_too", "kinds", "lora_fx/deltas/adapter.py",
+        "requires_grad=tensor not in self.kind.frozen", "requires_grad=True",
+        "What a kind says is frozen trains.",
+        tests=of_principal("pissa_starts_at_the_nearest_of_its_rank"),
     ),
 )  # fmt: skip
