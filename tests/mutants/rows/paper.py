@@ -19,7 +19,7 @@ ROWS = (
         tests=("tests/test_sweep.py::test_what_is_compared_at_one_budget_has_it",),
     ),
     Mutant(
-        "torn_note_is_read", "paper", "lora_fx/paper/sweep.py",
+        "torn_note_is_read", "paper", "lora_fx/paper/notes.py",
         'text.rpartition("\\n")[0]', "text",
         "A line that an interrupted write has left is read.",
         tests=("tests/test_sweep.py::test_an_interrupted_sweep_goes_on_where_it_was",),
