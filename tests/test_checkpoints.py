@@ -308,9 +308,9 @@ for module in (arithmetic, fold, streams):
     module.BLOCK = 600
 random.seed(int(seed))
 kills, written = 0, streams._write
-def slowly(file, data):
+def slowly(file, data, digest):
     time.sleep(0.0005)
-    written(file, data)
+    written(file, data, digest)
 streams._write = slowly
 while True:
     child = os.fork()
@@ -346,12 +346,12 @@ def stopped(monkeypatch, after: int, error: Exception):
     """A write fails after so many."""
     left, write = after, streams._write
 
-    def failing(file, data):
+    def failing(file, data, digest):
         nonlocal left
         left -= 1
         if left < 0:
             raise error
-        write(file, data)
+        write(file, data, digest)
 
     monkeypatch.setattr(streams, "_write", failing)
     return lambda: monkeypatch.setattr(streams, "_write", write)
