@@ -281,6 +281,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_done(tmp_path):
 
     assert "BATCHxLENGTH" in refused("--size", "1×128") and "BATCHxLENGTH" in refused("--size", "0x3")
     assert "at most 1024" in refused("--size", "1x1025")
+    assert "width=100 is no number of whole heads" in refused("--width", "100")
     assert "a size is given twice" in refused("--size", "1x8", "--size", "1x8")
     assert "of a GPU is not that of a call" in refused("--cuda", "--processor-time")
     assert "of 2 threads is not that of a call" in refused("--threads", "2", "--processor-time")

@@ -25,7 +25,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ class Shape:
 
     layers: int = 24
     width: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.width % 64:
+            remedy = "give a multiple of 64: the heads of GPT-2 are that wide"
+            raise LoraFxError(f"width={self.width} is no number of whole heads", place="latency", remedy=remedy)
 
     @property
     def vocabulary(self) -> int:
@@ -132,6 +137,14 @@ class Size:
 
 
 SIZES = Size(1, 128), Size(16, 256), Size(32, 512)
+
+
+def scaled(size: Size, by: int) -> Size:
+    """A batch that is that many times smaller, of one at least."""
+    batch = max(1, size.batch // by)
+    return size if batch == size.batch else Size(batch, size.length, size.stands_for or str(size))
+
+
 QUICK_SHAPE = Shape(2, 256)
 QUICK = Size(1, 32, "1×128"), Size(4, 64, "16×256"), Size(8, 128, "32×512")
 
@@ -198,12 +211,14 @@ class Plan:
     def files(self) -> dict[str, tuple[str, int]]:
         """Name of each file → system and rank."""
         wanted = {(system, rank_of(system, size.budget, self.shape)) for size in self.sizes for system in SYSTEMS}
-        return {_name(*one): one for one in sorted(wanted, key=lambda one: SYSTEMS.index(one[0])) if one[0] != AGAIN}
+        ordered = sorted(wanted, key=lambda one: (SYSTEMS.index(one[0]), one[1]))
+        return {_name(*one): one for one in ordered if one[0] != AGAIN}
 
     def label(self) -> str:
-        """What the numbers of a note depend on, but for the size."""
+        """What the numbers of a note depend on, beside the size."""
         versions = [lora_fx.__version__, torch.__version__, require("onnxruntime").__version__]
-        return f"{versions} {self.shape!r} {self.seconds} {self.providers} {self.threads} {self.processor_time}"
+        here, how = machine(), replace(self, sizes=(), openings=0)
+        return str((versions, here["processor"], here["cores"], how))
 
 
 def _name(system: str, rank: int) -> str:
@@ -316,7 +331,8 @@ def measure(plan: Plan, folder: Path, step: Callable[[str], None] = lambda _: No
     for name, (system, rank) in plan.files.items():
         if waiting and not (models / f"{name}.onnx").exists():
             export(plan.shape, system, rank, models / f"{name}.onnx")
-            _session(plan, models / f"{name}.onnx")  # a driver that is missing is told after the first file
+            if system == BASE:
+                _session(plan, models / f"{name}.onnx")  # a driver that is missing is told after the first file
         step(name)
     for n in range(plan.openings):
         sizes = [size for size in plan.sizes if (n, size) in waiting]
