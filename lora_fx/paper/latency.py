@@ -40,7 +40,7 @@ from lora_fx.export.onnx.runtimes import CPU, quiet_options, require, require_pr
 from lora_fx.paper.architectures import gpt2
 from lora_fx.paper.notes import Notes
 from lora_fx.paper.outcome import prepared
-from lora_fx.paper.timing import Interval, Verdict, ending, interleaved, machine, ratios
+from lora_fx.paper.timing import Interval, Verdict, all_of, ending, interleaved, machine, ratios
 from lora_fx.tables import table
 
 CUDA = "CUDAExecutionProvider"
@@ -409,7 +409,7 @@ def rows(plan: Plan, found: dict[Size, list[Opening]]) -> list[Row]:
 
 
 def verdicts(found: Sequence[Row]) -> list[Verdict]:
-    """The paper's, of these rows. What cannot be told apart is not said to be so.
+    """The paper's, of these rows. What is not told apart is neither so nor not so.
 
     Folded costs nothing where its median lies in the interval of the base's own second session. An adapter is slower
     where its interval lies above that one, and slowest at a size where its interval lies above those of the others.
@@ -423,13 +423,14 @@ def verdicts(found: Sequence[Row]) -> list[Verdict]:
         made.append(Verdict(f"{size}: folded is within what the base has against itself", folded.median in again, seen))
         for system in ADAPTERS:
             own = by[size, system]
-            seen = f"{own.span} of the base" + ("" if own.above(again) or own.high < again.low else ", not told apart")
+            seen = f"{own.span} of the base"
             made.append(Verdict(f"{size}: {system} is slower than the base", own.above(again), seen))
     first, *others = sorted(sizes, key=lambda size: (size.batch, size.length))
     for system in ADAPTERS if others else ():
         own, rest = by[first, system], [by[size, system] for size in others]
         seen = f"{own.span} against {', '.join(one.span for one in rest)}"
-        made.append(Verdict(f"{system} is slowed most at {first}", all(own.above(one) for one in rest), seen))
+        most = all_of(own.above(one) for one in rest)
+        made.append(Verdict(f"{system} is slowed most at {first}", most, seen))
     return made
 
 
@@ -468,4 +469,4 @@ def to_json(plan: Plan, found: Sequence[Row]) -> dict[str, Any]:
         "processor_time": plan.processor_time, "onnxruntime": require("onnxruntime").__version__, "machine": machine(),
     }  # fmt: skip
     said = {"rows": [row.to_json() for row in found], "verdicts": [asdict(verdict) for verdict in own]}
-    return {**how, **said, "holds": all(verdict.holds for verdict in own)}
+    return {**how, **said, "holds": all_of(verdict.holds for verdict in own)}

@@ -164,6 +164,9 @@ class _Ways:
                     raise LoraFxError(f"{name} is not the weight of {task!r}", place="switch", remedy=remedy)
 
 
+_ONE = Interval(1, 1, 1, 1)
+
+
 def verdicts(found: Outcome) -> list[Verdict]:
     """The paper's claims: less to store and to move, and less time."""
     task, model = found.way(SWITCH), found.way(RELOAD)
@@ -173,16 +176,16 @@ def verdicts(found: Outcome) -> list[Verdict]:
         own = found.way(name)
         for what, ratio in (("out of the page cache", own.reload), ("from disk", own.disk)):
             seen = f"that takes {ratio.median:.3g} times as long ({ratio.low:.3g}–{ratio.high:.3g})"
-            made.append(Verdict(f"{name} takes less time than a reload {what}", ratio.low > 1, seen))
+            made.append(Verdict(f"{name} takes less time than a reload {what}", ratio.above(_ONE), seen))
     return made
 
 
 def shown(found: Outcome) -> str:
     """How it was measured, the table, and the claims with what they came to."""
-    here = machine()
+    here, threads = machine(), "one thread" if found.threads == 1 else f"{found.threads} threads"
     lines = [
         f"{found.shape}, float32, two tasks of r = 4 on q and v.",
-        f"{here['processor']}, {here['cores']} cores, {found.threads} threads, load {found.load:.1f}.",
+        f"{here['processor']}, {here['cores']} cores, {threads}, load {found.load:.1f}.",
         f"Medians of {found.rounds} paired rounds; interval: where the true median of the ratio lies with "
         f"{100 * found.ways[0].reload.confidence:.1f} %.",
     ]

@@ -9,7 +9,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -43,9 +43,9 @@ class Interval:
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high
 
-    def above(self, other: Interval) -> bool:
-        """All of it."""
-        return self.low > other.high
+    def above(self, other: Interval) -> bool | None:
+        """Whether all of it is; None where the two meet, and are not told apart."""
+        return True if self.low > other.high else False if self.high < other.low else None
 
     @property
     def span(self) -> str:
@@ -57,18 +57,30 @@ class Verdict:
     """Something that the paper says, and whether it is so here."""
 
     says: str
-    holds: bool
+    holds: bool | None
+    """None where what was measured does not tell."""
     seen: str
 
     def __str__(self) -> str:
-        return f"{'yes' if self.holds else 'NO '}  {self.says}: {self.seen}"
+        return f"{_WORDS[self.holds]}  {self.says}: {self.seen}"
+
+
+_WORDS = {True: "yes", False: "no ", None: "?  "}
+
+
+def all_of(answers: Iterable[bool | None]) -> bool | None:
+    """Each of several, of which some may not be told."""
+    found = set(answers)
+    return False if False in found else None if None in found else True
 
 
 def ending(verdicts: Sequence[Verdict]) -> list[str]:
     """The lines that end a table."""
-    holding = sum(verdict.holds for verdict in verdicts)
-    last = "All of it holds here." if holding == len(verdicts) else f"{holding} of {len(verdicts)} hold here."
-    return [*map(str, verdicts), last]
+    answers = [verdict.holds for verdict in verdicts]
+    if all(answers):
+        return [*map(str, verdicts), "All of it holds here."]
+    unknown = f", {answers.count(None)} are not told apart (?)" if None in answers else ""
+    return [*map(str, verdicts), f"{answers.count(True)} of {len(answers)} hold here{unknown}."]
 
 
 def interleaved(
