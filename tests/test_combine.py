@@ -31,7 +31,7 @@ def model_with(*rules: tuple[str, Rule], build=None) -> tuple[nn.Module, torch.T
     model = build() if build else nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5)).double()
     x = torch.randn(4, 6, dtype=torch.float64)
     for name, rule in rules:
-        lora_fx.apply(model, rule, x, name=name)
+        lora_fx.apply(model, rule, x, name=name, check=False)
     Filling(seed=0, size=0.5)(model)
     return model, x
 
@@ -78,7 +78,7 @@ def combined_right(model: nn.Module, strengths: dict[str, float], name: str) -> 
     return len(found)
 
 
-@settings(max_examples=40 if DEEP else 5)
+@settings(max_examples=40 if DEEP else 3)
 @given(st.data())
 def test_an_exact_sum_is_the_dense_sum_over_random_models(data):
     model, example = data.draw(models())
@@ -324,8 +324,8 @@ def huge(model: nn.Module) -> None:
 )
 def test_what_cannot_be_combined_is_refused(options, before, reason):
     model, x = two()
-    lora_fx.apply(model, Rule(where="0.weight", kind="dora", rank=2), x, name="dora")
-    lora_fx.apply(model, Rule(where="0.weight", kind="bottleneck", rank=2), x, name="h")
+    lora_fx.apply(model, Rule(where="0.weight", kind="dora", rank=2), x, name="dora", check=False)
+    lora_fx.apply(model, Rule(where="0.weight", kind="bottleneck", rank=2), x, name="h", check=False)
     lora_fx.activate(model, "a", "b")
     if before is not None:
         before(model)

@@ -51,7 +51,7 @@ class Held:
             return self
         low, rank = a.low_rank(), a.width
         alpha = a.scale * rank
-        settings = {"rank": rank, "alpha": alpha, "dropout": a.dropout.p, "schedule": a.schedule}
+        settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": a.dropout.p, "schedule": a.schedule}
         plain = Adapter(a.layout, rows=a.rows, name=a.name, role=a.role, dtype=a.dtype, **settings)
         plain.change(realised=a.realised, read_outside=a.read_outside)
         with torch.no_grad():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -242,18 +242,19 @@ ADALORA = Kind(
     settings=_UNDRAWN,
 )
 
-_PRINCIPAL = {
-    "shapes": lambda space: {**factor_shapes(space), **principal.starts(factor_shapes(space))},
-    "factors": principal.factors,
-    "frozen": ("A0", "B0"),
-    "width": 2,
-}
-
 #: Meng, Wang and Zhang, NeurIPS 2024: δ = s·(B·A − B₀·A₀), where s·B₀·A₀ is the nearest of its rank to W
-PISSA = Kind("pissa", start=principal.pissa, settings={**_UNDRAWN, "niter": None}, **_PRINCIPAL)
+PISSA = Kind(
+    "pissa",
+    shapes=lambda space: {**factor_shapes(space), **principal.starts(factor_shapes(space))},
+    start=principal.pissa,
+    factors=principal.factors,
+    settings={**_UNDRAWN, "niter": None},
+    frozen=("A0", "B0"),
+    width=2,
+)
 
 #: Büyükakyüz 2024: the same, B₀ and A₀ the first columns and rows of W = Q·R
-OLORA = Kind("olora", start=principal.olora, settings=_UNDRAWN, **_PRINCIPAL)
+OLORA = replace(PISSA, name="olora", start=principal.olora, settings=_UNDRAWN)
 
 #: Zaken et al., ACL 2022 (BitFit)
 BIAS = Kind(
