@@ -35,7 +35,6 @@ from lora_fx.checks.verification import (
     with_dense_weights,
 )
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import CaptureError, essence
 from lora_fx.graph.capture import Inputs, capture_graph
@@ -48,7 +47,7 @@ from lora_fx.model.inventory import Storage, inventory
 
 
 def is_rewrite(adapter: Adapter) -> bool:
-    return isinstance(adapter.kind, ActivationRewrite)
+    return not adapter.kind.is_delta
 
 
 def deltas_of(storages: Sequence[Storage]) -> list[Storage]:

@@ -315,7 +315,7 @@ class Adapter(Beside):
         if self.kind.low_rank:
             return self.low_rank()
         theta = self.theta
-        if isinstance(self.kind, ActivationRewrite):
+        if not self.kind.is_delta:
             return self.around(theta)
         return Dense(self.layout, partial(self.delta, theta=theta), theta)
 
@@ -340,7 +340,7 @@ class Adapter(Beside):
             return self.low_rank(
                 None if theta is None else {name: getattr(theta, name) for name in self._parameters}
             ).delta()
-        if isinstance(self.kind, ActivationRewrite):
+        if not self.kind.is_delta:
             reason = f"the kind {self.kind.name!r} has no δ: {self.kind.why}"
             raise AdapterError(
                 reason, place=f"adapter {self.name!r}", remedy="call the model: it acts on its activations"

@@ -87,6 +87,42 @@ class Kind:
     few rows of a weight can be folded at a time."""
     adapts: Literal["weight", "bias"] = "weight"
     """The weight of a matched site, or its bias."""
+    shared: tuple[str, ...] = field(kw_only=True, default=())
+    """Tensors of θ that all adapters of one name have in common."""
+    asks: Callable[[str, Space], str] = field(kw_only=True, default=lambda form, space: "")
+    """(form, space) → why it cannot stand at such a use; empty where it can."""
+    why: str = field(kw_only=True, default="")
+    """Why it cannot be folded; empty where it can."""
+
+    @property
+    def is_delta(self) -> bool:
+        """W' = W + δ(W, θ)."""
+        return not self.why
+
+    @property
+    def folds(self) -> str:
+        """How, in a word: for a plan."""
+        return "never" if self.why else "exactly" if self.low_rank else "rounded once"
+
+    @property
+    def by_graph(self) -> str:
+        """Why no generated forward can have it in it, and whoever reads the weight is served; empty where one can."""
+        return "" if self.low_rank else f"{self.name} is no product of factors: whoever reads the {self.adapts} is served"
+
+    def order(self, beside: bool) -> str:
+        """In which order a use is computed with it, in words; empty where there is a choice (`lora_fx.deltas.schedules`).
+
+        Args:
+            beside: its own branch can stand beside each use.
+        """
+        if self.low_rank:
+            return ""
+        return "its own branch" if beside else f"{self.adapts} + δ"
+
+    def widest(self, space: Space) -> tuple[int, str]:
+        """The largest rank that a weight has room for, and what that is."""
+        most = min(space.inner, space.out)
+        return most, f"min(in, out) = min({space.inner}, {space.out}) = {most}"
 
     @property
     def low_rank(self) -> bool:
@@ -124,12 +160,19 @@ class ActivationRewrite(Kind):
     """(use, θ) → y', over tensors or proxies; at the start y' = y, to the bit."""
     why: str = field(kw_only=True)
     """Why it cannot be folded: the paper's reason."""
-    asks: Callable[[str, Space], str] = field(kw_only=True, default=lambda form, space: "")
-    """(form, space) → why it cannot stand at such a use; empty where it can."""
     check: Callable[[Mapping[str, Any]], str] = field(kw_only=True, default=lambda settings: "")
     """settings → why they are none; empty where they are."""
-    shared: tuple[str, ...] = field(kw_only=True, default=())
-    """Tensors of θ that all adapters of one name have in common."""
+
+    @property
+    def by_graph(self) -> str:
+        return ""
+
+    def order(self, beside: bool) -> str:
+        return "around the use"
+
+    def widest(self, space: Space) -> tuple[int, str]:
+        """Of what is behind the use, where the weight's inputs are no bound."""
+        return space.out, f"the {space.out} features that it narrows"
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
         settings = super().complete(given)

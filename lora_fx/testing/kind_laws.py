@@ -15,7 +15,7 @@ from lora_fx.analysis.rules import Rule
 from lora_fx.application import apply, certify, fold, plan, remove
 from lora_fx.checks.oracles import delta
 from lora_fx.checks.verification import run, verify
-from lora_fx.deltas.kinds import ActivationRewrite, kind_named
+from lora_fx.deltas.kinds import kind_named
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import FoldError, LoraFxError
 from lora_fx.export.adapters.files import load_adapter, save_adapter
@@ -45,7 +45,7 @@ def assert_kind(kind: str, data: Any) -> None:
     """
     model, example = data.draw(models(blocks=_LOOKUPS if kind == "tokens" else BLOCKS))
     base, inputs = model.requires_grad_(False), normalize_inputs(model, example)
-    rewrites = isinstance(kind_named(kind), ActivationRewrite)
+    rewrites = not kind_named(kind).is_delta
     rules = _rewriting(base, example, kind, data) if rewrites else data.draw(rules_for(base, example, kinds=(kind,)))
     adapted = apply(copy.deepcopy(base), rules, example)
     with no_fast_paths():

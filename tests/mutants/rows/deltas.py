@@ -967,4 +967,16 @@ ROWS = (
         "A later site draws what all have trained anew.",
         tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
     ),
+    Mutant(
+        "every_kind_folds_exactly", "kinds", "lora_fx/deltas/kinds.py",
+        '"exactly" if self.low_rank else "rounded once"', '"exactly"',
+        "The plan promises more than the fold does.",
+        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
+    ),
+    Mutant(
+        "plan_without_the_cost", "kinds", "lora_fx/deltas/kinds.py",
+        'return "its own branch" if beside else f"{self.adapts} + δ"', 'return "its own branch"',
+        "The plan does not say that W + δ is made in each forward.",
+        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
+    ),
 )  # fmt: skip

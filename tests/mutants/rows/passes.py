@@ -318,22 +318,10 @@ ROWS = (
         tests=of_kinds("dropout_needs_a_branch_of_the_kind"),
     ),
     Mutant(
-        "every_kind_folds_exactly", "kinds", "passes/planning.py",
-        '"exactly" if kind.low_rank else "rounded once"', '"exactly"',
-        "The plan promises more than the fold does.",
-        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
-    ),
-    Mutant(
         "plan_counts_like_lora", "kinds", "passes/planning.py",
         "return sum(math.prod(shape) for shape in self.kind.shapes(self.space).values())",
         "return sum(math.prod(shape) for shape in [*self.kind.shapes(self.space).values()][:2])",
         "The plan leaves the magnitudes out.",
-        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
-    ),
-    Mutant(
-        "plan_without_the_cost", "kinds", "passes/planning.py",
-        'return "its own branch" if beside else f"{row.kind.adapts} + δ"', 'return "its own branch"',
-        "The plan does not say that W + δ is made in each forward.",
         tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
     ),
     Mutant(
@@ -349,7 +337,7 @@ ROWS = (
     # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "dropout_without_a_branch", "gradients", "passes/insert.py",
-        "and not a.drops and _has_delta(a) for a in alike", "and _has_delta(a) for a in alike",
+        "and not a.drops and a.kind.is_delta for a in alike", "and a.kind.is_delta for a in alike",
         "A weight that is read as the sum W + δ has a dropout, and the first training step raises.",
         tests=(f"{GRADIENTS}::test_a_dropout_has_no_branch_there_and_is_refused",),
     ),
@@ -395,7 +383,7 @@ ROWS = (
     ),
     Mutant(
         "rewrite_is_served_dense", "rewrites", "passes/insert.py",
-        " and _has_delta(a) for a in alike", " for a in alike",
+        " and a.kind.is_delta for a in alike", " for a in alike",
         "What rewrites a use is asked to be a sum, and the error names that.",
         tests=of_rewrites("code_that_wants_a_plain_tensor_is_told_that_no_product_was_seen"),
     ),
@@ -415,14 +403,14 @@ ROWS = (
     ),
     Mutant(
         "shared_with_those_of_one_call", "rewrites", "passes/insert.py",
-        "        if adapter.name == name:\n            for tensor in _in_common",
-        "        if False:\n            for tensor in _in_common",
+        "        if adapter.name == name:\n            for tensor in adapter.kind.shared",
+        "        if False:\n            for tensor in adapter.kind.shared",
         "Sites that are added later share with each other alone.",
         tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
     ),
     Mutant(
         "rewrite_folds", "rewrites", "passes/fold.py",
-        "if isinstance(adapter.kind, ActivationRewrite):",
+        "if not adapter.kind.is_delta:",
         "if False:",
         "A fold leaves out what is no delta.",
         tests=of_rewrites("nothing_that_folds_takes_it"),
