@@ -18,11 +18,13 @@ from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import EquivalenceError, KindError, PlanError
 from lora_fx.graph.places import loaded
 from lora_fx.graph.program import Program
+from lora_fx.model.behind import stand
 from lora_fx.model.classes import is_wired, own_class
 from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import attach, child_name, mark_reader
 from lora_fx.model.training import freeze
 from lora_fx.passes.base import Condition, Facts, Pass, Result, given
+from lora_fx.passes.blocks import Standing
 from lora_fx.passes.planning import Plan, Row
 from lora_fx.passes.realising import demote
 from lora_fx.passes.wiring import wire
@@ -194,7 +196,20 @@ def _insert(model: nn.Module, row: Row, name: str, owners: _Owners) -> Adapter:
         owner = model.get_submodule(path)
         adapter.train(owner.training)
         attach(owner, child_name(attribute, name, row.part), adapter, register=n == 0)
+    if row.standing is not None:
+        _stand(model, adapter, row, row.standing)
     return adapter
+
+
+def _stand(model: nn.Module, adapter: Adapter, row: Row, standing: Standing) -> None:
+    if standing.call is None:
+        raise PlanError(
+            f"the kind {row.kind.name!r} stands behind blocks, and none has run: in whose call they are is not known",
+            place=row.name,
+            remedy="pass example_inputs",
+        )
+    blocks = {f"block_{k}": model.get_submodule(path) for k, path in enumerate(standing.blocks)}
+    stand(adapter, model.get_submodule(standing.call), blocks)
 
 
 def make_adapter(row: Row, name: str, owner: nn.Module) -> Adapter:
@@ -208,7 +223,7 @@ def make_adapter(row: Row, name: str, owner: nn.Module) -> Adapter:
         role=row.role,
         dtype=parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32,
         device="cpu" if stored and parameter.is_meta else parameter.device,
-        **row.rule.chosen,
+        **row.chosen,
     )
     holders = {path for path, _ in row.owners}
     outside = next((use.module or "the model" for use in row.uses if use.module not in holders), "")

@@ -33,6 +33,7 @@ from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Inventory, inventory
 from lora_fx.model.marks import attribute_of
 from lora_fx.passes.base import UNFOLDED, Facts, Pass, Result, given
+from lora_fx.passes.blocks import Standing, find_standing
 from lora_fx.passes.realising import Decider, is_dense
 from lora_fx.tables import table
 
@@ -63,6 +64,8 @@ class Row:
     """How its branches are computed on these inputs, in words: `lora_fx.deltas.schedules`."""
     axes: Layout | None = None
     """Of θ, where they are not those in which the weight multiplies: of its rows, of what multiplies nothing."""
+    standing: Standing | None = None
+    """Of a kind that stands behind blocks: which these are."""
     expected: float | None = None
     """What a training step of its uses is expected to take by that, of what the frozen weight's takes; None where it is
     not known: see `lora_fx.deltas.costs`."""
@@ -89,9 +92,14 @@ class Row:
         return self.rule.rank
 
     @property
+    def chosen(self) -> dict[str, Any]:
+        """The settings that are not the default: those of its rule, and what was found in the model."""
+        return self.rule.chosen | ({} if self.standing is None else {"blocks": self.standing.setting})
+
+    @property
     def space(self) -> Space:
         """What θ is for."""
-        settings = Theta(**self.kind.complete(self.rule.chosen))
+        settings = Theta(**self.kind.complete(self.chosen))
         return Space(self.layout.batch, self.out, self.layout.size("i"), settings)
 
     @property
@@ -406,6 +414,7 @@ def plan_rows(
     if not all(row.kind.is_delta for row in rows):
         biases = Biases(program)
         rows = [row for row in rows if refused.allows(row.rule, _check_around, row, biases)]
+        rows = [row for row in rows if refused.allows(row.rule, _stand, row, program)]
     left_out = refused.left_out(rows)
     _realise(rows, program)
     return Plan(program, rules, name, tuple(rows), sites, _notes(program, rows), left_out)
@@ -567,6 +576,13 @@ def _check_around(row: Row, biases: Biases) -> None:
             place=row.weight.name,
             remedy="leave the weight out, or adapt it by a kind that is a delta of it: lora, dora, full",
         )
+
+
+def _stand(row: Row, program: Program) -> None:
+    """Find the blocks, for a kind that stands behind them."""
+    if row.kind.behind is not None:
+        wanted = row.rule.chosen.get("blocks")
+        row.standing = find_standing(program, row.weight, row.owners, wanted, row.out)
 
 
 def _why_not_around(row: Row, kind: Kind, biases: Biases) -> str:
