@@ -70,6 +70,9 @@ def find_standing(
         capture_graph(model, program.capture.inputs)
     reasons = {path: watch.why_not(path, module) for path, module in paths.items()}
     able = [path for path, why in reasons.items() if not why]
+    if wanted is None and not able:
+        path, why = next(iter(reasons.items()))
+        raise _error(weight, f"the block {path} {why}", _SAY)
     if wanted is None:
         lists = {path.rpartition(".")[0] for path, why in reasons.items() if why}
         able = _chosen([path for path in able if path.rpartition(".")[0] not in lists], weight)
@@ -168,9 +171,9 @@ class _Watch:
             return "has a forward that is replaced on the instance (as accelerate does)"
         if path not in self.calls:
             return "does not run on the example inputs"
-        if not self.calls[path]:
-            return "runs in no call of a module in which the table is read"
-        return self.reasons.get(path, "")
+        if path in self.reasons:
+            return self.reasons[path]
+        return "" if self.calls[path] else "runs in no call of a module in which the table is read"
 
     def _begins(self, path: str, module: nn.Module, args: Any) -> None:
         self._running.append(path)

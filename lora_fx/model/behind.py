@@ -14,11 +14,11 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.compiled_schedules import ORDINARY
 from lora_fx.errors import LoraFxError
+from lora_fx.graph.places import is_shard
 
 _CALL, _BEHIND = "_lora_fx_call", "_lora_fx_behind"
 
@@ -37,6 +37,8 @@ class Behind:
         Raises:
             LoraFxError: it is not known which positions of it are new tokens', or it has none.
         """
+        if any(isinstance(value, fx.Proxy) for value in given):
+            raise self._error(block, "is traced by torch.fx, which shows nobody the ids of a call")
         h = hidden(output)
         entered = next((t for t in given if isinstance(t, torch.Tensor) and t.is_floating_point()), None)
         if h is None or entered is None:
@@ -47,8 +49,8 @@ class Behind:
         space, theta = self.adapter.space, getattr(self.adapter, self.tensor)
         if h.shape != (*ids.shape, space.out):
             raise self._error(block, f"gives {tuple(h.shape)}, and the ids are {tuple(ids.shape)}")
-        if type(theta) not in ORDINARY or theta.shape[1:] != h.shape[-1:]:
-            raise self._error(block, "runs where θ is in parts, or elsewhere")
+        if is_shard(theta) or theta.shape[1:] != h.shape[-1:]:
+            raise self._error(block, "runs where θ is sharded")
         kind: Any = self.adapter.kind
         new = kind.behind(h, ids, theta, space)
         if not torch.compiler.is_dynamo_compiling():
