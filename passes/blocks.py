@@ -85,7 +85,9 @@ _SAY = "say which are meant: settings={'blocks': 'h.*'}, a glob over paths"
 
 
 def _error(weight: Weight, reason: str, remedy: str) -> PlanError:
-    return PlanError(f"the kind 'prefix_layer' rewrites what blocks give, and {reason}", place=weight.name, remedy=remedy)
+    return PlanError(
+        f"the kind 'prefix_layer' rewrites what blocks give, and {reason}", place=weight.name, remedy=remedy
+    )
 
 
 def _named(model: nn.Module, wanted: str, weight: Weight) -> dict[str, nn.Module]:

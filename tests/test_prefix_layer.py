@@ -51,7 +51,9 @@ def by_hand(found: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     for k, block in enumerate(plain.blocks):
         x = block(x)
         for row, column in new.nonzero().tolist():
-            x = x.index_put((torch.tensor(row), torch.tensor(column)), getattr(theta, f"block_{k}")[ids[row, column] - WORDS])
+            x = x.index_put(
+                (torch.tensor(row), torch.tensor(column)), getattr(theta, f"block_{k}")[ids[row, column] - WORDS]
+            )
     return plain.head(x)
 
 
@@ -107,7 +109,9 @@ def test_after_each_block_the_activations_of_new_tokens_are_the_trained_ones(lay
 def test_gradients_are_those_of_the_definition(layers):
     layers.double()
     weight = torch.randn(2, 8, WORDS, generator=torch.Generator().manual_seed(3))
-    found, wanted = (gradients(layers, (call(WITH_TOKENS) * weight).sum()) for call in (layers, partial(by_hand, layers)))
+    found, wanted = (
+        gradients(layers, (call(WITH_TOKENS) * weight).sum()) for call in (layers, partial(by_hand, layers))
+    )
     assert all(bool(g.any()) for g in found) and near(found, wanted)
 
 
@@ -121,14 +125,19 @@ def test_tokens_beside_it_train_what_the_first_block_gets(tokens_first):
     seen = []
     found.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     out = found(WITH_TOKENS)
-    assert torch.equal((seen[0] - found.places(torch.arange(8)))[:, 2], (theta[2] + found.places.weight[2] - found.places.weight[2]).expand(2, -1))
+    assert torch.equal(
+        (seen[0] - found.places(torch.arange(8)))[:, 2],
+        (theta[2] + found.places.weight[2] - found.places.weight[2]).expand(2, -1),
+    )
     lora_fx.activate(found, "layers")
     assert not torch.equal(found(WITH_TOKENS), out)
     assert lora_fx.certify(lora_fx.activate(found, "layers", "tokens"), IDS)
 
 
 def test_the_blocks_that_a_glob_names():
-    rule = Rule(where="words", role="embedding", kind="prefix_layer", settings={"prefix": 3, "infix": 1, "blocks": "blocks.1"})
+    rule = Rule(
+        where="words", role="embedding", kind="prefix_layer", settings={"prefix": 3, "infix": 1, "blocks": "blocks.1"}
+    )
     found = fill(lora_fx.apply(model(), rule, IDS))
     assert sum(p.numel() for p in found.parameters() if p.requires_grad) == 4 * WIDTH
     assert [behind.behind(block) != () for block in found.blocks] == [False, True]
@@ -292,7 +301,9 @@ def test_saved_from_inside_of_another_model(layers, tmp_path):
     loaded = lora_fx.load_adapter(Outer(model()), tmp_path, IDS)
     assert torch.equal(loaded(WITH_TOKENS), layers(WITH_TOKENS))
     layers.blocks[1] = Block()
-    assert "the block that block_1 stands behind" in refusal(LoraFxError, lora_fx.save_adapter, layers, tmp_path, peft=False)
+    assert "the block that block_1 stands behind" in refusal(
+        LoraFxError, lora_fx.save_adapter, layers, tmp_path, peft=False
+    )
 
 
 def _llama() -> nn.Module:
