@@ -8,8 +8,8 @@ from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import AdapterError
-from lora_fx.model.classes import unwire
 from lora_fx.model.behind import leave
+from lora_fx.model.classes import unwire
 from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import detach, unmark
 from lora_fx.passes.base import UNFOLDED, Facts, Pass, Result

@@ -33,7 +33,7 @@ class Held:
     adapter: Adapter
     weights: tuple[str, ...]
     part: str
-    here: Mapping[str, Any] = field(default_factory=dict)
+    here: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Settings that say where it stands in this model, in the place of those that said so when it was made."""
 
     def turned(self, layer: Layer) -> LowRank:
