@@ -58,6 +58,7 @@ def find_standing(
     """
     model = program.model
     above = {".".join(path.split(".")[:n]) for path, _ in owners for n in range(path.count(".") + 2)} | {""}
+    callers = [path for path in above if not isinstance(model.get_submodule(path), fx.GraphModule)]
     named = _named(model, wanted, weight) if wanted is not None else _numbered(program)
     paths = {path: module for path, module in named.items() if path not in above}
     if not paths:
@@ -66,7 +67,7 @@ def find_standing(
         return Standing(tuple(_chosen(paths, weight) if wanted is None else paths), None)
     watch = _Watch(width)
     tables = [(model.get_submodule(path), attribute) for path, attribute in owners]
-    with watch.following(model, tables, paths, above):
+    with watch.following(model, tables, paths, callers):
         capture_graph(model, program.capture.inputs)
     reasons = {path: watch.why_not(path, module) for path, module in paths.items()}
     able = [path for path, why in reasons.items() if not why]

@@ -431,6 +431,26 @@ def test_a_tuple_is_rewritten_at_its_first():
     assert torch.equal(kept[0][0][0, 1], found.words.weight_lora_default.block_0[0]) and kept[0][1] is None
 
 
+def test_a_block_that_a_graph_calls_stays_a_call():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(WORDS, 6)
+            self.body = fx.symbolic_trace(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.body(self.words(ids))
+
+    rule = Rule(where="words", kind="prefix_layer", settings={"prefix": 4, "blocks": "body.0"})
+    found = fill(lora_fx.apply(Outer(), [rule, Rule(where="body.*", rank=2)], IDS))
+    trained = found.words.weight_lora_default.block_0[WITH_TOKENS[0, :3] - WORDS]
+    assert torch.equal(found(WITH_TOKENS)[0, :3], found.body.get_submodule("1")(trained))
+    inner = Rule(where="words", kind="prefix_layer", settings={"prefix": 4, "blocks": "body"})
+    assert "body is a GraphModule" in refusal(PlanError, lora_fx.plan, Outer(), inner, IDS)
+    graph = fx.symbolic_trace(Outer())
+    assert "in no call of a module" in refusal(PlanError, lora_fx.plan, graph, rule, IDS)
+
+
 def test_axes_that_cannot_be_told_apart_are_refused():
     assert "which axis is which cannot be told" in refusal(PlanError, lora_fx.plan, model(), [LAYERS], IDS[:, :2])
 

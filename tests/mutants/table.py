@@ -85,6 +85,11 @@ def of_rewrites(name: str) -> tuple[str, ...]:
     return (f"{REWRITES}::test_{name}",)
 
 
+def of_prefixes(name: str) -> tuple[str, ...]:
+    """This test of what stands behind blocks, without its ``test_``."""
+    return (f"tests/test_prefix_layer.py::test_{name}",)
+
+
 HISTORIES = "tests/test_histories.py"
 GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"

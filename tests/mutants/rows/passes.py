@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, GRADIENTS, Mutant, of_kinds, of_rewrites
+from tests.mutants.table import GAPS, GRADIENTS, Mutant, of_kinds, of_prefixes, of_rewrites
 
 ROWS = (
     # ── tracing and wiring ───────────────────────────────────────────────────────────────────────────────────────────
@@ -414,5 +414,33 @@ ROWS = (
         "if False:",
         "A fold leaves out what is no delta.",
         tests=of_rewrites("nothing_that_folds_takes_it"),
+    ),
+    Mutant(
+        "axes_by_chance", "rewrites", "passes/blocks.py",
+        '        if len(set(ids.shape)) < ids.ndim:',
+        '        if False:',
+        "Ids of as many rows as columns: nobody knows whether a block gives them the other way round.",
+        tests=of_prefixes("axes_that_cannot_be_told_apart_are_refused"),
+    ),
+    Mutant(
+        "two_readings_planned", "rewrites", "passes/blocks.py",
+        '        if mixed:',
+        '        if False:',
+        "The plan takes a block whose positions are of either of two readings.",
+        tests=of_prefixes("two_readings_before_a_block_are_refused"),
+    ),
+    Mutant(
+        "behind_some_of_its_blocks", "rewrites", "passes/wiring.py",
+        '            if missing or not any(',
+        '            if False and not any(',
+        "A block was exchanged, and the adapter goes on behind the others.",
+        tests=of_prefixes("copies_pickles_and_parts"),
+    ),
+    Mutant(
+        "inlined_with_what_is_around_it", "rewrites", "passes/wiring.py",
+        ' or is_wrapped(child)',
+        '',
+        "A graph takes the forward of a block into itself, and leaves out what stands behind it.",
+        tests=of_prefixes("a_block_that_a_graph_calls_stays_a_call"),
     ),
 )  # fmt: skip
