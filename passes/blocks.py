@@ -79,7 +79,7 @@ def find_standing(
         able = _chosen([path for path in able if path.rpartition(".")[0] not in lists], weight)
     elif wrong := [path for path in paths if path not in able]:
         raise _error(weight, f"the block {wrong[0]} {reasons[wrong[0]]}", "leave it out of settings['blocks']")
-    return Standing(tuple(able), max(set.intersection(*(watch.calls[path] for path in able)), key=len))
+    return Standing(tuple(able), max(watch.read_in.intersection(*(watch.calls[path] for path in able)), key=len))
 
 
 _SAY = "say which are meant: settings={'blocks': 'h.*'}, a glob over paths"
@@ -140,12 +140,13 @@ class _Watch:
 
     width: int
     calls: dict[str, set[str]] = field(default_factory=dict)
-    """Block → the modules in whose call it and the last reading of the table were, each time."""
+    """Block → the modules in whose call it and each reading of the table before it were, each time."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Block → why nothing can stand behind it."""
+    read_in: set[str] = field(default_factory=set)
+    """The modules in whose call each reading of the table was."""
     _now: Calls = field(default_factory=new_calls)
     _running: list[str] = field(default_factory=list)
-    _read_in: set[str] = field(default_factory=set)
 
     @contextmanager
     def following(
@@ -185,11 +186,11 @@ class _Watch:
         self._running.remove(path)
 
     def _looked_up(self, table: torch.Tensor, ids: torch.Tensor) -> None:
+        self.read_in = self.read_in & set(self._running) if self._now.ids is not None else set(self._running)
         self._now.give(ids, table.shape[0])
-        self._read_in = set(self._running)
 
     def _gives(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
-        here = self._read_in & set(self._running)
+        here = self.read_in & set(self._running)
         self.calls[path] = self.calls.get(path, here) & here
         if why := self._why_not(hidden(output)):
             self.reasons.setdefault(path, why)
@@ -200,7 +201,10 @@ class _Watch:
         if ids is None:
             return "runs before the table is read"
         if mixed:
-            return "runs behind two readings of the table: whose positions its output has is not known"
+            return (
+                "runs behind two readings of the table, with no block that is meant between: whose positions it has "
+                "is not known"
+            )
         if h is None:
             return "gives no activations, itself or as the first of a tuple"
         if h.shape != (*ids.shape, self.width):

@@ -466,7 +466,7 @@ def test_two_readings_before_a_block_are_refused():
             return self.head(x)
 
     rule = Rule(where="words", kind="prefix_layer", role="embedding", settings={"prefix": 1, "blocks": "blocks.*"})
-    assert "two readings of the table" in refusal(PlanError, lora_fx.plan, Two(), rule, IDS)
+    assert "behind two readings of the table" in refusal(PlanError, lora_fx.plan, Two(), rule, IDS)
     found = Two()
     found.twice = False
     lora_fx.apply(found, rule, IDS)
