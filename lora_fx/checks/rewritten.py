@@ -147,13 +147,16 @@ def _behind_blocks(here: Inventory, storages: Sequence[Storage]) -> Iterator[Non
         rows = theta[(own - n).clamp(min=0, max=len(theta) - 1)].to(h.dtype)
         return with_hidden(output, torch.where((own < n)[..., None], h, rows))
 
+    def read(adapter: Adapter, table: torch.Tensor, own: torch.Tensor) -> None:
+        ids[adapter] = own
+
     with ExitStack() as hooks:
         for storage in storages:
             for adapter in (a for a in storage.adapters if a.kind.behind is not None):
                 for tensor, block in blocks_of(adapter, here.modules).items():
                     hook = block.register_forward_hook(partial(rewrite, adapter, tensor), prepend=True)
                     hooks.callback(hook.remove)
-                hooks.enter_context(Lookups(storage.owners, lambda table, own, a=adapter: ids.update({a: own})))
+                hooks.enter_context(Lookups(storage.owners, partial(read, adapter)))
         yield
 
 

@@ -123,7 +123,7 @@ class _Layers(nn.Module):
 
 @st.composite
 def _layers(draw: st.DrawFn) -> tuple[nn.Module, tuple[torch.Tensor]]:
-    own = {"blocks": [b for b in BLOCKS if not b.reads_ids], "dtypes": (draw(st.sampled_from(DTYPES)),)}
+    own: Any = {"blocks": [b for b in BLOCKS if not b.reads_ids], "dtypes": (draw(st.sampled_from(DTYPES)),)}
     parts = [draw(models(**own, max_blocks=2))[0] for _ in range(draw(st.integers(1, 2)))]
     rows, width = draw(st.sampled_from((5, 2, 7))), draw(st.sampled_from((3, 2, 4)))
     batch, tokens = draw(st.sampled_from(((2, 3), (1, 5), (3, 2), (2, 1))))
