@@ -474,6 +474,25 @@ def test_two_readings_before_a_block_are_refused():
     assert "read twice before a block ran" in refusal(LoraFxError, found, IDS)
 
 
+def test_a_block_that_gives_something_else_than_was_planned_is_refused_when_it_runs():
+    class Dropping(Block):
+        gives = staticmethod(lambda x: x)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gives(super().forward(x))
+
+    base = model()
+    base.blocks[0] = Dropping()
+    found = lora_fx.apply(base, [LAYERS], IDS, check=False)
+    for gives, why in (
+        (lambda x: x[:, 1:], "gives (2, 3, 8), for ids of (2, 4)"),
+        (lambda x: x.transpose(0, 1), "gives (4, 2, 8)"),
+        (lambda x: {"h": x}, "gives no activations"),
+    ):
+        found.blocks[0].gives = gives
+        assert why in refusal(LoraFxError, found, IDS)
+
+
 def test_without_example_inputs_it_is_planned_by_name_and_not_applied():
     rule = Rule(where="words", kind="prefix_layer", settings={"prefix": 3, "infix": 1})
     assert lora_fx.plan(model(), rule).parameters == 2 * 4 * WIDTH

@@ -480,7 +480,7 @@ def _rewritten(
 
     for branch in around:
         if branch.adapter.kind.behind is not None:
-            branch.adapter.calls.give(call.x, branch.delta.space.inner)  # type: ignore[union-attr]
+            branch.adapter.calls.give(call.x, branch.adapter.layout.size("i"))
     for branch in sorted(around, key=_is_outer):
         own = branch.delta
         assert isinstance(own, Around)

@@ -93,9 +93,9 @@ class Kind:
     """(form, space) → why it cannot stand at such a use; empty where it can."""
     why: str = field(kw_only=True, default="")
     """Why it cannot be folded; empty where it can."""
-    behind: Callable[[Any, Any, Any, Space], Any] | None = field(kw_only=True, default=None)
-    """(h, ids, a tensor of θ, space) → h': what it makes of what a block gives, where the table, whose adapter it is,
-    was read with these ids. θ then has a tensor for each block, and ``blocks`` among its settings names them."""
+    behind: Callable[[Any, Any, Any, int], Any] | None = field(kw_only=True, default=None)
+    """(h, ids, a tensor of θ, n) → h': what it makes of what a block gives, where the table of n words, whose adapter
+    it is, was read with these ids. θ then has a tensor for each block, and ``blocks`` among its settings names them."""
     new_ids: Callable[[Mapping[str, Any]], int] = field(kw_only=True, default=lambda settings: 0)
     """settings → how many ids it takes behind the last one of the table."""
 

@@ -203,9 +203,9 @@ def prefix_layer_words(use: Using, theta: Any) -> Any:
     return use.of(torch.where(use.x >= n, use.x % n, use.x))
 
 
-def prefix_layer(h: Any, ids: Any, theta: Any, space: Any) -> Any:
+def prefix_layer(h: Any, ids: Any, theta: Any, n: int) -> Any:
     """θ's rows at the positions of new tokens, and h elsewhere, to the bit."""
-    n, ids = space.inner, ids.to(h.device)
+    ids = ids.to(h.device)
     own = F.embedding((ids - n).clamp(min=0), theta.to(h.device)).to(h.dtype)
     out = torch.where((ids >= n).unsqueeze(-1), own, h)
     return out if out.stride() == h.stride() else torch.empty_like(h).copy_(out)  # strides choose kernels

@@ -29,7 +29,9 @@ class Behind:
 
     adapter: Adapter
     tensor: str
-    """Of θ."""
+    """Of θ: (ids, features)."""
+    words: int
+    """Of the table: the first id behind its last one."""
 
     def of(self, block: nn.Module, given: Iterable[Any], output: Any) -> Any:
         """What becomes of a block's output.
@@ -46,13 +48,13 @@ class Behind:
         ids = self.adapter.calls.of(entered)
         if ids is None:
             return output
-        space, theta = self.adapter.space, getattr(self.adapter, self.tensor)
-        if h.shape != (*ids.shape, space.out):
-            raise self._error(block, f"gives {tuple(h.shape)}, and the ids are {tuple(ids.shape)}")
-        if is_shard(theta) or theta.shape[1:] != h.shape[-1:]:
+        theta = getattr(self.adapter, self.tensor)
+        if is_shard(theta) or theta.ndim != 2:
             raise self._error(block, "runs where θ is sharded")
+        if h.shape != (*ids.shape, theta.shape[1]):
+            raise self._error(block, f"gives {tuple(h.shape)}, for ids of {tuple(ids.shape)}")
         kind: Any = self.adapter.kind
-        new = kind.behind(h, ids, theta, space)
+        new = kind.behind(h, ids, theta, self.words)
         if not torch.compiler.is_dynamo_compiling():
             for t in (entered, new):
                 if t.shape == h.shape:
@@ -82,9 +84,10 @@ def with_hidden(output: Any, h: Any) -> Any:
 
 def stand(adapter: Adapter, call: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
     """Have an adapter behind these blocks: tensor of θ → block."""
+    words = adapter.layout.size("i")
     call.__dict__[_CALL] = (*callers(call), adapter)
     for tensor, block in blocks.items():
-        block.__dict__[_BEHIND] = (*behind(block), Behind(adapter, tensor))
+        block.__dict__[_BEHIND] = (*behind(block), Behind(adapter, tensor, words))
 
 
 def leave(module: nn.Module, adapters: Iterable[Adapter]) -> None:
