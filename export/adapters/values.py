@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Held:
     adapter: Adapter
     weights: tuple[str, ...]
     part: str
+    here: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Settings that say where it stands in this model, in the place of those that said so when it was made."""
 
     def turned(self, layer: Layer) -> LowRank:
         """The factors for all rows, in the layer's axes."""
@@ -79,7 +81,7 @@ class Held:
                 reason = f"{key}={value!r} of the kind {a.kind.name!r} does not come back out of JSON"
                 refuse(self.weights[0], reason, "let the kind take finite numbers, texts, and lists and tables of them")
         if a.kind.name != "lora":
-            return {**said, "kind": a.kind.name, "settings": dict(a.settings)}
+            return {**said, "kind": a.kind.name, "settings": {**a.settings, **self.here}}
         own = {"rank": a.rank, "alpha": a.alpha, "scaling": a.scaling, "dropout": a.dropout.p, "schedule": a.schedule}
         return {**said, **own}
 

@@ -56,7 +56,7 @@ class Rule:
         when: a predicate on the `Site`.
         kind: what an adapter is (see `lora_fx.deltas.kinds`): ``lora`` where there is a rank, ``dora``, ``adalora``,
             ``pissa``, ``olora``, ``bias``, ``full``, one that does not fold (``bottleneck``, ``compacter``,
-            ``tokens``), or one that `register_kind` knows. Each takes the settings below that it has.
+            ``tokens``, ``prefix_layer``), or one that `register_kind` knows. Each takes the settings below that it has.
         rank: of the low-rank branch; without one, and without a kind, the rule excludes the sites.
         alpha: the scale is alpha / rank; alpha = rank by default.
         dropout: probability on the branch input, in training.

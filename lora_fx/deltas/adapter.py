@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from lora_fx.deltas import schedules
+from lora_fx.deltas.calls import Calls, new_calls
 from lora_fx.deltas.dropping import BranchDropout
 from lora_fx.deltas.kinds import ActivationRewrite, Kind, Space, Theta, kind_named, own_factors
 from lora_fx.deltas.low_rank import LowRank
@@ -133,6 +134,8 @@ class Adapter(Beside):
     """What of θ trained when it was last deactivated."""
     _owners: Mapping[str, Adapter]
     """Tensors of θ that another adapter of the same name has, for both → that one."""
+    calls: Calls
+    """Of the model, for what stands behind its blocks."""
 
     def __init__(
         self,
@@ -154,6 +157,7 @@ class Adapter(Beside):
         self.add_module("dropout", BranchDropout(dropout) if dropout else NoDropout())
         self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings=settings)
         self.change(active=True, realised=Realisation.DISPATCH, read_outside="", _trained=(), _owners={})
+        self.change(calls=new_calls())
         self.change(schedule=settings.get("schedule", schedules.BRANCH))
         if "rank" in settings and "alpha" in settings:
             self.change(_scale=self.theta_of({}).scale)
@@ -321,7 +325,7 @@ class Adapter(Beside):
         if self.kind.low_rank:
             return self.low_rank()
         theta = self.theta
-        if isinstance(self.kind, ActivationRewrite):
+        if not self.kind.is_delta:
             return self.around(theta)
         return Dense(self.layout, partial(self.delta, theta=theta), theta)
 
@@ -346,7 +350,7 @@ class Adapter(Beside):
             return self.low_rank(
                 None if theta is None else {name: getattr(theta, name) for name in self._parameters}
             ).delta()
-        if isinstance(self.kind, ActivationRewrite):
+        if not self.kind.is_delta:
             reason = f"the kind {self.kind.name!r} has no δ: {self.kind.why}"
             raise AdapterError(
                 reason, place=f"adapter {self.name!r}", remedy="call the model: it acts on its activations"

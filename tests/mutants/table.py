@@ -106,6 +106,11 @@ def of_principal(name: str) -> tuple[str, ...]:
     return (f"tests/test_principal.py::test_{name}",)
 
 
+def of_prefixes(name: str) -> tuple[str, ...]:
+    """This test of what stands behind blocks, without its ``test_``."""
+    return (f"tests/test_prefix_layer.py::test_{name}",)
+
+
 HISTORIES = "tests/test_histories.py"
 GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, Mutant, of_kinds, of_principal, of_rewrites
+from tests.mutants.table import GAPS, Mutant, of_kinds, of_prefixes, of_principal, of_rewrites
 
 ROWS = (
     # ── adapter files ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -174,7 +174,7 @@ ROWS = (
     # ── files of other kinds ─────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "settings_of_a_kind_not_saved", "kinds", "export/adapters/values.py",
-        '"kind": a.kind.name, "settings": dict(a.settings)}',
+        '"kind": a.kind.name, "settings": {**a.settings, **self.here}}',
         '"kind": a.kind.name, "settings": {k: v for k, v in a.settings.items() if k == "rank"}}',
         "The scale of a saved DoRA is 1 after loading.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
@@ -261,5 +261,12 @@ ROWS = (
         "        alpha = a.scale * rank\n", "        alpha = a.alpha\n",
         "The LoRA that a PiSSA adapter is written as has the alpha of half its rank.",
         tests=of_principal("files_are_plain_lora_of_twice_the_rank_on_the_base_that_was"),
+    ),
+    Mutant(
+        "blocks_as_they_were_called", "rewrites", "export/adapters/files.py",
+        '    if adapter.kind.behind is None:\n        return {}\n',
+        '    if True:\n        return {}\n',
+        "A file names the blocks by the paths in the model that was adapted, not in the one that is saved.",
+        tests=of_prefixes("saved_from_inside_of_another_model"),
     ),
 )  # fmt: skip
