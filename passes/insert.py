@@ -126,6 +126,30 @@ class Check(Pass):
         return Result(model, rewired, noted)
 
 
+@dataclass(frozen=True)
+class Rest(Pass):
+    """Whether the adapters that were put in act; all others stay as they are.
+
+    Args:
+        active: None for where there are no others.
+    """
+
+    active: bool | None = None
+
+    name = "rest"
+    requires = (given(Inserted),)
+
+    def call(self, model: nn.Module, facts: Facts) -> Result:
+        new = facts[Inserted].adapters
+        alone = {*inventory(model).adapters} == {*new}
+        if alone if self.active is None else self.active:
+            return Result(model, False)
+        for adapter in new:
+            adapter.act(False)
+        wire(model)
+        return Result(model, True)
+
+
 def _give_way(model: nn.Module, adapters: tuple[Adapter, ...], error: EquivalenceError) -> bool:
     """Have less asked of those who read the weights; False where there is nothing less.
 
@@ -223,6 +247,7 @@ def make_adapter(row: Row, name: str, owner: nn.Module) -> Adapter:
         role=row.role,
         dtype=parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32,
         device="cpu" if stored and parameter.is_meta else parameter.device,
+        room=row.room,
         **row.chosen,
     )
     holders = {path for path, _ in row.owners}
@@ -234,13 +259,17 @@ def make_adapter(row: Row, name: str, owner: nn.Module) -> Adapter:
         except KindError as error:
             raise PlanError(error.reason, place=row.name, remedy=error.remedy) from error
         return adapter
-    with torch.no_grad():
-        for tensor, numbers in stored.items():
-            adapter.get_parameter(tensor).copy_(numbers)
-        if row.kind.delta is not None and not parameter.is_meta and not bool(adapter.delta(parameter).isfinite().all()):
-            raise PlanError(
-                f"with this θ of the kind {row.kind.name!r} δ is not finite",
-                place=row.name,
-                remedy="load the base model it was made for",
-            )
+    adapter.put(stored)
+    refuse_infinite(adapter, parameter, row.name)
     return adapter
+
+
+@torch.no_grad()
+def refuse_infinite(adapter: Adapter, parameter: torch.Tensor, name: str) -> None:
+    """Raise where numbers out of a file make no δ of this weight."""
+    kind = adapter.kind
+    if kind.delta is None or parameter.is_meta:
+        return
+    if not bool(adapter.delta(parameter).isfinite().all()):
+        reason = f"with this θ of the kind {kind.name!r} δ is not finite"
+        raise PlanError(reason, place=name, remedy="load the base model it was made for")

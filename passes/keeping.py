@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.kinds import own_factors
 from lora_fx.graph.forms import FORMS
 from lora_fx.model.classes import Reads
 from lora_fx.passes.rewriting import Relied
@@ -190,6 +191,8 @@ class _Adapted:
         parts: list[Any] = [type(parameter), parameter.dtype]
         for adapter in adapters:
             settings = adapter._settings
+            if adapter.kind.factors is own_factors:  # a trace has these as numbers that may change
+                settings = {name: value for name, value in settings.items() if name not in ("rank", "alpha")}
             parts += ref(adapter), adapter.dtype, adapter.realised, adapter.drops, *settings, *settings.values()
         return _Adapted(tuple(parameter.shape), children, tuple(parts))
 

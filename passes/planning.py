@@ -60,6 +60,8 @@ class Row:
     """Why it dispatches instead of being rewritten as a graph."""
     stored: Mapping[str, torch.Tensor] | None = None
     """θ, where it has numbers already, from a file: beside a weight on meta it lies on the CPU."""
+    room: int | None = None
+    """The ranks that there is to be room for, where they are more than its own."""
     schedule: str = ""
     """How its branches are computed on these inputs, in words: `lora_fx.deltas.schedules`."""
     axes: Layout | None = None
@@ -100,7 +102,7 @@ class Row:
     def space(self) -> Space:
         """What θ is for."""
         settings = Theta(**self.kind.complete(self.chosen))
-        return Space(self.layout.batch, self.out, self.layout.size("i"), settings)
+        return Space(self.layout.batch, self.out, self.layout.size("i"), settings, self.room)
 
     @property
     def parameters(self) -> int:

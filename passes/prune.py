@@ -70,6 +70,9 @@ def of_kind(model: nn.Module, name: str) -> dict[Adapter, list[Place]]:
         where, retrain = f"{place.weight}, adapter {name!r}", f"apply it with kind={KIND!r}"
         if adapter.kind.name != KIND:
             raise AdapterError(f"it is of the kind {adapter.kind.name!r}", place=where, remedy=retrain)
+        if adapter.room != adapter.rank:
+            reason = f"it has room for {adapter.room} ranks, and takes {adapter.rank}"
+            raise AdapterError(reason, place=where, remedy="load it without max_rank, and go on with that")
         if any(p.is_meta or is_shard(p) for p in adapter.parameters()):
             reason = "its singular values are not here as a whole: they are on meta, or in parts"
             raise AdapterError(reason, place=where, remedy="materialise or unshard the model first")
@@ -90,5 +93,4 @@ def _shorten(adapter: Adapter, kept: list[int]) -> None:
         whole = adapter.get_parameter(name)
         adapter.register_parameter(name, nn.Parameter(whole.detach().index_select(axis, index), whole.requires_grad))
     divisor = math.sqrt(len(kept)) if adapter.scaling == "rslora" else len(kept)
-    adapter.change(_settings={**adapter._settings, "rank": len(kept), "alpha": adapter.scale * divisor})
-    adapter.change(_scale=adapter.theta_of({}).scale)
+    adapter.adjust(rank=len(kept), alpha=adapter.scale * divisor)

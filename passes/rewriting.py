@@ -100,7 +100,7 @@ class Tracer(fx.Tracer):
         drop = self._module(f"{path}.dropout") if adapter.drops else None
         tensors = {name: self.attribute(f"{path}.{name}") for name in adapter._parameters}
         index = self.attribute(f"{path}.index") if hasattr(adapter, "index") else None
-        scale = self.attribute(f"{path}.scale")  # live: it may be set to another
+        scale = self.attribute(f"{path}.multiplier")  # live: it may be set to another
         return Branch(adapter, adapter.low_rank(tensors, index, scale), drop)
 
     def _module(self, path: str) -> Callable[[Any], fx.Proxy]:

@@ -603,7 +603,7 @@ def test_names(tmp_path: Path) -> None:
     load_adapter(model, tmp_path / "ours", numbers(4, 6), name="third")
     assert list(lora_fx.adapters(model)) == ["default", "second", "third"]
     before = state(model)
-    refused(lambda: load_adapter(model, tmp_path / "ours"), "'second'", "Linears", "already has", "another name")
+    refused(lambda: load_adapter(model, tmp_path / "ours"), "'second'", "Linears", "already has", "any other name")
     refused(lambda: load_adapter(model, tmp_path / "ours", name="4th"), "'4th'", "name", "identifier", "letters")
     save_adapter(model, tmp_path / "more", name="third")
     refused(lambda: load_adapter(model, tmp_path), "it holds more, ours", str(tmp_path), remedy="one adapter")

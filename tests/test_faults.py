@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,9 +35,11 @@ from lora_fx.errors import ExportError, FileError, FoldError
 from lora_fx.export.adapters import files as adapter_files
 from lora_fx.export.adapters import folder as adapter_folder
 from lora_fx.export.adapters import own, peft_files, values
+from lora_fx.export.adapters import replace as replacing
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
 from lora_fx.model import classes, marks
 from lora_fx.model.inventory import inventory
+from lora_fx.passes import activate as activating
 from lora_fx.passes import fold as folding
 from lora_fx.passes import insert, wiring
 from tests import reference
@@ -104,6 +108,18 @@ def fold_ahead(model: nn.Module) -> nn.Module:
 
 
 #: verb → (a model that it can be called on, the call)
+@functools.cache
+def other_numbers() -> Path:
+    """A file with other numbers than `adapted` has, and another scale."""
+    with torch.random.fork_rng():
+        model = adapted("one")
+        for adapter in inventory(model).adapters:
+            adapter.alpha = 5.0
+            adapter.B.data.mul_(-2)
+        lora_fx.save_adapter(model, folder := Path(tempfile.mkdtemp()), name="one", peft=False)
+    return folder
+
+
 VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "fold": (adapted, lora_fx.fold),
     "fold, final": (adapted, lambda model: lora_fx.fold(model, final=True)),
@@ -111,8 +127,10 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "fold, as on a GPU": (lambda: adapted(dtype=torch.bfloat16), lambda model: fold_ahead(model)),
     "fold, graph module": (graph_module, lora_fx.fold),
     "unfold": (folded, lora_fx.unfold),
-    "switch": (lambda: folded("one", "two"), lambda model: lora_fx.switch(model, "two")),
-    "activate": (lambda: adapted("one", "two"), lambda model: lora_fx.activate(model, "two")),
+    "switch": (lambda: folded("one", "two"), lambda model: lora_fx.switch(model, {"two": 0.5})),
+    "activate": (lambda: adapted("one", "two"), lambda model: lora_fx.activate(model, {"two": -2})),
+    "rename": (lambda: adapted("one", "two"), lambda model: lora_fx.rename(model, "one", "three")),
+    "load_adapter, in place": (adapted, lambda model: lora_fx.load_adapter(model, other_numbers(), name="one")),
     "remove": (lambda: adapted("one", "two"), lambda model: lora_fx.remove(model, "one")),
     "remove, all": (adapted, lambda model: lora_fx.remove(model, "one")),
     "remove, graph module": (graph_module, lambda model: lora_fx.remove(model, "one")),
@@ -190,7 +208,7 @@ FILES = {
     m.__file__
     for m in (
         application, changes, classes, marks, wiring, folding, ahead, exact_sum, insert, adapter_files, certification,
-        flow, uses, verification, own, peft_files, values,
+        flow, uses, verification, own, peft_files, values, activating, replacing,
     )
 }  # fmt: skip
 

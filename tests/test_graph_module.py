@@ -135,9 +135,9 @@ def assert_equal_up_to_rounding(a: torch.Tensor, b: torch.Tensor) -> None:
 def test_the_branch_of_an_attribute_is_nodes_behind_its_use():
     gm = adapted(BUILD["attributes"]())
     assert names(gm.graph) == (
-        "x a a_lora_default_a a_lora_default_b a_lora_default_scale linear linear_1 mul linear_2 add "
-        "b b_lora_default_a b_lora_default_b b_lora_default_scale matmul linear_3 mul_1 linear_4 add_1 "
-        "c c_lora_default_a c_lora_default_b c_lora_default_scale "
+        "x a a_lora_default_a a_lora_default_b a_lora_default_multiplier linear linear_1 mul linear_2 add "
+        "b b_lora_default_a b_lora_default_b b_lora_default_multiplier matmul linear_3 mul_1 linear_4 add_1 "
+        "c c_lora_default_a c_lora_default_b c_lora_default_multiplier "
         "einsum transpose unflatten movedim einsum_1 mul_2 einsum_2 add_2 →"
     )
 
@@ -148,9 +148,10 @@ def test_an_adapted_leaf_is_inlined_with_its_branch():
     assert names(gm.graph) == "x up relu down →"
     adapted(gm)
     assert names(gm.graph) == (
-        "x up_weight up_weight_lora_default_a up_weight_lora_default_b up_weight_lora_default_scale up_bias "
+        "x up_weight up_weight_lora_default_a up_weight_lora_default_b up_weight_lora_default_multiplier up_bias "
         "linear linear_1 mul linear_2 add relu "
-        "down_weight down_weight_lora_default_a down_weight_lora_default_b down_weight_lora_default_scale down_bias "
+        "down_weight down_weight_lora_default_a down_weight_lora_default_b down_weight_lora_default_multiplier "
+        "down_bias "
         "linear_3 linear_4 mul_1 linear_5 add_1 →"
     )
     # Each leaf's node gives way to two parameters and a linear; its branch is A, B, scale, two linears, mul, add.

@@ -113,7 +113,8 @@ def test_the_default_pipeline_prints_each_pass_with_what_it_requires_and_ensures
         ("deactivate", (), ("activate", "rewrite")),
         ("remove", ("default",), ("remove", "rewrite")),
         ("switch", ("default",), ("require", "unfold", "activate", "fold")),
-        ("load_adapter", ("folder",), ("read", "schedule", "insert", "rewrite", "check")),
+        ("load_adapter", ("folder",), ("read", "schedule", "insert", "rewrite", "check", "rest")),
+        ("rename", ("a", "b"), ("rename", "rewrite")),
     ],
 )
 def test_every_verb_is_a_pipeline(verb, arguments, passes):

@@ -54,15 +54,19 @@ class Drawn:
     inputs: Inputs
     rules: list[Rule]
     filling: Filling | None
+    strength: float
 
     def __repr__(self) -> str:
         rules = ", ".join(rule.label for rule in self.rules)
         (x,) = self.inputs.args
-        return f"\n{self.base!r}\nof {tuple(x.shape)}, with [{rules}], filled by {self.filling}"
+        return f"\n{self.base!r}\nof {tuple(x.shape)}, with [{rules}], filled by {self.filling}, times {self.strength}"
 
     def _repr_pretty_(self, printer, cycle) -> None:  # Hypothesis prints a dataclass field by field otherwise
         printer.text(repr(self))
 
+
+#: half of the examples act as they were trained
+STRENGTHS = (1.0, 1.0, 0.7, -1.5)
 
 #: half of the examples are of `lora`, with which the other kinds mix
 KINDS = ("lora", "lora", "dora", "full", "bias")
@@ -74,10 +78,12 @@ def adapted(draw, filled: bool = True, dropout: bool = False, sizes=(1.0, 0.25, 
     base = copy.deepcopy(model).requires_grad_(False)  # some kernels choose another path for trainable weights
     rules = draw(rules_for(model, example_inputs, dropout=dropout, kinds=kinds))
     filling = draw(adapters(sizes=sizes)) if filled else None
+    strength = draw(st.sampled_from(STRENGTHS))
     lora_fx.apply(model, rules, example_inputs)
+    lora_fx.activate(model, {"default": strength})
     if filling:
         filling(model)
-    return Drawn(base, model, normalize_inputs(model, example_inputs), rules, filling)
+    return Drawn(base, model, normalize_inputs(model, example_inputs), rules, filling, strength)
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -283,6 +289,7 @@ def test_l14_a_switchable_graph_is_the_base_and_every_adapter(drawn):
 @examples(20)
 @given(adapted(dropout=True), st.booleans())
 def test_l12_saved_and_loaded_into_a_fresh_model_it_is_the_same_model(drawn, peft):
+    """As it was trained, at whichever strength it acts."""
     fresh = copy.deepcopy(drawn.base)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -292,6 +299,7 @@ def test_l12_saved_and_loaded_into_a_fresh_model_it_is_the_same_model(drawn, pef
             lora_fx.save_adapter(drawn.model, folder, peft=False)
         lora_fx.load_adapter(fresh, folder, drawn.inputs)
     assert reference.same_bits(reference.bits(fresh), reference.bits(drawn.model))
+    lora_fx.activate(drawn.model, "default")
     for model in (fresh, drawn.model):
         model.eval()
     assert same(run(fresh, drawn.inputs), run(drawn.model, drawn.inputs))

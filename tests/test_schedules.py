@@ -223,7 +223,7 @@ def test_the_op_keeps_the_rules_of_custom_ops(op, parts, dropped, wants):
     case = Case(op, parts, dropped, "rows")
     x = case.x if wants.startswith("x") else case.x.detach()
     own = [(x * case.mask).detach().requires_grad_(x.requires_grad) for _ in case.parts] if dropped else []
-    scales, firsts = [1.5 - k for k in range(len(case.parts))], [first for first, _ in case.parts]
+    scales, firsts = [torch.tensor(1.5 - k) for k in range(len(case.parts))], [first for first, _ in case.parts]
     arguments = (op, x, case.weight, case.bias, case.factors[::2], case.factors[1::2], scales, firsts, own)
     torch.library.opcheck(torch.ops.lora_fx.fused_matmul, arguments)
 
@@ -450,7 +450,9 @@ def test_an_activation_in_place_after_a_linear_trains(kind, shape, shown):
 def test_the_compiled_op_gives_what_may_be_written_to():
     case = Case("linear", "whole", False, "tokens")
     A, B = case.factors
-    y, *_ = torch.ops.lora_fx.fused_matmul("linear", case.x, case.weight, case.bias, [A], [B], [1.5], [0], [])
+    y, *_ = torch.ops.lora_fx.fused_matmul(
+        "linear", case.x, case.weight, case.bias, [A], [B], [torch.tensor(1.5)], [0], []
+    )
     expected = torch.autograd.grad(y.clone().relu_().sum(), (case.x, A, B), retain_graph=True)
     assert all(map(torch.equal, torch.autograd.grad(y.relu_().sum(), (case.x, A, B)), expected))
 

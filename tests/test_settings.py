@@ -213,7 +213,7 @@ def test_where_the_rule_had_no_dropout_none_can_be_set(case):
         ("scaling", "rslora", "apply again"),
         ("schedule", "branch", "apply again"),
         ("settings", {}, "apply again"),
-        ("name", "other", "load it under another name"),
+        ("name", "other", "lora_fx.rename"),
         ("dropout", nn.Identity(), r"set dropout\.p"),
         ("realised", "dispatch", "no use of the weight is left out"),
         ("read_outside", "", "finds it in the model"),

@@ -36,6 +36,7 @@ from lora_fx.export.adapters.folder import DIFFUSERS, VERSION, read_folder, writ
 from lora_fx.export.adapters.own import as_own
 from lora_fx.export.adapters.peft import ITS_BASE
 from lora_fx.export.adapters.peft_files import as_peft
+from lora_fx.export.adapters.replace import Replace
 from lora_fx.export.adapters.values import Held, Saved
 from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.layout import Layout
@@ -46,7 +47,7 @@ from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Inventory, Place, base_parameters, inventory, plain_path, weight_name
 from lora_fx.model.training import IGNORE, REFUSE, SAVE, trained_beside, why_not_alone
 from lora_fx.passes.base import Facts, Pass, Result, given
-from lora_fx.passes.insert import Check, Insert, Rewrite
+from lora_fx.passes.insert import Check, Insert, Rest, Rewrite
 from lora_fx.passes.pipeline import Pipeline
 from lora_fx.passes.planning import Plan, Row, Schedule, plan_rows, read_program
 from lora_fx.reading import boundary, refuse
@@ -121,7 +122,7 @@ def _held(model: nn.Module, name: str) -> list[Held]:
     held = []
     for adapter, places in found.items():
         names = tuple(weight_name(plain_path(place.path), place.attribute) for place in places)
-        held.append(Held(adapter, names, places[0].part, _standing(adapter, here, names[0])))
+        held.append(Held(adapter.fitting(), names, places[0].part, _standing(adapter, here, names[0])))
         for label, factor in adapter.named_parameters():
             _refuse_numbers(f"{names[0]}, {label} of adapter {name!r}", factor)
     return held
@@ -190,8 +191,16 @@ def load_adapter(
     check: bool = True,
     part: str | None = None,
     config: Mapping[str, Any] | None = None,
+    active: bool | None = None,
+    max_rank: int | None = None,
 ) -> nn.Module:
     """Insert an adapter that `save_adapter`, PEFT, kohya, diffusers or loralib has written, in place.
+
+    The first one acts; one that comes to others does not, until `activate` names it, or with ``active=True``.
+
+    Where `name` is that of an adapter in the model, its numbers are replaced: in the same parameters, so that nothing
+    is traced or compiled anew. Of a lower rank the rest is zeros; alpha follows the file, strength and schedule stay,
+    and so does what an optimizer remembers of the old numbers. The file must be for the same weights.
 
     What `save_adapter` wrote comes back bit for bit: factors, scale, rows, roles, dropout. What PEFT wrote means here
     what it means there: an adapter on a module acts where that module reads its weight, and nowhere else. Factors are
@@ -202,19 +211,30 @@ def load_adapter(
             file, in a dialect of `lora_fx.export.adapters.dialects`: safetensors, or what `torch.save` has written.
         example_inputs: as in `apply`.
         name: the adapter's name in the model; None for the name it was saved under (PEFT's: "default").
-        check: compare the adapted model with the dense W + s·B·A, as in `apply`.
+        check: compare the adapted model with the dense W + s·B·A, as in `apply`; replaced numbers need none.
         part: of a file for several models (a pipeline's), which of them this one is, as ``"unet"``.
         config: what a file that comes without a config does not say, in the words of the library that wrote it: PEFT's
             options, as ``{"lora_alpha": 16}``; for loralib also ``enable_lora``.
+        active: whether it acts; None for where it is the only one, or, of one that is replaced, as it did.
+        max_rank: make room for adapters of ranks up to this one, which may replace it.
 
     Returns:
         The same model.
 
     Raises:
-        FileError: a file is missing, damaged, made for another model, or uses what lora_fx does not compute.
+        FileError: a file is missing, damaged, made for another model, or uses what lora_fx does not compute; or it
+            cannot replace the adapter: other weights, another kind, a rank for which there is no room.
         LoraFxError: the model cannot be adapted there. The model is bitwise what it was, each time.
     """
-    passes = loading(path, example_inputs, name=name, check=check, part=part, config=config)
+    if name is not None and name in inventory(model).names:
+        if max_rank is not None:
+            refuse(
+                "max_rank", f"{max_rank!r}: the adapter {name!r} has the room it has", "leave it out, or remove that"
+            )
+        replaced = Replace(path, name, part, config, active), Rewrite()
+        return Pipeline("load_adapter", replaced)(model).model
+    options = {"part": part, "config": config, "active": active, "max_rank": max_rank}
+    passes = loading(path, example_inputs, name=name, check=check, **options)
     return Pipeline("load_adapter", passes)(model).model
 
 
@@ -226,14 +246,17 @@ def loading(
     check: bool = True,
     part: str | None = None,
     config: Mapping[str, Any] | None = None,
+    active: bool | None = None,
+    max_rank: int | None = None,
 ) -> tuple[Pass, ...]:
-    """The passes of `load_adapter`."""
+    """The passes of `load_adapter`, of an adapter that is not there yet."""
     return (
-        Read(path, example_inputs, name, part, config),
+        Read(path, example_inputs, name, part, config, max_rank),
         Schedule(),
         Insert(),
         Rewrite(),
         *([Check()] if check else []),
+        Rest(active),
     )
 
 
@@ -246,11 +269,14 @@ class Read(Pass):
     adapter: str | None = None
     part: str | None = None
     config: Mapping[str, Any] | None = None
+    max_rank: int | None = None
 
     name = "read"
     ensures = (given(Program), given(Plan))
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
+        if self.max_rank is not None and (type(self.max_rank) is not int or self.max_rank < 1):
+            refuse("max_rank", f"{self.max_rank!r} is no rank", "give a positive integer")
         folder = read_folder(Path(self.path))
         with unwired(model):
             with boundary("it cannot be put into this model", str(folder.path), ITS_BASE):
@@ -261,7 +287,7 @@ class Read(Pass):
             weights = _Weights(program)
             for s in saved:
                 _check_target(s, weights)
-            rows = [_row(program, s, weights.of(s)) for s in _shared(saved, weights)]
+            rows = [_row(program, s, weights.of(s), self.max_rank) for s in _shared(saved, weights)]
             plan = plan_rows(program, tuple(row.rule for row in rows), name, rows)
         return Result(model, False, (program, plan))
 
@@ -273,7 +299,7 @@ def _refuse_name(model: nn.Module, name: str) -> None:
     if here.folded:
         refuse(type(model).__name__, "it is folded", "lora_fx.unfold(model) first, or load into a fresh model")
     if name in here.names:
-        remedy = f"pass another name to load_adapter, or lora_fx.remove(model, {name!r}) first"
+        remedy = f"load_adapter(…, name={name!r}) replaces its numbers; any other name adds one beside it"
         refuse(type(model).__name__, f"it already has an adapter named {name!r}", remedy)
 
 
@@ -320,7 +346,16 @@ def _shared(saved: list[Saved], weights: _Weights) -> list[Saved]:
     return kept
 
 
-def _row(program: Program, s: Saved, weight: Weight) -> Row:
+def _room(s: Saved, most: int | None) -> int | None:
+    """The ranks that there is to be room for; None for its own."""
+    if most is None or not s.kind.pads:
+        return None
+    if s.settings["rank"] > most:
+        refuse(s.place, f"its rank is {s.settings['rank']}, and max_rank={most}", "make room for it")
+    return most
+
+
+def _row(program: Program, s: Saved, weight: Weight, most: int | None) -> Row:
     plain = s.kind.adapts == "bias" or len(weight.shape) < 2
     here, axes = "o" * len(weight.shape) if plain else weight.layout.sides, None
     if s.kind.name == "full" and s.rows is not None and s.layout.sides != here:
@@ -336,7 +371,9 @@ def _row(program: Program, s: Saved, weight: Weight) -> Row:
     uses = tuple(u for u in weight.uses if u.module not in outside)
     rule = s.rule(weight.name)
     own = tuple(owners[n] for n in s.weights)
-    row = Row(weight, rule, s.role, s.part, s.rows, uses, own, bool(outside), stored=theta, axes=axes)
+    row = Row(
+        weight, rule, s.role, s.part, s.rows, uses, own, bool(outside), stored=theta, axes=axes, room=_room(s, most)
+    )
     schedule = s.settings.get("schedule", AUTO)
     if not row.why_not(schedule):  # as it may in a model of another dtype
         row.rule = replace(rule, schedule=schedule)

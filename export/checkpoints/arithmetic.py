@@ -11,14 +11,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.exact_sum import ExactSum, Way, block_sizes
-from lora_fx.deltas.kinds import Theta
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.remainder import Remainder
 from lora_fx.deltas.rounded_sum import rounded_sum
@@ -108,25 +106,8 @@ class Piece:
 
     def summed(self, block: torch.Tensor) -> torch.Tensor:
         """W + Σ δ, rounded once."""
-        adapters: Sequence[Any] = [
-            _Strong(_rows_of(share.adapter, *self.rows), share.strength) for share in self.shares
-        ]
+        adapters = [_rows_of(share.adapter, *self.rows) for share in self.shares]
         return rounded_sum(block, adapters, block.dtype, self.stored.name)
-
-
-class _Strong:
-    """An adapter whose delta is multiplied: as much of one as `rounded_sum` asks for."""
-
-    def __init__(self, adapter: Adapter, strength: float) -> None:
-        self.adapter, self.strength = adapter, strength
-        self.name, self.kind, self.theta_of = adapter.name, adapter.kind, adapter.theta_of
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.adapter.named_parameters()
-
-    def delta(self, weight: torch.Tensor, theta: Theta) -> torch.Tensor:
-        own = self.adapter.delta(weight, theta)
-        return own if self.strength == 1 else own * self.strength
 
 
 def pieces(stored: Stored, shares: Sequence[Share]) -> Iterator[Piece]:
@@ -160,10 +141,10 @@ def _low_rank(stored: Stored, shares: tuple[Share, ...]) -> Iterator[Piece]:
 
 
 def _delta(share: Share) -> LowRank:
-    """In float64, of all output features, with the strength in its scale."""
+    """In float64, of all output features."""
     plain = share.adapter.exact().detached()
     A, B = plain.A.to(torch.float64), plain.whole.to(torch.float64)
-    return replace(plain, A=A, B=B, scale=plain.scale * share.strength, rows=None, index=None)
+    return replace(plain, A=A, B=B, rows=None, index=None)
 
 
 def _piece(
@@ -198,6 +179,7 @@ def _rows_of(adapter: Adapter, start: int, stop: int) -> Adapter:
     few = Layout(layout.sides, (stop - start, *layout.shape[1:]))
     settings = {key: value for key, value in adapter.settings.items() if key in adapter.kind.settings}
     own = Adapter(few, kind=adapter.kind, name=adapter.name, dtype=adapter.dtype, **settings)
+    own.adjust(adapter.strength)
     for name, value in adapter.named_parameters():
         wanted = own.get_parameter(name).shape
         for axis, size in enumerate(wanted):

@@ -44,12 +44,10 @@ _FACTOR = re.compile(r".+\.(lora_embedding_[AB]|lora_[AB](\.weight)?|lora_E|lora
 
 @dataclass(frozen=True)
 class Share:
-    """What one adapter adds to one tensor of a checkpoint."""
+    """What one adapter adds to one tensor of a checkpoint: strength · δ."""
 
     tensor: str
     adapter: Adapter
-    strength: float = 1.0
-    """δ is multiplied with it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,8 @@ def read_shares(given: Given, checkpoint: Checkpoint, name: str) -> list[Share]:
             stored = checkpoint.tensors[share.tensor]
             reason = f"it is stored as {stored.dtype}, and a fold adds to {', '.join(FLOATS)}"
             refuse(checkpoint.at(share.tensor), reason, "fold into the checkpoint it was quantised from, then quantise")
-    return [replace(share, strength=given.strength) for share in found]
+        share.adapter.adjust(given.strength)
+    return found
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────

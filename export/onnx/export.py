@@ -707,6 +707,7 @@ def _said(adapter: Adapter) -> dict[str, Any]:
         said |= {"rank": adapter.width, "alpha": adapter.alpha, "scale": adapter.scale}
     else:
         said |= {"kind": adapter.kind.name, **adapter.settings}
+    said |= {} if adapter.strength == 1 else {"strength": adapter.strength}
     return said | ({"role": adapter.role} if adapter.role else {})
 
 

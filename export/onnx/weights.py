@@ -141,7 +141,7 @@ def adapter_digest(adapters: Mapping[str, Sequence[Adapter]]) -> str:
     for name in sorted(adapters):
         for adapter in adapters[name]:
             said = adapter.scale if adapter.kind.low_rank else [adapter.kind.name, dict(adapter.settings)]
-            digest.update(json.dumps([name, adapter.name, said, adapter.rows]).encode())
+            digest.update(json.dumps([name, adapter.name, said, adapter.strength, adapter.rows]).encode())
             for factor in adapter.parameters():
                 digest.update(str((factor.dtype, tuple(factor.shape))).encode())
                 digest.update(tensor_bytes(factor))

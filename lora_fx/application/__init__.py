@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ from lora_fx.export.adapters.files import loading
 from lora_fx.export.onnx.export import exporting
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.model.inventory import base_parameters, inventory, weight_name
-from lora_fx.passes.activate import Activate, Remove, Require, Restore, acting
+from lora_fx.passes.activate import Activate, Remove, Rename, Require, Restore, acting
 from lora_fx.passes.base import Pass
 from lora_fx.passes.fold import Fold, Unfold
 from lora_fx.passes.insert import Check, Insert, Rewrite
@@ -34,8 +34,8 @@ def pipeline(verb: str, *arguments: Any, **options: Any) -> Pipeline:
     """The passes that a verb runs, to print, to change, and to run on a model.
 
     Args:
-        verb: ``plan``, ``apply``, ``fold``, ``unfold``, ``activate``, ``deactivate``, ``remove``, ``switch``,
-            ``combine``, ``extract``, ``load_adapter`` or ``export_onnx``.
+        verb: ``plan``, ``apply``, ``fold``, ``unfold``, ``activate``, ``deactivate``, ``remove``, ``rename``,
+            ``switch``, ``combine``, ``extract``, ``load_adapter`` or ``export_onnx``.
         arguments, options: those of the verb, without the model; ``fold`` has no ``copy`` here.
 
     Raises:
@@ -65,6 +65,7 @@ _PIPELINES: dict[str, Callable[..., tuple[Pass, ...]]] = {
     "activate": lambda *names: (Activate(names), Rewrite()),
     "deactivate": lambda: (Activate(()), Rewrite()),
     "remove": lambda *names: (Remove(names), Rewrite()),
+    "rename": lambda old, new: (Rename(old, new), Rewrite()),
     "switch": lambda *names: (Require(names), Unfold(if_folded=True), Activate(names), Fold()),
     "combine": combining,
     "extract": extracting,
@@ -212,8 +213,14 @@ def adapters(model: nn.Module) -> dict[str, list[str]]:
     return {name: list(weights) for name, weights in found.items()}
 
 
-def activate(model: nn.Module, *names: str) -> nn.Module:
+def activate(model: nn.Module, *names: str | Mapping[str, float]) -> nn.Module:
     """Make exactly these adapters act; all others stay, and do nothing. No name: the base model.
+
+        activate(model, {"a": 0.7, "b": -0.3})      W + 0.7·δa − 0.3·δb
+
+    A strength multiplies δ, whatever the kind, in the next forward and in folds and exports; a name alone has 1, and 0
+    is as if it were not named. It is a number, not code: nothing is traced or compiled anew for another one. Files of
+    adapters hold what was trained, without it.
 
     An adapter that ceases to act does not train; when it acts again, what trained of it before does. Every other
     ``requires_grad`` stays what it is: see `lora_fx.model.training`.
@@ -222,7 +229,7 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
         The same model.
 
     Raises:
-        AdapterError: there is no adapter of a name.
+        AdapterError: there is no adapter of a name; or a strength is no finite number, or of a kind that has no δ.
         LoraFxError: a thread is inside a forward of the model.
     """
     return pipeline("activate", *names)(model).model
@@ -234,13 +241,14 @@ def deactivate(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def active(model: nn.Module, *names: str) -> Iterator[nn.Module]:
-    """Inside, exactly these adapters act, as after `activate`; then all are as they were, ``requires_grad`` too.
+def active(model: nn.Module, *names: str | Mapping[str, float]) -> Iterator[nn.Module]:
+    """Inside, exactly these adapters act, as after `activate`, which also takes strengths; then all are as they were,
+    ``requires_grad`` too.
 
     Blocks nest. An adapter that is applied or loaded inside stays, as it then is.
 
     Raises:
-        AdapterError: there is no adapter of a name.
+        AdapterError: as in `activate`.
         PlanError: the model is folded, before or at the end.
         LoraFxError: a thread is inside a forward of the model.
     """
@@ -268,6 +276,21 @@ def remove(model: nn.Module, *names: str) -> nn.Module:
         LoraFxError: a thread is inside a forward of the model.
     """
     return pipeline("remove", *names)(model).model
+
+
+def rename(model: nn.Module, old: str, new: str) -> nn.Module:
+    """Call an adapter something else. Its parameters are the same objects, so optimizers go on, under other names in
+    the `state_dict`; whether it acts, and how strongly, stays.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: there is no adapter `old`, there is one `new` already, or that is no identifier.
+        PlanError: the model is folded.
+        LoraFxError: a thread is inside a forward of the model.
+    """
+    return pipeline("rename", old, new)(model).model
 
 
 def fold(model: nn.Module, *, copy: bool = False, final: bool = False) -> nn.Module:
@@ -303,14 +326,14 @@ def unfold(model: nn.Module) -> nn.Module:
     return pipeline("unfold")(model).model
 
 
-def switch(model: nn.Module, *names: str) -> nn.Module:
-    """Fold these adapters in the place of those that are folded now, through the exact base weights.
+def switch(model: nn.Module, *names: str | Mapping[str, float]) -> nn.Module:
+    """Fold these adapters, at these strengths, for those that are folded now, through the exact base weights.
 
     Returns:
         The same model.
 
     Raises:
-        AdapterError: there is no adapter of a name.
+        AdapterError: as in `activate`.
         FoldError: a fold is refused; see `fold`, `unfold`.
     """
     return pipeline("switch", *names)(model).model

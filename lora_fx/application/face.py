@@ -14,6 +14,7 @@ from lora_fx.application import (
     pipeline,
     plan,
     remove,
+    rename,
     switch,
     unfold,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "register_form",
     "register_kind",
     "remove",
+    "rename",
     "save_adapter",
     "save_onnx_adapter",
     "show",

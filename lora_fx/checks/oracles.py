@@ -1,6 +1,6 @@
 """What W + Σ δ is: one definition for every check, which shares no algebra with branches, folds and files.
 
-δ          =  scale · Σᵣ B[…, r] · A[…, r]     in float64, over the weight's own axes
+δ          =  strength · scale · Σᵣ B[…, r] · A[…, r]     in float64, over the weight's own axes
 folded[k]  =  round(W[k] + Σ δ[k])             with an error bound, as fractions where that cannot tell
 """
 
@@ -35,8 +35,10 @@ def _delta(weight: torch.Tensor, adapter: Adapter) -> torch.Tensor:
         return torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
     if adapter.kind.low_rank:  # it does not depend on W
         return _Product.of(adapter).delta()
+    assert adapter.kind.delta is not None
     with torch.no_grad():
-        return adapter.delta(weight.detach().to(torch.float64), _wide(adapter))
+        own = adapter.kind.delta(adapter.matrix(weight.detach().to(torch.float64)), _wide(adapter))
+        return adapter.layout.to_weight(adapter.embedded(own)) * adapter.strength
 
 
 def rewritten(adapter: Adapter, use: Callable[[Any], torch.Tensor], x: Any) -> torch.Tensor:
@@ -61,7 +63,7 @@ def delta_size(weight: torch.Tensor, adapter: Adapter) -> float:
     assert adapter.kind.factors is not None
     A, B = (factor.detach() for factor in adapter.kind.factors(_wide(adapter)))
     squares = ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0)
-    return abs(adapter.scale) * math.sqrt(float(squares) / max(weight.numel(), 1))
+    return abs(adapter.scale * adapter.strength) * math.sqrt(float(squares) / max(weight.numel(), 1))
 
 
 def _wide(adapter: Adapter) -> Theta:
@@ -172,7 +174,7 @@ class _Product:
             whole = B.new_zeros(*B.shape[:-2], math.prod(size["o"]), rank)
             whole[..., list(adapter.rows), :] = B
             B = whole
-        scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank)
+        scale = adapter.strength * (adapter.alpha / _divisor(adapter))
         return cls(scale, over_axes(B, "o", "i"), over_axes(A.mT, "i", "o"), sides)
 
     def delta(self) -> torch.Tensor:
@@ -204,6 +206,10 @@ class _Product:
         """One element, not rounded."""
         b, a = (factor.expand(*shape, -1)[index].tolist() for factor in (self.B, self.A))
         return Fraction(self.scale) * sum(Fraction(x) * Fraction(y) for x, y in zip(b, a, strict=True))
+
+
+def _divisor(adapter: Adapter) -> float:
+    return math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank
 
 
 def _step(values: torch.Tensor, by: int) -> torch.Tensor:

@@ -464,11 +464,11 @@ def _fill(adapter: Adapter, weight: torch.Tensor | None, generator: torch.Genera
         if weight is not None:
             scatter(adapter, weight, generator, 0.5)
         return
-    for factor, fan in ((adapter.A, adapter.A.shape[-1]), (adapter.B, adapter.rank)):
+    for factor, fan in ((adapter.A, adapter.A.shape[-1]), (adapter.B, adapter.width)):
         factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float32) / math.sqrt(fan))
     inputs = adapter.A.shape[-1]
     size = 0.0 if weight is None else _size(weight)
-    adapter.B.mul_(0.5 * (size * math.sqrt(inputs) if size else 1.0) / (adapter.scale or 1.0))
+    adapter.B.mul_(0.5 * (size * math.sqrt(inputs) if size else 1.0) / (adapter.multiplier or 1.0))
     rows = adapter.B.shape[-2]
     kept = max(1, _KEPT // (4 * adapter.A[..., 0, :].numel()))
     if rows > kept and not whole:

@@ -71,7 +71,7 @@ def export(
 
     given = read_model(model)
     for k, folder in enumerate(adapters):
-        lora_fx.load_adapter(given.model, folder, given.inputs, name=f"adapter_{k + 1}")
+        lora_fx.load_adapter(given.model, folder, given.inputs, name=f"adapter_{k + 1}", active=True)
     found = lora_fx.export_onnx(given.model, given.inputs, out, prove=prove, quantize=quantize, opset=opset)
     said = {
         "file": str(found.path), "bytes": found.bytes, "opset": found.opset, "nodes": found.nodes, "form": found.form,

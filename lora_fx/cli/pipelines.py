@@ -7,7 +7,7 @@ import click
 #: each verb with arguments that stand for a user's
 _VERBS: dict[str, tuple[str, ...]] = {
     "apply": ("rules",), "plan": ("rules",), "fold": (), "unfold": (), "activate": ("adapter",), "deactivate": (),
-    "remove": ("adapter",), "switch": ("adapter",), "load_adapter": ("folder",),
+    "remove": ("adapter",), "rename": ("adapter", "other"), "switch": ("adapter",), "load_adapter": ("folder",),
     "export_onnx": ("inputs", "model.onnx"),
 }  # fmt: skip
 

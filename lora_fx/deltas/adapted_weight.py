@@ -21,7 +21,7 @@ from torch import fx
 from lora_fx.deltas import schedules
 from lora_fx.deltas.adapter import Adapter, Around, Dense
 from lora_fx.deltas.compiled_schedules import ORDINARY
-from lora_fx.deltas.kernels import Term
+from lora_fx.deltas.kernels import Term, times
 from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.rewrites import Using
@@ -168,7 +168,7 @@ class AdaptedWeight:
         if drop is not None and not call.form.looks_up:
             call, out = replace(call, x=drop(call.x)), None
         product = Product(self, call, placement, adapter, out)
-        own = adapter.kind.branch(product, adapter.matrix(self.root), delta.theta)
+        own = times(adapter.multiplier, adapter.kind.branch(product, adapter.matrix(self.root), delta.theta))
         return own * drop(torch.ones_like(own[..., :1])) if drop is not None and call.form.looks_up else own
 
     def low_rank(self, call: Call, delta: LowRank, placement: Placement, drop: Callable[[Any], Any] | None) -> Any:
@@ -225,6 +225,8 @@ class AdaptedWeight:
         whole = placement.is_whole and branch.adapter.rows is None and not self.cast
         dropped = branch.dropout is not None and branch.adapter.training
         if matmul is None or isinstance(delta, LowRank) or delta.theta is None or dropped or not whole:
+            return None
+        if torch.compiler.is_compiling() or branch.adapter.strength != 1:
             return None
         return matmul(op, x, self.base, bias, delta.theta)
 
@@ -541,9 +543,9 @@ class Product:
     out: Any
     """What the op gives with W alone; None where that is not at hand."""
 
-    @cached_property
+    @property
     def base(self) -> Any:
-        """x·Wᵀ, without a bias."""
+        """x·Wᵀ, without a bias: each look at it computes it."""
         call = self.call
         if self.out is None:
             order = [call.sides.index("o"), *(k for k, side in enumerate(call.sides) if side == "i")]

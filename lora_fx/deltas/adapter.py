@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from lora_fx.deltas import schedules
 from lora_fx.deltas.calls import Calls, new_calls
 from lora_fx.deltas.dropping import BranchDropout
+from lora_fx.deltas.kernels import times
 from lora_fx.deltas.kinds import ActivationRewrite, Kind, Space, Theta, kind_named, own_factors
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.realisation import Realisation
@@ -68,7 +70,8 @@ _FIXED = {
     "realised": "lora_fx decides it, so that no use of the weight is left out",
     "read_outside": "lora_fx finds it in the model",
     "dropout": "set dropout.p",
-    "name": "save it, remove it, and load it under another name",
+    "strength": "lora_fx.activate(model, {name: strength}) gives it",
+    "name": "lora_fx.rename(model, old, new)",
     "layout": "it follows from how the model reads the weight",
     **dict.fromkeys(("kind", "rows", "role", "rank", "scaling", "schedule", "settings"), _AGAIN),
 }
@@ -104,6 +107,7 @@ class Adapter(Beside):
         name: the adapter's name; one name may be on many weights.
         role: what the site does, for reading.
         dtype: of θ: float32 for weights of lower precision.
+        room: the ranks that there is room for, of a kind that `pads`: those behind its own are zeros.
         settings: those of the kind; ``rank``, ``alpha``, ``scaling``, ``dropout`` (probability on the branch input, in
             training only) and ``schedule`` (see `lora_fx.deltas.schedules`) for `lora`.
 
@@ -129,7 +133,12 @@ class Adapter(Beside):
     """The module, if there is one, that multiplies with the weight though another holds it."""
     schedule: str
     _settings: Mapping[str, Any]
+    _room: int | None
     _scale: float
+    _strength: float
+    _multiplier: float
+    _live: torch.Tensor
+    """The multiplier as a tensor."""
     _trained: tuple[str, ...]
     """What of θ trained when it was last deactivated."""
     _owners: Mapping[str, Adapter]
@@ -147,6 +156,7 @@ class Adapter(Beside):
         role: str = "",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        room: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -155,12 +165,11 @@ class Adapter(Beside):
         settings.pop("init", None)  # for `start` alone
         dropout = settings.get("dropout", 0.0)
         self.add_module("dropout", BranchDropout(dropout) if dropout else NoDropout())
-        self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings=settings)
+        self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings={})
         self.change(active=True, realised=Realisation.DISPATCH, read_outside="", _trained=(), _owners={})
         self.change(calls=new_calls())
-        self.change(schedule=settings.get("schedule", schedules.BRANCH))
-        if "rank" in settings and "alpha" in settings:
-            self.change(_scale=self.theta_of({}).scale)
+        self.change(schedule=settings.get("schedule", schedules.BRANCH), _room=room)
+        self.adjust(1.0, **settings)
         for tensor, shape in self.kind.shapes(self.space).items():
             numbers = torch.zeros(*shape, dtype=dtype, device=device)
             self.register_parameter(tensor, nn.Parameter(numbers, requires_grad=tensor not in self.kind.frozen))
@@ -176,6 +185,35 @@ class Adapter(Beside):
     def change(self, **fields: Any) -> None:
         """Set what is fixed to others: for the passes, which see to it that everything follows."""
         self.__dict__.update(fields)
+
+    def adjust(self, strength: float | None = None, **settings: Any) -> None:
+        """Another strength, or other settings; what its forward multiplies with follows.
+
+        Raises:
+            AdapterError: that is not finite, or the kind has no δ that a strength could be of; nothing has changed.
+        """
+        own, place = {**self._settings, **settings}, f"strength of adapter {self.name!r}"
+        strength = self._strength if strength is None else strength
+        if strength != 1 and not self.kind.is_delta:
+            reason = f"{strength!r}: the kind {self.kind.name!r} has no δ that it could be of: {self.kind.why}"
+            raise AdapterError(reason, place=place, remedy="activate it by its name alone, or leave it out")
+        multiplier = strength
+        if "rank" in own and "alpha" in own:
+            scale = Theta(**own).scale
+            multiplier *= scale if self.kind.low_rank else 1.0
+            if not math.isfinite(multiplier):
+                reason = f"{strength!r} times its scale, {scale!r}, is no finite number"
+                raise AdapterError(reason, place=place, remedy="give a smaller one")
+            self.change(_scale=scale)
+        with torch.inference_mode(False):  # a new one: what runs just now, and its backward, has the old one still
+            live = torch.tensor(multiplier, dtype=torch.float64, device="cpu")
+        self.change(_settings=own, _strength=strength, _multiplier=multiplier, _live=live)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `adjust` changes, as `change` gives it back."""
+        names = ("_settings", "_scale", "_strength", "_multiplier", "_live")
+        return {name: self.__dict__[name] for name in names if name in self.__dict__}
 
     def share(self, tensor: str, owner: Adapter) -> None:
         """Have this tensor of θ in common with another adapter, whose parameter it is from now on: copies of both go
@@ -193,8 +231,10 @@ class Adapter(Beside):
         """The names of θ's tensors, those too that it has in common with others."""
         return (*self._parameters, *self._owners)
 
-    def act(self, whether: bool) -> None:
+    def act(self, whether: bool, strength: float = 1.0) -> None:
         """Become active, or cease to be: then θ does not train. `requires_grad` comes back as it was."""
+        if strength != self._strength:
+            self.adjust(strength)
         if whether == self.active:
             return
         own: Any = self._parameters
@@ -213,7 +253,7 @@ class Adapter(Beside):
     def space(self) -> Space:
         """What θ is for."""
         out = self.layout.size("o") if self.rows is None else len(self.rows)
-        return Space(self.layout.batch, out, self.layout.size("i"), self.theta_of({}))
+        return Space(self.layout.batch, out, self.layout.size("i"), self.theta_of({}), self._room)
 
     @property
     def theta(self) -> Theta:
@@ -235,7 +275,7 @@ class Adapter(Beside):
         own: Any = self._parameters
         A, B = (own["A"], own["B"]) if self.kind.factors is own_factors else self.kind.factors(self.theta)
         drop: Any = self._modules["dropout"]
-        return A, B, self._scale, self.rows[0] if self.rows else 0, drop if drop.p else None
+        return A, B, self._multiplier, self.rows[0] if self.rows else 0, drop if drop.p else None
 
     @property
     def rank(self) -> int:
@@ -245,7 +285,51 @@ class Adapter(Beside):
     @property
     def width(self) -> int:
         """The rank of its factors: more than its own for a kind that computes wider ones."""
-        return self.kind.width * self.rank
+        return self.kind.width * self.room
+
+    @property
+    def room(self) -> int:
+        """The ranks that there is room for: those behind its own are zeros."""
+        return self.rank if self._room is None else self._room
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of θ, for a rank that there is room for; for 0 of a kind that has none."""
+        space = replace(self.space, room=rank or None)
+        return {name: tuple(shape) for name, shape in self.kind.shapes(space).items()}
+
+    @torch.no_grad()
+    def put(self, theta: Mapping[str, torch.Tensor]) -> None:
+        """Write numbers into the parameters: zeros behind their ranks."""
+        for name, numbers in theta.items():
+            parameter = self.owner(name).get_parameter(name)
+            if parameter.shape != numbers.shape:
+                parameter.zero_()
+            parameter[tuple(map(slice, numbers.shape))].copy_(numbers)
+
+    def fitting(self) -> Adapter:
+        """Itself, or the same without the room behind its ranks, for files.
+
+        Raises:
+            AdapterError: there are numbers in that room.
+        """
+        if self._room is None or self._room == self.rank:
+            return self
+        dtype, device = self.dtype, self.device
+        settings = {key: value for key, value in self.settings.items() if key in self.kind.settings}
+        own = Adapter(
+            self.layout, kind=self.kind, rows=self.rows, name=self.name, role=self.role, dtype=dtype, device=device,
+            **settings,
+        )  # fmt: skip
+        for name, parameter in self.named_parameters():
+            rest, mine = parameter.detach().clone(), own.get_parameter(name)
+            corner = tuple(map(slice, mine.shape))
+            own.put({name: rest[corner]})
+            rest[corner] = 0
+            if bool(rest.any()):
+                reason = f"{name} has numbers behind its rank of {self.rank}, in the room for {self._room}"
+                raise AdapterError(reason, place=f"adapter {self.name!r}", remedy="write zeros there, or load it again")
+        own.change(realised=self.realised, read_outside=self.read_outside)
+        return own
 
     @property
     def alpha(self) -> float:
@@ -268,27 +352,40 @@ class Adapter(Beside):
 
     @property
     def scale(self) -> float:
-        """What s·B·A is multiplied with. Setting it sets `alpha`, which is what is kept and saved."""
-        if is_fx_symbolic_tracing():  # as when a GraphModule is unpickled: its graph goes on reading it
-            first = getattr(self, next(iter(self._parameters)))
-            if type(first) is fx.Proxy:
-                path = str(first.node.target).rpartition(".")[0]
-                proxy: Any = first.tracer.create_proxy("get_attr", f"{path}.scale", (), {})
-                return proxy
+        """The s of s·B·A, by which it was trained. Setting it sets `alpha`, which is what is kept and saved."""
         return self._scale
 
     @scale.setter
     def scale(self, value: float) -> None:
         self._set("scale", value, math.sqrt(self.rank) if self.scaling == "rslora" else self._settings.get("rank", 0))
 
-    def _set(self, what: str, value: float, times: float) -> None:
+    @property
+    def strength(self) -> float:
+        """What δ is multiplied with, whatever the kind: W + strength·δ. `lora_fx.activate` gives it; 1 otherwise."""
+        return self._strength
+
+    @property
+    def multiplier(self) -> Any:
+        """What the forward multiplies with now: B·A with strength · scale, a δ that has no factors with the strength.
+
+        Where Dynamo compiles it is a tensor, so that another number is no other program.
+        """
+        if is_dynamo_compiling() and not is_exporting():
+            return self._live
+        if is_fx_symbolic_tracing():  # as when a GraphModule is unpickled: its graph goes on reading it
+            first = getattr(self, next(iter(self._parameters)))
+            if type(first) is fx.Proxy:
+                path = str(first.node.target).rpartition(".")[0]
+                return first.tracer.create_proxy("get_attr", f"{path}.multiplier", (), {})
+        return self._multiplier
+
+    def _set(self, what: str, value: float, by: float) -> None:
         place = f"{what} of adapter {self.name!r}"
         if "alpha" not in self._settings or "rank" not in self._settings:
             raise AdapterError(f"the kind {self.kind.name!r} has none", place=place, remedy="change its θ")
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value * times):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value * by):
             raise AdapterError(f"{value!r} is no finite number", place=place, remedy="set one")
-        self.change(_settings={**self._settings, "alpha": float(value * times)})
-        self.change(_scale=self.theta_of({}).scale)
+        self.adjust(alpha=float(value * by))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -306,11 +403,18 @@ class Adapter(Beside):
         return first
 
     def low_rank(self, tensors: dict[str, Any] | None = None, index: Any = None, scale: Any = None) -> LowRank:
-        """Its delta as a value, of a kind that has factors: of θ as it is now, or of these in its place."""
+        """Its delta as a value, of a kind that has factors: of θ as it is now, or of these in its place.
+
+        Args:
+            scale: what is to be multiplied with; None for what it is now, the strength in it.
+        """
         assert self.kind.factors is not None, self.kind.name
-        A, B = self.kind.factors(self.theta if tensors is None else self.theta_of(tensors))
+        if self.kind.factors is own_factors:  # without the settings, which Dynamo would take for a part of the program
+            A, B = (self.A, self.B) if tensors is None else (tensors["A"], tensors["B"])
+        else:
+            A, B = self.kind.factors(self.theta if tensors is None else self.theta_of(tensors))
         index = self._buffers.get("index") if tensors is None else index
-        return LowRank(self.layout, A, B, self.scale if scale is None else scale, self.width, self.rows, index)
+        return LowRank(self.layout, A, B, self.multiplier if scale is None else scale, self.width, self.rows, index)
 
     def exact(self) -> LowRank:
         """The same for a fold: factors that are computed, and are no tensors of θ themselves, in float64."""
@@ -345,7 +449,7 @@ class Adapter(Beside):
         self.kind.start(theta, matrix)
 
     def delta(self, weight: Any = None, theta: Theta | None = None) -> Any:
-        """δ(W, θ) in the weight's own shape and θ's dtype; a low-rank one asks for no W."""
+        """strength · δ(W, θ) in the weight's own shape and θ's dtype; a low-rank one asks for no W."""
         if self.kind.low_rank:
             return self.low_rank(
                 None if theta is None else {name: getattr(theta, name) for name in self._parameters}
@@ -357,7 +461,7 @@ class Adapter(Beside):
             )
         assert self.kind.delta is not None
         own = self.kind.delta(self.matrix(weight), self.theta if theta is None else theta)
-        return self.layout.to_weight(self.embedded(own))
+        return self.layout.to_weight(times(self.multiplier, self.embedded(own)))
 
     forward = delta
 
@@ -384,7 +488,9 @@ class Adapter(Beside):
         part = f", {self.role}: {len(self.rows)} of {self.layout.size('o')} features" if self.rows else ""
         own = f"rank={self.rank}, scale={self.scale:g}" if {"rank", "alpha"} <= self._settings.keys() else ""
         kind = "" if self.kind.name == "lora" else f"{self.kind.name}{', ' if own else ''}"
-        return f"{kind}{own}{part}"
+        own += "" if self._room is None else f", room for {self._room}"
+        strength = "" if self.strength == 1 else f", strength={self.strength:g}"
+        return f"{kind}{own}{strength}{part}"
 
 
 class SharingAdapter(Adapter):

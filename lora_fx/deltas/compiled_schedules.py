@@ -42,11 +42,12 @@ def compiled(op: str, x: Any, weight: Any, bias: Any, terms: Terms) -> Any:
     """y, by the op."""
     A, B, scales, firsts, each = map(list, zip(*terms, strict=True))
     dropped = [t for t in each if t is not None]
-    return torch.ops.lora_fx.fused_matmul(op, x, weight, bias, A, B, list(map(float, scales)), firsts, dropped)[0]
+    scales = [torch.as_tensor(scale, dtype=torch.float64) for scale in scales]
+    return torch.ops.lora_fx.fused_matmul(op, x, weight, bias, A, B, scales, firsts, dropped)[0]
 
 
 def _terms(A: Any, B: Any, scales: Any, firsts: Any, dropped: Any) -> list[Term]:
-    return list(map(Term, A, B, scales, firsts, dropped or [None] * len(scales)))
+    return list(map(Term, A, B, map(float, scales), firsts, dropped or [None] * len(scales)))
 
 
 @torch.library.custom_op("lora_fx::fused_matmul", mutates_args=())
@@ -57,11 +58,11 @@ def _fused_matmul(
     bias: torch.Tensor | None,
     A: Sequence[torch.Tensor],
     B: Sequence[torch.Tensor],
-    scales: Sequence[float],
+    scales: Sequence[torch.Tensor],
     firsts: Sequence[int],
     dropped: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
-    """y, and A·xᵀ of each term."""
+    """y, and A·xᵀ of each term. Scales are tensors of no axes on the CPU."""
     kept: list[torch.Tensor] = []
     y = kernels.forward(op, False, x, weight, bias, _terms(A, B, scales, firsts, dropped), kept)
     return [y, *kept]
@@ -81,7 +82,7 @@ def _fused_matmul_backward(
     weight: torch.Tensor,
     A: Sequence[torch.Tensor],
     B: Sequence[torch.Tensor],
-    scales: Sequence[float],
+    scales: Sequence[torch.Tensor],
     firsts: Sequence[int],
     dropped: Sequence[torch.Tensor],
     kept: Sequence[torch.Tensor],
@@ -103,20 +104,21 @@ def _(op: Any, x: Any, weight: Any, A: Any, B: Any, scales: Any, firsts: Any, dr
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.op, x, weight, _, A, B, ctx.scales, ctx.firsts, dropped = inputs
+    ctx.op, x, weight, _, A, B, scales, ctx.firsts, dropped = inputs
     ctx.dropped = len(dropped)
-    ctx.save_for_backward(x, weight, *A, *B, *dropped, *output[1:])
+    ctx.save_for_backward(x, weight, *A, *B, *scales, *dropped, *output[1:])
 
 
 def _backward(ctx: Any, grads: Any) -> Any:
     saved = iter(ctx.saved_tensors)
     x, weight = next(saved), next(saved)
-    A, B, dropped = ([next(saved) for _ in range(n)] for n in (len(ctx.firsts), len(ctx.firsts), ctx.dropped))
+    n = len(ctx.firsts)
+    A, B, scales, dropped = ([next(saved) for _ in range(k)] for k in (n, n, n, ctx.dropped))
     needs_x = ctx.needs_input_grad[1]
     backward = torch.ops.lora_fx.fused_matmul_backward
-    found = iter(backward(ctx.op, x, weight, A, B, ctx.scales, ctx.firsts, dropped, list(saved), grads[0], needs_x))
+    found = iter(backward(ctx.op, x, weight, A, B, scales, ctx.firsts, dropped, list(saved), grads[0], needs_x))
     grad_a, grad_b, grad_dropped = ([next(found) for _ in tensors] for tensors in (A, B, dropped))
-    return None, next(found, None), None, None, grad_a, grad_b, None, None, grad_dropped
+    return None, next(found, None), None, None, grad_a, grad_b, [None] * n, None, grad_dropped
 
 
 torch.library.register_autograd("lora_fx::fused_matmul", _backward, setup_context=_keep)

@@ -34,14 +34,15 @@ class Term(NamedTuple):
 
     A: Any
     B: Any
-    scale: float
+    scale: Any
+    """A number; a tensor of no axes where a program is compiled."""
     first: int
     """The first output feature that B makes."""
     dropped: Any
     """x with dropout; x itself or None where nothing is dropped."""
 
 
-Terms = Sequence[tuple[Any, Any, float, int, Any]]
+Terms = Sequence[tuple[Any, Any, Any, int, Any]]
 
 
 def loses_nothing(dtype: torch.dtype) -> bool:
@@ -59,13 +60,18 @@ def cast(terms: Terms, dtype: torch.dtype) -> Terms:
     return terms
 
 
+def times(number: Any, value: Any) -> Any:
+    """number · value, and the value itself where the number is a 1 that stays one."""
+    return value if isinstance(number, float | int) and number == 1 else value * number
+
+
 def branch(op: str, x: Any, weight: Any, bias: Any, terms: Terms) -> Any:
     """y as one would write it: every pass of autograd is an op of its own."""
     y = OPS[op](x, weight, bias)
     for A, B, scale, first, dropped in cast(terms, weight.dtype):
         z = _linear(x if dropped is None else dropped, A)
         after = y.shape[-1] - first - B.shape[-2]
-        y = y + _linear(z if scale == 1 else z * scale, F.pad(B, (0, 0, first, after)) if first or after else B)
+        y = y + _linear(times(scale, z), F.pad(B, (0, 0, first, after)) if first or after else B)
     return y
 
 

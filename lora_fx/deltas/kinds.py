@@ -55,10 +55,12 @@ class Space:
     inner: int
     """Input features; of a convolution times the kernel's size, of a bias 1."""
     settings: Theta
+    room: int | None = None
+    """Ranks that there is room for, where they are more than the settings say."""
 
     @property
     def rank(self) -> int:
-        return self.settings.rank
+        return self.settings.rank if self.room is None else self.room
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Kind:
     """Tensors of θ that stay where they start."""
     width: int = 1
     """How many ranks its factors have for each of its rule's."""
+    pads: bool = False
+    """Further ranks of zeros, in each tensor that has an axis of ranks, add nothing: so there may be room for more."""
     adapts: Literal["weight", "bias"] = "weight"
     """The weight of a matched site, or its bias."""
     shared: tuple[str, ...] = field(kw_only=True, default=())
@@ -244,6 +248,7 @@ LORA = Kind(
     start=start_factors,
     factors=own_factors,
     settings={**_FACTORED, "schedule": "auto"},
+    pads=True,
 )
 _UNDRAWN = {key: value for key, value in LORA.settings.items() if key != "init"}
 
@@ -269,6 +274,7 @@ DORA = Kind(
     matmul=dora.matmul,
     settings=_FACTORED,
     by_feature=True,
+    pads=True,
 )
 
 
@@ -290,6 +296,7 @@ ADALORA = Kind(
     start=_adalora_start,
     factors=lambda theta: (theta.singular * theta.Q, theta.P),
     settings=_UNDRAWN,
+    pads=True,
 )
 
 #: Meng, Wang and Zhang, NeurIPS 2024: δ = s·(B·A − B₀·A₀), where s·B₀·A₀ is the nearest of its rank to W

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lora_fx.deltas.kernels import times
 from lora_fx.graph.layout import Layout
 
 
@@ -23,7 +24,7 @@ class LowRank:
     A: Any
     B: Any
     scale: Any
-    """A number, or a proxy of one."""
+    """A number, or a proxy of one; a tensor of no axes where a program is compiled."""
     rank: int
     rows: tuple[int, ...] | None = None
     """The output features that B makes, in order; None for all."""
@@ -49,7 +50,7 @@ class LowRank:
 
     def scaled(self, z: Any) -> Any:
         """scale · z."""
-        return z if isinstance(self.scale, float) and self.scale == 1 else z * self.scale
+        return times(self.scale, z)
 
     def delta(self) -> Any:
         """scale · B·A in the weight's own shape and the factors' dtype."""

@@ -294,11 +294,16 @@ class Histories(RuleBasedStateMachine):
         self._then(then)
 
     @precondition(lambda self: not self.isfolded and self.names)
-    @rule(names=_drawn(lambda machine: [[], *([n] for n in machine.names), machine.names]), then=_THEN)
-    def activate(self, names: list[str], then: int | None) -> None:
-        if self._verb(lora_fx.activate, *names):
+    @rule(
+        names=_drawn(lambda machine: [[], *([n] for n in machine.names), machine.names]),
+        strength=st.sampled_from([1.0, 1.0, 0.5, -1.25]),
+        then=_THEN,
+    )
+    def activate(self, names: list[str], strength: float, then: int | None) -> None:
+        strengths = {name: strength if k == 0 else 1.0 for k, name in enumerate(names)}
+        if self._verb(lora_fx.activate, strengths):
             self.active = list(names)
-            self._twins(lambda life: life.activate(names))
+            self._twins(lambda life: life.activate(strengths))
         self._then(then)
 
     @precondition(lambda self: not self.isfolded and "second" not in self.names)

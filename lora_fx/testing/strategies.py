@@ -220,7 +220,7 @@ class Filling:
                     adapter.start(place.parameter)
                 scatter(adapter, place.parameter, generator, self.size)
                 continue
-            smaller = max(1.0, abs(adapter.scale))
+            smaller = max(1.0, abs(adapter.multiplier))
             for factor, std in ((adapter.A, adapter.A.shape[-1] ** -0.5), (adapter.B, adapter.rank**-0.5 / smaller)):
                 values = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
                 factor.copy_(values * std * math.sqrt(self.size))

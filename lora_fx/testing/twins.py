@@ -194,6 +194,7 @@ class _Record:
     blocks: list[tuple[nn.Module, str]]
     """Behind which it stands, with the tensor of θ for each."""
     active: bool = True
+    strength: float = 1.0
     trained: tuple[str, ...] = ()
     """While it does not act: which tensors did train, and will."""
 
@@ -220,8 +221,9 @@ class _Record:
         """It is no delta of the weight."""
         return self.other is not None and not self.other.kind.is_delta
 
-    def act(self, whether: bool) -> None:
-        """θ of what does not act does not train; of what acts again it trains as it did."""
+    def act(self, strength: float) -> None:
+        """θ of what does not act, at strength 0, does not train; of what acts again it trains as it did."""
+        whether, self.strength = strength != 0, strength
         if whether != self.active:
             self.active = whether
             names = self.trained if whether else tuple(n for n, t in self.tensors.items() if t.requires_grad)
@@ -236,9 +238,9 @@ class _Record:
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         """In the weight's own axes; differentiable in θ."""
         if self.other is not None:
-            return self.other.delta(weight, self.other.theta_of(self.tensors))
+            return self.strength * self.other.delta(weight, self.other.theta_of(self.tensors))
         sides, shape = self.layout
-        matrix = self.scale * (self.tensors["B"] @ self.tensors["A"])
+        matrix = self.strength * self.scale * (self.tensors["B"] @ self.tensors["A"])
         order = [k for side in "boi" for k, own in enumerate(sides) if own == side]
         if self.rows is not None:
             outputs = math.prod(shape[k] for k, side in enumerate(sides) if side == "o")
@@ -287,9 +289,9 @@ class Dense(Life):
             new.append(_Record.of(adapter, own, blocks))
         self.model.__dict__[_RECORDS] = [*self.records, *new]
 
-    def activate(self, names: Sequence[str]) -> None:
+    def activate(self, strengths: Mapping[str, float]) -> None:
         for record in self.records:
-            record.act(record.name in names)
+            record.act(strengths.get(record.name, 0.0))
 
     def freeze(self, tensor: str, frozen: bool) -> None:
         for record in self.records:

@@ -269,4 +269,23 @@ ROWS = (
         "A file names the blocks by the paths in the model that was adapted, not in the one that is saved.",
         tests=of_prefixes("saved_from_inside_of_another_model"),
     ),
+    # ── other numbers in place ───────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "scale_of_the_old_numbers", "files", "export/adapters/replace.py",
+        'for key in ("rank", "alpha", "scaling") if key', 'for key in ("rank",) if key',
+        "Replaced numbers are multiplied with the old alpha.",
+        tests=("tests/test_replace.py::test_a_lower_rank_is_filled_with_zeros_and_saved_without_them",),
+    ),
+    Mutant(
+        "replaced_in_part", "files", "export/adapters/replace.py",
+        "        if not there.intersection(place.weights):\n", "        if False:\n",
+        "A file that has nothing for some of the weights leaves the old numbers there.",
+        tests=("tests/test_replace.py::test_what_does_not_fit_is_refused_and_the_model_is_what_it_was",),
+    ),
+    Mutant(
+        "replaced_for_good", "files", "export/adapters/replace.py",
+        "facts.undo.append(partial(parameter.detach().copy_, parameter.detach().clone()))", "pass",
+        "What is refused after the numbers were written leaves them there.",
+        tests=("tests/test_replace.py::test_an_infinite_delta_is_undone",),
+    ),
 )  # fmt: skip

@@ -7,8 +7,8 @@ from tests.mutants.table import CHECKPOINTS, Mutant
 ROWS = (
     # ── checkpoints on disk ──────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
-        "strength_is_dropped", "checkpoints", "export/checkpoints/arithmetic.py",
-        "scale=plain.scale * share.strength", "scale=plain.scale",
+        "strength_is_dropped", "checkpoints", "export/checkpoints/entries.py",
+        "        share.adapter.adjust(given.strength)\n", "",
         "An adapter of strength 0.5 is folded whole.",
         tests=(f"{CHECKPOINTS}::test_strengths_multiply_deltas_and_several_adapters_add_up",),
     ),

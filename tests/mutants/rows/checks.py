@@ -83,7 +83,7 @@ ROWS = (
     # ── checks of other kinds ────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "no_delta_for_the_checks", "kinds", "lora_fx/checks/oracles.py",
-        "return adapter.delta(weight.detach().to(torch.float64), _wide(adapter))",
+        "return adapter.layout.to_weight(adapter.embedded(own)) * adapter.strength",
         "return torch.zeros_like(weight, dtype=torch.float64)",
         "The checks take a kind without factors for nothing.",
         tests=of_kinds("every_verb_takes_every_kind"),

@@ -1070,4 +1070,60 @@ ROWS = (
         "Only one block gets trained activations.",
         tests=of_rewrites("each_system_trains_by_rules_alone_and_exactly_its_own"),
     ),
+    # ── strengths, and room for ranks ────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "strength_ignored", "settings", "lora_fx/deltas/adapter.py",
+        "        multiplier = strength\n", "        multiplier = 1.0\n",
+        "Whatever strength an adapter is activated at, it acts as it was trained.",
+        tests=("tests/test_strengths.py::test_it_is_the_dense_sum_in_forwards_folds_and_certificates",),
+    ),
+    Mutant(
+        "strength_in_the_program", "settings", "lora_fx/deltas/adapter.py",
+        "return self._live\n", "return self._multiplier\n",
+        "torch.compile compiles anew for another strength, or another alpha.",
+        tests=("tests/test_strengths.py::test_another_strength_is_no_other_program",),
+    ),
+    Mutant(
+        "live_number_stays", "settings", "lora_fx/deltas/adapter.py",
+        "_multiplier=multiplier, _live=live)", "_multiplier=multiplier, _live=self.__dict__.get('_live', live))",
+        "What is compiled goes on with the strength that an adapter began with.",
+        tests=("tests/test_strengths.py::test_another_strength_is_no_other_program",),
+    ),
+    Mutant(
+        "branch_of_a_kind_at_full_strength", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "own = times(adapter.multiplier, adapter.kind.branch(product, adapter.matrix(self.root), delta.theta))", 
+        "own = adapter.kind.branch(product, adapter.matrix(self.root), delta.theta)",
+        "DoRA beside other adapters acts whole, at whatever strength.",
+        tests=("tests/test_strengths.py::test_it_is_the_dense_sum_in_forwards_folds_and_certificates",),
+    ),
+    Mutant(
+        "whole_matmul_at_full_strength", "kinds", "lora_fx/deltas/adapted_weight.py",
+        "torch.compiler.is_compiling() or branch.adapter.strength != 1", "torch.compiler.is_compiling()",
+        "DoRA alone on a weight acts whole, at whatever strength.",
+        tests=("tests/test_strengths.py::test_one_alone_is_the_dense_sum",),
+    ),
+    Mutant(
+        "strength_of_no_delta", "settings", "lora_fx/deltas/adapter.py",
+        "if strength != 1 and not self.kind.is_delta:", "if False:",
+        "A bottleneck at strength 0.5 acts whole, without a word.",
+        tests=("tests/test_strengths.py::test_what_is_no_delta_has_no_strength",),
+    ),
+    Mutant(
+        "old_numbers_behind_a_lower_rank", "files", "lora_fx/deltas/adapter.py",
+        "                parameter.zero_()\n", "                pass\n",
+        "An adapter of rank 1 in the place of one of rank 4 has the old one's other ranks.",
+        tests=("tests/test_replace.py::test_a_lower_rank_is_filled_with_zeros_and_saved_without_them",),
+    ),
+    Mutant(
+        "numbers_in_the_room_are_not_saved", "files", "lora_fx/deltas/adapter.py",
+        "            if bool(rest.any()):\n", "            if False:\n",
+        "A file leaves out ranks that have been written to.",
+        tests=("tests/test_replace.py::test_numbers_in_the_room_are_not_left_out_of_a_file",),
+    ),
+    Mutant(
+        "settings_in_the_program", "settings", "lora_fx/deltas/adapter.py",
+        "if self.kind.factors is own_factors:  # without", "if False:  # without",
+        "Where a weight dispatches, another alpha or rank in place compiles anew.",
+        tests=("tests/test_replace.py::test_replaced_nothing_is_compiled_anew",),
+    ),
 )  # fmt: skip

@@ -316,7 +316,7 @@ ROWS = (
     # ── files of other kinds ─────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "magnitude_kept_at_its_start", "kinds", "passes/insert.py",
-        "        for tensor, numbers in stored.items():\n", "        for tensor, numbers in [*stored.items()][:2]:\n",
+        "adapter.put(stored)\n", "adapter.put(dict([*stored.items()][:2]))\n",
         "Of a saved DoRA the factors are loaded, and the magnitude is 0.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
     ),
@@ -336,12 +336,12 @@ ROWS = (
     ),
     Mutant(
         "scale_baked_into_forwards", "settings", "passes/rewriting.py",
-        'scale = self.attribute(f"{path}.scale")', "scale = adapter.scale",
+        'scale = self.attribute(f"{path}.multiplier")', "scale = adapter.multiplier",
         "A generated forward goes on with the scale that the adapter had when it was made.",
     ),
     Mutant(
         "refused_switch_half_done", "settings", "passes/activate.py",
-        "facts.undo.append(Acting.of(adapter).restore)  # a fold may", "pass  # a fold may",
+        "facts.undo += Acting.of(adapter).restore, partial(adapter.change, **adapter.told)  # it may", "pass  # it may",
         "After a refused switch, other adapters are active than before.",
     ),
     # ── gradients ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -366,7 +366,7 @@ ROWS = (
     # ── where parameters live ────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "pruning_changes_the_scale", "kinds", "passes/prune.py",
-        '"alpha": adapter.scale * divisor}', '"alpha": adapter.alpha}',
+        "alpha=adapter.scale * divisor)", "alpha=adapter.alpha)",
         "A pruned adapter divides its alpha by fewer ranks.",
         tests=("tests/test_budget.py::test_pruned_ranks_leave_the_forward_the_file_and_the_fold",),
     ),
@@ -488,5 +488,30 @@ ROWS = (
         '',
         "A graph takes the forward of a block into itself, and leaves out what stands behind it.",
         tests=of_prefixes("a_block_that_a_graph_calls_stays_a_call"),
+    ),
+    # ── strengths, names, and what comes to others ───────────────────────────────────────────────────────────────────
+    Mutant(
+        "strength_of_a_block_stays", "switching", "passes/activate.py",
+        "            self.adapter.adjust(self.strength)\n", "            pass\n",
+        "After a block the adapters act at its strengths.",
+        tests=("tests/test_strengths.py::test_blocks_nest_and_all_is_as_it_was_after_an_error",),
+    ),
+    Mutant(
+        "zero_acts", "switching", "passes/activate.py",
+        "adapter.act(strength != 0, strength or 1.0)", "adapter.act(adapter.name in wanted, strength or 1.0)",
+        "An adapter at strength 0 acts whole.",
+        tests=("tests/test_strengths.py::test_zero_leaves_it_out_and_minus_one_takes_it_away",),
+    ),
+    Mutant(
+        "a_second_one_acts", "insert", "passes/insert.py",
+        "if alone if self.active is None else self.active:", "if self.active is not False:",
+        "An adapter that is loaded beside others acts at once.",
+        tests=("tests/test_replace.py::test_a_second_one_is_inactive_unless_asked",),
+    ),
+    Mutant(
+        "renamed_beside_its_weight_alone", "switching", "passes/activate.py",
+        "            adapter.change(name=self.new)\n", "            pass\n",
+        "A renamed adapter is found under its old name only.",
+        tests=("tests/test_replace.py::test_renamed_it_is_the_same_under_another_name",),
     ),
 )  # fmt: skip
