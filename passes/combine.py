@@ -158,7 +158,7 @@ class _Spot:
 
     def _rank(self, how: Combine) -> int:
         """Within what there is: PEFT's default is the largest too."""
-        rank = max(adapter.width for adapter in self.terms) if how.rank is None else how.rank
+        rank = max(adapter.kind.width * adapter.rank for adapter in self.terms) if how.rank is None else how.rank
         out = self.first.layout.size("o") if self.rows is None else len(self.rows)
         return min(rank, out, self.first.layout.size("i"))
 
@@ -204,7 +204,7 @@ class _Spot:
 
     def _concatenated(self) -> Factors:
         """A and B of the sum, its scales in B, in float64."""
-        own = [(w * a.scale, a.exact()) for a, w in self.terms.items()]
+        own = [(w * a.scale, a.fitting().exact()) for a, w in self.terms.items()]
         device = self.first.device
         A = [low.A.detach().to(device, torch.float64) for _, low in own]
         B = [
@@ -216,7 +216,7 @@ class _Spot:
     def _delta(self, adapter: Adapter) -> torch.Tensor:
         """δ over the rows of the spot, (batch…, rows, in), in float64."""
         if adapter.kind.low_rank:
-            low, device = adapter.exact(), self.first.device
+            low, device = adapter.fitting().exact(), self.first.device
             A, B = (factor.detach().to(device, torch.float64) for factor in (low.A, low.B))
             return adapter.scale * self._placed(adapter, B @ A)
         assert adapter.kind.delta is not None

@@ -271,6 +271,24 @@ def test_kinds_that_are_no_products_are_summed_whole():
     assert torch.equal(dense(model, "t")["2.bias"], merging.ties(own, (1.0, 1.0), 0.5)) and report.energy == 1.0
 
 
+def test_neither_room_nor_strength_has_a_part_in_it(tmp_path):
+    model, x = two()
+    lora_fx.combine(model, {"a": 0.5, "b": 2.0}, name="c")
+    wanted = dense(model, "c")
+    lora_fx.save_adapter(model, tmp_path, name="a")
+    lora_fx.remove(model, "a")
+    lora_fx.load_adapter(model, tmp_path, x, name="a", max_rank=5)
+    lora_fx.activate(model, {"a": 0.25, "b": -1.0})
+    for name, more in (("d", {}), ("e", {"method": "svd", "rank": 5})):
+        lora_fx.combine(model, {"a": 0.5, "b": 2.0}, name=name, **more)
+    assert all(torch.equal(found, wanted[weight]) for weight, found in dense(model, "d").items())
+    assert [p.adapter.rank for p in inventory(model).places if p.adapter.name == "d"] == [5, 3]
+    noise = {weight: 8 * sum(D.shape) * ROUND * float(D.norm()) for weight, D in wanted.items()}
+    assert all(
+        float((found - wanted[weight]).norm()) <= 4 * noise[weight] for weight, found in dense(model, "e").items()
+    )
+
+
 def test_what_fails_on_the_way_leaves_the_model_as_it_was(monkeypatch):
     model, x = two()
     before, calls = (reference.bits(model), reference.classes(model), model(x)), []

@@ -38,7 +38,8 @@ def combine(
     refused. The new adapter has no dropout, and the dtype of the widest of its sources.
 
     Args:
-        adapters: name → weight, finite, negative too; of a weight of 0 nothing is taken.
+        adapters: name → weight, finite, negative too; of a weight of 0 nothing is taken. The strength that an adapter
+            happens to act with has no part in it.
         name: of the new adapter.
         method: ``"exact"``: the factors one after the other, B = [… wᵢ·sᵢ·Bᵢ …], as wide as all ranks together; each
             element of B is rounded once, and that is all. ``"svd"``: the nearest to that sum of a rank, found from the

@@ -427,7 +427,7 @@ ROWS = (
     ),
     Mutant(
         "combines_without_scales", "kinds", "passes/combine.py",
-        "own = [(w * a.scale, a.exact())", "own = [(w, a.exact())",
+        "own = [(w * a.scale, a.fitting().exact())", "own = [(w, a.fitting().exact())",
         "The sum of adapters leaves out what each B·A is multiplied with.",
         tests=of_combine("ranks_add_up_and_a_weight_of_none_takes_nothing"),
     ),
