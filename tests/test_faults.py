@@ -34,11 +34,12 @@ from lora_fx.export.adapters import files as adapter_files
 from lora_fx.export.adapters import folder as adapter_folder
 from lora_fx.export.adapters import own, peft_files, values
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
-from lora_fx.model import classes, marks
+from lora_fx.model import behind, classes, marks
 from lora_fx.model.inventory import inventory
 from lora_fx.passes import fold as folding
 from lora_fx.passes import insert, wiring
 from tests import reference
+from tests import test_rewrites as rewrites
 
 DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
 ROOT = Path(__file__).parent.parent
@@ -82,6 +83,10 @@ def folded(*names: str) -> nn.Module:
     return lora_fx.fold(adapted(*names))
 
 
+def behind_blocks() -> nn.Module:
+    return lora_fx.apply(rewrites.model(), [rewrites.LAYERS], rewrites.IDS, check=False)
+
+
 def graph_module() -> nn.Module:
     torch.manual_seed(0)
     model = fx.symbolic_trace(nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 4)))
@@ -115,6 +120,7 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "activate": (lambda: adapted("one", "two"), lambda model: lora_fx.activate(model, "two")),
     "remove": (lambda: adapted("one", "two"), lambda model: lora_fx.remove(model, "one")),
     "remove, all": (adapted, lambda model: lora_fx.remove(model, "one")),
+    "remove, behind blocks": (lambda: behind_blocks(), lambda model: lora_fx.remove(model, "default")),
     "remove, graph module": (graph_module, lambda model: lora_fx.remove(model, "one")),
     "apply": (small, lambda model: lora_fx.apply(model, RULES, IDS, name="two")),
     "apply, another": (adapted, lambda model: lora_fx.apply(model, RULES, IDS, name="two")),
@@ -190,7 +196,7 @@ FILES = {
     m.__file__
     for m in (
         application, changes, classes, marks, wiring, folding, ahead, exact_sum, insert, adapter_files, certification,
-        flow, uses, verification, own, peft_files, values,
+        flow, uses, verification, own, peft_files, values, behind,
     )
 }  # fmt: skip
 
