@@ -105,7 +105,8 @@ class Row:
     @property
     def parameters(self) -> int:
         """Trainable parameters of this adapter, those too that it has in common with others."""
-        return sum(math.prod(shape) for shape in self.kind.shapes(self.space).values())
+        shapes = self.kind.shapes(self.space).items()
+        return sum(math.prod(shape) for tensor, shape in shapes if tensor not in self.kind.frozen)
 
     @property
     def in_common(self) -> Mapping[tuple[Any, ...], int]:
@@ -344,7 +345,9 @@ def _expected(row: Row) -> float | None:
 def _matmul(row: Row) -> costs.Matmul:
     dtype = row.weight.parameter.dtype
     inputs, outputs = row.weight.shape[-2:]  # which is which does not matter
-    return costs.Matmul(inputs, outputs, row.rank or 0, dtype.itemsize, cast=not schedules.loses_nothing(dtype))
+    return costs.Matmul(
+        inputs, outputs, row.kind.width * (row.rank or 0), dtype.itemsize, cast=not schedules.loses_nothing(dtype)
+    )
 
 
 def _tokens(row: Row) -> list[int]:

@@ -50,6 +50,7 @@ class _Target:
 def as_peft(model: nn.Module, held: list[Held], name: str) -> Files:
     """PEFT's config and tensors. Adapters with one target share its rank and its scale."""
     modules = Modules(model)
+    held = [h.plain() for h in held]
     every, held = held, [h for h in held if h.adapter.kind.name not in beside.KINDS]
     _refuse_kinds(held, every)
     names = [weight for h in held for weight in h.weights]

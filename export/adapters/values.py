@@ -46,6 +46,21 @@ class Held:
             refuse(self.weights[0], reason, OWN_FORMAT)
         return found
 
+    def plain(self) -> Held:
+        """Of a kind whose factors are wider than its rank, as pissa's: the plain LoRA that adds the same numbers."""
+        a = self.adapter
+        if not a.kind.low_rank or a.kind.width == 1:
+            return self
+        low, rank = a.low_rank(), a.width
+        alpha = a.scale * rank
+        settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": a.dropout.p, "schedule": a.schedule}
+        plain = Adapter(a.layout, rows=a.rows, name=a.name, role=a.role, dtype=a.dtype, **settings)
+        plain.change(realised=a.realised, read_outside=a.read_outside)
+        with torch.no_grad():
+            plain.A.copy_(low.A)
+            plain.B.copy_(low.B)
+        return replace(self, adapter=plain)
+
     @property
     def whole(self) -> torch.Tensor:
         """Of `full`: the weight as it was trained, in its own shape; of some rows, these."""

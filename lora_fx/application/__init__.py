@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_fx.analysis.rules import read_rules
+from lora_fx.application.combination import combining, extracting
 from lora_fx.changes import changing, in_turn
 from lora_fx.checks.certification import Certificate, certify_adapted
 from lora_fx.checks.footprint import Memory, measured, on_meta
@@ -34,7 +35,7 @@ def pipeline(verb: str, *arguments: Any, **options: Any) -> Pipeline:
 
     Args:
         verb: ``plan``, ``apply``, ``fold``, ``unfold``, ``activate``, ``deactivate``, ``remove``, ``switch``,
-            ``load_adapter`` or ``export_onnx``.
+            ``combine``, ``extract``, ``load_adapter`` or ``export_onnx``.
         arguments, options: those of the verb, without the model; ``fold`` has no ``copy`` here.
 
     Raises:
@@ -65,6 +66,8 @@ _PIPELINES: dict[str, Callable[..., tuple[Pass, ...]]] = {
     "deactivate": lambda: (Activate(()), Rewrite()),
     "remove": lambda *names: (Remove(names), Rewrite()),
     "switch": lambda *names: (Require(names), Unfold(if_folded=True), Activate(names), Fold()),
+    "combine": combining,
+    "extract": extracting,
     "load_adapter": loading,
     "export_onnx": exporting,
 }

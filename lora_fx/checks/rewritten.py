@@ -31,14 +31,13 @@ from lora_fx.checks.verification import (
     compare_all,
     dither,
     in_mode,
-    not_run,
     relative_error,
     run_adapted,
     with_dense_weights,
 )
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.realisation import Realisation
-from lora_fx.errors import CaptureError
+from lora_fx.errors import CaptureError, essence
 from lora_fx.graph.capture import Inputs, capture_graph
 from lora_fx.graph.forms import Call, find
 from lora_fx.graph.nodes import base_name, call, first_operand, shape_of
@@ -92,7 +91,9 @@ def check_rewritten(model: nn.Module, inputs: Inputs, training: bool, undo: list
                     captured = capture_graph(model, inputs, as_is=True)
                 flow = Flow(captured, storages, here.modules)
             except CaptureError as error:
-                return not_run(error, training)
+                if not training or isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):
+                    raise
+                return NotRun(essence(error).partition("\n")[0])
             _refuse_transformed(model, flow)
             given = _with_tokens(flow)
             plain, moved = (_Replay(flow, shaken) for shaken in (False, True))

@@ -352,18 +352,9 @@ def run_itself(model: nn.Module, inputs: Inputs, training: bool) -> list[torch.T
     try:
         return run(model, inputs)
     except CaptureError as error:
-        return not_run(error, training)
-
-
-def not_run(error: CaptureError, training: bool) -> NotRun:
-    """What it says of a model that raises this.
-
-    Raises:
-        CaptureError: the error, where it is no train mode that the model does not have.
-    """
-    if not training or isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):
-        raise error
-    return NotRun(essence(error).partition("\n")[0])
+        if not training:
+            raise
+        return NotRun(essence(error).partition("\n")[0])
 
 
 def run_adapted(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:

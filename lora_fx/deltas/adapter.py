@@ -162,7 +162,8 @@ class Adapter(Beside):
         if "rank" in settings and "alpha" in settings:
             self.change(_scale=self.theta_of({}).scale)
         for tensor, shape in self.kind.shapes(self.space).items():
-            self.register_parameter(tensor, nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device)))
+            numbers = torch.zeros(*shape, dtype=dtype, device=device)
+            self.register_parameter(tensor, nn.Parameter(numbers, requires_grad=tensor not in self.kind.frozen))
         if rows is not None and rows[-1] - rows[0] + 1 != len(rows):
             self.register_buffer("index", torch.tensor(rows, dtype=torch.long, device=device), persistent=False)
 
@@ -242,6 +243,11 @@ class Adapter(Beside):
         return self._settings["rank"]
 
     @property
+    def width(self) -> int:
+        """The rank of its factors: more than its own for a kind that computes wider ones."""
+        return self.kind.width * self.rank
+
+    @property
     def alpha(self) -> float:
         """The scale times rank (times its root, for rsLoRA)."""
         alpha = self._settings["alpha"]
@@ -304,7 +310,7 @@ class Adapter(Beside):
         assert self.kind.factors is not None, self.kind.name
         A, B = self.kind.factors(self.theta if tensors is None else self.theta_of(tensors))
         index = self._buffers.get("index") if tensors is None else index
-        return LowRank(self.layout, A, B, self.scale if scale is None else scale, self.rank, self.rows, index)
+        return LowRank(self.layout, A, B, self.scale if scale is None else scale, self.width, self.rows, index)
 
     def exact(self) -> LowRank:
         """The same for a fold: factors that are computed, and are no tensors of θ themselves, in float64."""

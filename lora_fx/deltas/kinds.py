@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
-from lora_fx.deltas import dora, rewrites
+from lora_fx.deltas import dora, principal, rewrites
 from lora_fx.errors import KindError
 
 REQUIRED: Any = ...
@@ -75,7 +75,7 @@ class Kind:
     delta: Callable[[Any, Theta], Any] | None = None
     """(W, θ) → δ, of W's shape, by torch's differentiable functions alone, in any floating dtype."""
     factors: Callable[[Theta], tuple[Any, Any]] | None = None
-    """θ → A (batch…, rank, in) and B (batch…, out, rank): δ = scale · B·A."""
+    """θ → A (batch…, rank, in) and B (batch…, out, rank): δ = scale · B·A; of `width` times the rank."""
     branch: Callable[[Any, Any, Theta], Any] | None = None
     """(product, W, θ) → x·δᵀ, without making δ: see `lora_fx.deltas.adapted_weight.Product`."""
     matmul: Callable[[str, Any, Any, Any, Theta], Any] | None = None
@@ -85,6 +85,10 @@ class Kind:
     by_feature: bool = False
     """δ of an output feature follows from what W and θ have for that feature alone, and from θ that is for all: then a
     few rows of a weight can be folded at a time."""
+    frozen: tuple[str, ...] = ()
+    """Tensors of θ that stay where they start."""
+    width: int = 1
+    """How many ranks its factors have for each of its rule's."""
     adapts: Literal["weight", "bias"] = "weight"
     """The weight of a matched site, or its bias."""
     shared: tuple[str, ...] = field(kw_only=True, default=())
@@ -241,6 +245,7 @@ LORA = Kind(
     factors=own_factors,
     settings={**_FACTORED, "schedule": "auto"},
 )
+_UNDRAWN = {key: value for key, value in LORA.settings.items() if key != "init"}
 
 
 def _dora_start(theta: Theta, weight: torch.Tensor) -> None:
@@ -284,8 +289,22 @@ ADALORA = Kind(
     },
     start=_adalora_start,
     factors=lambda theta: (theta.singular * theta.Q, theta.P),
-    settings={key: value for key, value in LORA.settings.items() if key != "init"},
+    settings=_UNDRAWN,
 )
+
+#: Meng, Wang and Zhang, NeurIPS 2024: δ = s·(B·A − B₀·A₀), where s·B₀·A₀ is the nearest of its rank to W
+PISSA = Kind(
+    "pissa",
+    shapes=lambda space: {**factor_shapes(space), **principal.starts(factor_shapes(space))},
+    start=principal.pissa,
+    factors=principal.factors,
+    settings={**_UNDRAWN, "niter": None},
+    frozen=("A0", "B0"),
+    width=2,
+)
+
+#: Büyükakyüz 2024: the same, B₀ and A₀ the first columns and rows of W = Q·R
+OLORA = replace(PISSA, name="olora", start=principal.olora, settings=_UNDRAWN)
 
 #: Zaken et al., ACL 2022 (BitFit)
 BIAS = Kind(
@@ -306,7 +325,7 @@ FULL = Kind(
 )
 
 #: name → row; read whenever a kind is asked for, since rows come and go (`lora_fx.deltas.kind_registration`)
-KINDS = {kind.name: kind for kind in (LORA, DORA, ADALORA, BIAS, FULL)}
+KINDS = {kind.name: kind for kind in (LORA, DORA, ADALORA, PISSA, OLORA, BIAS, FULL)}
 
 _DEPTH = (
     "it adds layers that are computed one after the other, behind each use (Hu et al., section 3), and is no delta of W"

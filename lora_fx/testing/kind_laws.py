@@ -197,7 +197,8 @@ def _check_gradients(base: nn.Module, adapted: nn.Module, inputs: Inputs, rules:
         for place in inventory(adapted).places
         if place.child in place.owner._modules and place.weight in reached
         for name in place.adapter._parameters
-        if not place.adapter.kind.new_ids(place.adapter.settings)  # no index asks for one
+        if name not in place.adapter.kind.frozen
+        and not place.adapter.kind.new_ids(place.adapter.settings)  # no index asks for one
     }
     _require(not wanted - found, f"no gradient reaches {', '.join(sorted(wanted - found))}", base, rules)
     trained = {name for name, p in adapted.named_parameters(remove_duplicate=False) if p.requires_grad}

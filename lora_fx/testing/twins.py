@@ -199,7 +199,9 @@ class _Record:
 
     @classmethod
     def of(cls, adapter: Adapter, owners: list[tuple[nn.Module, str]], blocks: list[tuple[nn.Module, str]]) -> _Record:
-        tensors = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
+        tensors = {
+            n: p.detach().clone().requires_grad_(n not in adapter.kind.frozen) for n, p in adapter.named_parameters()
+        }
         factors = adapter.kind.name == "lora"
         scale = (
             adapter.alpha / (math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank) if factors else 1

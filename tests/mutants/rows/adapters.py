@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, Mutant, of_kinds, of_prefixes, of_rewrites
+from tests.mutants.table import GAPS, Mutant, of_kinds, of_prefixes, of_principal, of_rewrites
 
 ROWS = (
     # ── adapter files ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -262,5 +262,11 @@ ROWS = (
         '    if True:\n        return {}\n',
         "A file names the blocks by the paths in the model that was adapted, not in the one that is saved.",
         tests=of_prefixes("saved_from_inside_of_another_model"),
+    ),
+    Mutant(
+        "pissa_is_written_at_half_its_scale", "kinds", "export/adapters/values.py",
+        "        alpha = a.scale * rank\n", "        alpha = a.alpha\n",
+        "The LoRA that a PiSSA adapter is written as has the alpha of half its rank.",
+        tests=of_principal("files_are_plain_lora_of_twice_the_rank_on_the_base_that_was"),
     ),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, Mutant, of_kinds, of_prefixes, of_rewrites
+from tests.mutants.table import CHECKPOINTS, GAPS, Mutant, of_combine, of_kinds, of_prefixes, of_principal, of_rewrites
 
 ROWS = (
     # ── the algebra: factors, scale, forms ───────────────────────────────────────────────────────────────────────────
@@ -119,8 +119,8 @@ ROWS = (
     # ── tracing and wiring ───────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "adapters_not_trainable", "insert", "lora_fx/deltas/adapter.py",
-        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))",
-        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)",
+        "nn.Parameter(numbers, requires_grad=tensor not in self.kind.frozen)",
+        "nn.Parameter(numbers, requires_grad=False)",
         "Nothing trains.",
     ),
     Mutant(
@@ -1027,5 +1027,47 @@ ROWS = (
         'range(1)}',
         "Only one block gets trained activations.",
         tests=of_rewrites("each_system_trains_by_rules_alone_and_exactly_its_own"),
+    ),
+    Mutant(
+        "directions_at_random", "checkpoints", "lora_fx/deltas/nearest.py",
+        "_ROUNDS = 4", "_ROUNDS = 0",
+        "An extracted adapter holds the first directions that were drawn, and not the largest.",
+        tests=(f"{CHECKPOINTS}::test_the_nearest_of_a_rank_is_kept",),
+    ),
+    Mutant(
+        "truncates_the_smallest", "kinds", "lora_fx/deltas/nearest.py",
+        "    root = S[..., :rank].sqrt()", "    root = S.flip(-1)[..., :rank].sqrt()",
+        "The nearest of a rank has the sizes of the directions that matter least.",
+        tests=of_combine("svd_is_the_nearest_of_a_rank_and_says_what_it_keeps"),
+    ),
+    Mutant(
+        "ties_elects_by_strength", "kinds", "lora_fx/deltas/merging.py",
+        "elected = torch.where(kept.sum(0) >= 0,", "elected = torch.where(summed(kept, strengths) >= 0,",
+        "TIES elects the signs of what is weighed, and turns round what has a negative strength.",
+        tests=of_combine("ties_trims_elects_and_takes_the_mean_of_what_agrees"),
+    ),
+    Mutant(
+        "dare_does_not_rescale", "kinds", "lora_fx/deltas/merging.py",
+        "delta.mul(mask).div_(density)", "delta.mul(mask)",
+        "What DARE leaves is smaller than what it was made of.",
+        tests=of_combine("dare_drops_at_random_and_rescales"),
+    ),
+    Mutant(
+        "pissa_forgets_its_start", "kinds", "lora_fx/deltas/principal.py",
+        "torch.cat((theta.B, theta.B - theta.B0), -1)", "torch.cat((theta.B, theta.B.detach() - theta.B0), -1)",
+        "A part of the gradient of B is left out.",
+        tests=of_principal("training_is_that_of_the_papers_with_their_changed_base"),
+    ),
+    Mutant(
+        "pissa_starts_without_its_scale", "kinds", "lora_fx/deltas/principal.py",
+        "(S[..., : theta.rank] / abs(theta.scale)).sqrt()", "S[..., : theta.rank].sqrt()",
+        "What PiSSA starts at is the leading part of W, times the scale.",
+        tests=of_principal("pissa_starts_at_the_nearest_of_its_rank"),
+    ),
+    Mutant(
+        "starts_train_too", "kinds", "lora_fx/deltas/adapter.py",
+        "requires_grad=tensor not in self.kind.frozen", "requires_grad=True",
+        "What a kind says is frozen trains.",
+        tests=of_principal("pissa_starts_at_the_nearest_of_its_rank"),
     ),
 )  # fmt: skip

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, GRADIENTS, Mutant, of_kinds, of_prefixes, of_rewrites
+from tests.mutants.table import (
+    EXTRACT,
+    GAPS,
+    GRADIENTS,
+    Mutant,
+    of_combine,
+    of_extract,
+    of_kinds,
+    of_prefixes,
+    of_rewrites,
+)
 
 ROWS = (
     # ── tracing and wiring ───────────────────────────────────────────────────────────────────────────────────────────
@@ -319,8 +329,8 @@ ROWS = (
     ),
     Mutant(
         "plan_counts_like_lora", "kinds", "passes/planning.py",
-        "return sum(math.prod(shape) for shape in self.kind.shapes(self.space).values())",
-        "return sum(math.prod(shape) for shape in [*self.kind.shapes(self.space).values()][:2])",
+        "        shapes = self.kind.shapes(self.space).items()\n        return",
+        "        shapes = [*self.kind.shapes(self.space).items()][:2]\n        return",
         "The plan leaves the magnitudes out.",
         tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
     ),
@@ -442,5 +452,41 @@ ROWS = (
         '',
         "A graph takes the forward of a block into itself, and leaves out what stands behind it.",
         tests=of_prefixes("a_block_that_a_graph_calls_stays_a_call"),
+    ),
+    Mutant(
+        "combines_without_scales", "kinds", "passes/combine.py",
+        "own = [(w * a.scale, a.exact())", "own = [(w, a.exact())",
+        "The sum of adapters leaves out what each B·A is multiplied with.",
+        tests=of_combine("ranks_add_up_and_a_weight_of_none_takes_nothing"),
+    ),
+    Mutant(
+        "combines_parts_as_they_come", "kinds", "passes/combine.py",
+        "at = {row: n for n, row in enumerate(rows)}", "at = {row: n for n, row in enumerate(reversed(rows))}",
+        "The rows of a part are put where another part's are.",
+        tests=of_combine("parts_stay_apart_and_meet_where_they_overlap"),
+    ),
+    Mutant(
+        "combined_acts_at_once", "kinds", "passes/combine.py",
+        "        adapter.act(False)\n", "",
+        "A combined adapter acts beside those that it is made of.",
+        tests=of_combine("it_is_there_and_does_nothing_until_it_is_asked"),
+    ),
+    Mutant(
+        "extracts_what_was", "kinds", "passes/extract.py",
+        "yield start, stop, wide - one[start:stop]", "yield start, stop, wide + one[start:stop]",
+        "What is extracted is not what has changed.",
+        tests=of_extract("at_the_rank_of_the_change_it_is_the_tuned_model"),
+    ),
+    Mutant(
+        "extracts_past_buffers", "kinds", "passes/extract.py",
+        "if self.beside != IGNORE and buffers:", "if False:",
+        "Buffers that differ are left out without a word.",
+        tests=(f"{EXTRACT}::test_what_cannot_be_extracted_is_refused",),
+    ),
+    Mutant(
+        "extracts_one_of_two", "kinds", "passes/extract.py",
+        "        if not _equal(first, tensors[name]):", "        if False:",
+        "Of a weight that is no longer tied the first name is taken.",
+        tests=(f"{EXTRACT}::test_what_cannot_be_extracted_is_refused",),
     ),
 )  # fmt: skip
