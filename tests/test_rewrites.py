@@ -20,7 +20,7 @@ from lora_fx.checks import rewritten
 from lora_fx.checks.verification import compare, scatter
 from lora_fx.deltas import adapted_weight
 from lora_fx.deltas.kinds import REWRITES
-from lora_fx.errors import AdapterError, EquivalenceError, FoldError, PlanError, RuleError
+from lora_fx.errors import AdapterError, CaptureError, EquivalenceError, FoldError, PlanError, RuleError
 from lora_fx.export.adapters.files import Read
 from lora_fx.graph.program import Program
 from lora_fx.model.inventory import inventory
@@ -441,6 +441,18 @@ def test_the_self_check_finds_a_rewrite_that_is_not_done(rules, monkeypatch):
     refusal(EquivalenceError, lora_fx.apply, lost, rules, IDS)
     assert_bits(lost, before)
     assert type(lost.words) is nn.Embedding
+
+
+def test_memory_that_is_short_in_train_mode_is_no_mode_that_the_model_lacks():
+    class Large(Model):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                raise torch.OutOfMemoryError("no memory")
+            return super().forward(ids)
+
+    found = Large()
+    assert "no memory" in refusal(CaptureError, lora_fx.apply, found, [TOKENS], IDS)
+    assert set(found.state_dict()) == set(model().state_dict())
 
 
 def test_a_certificate_has_a_row_for_each_use(system):

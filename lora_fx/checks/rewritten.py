@@ -91,7 +91,7 @@ def check_rewritten(model: nn.Module, inputs: Inputs, training: bool, undo: list
                     captured = capture_graph(model, inputs, as_is=True)
                 flow = Flow(captured, storages, here.modules)
             except CaptureError as error:
-                if not training:
+                if not training or isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):
                     raise
                 return NotRun(essence(error).partition("\n")[0])
             _refuse_transformed(model, flow)

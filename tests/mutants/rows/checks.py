@@ -242,4 +242,11 @@ ROWS = (
         "The model is held against one whose blocks give what they gave.",
         tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
     ),
+    Mutant(
+        "short_memory_is_no_train_mode", "rewrites", "lora_fx/checks/rewritten.py",
+        "if not training or isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):",
+        "if not training:",
+        "Where memory is short in train mode, the check says that the model has none, and lets the adapter pass.",
+        tests=of_rewrites("memory_that_is_short_in_train_mode_is_no_mode_that_the_model_lacks"),
+    ),
 )  # fmt: skip
