@@ -284,3 +284,23 @@ def test_numbers_in_the_room_are_not_left_out_of_a_file(tmp_path):
         lora_fx.save_adapter(model, tmp_path / "no")
     assert not (tmp_path / "no").exists()
     assert copy.deepcopy(model)[0].weight_lora_default.width == 3
+
+
+def test_a_kind_that_says_it_pads_is_tried():
+    """δ = s·B·A, and the same divided by how many ranks there are."""
+    from lora_fx.deltas.kinds import factor_shapes
+
+    def start(theta, weight):
+        theta.A.normal_()
+        theta.B.zero_()
+
+    settings = {"rank": ..., "alpha": None}
+    for by, says in ((lambda theta: 1, ""), (lambda theta: theta.A.shape[-2], "one more rank of zeros moves δ by")):
+        kind = lora_fx.Kind(
+            "mean", factor_shapes, start, factors=lambda t, by=by: (t.A / by(t), t.B), settings=settings, pads=True
+        )
+        if says:
+            with pytest.raises(LoraFxError, match=says):
+                lora_fx.register_kind(kind)
+        else:
+            lora_fx.register_kind(kind).remove()

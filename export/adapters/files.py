@@ -233,8 +233,9 @@ def load_adapter(
             )
         replaced = Replace(path, name, part, config, active), Rewrite()
         return Pipeline("load_adapter", replaced)(model).model
-    options = {"part": part, "config": config, "active": active, "max_rank": max_rank}
-    passes = loading(path, example_inputs, name=name, check=check, **options)
+    passes = loading(
+        path, example_inputs, name=name, check=check, part=part, config=config, active=active, max_rank=max_rank
+    )
     return Pipeline("load_adapter", passes)(model).model
 
 

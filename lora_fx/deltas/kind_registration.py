@@ -112,6 +112,8 @@ class _Trial:
         self._check_wide(wide, weight, own)
         self._check_narrow(wide, weight, own)
         self._check_gradients(wide, own)
+        if self.kind.pads:
+            self._check_padding(wide, weight)
         if self.kind.branch is not None and "b" not in layout.sides:
             self._check_branch(wide, weight)
 
@@ -212,6 +214,19 @@ class _Trial:
         grads = torch.autograd.grad(own, tensors, cotangent, allow_unused=True) if reached else [None] * len(names)
         missed = [name for name, g in zip(names, grads, strict=True) if g is None or not bool(g.any())]
         self.require(not missed, f"no gradient reaches {', '.join(missed)}", "compute δ from it, differentiably")
+
+    def _check_padding(self, adapter: Adapter, weight: torch.Tensor) -> None:
+        """One rank more, of zeros, adds nothing."""
+        self.require("rank" in self.kind.settings, "it pads, and has no setting rank", "leave pads out")
+        wider = Adapter(
+            adapter.layout, kind=self.kind, rows=adapter.rows, dtype=torch.float64, width=adapter.rank + 1,
+            **self.settings,
+        )  # fmt: skip
+        wider.put({name: p.detach() for name, p in adapter.named_parameters()})
+        own, found = (self._run(lambda a=a: a.delta(weight)).detach() for a in (adapter, wider))
+        off, bound = float((found - own).abs().max()), _ALIKE * torch.finfo(torch.float64).eps * float(own.abs().max())
+        reason = f"it pads, and one more rank of zeros moves δ by {off:.1e}; rounding explains {bound:.1e}"
+        self.require(off <= bound, reason, "leave pads out: then no adapter of another rank can replace one of it")
 
     def _check_branch(self, adapter: Adapter, weight: torch.Tensor) -> None:
         """Beside a linear: what it computes, and its gradients, are those of the op on W + δ."""
