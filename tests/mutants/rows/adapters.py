@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.mutants.table import GAPS, Mutant, of_kinds, of_rewrites
 
+CONFIGS, PRETRAINED = "tests/test_peft_configs.py", "tests/test_pretrained.py"
+
 ROWS = (
     # ── adapter files ────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -255,5 +257,86 @@ ROWS = (
         "bases[h.adapter]",
         "A file looks for what is shared at each site.",
         tests=of_rewrites("saved_copied_and_put_away_it_is_the_same"),
+    ),
+    # ── PEFT's configs ───────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "heads_of_a_task_stay", "files", "export/adapters/configs.py",
+        'if heads := HEADS.get(str(config.get("task_type"))):', 'if heads := HEADS.get(""):',
+        "The classifier of a SEQ_CLS config does not train.",
+        tests=(f"{CONFIGS}::test_a_config_means_what_it_means_in_peft",),
+    ),
+    Mutant(
+        "a_config_starts_as_it_pleases", "files", "export/adapters/configs.py",
+        "isinstance(init, str | bool | None) and init not in _INITS", "init is None",
+        "init_lora_weights='pissa' is taken for a start that leaves the base alone.",
+        tests=(f"{CONFIGS}::test_what_has_no_meaning_here_is_refused_by_name",),
+    ),
+    Mutant(
+        "a_config_has_numbers", "files", "export/adapters/configs.py",
+        "settings=settings, started=False, alone=alone", "settings=settings, started=True, alone=alone",
+        "Adapters of a config begin with A = B = 0, and no gradient reaches them.",
+        tests=(f"{CONFIGS}::test_a_config_starts_as_adapters_do",),
+    ),
+    # ── transformers' folders and the Trainer's ──────────────────────────────────────────────────────────────────────
+    Mutant(
+        "checkpoints_hold_the_base", "files", "export/adapters/pretrained.py",
+        "if plain_path(k) not in frozen and isinstance(t, torch.Tensor)}", "if isinstance(t, torch.Tensor)}",
+        "A checkpoint of the Trainer holds the whole base.",
+        tests=(f"{PRETRAINED}::test_a_checkpoint_holds_no_base_and_resumes_to_the_bit",),
+    ),
+    Mutant(
+        "checkpoints_forget_what_trained", "files", "export/adapters/pretrained.py",
+        "return {plain_path(name) for name in base_parameters(model)} - trained",
+        "return {plain_path(name) for name in base_parameters(model)}",
+        "What trained beside the adapters is in no checkpoint.",
+        tests=(f"{PRETRAINED}::test_a_checkpoint_holds_no_base_and_resumes_to_the_bit",),
+    ),
+    Mutant(
+        "a_checkpoint_of_others_loads", "files", "export/adapters/pretrained.py",
+        '(wanted, given, "holds no {}")):', '(given, known, "holds no {}")):',
+        "A checkpoint without some of the model's adapters leaves these as they are, silently.",
+        tests=(f"{PRETRAINED}::test_a_checkpoint_of_another_model_is_refused_whole",),
+    ),
+    Mutant(
+        "others_do_not_come_back", "files", "lora_fx/application/pretrained.py",
+        'for name, entries in header.get("others", {}).items():', "for name, entries in ():",
+        "Of several adapters in a checkpoint one comes back.",
+        tests=(f"{PRETRAINED}::test_several_adapters_come_back_with_those_that_acted",),
+    ),
+    Mutant(
+        "all_act_again", "files", "lora_fx/application/pretrained.py",
+        "and {*acting} != {*names}:", "and False:",
+        "Of several adapters that come back all act.",
+        tests=(f"{PRETRAINED}::test_several_adapters_come_back_with_those_that_acted",),
+    ),
+    Mutant(
+        "the_reference_is_the_policy", "files", "lora_fx/application/reference.py",
+        "with disabled(model):", "if True:",
+        "The reference of preference training is the adapted model.",
+        tests=(f"{PRETRAINED}::test_the_reference_is_the_base_to_the_bit_without_memory",),
+    ),
+    Mutant(
+        "the_reference_leaves_eval", "files", "lora_fx/application/reference.py",
+        "module.training = training", "module.training = False",
+        "After a call of the reference the policy is in eval mode.",
+        tests=(f"{PRETRAINED}::test_the_reference_is_the_base_to_the_bit_without_memory",),
+    ),
+    Mutant(
+        "trl_gets_the_head", "files", "lora_fx/model/marks.py",
+        'if caller.partition(".")[0] == "trl":', "if False:",
+        "TRL multiplies with the weight of an adapted head, without its branch.",
+        tests=(f"{PRETRAINED}::test_trl_is_refused_an_adapted_head",),
+    ),
+    Mutant(
+        "baked_and_scaled", "files", "export/adapters/values.py",
+        "(h.adapter.B.double() * h.adapter.scale)", "h.adapter.B.double()",
+        "A scale that is to be baked into B is lost.",
+        tests=(f"{PRETRAINED}::test_baked_scales_leave_one_rank_and_the_scale_one",),
+    ),
+    Mutant(
+        "ranks_differ_when_baked", "files", "export/adapters/peft_files.py",
+        "targets = {name: _Target.of(own, rslora, most)", "targets = {name: _Target.of(own, rslora)",
+        "A file for readers that ignore rank_pattern has one.",
+        tests=(f"{PRETRAINED}::test_baked_scales_leave_one_rank_and_the_scale_one",),
     ),
 )  # fmt: skip
