@@ -80,9 +80,17 @@ def alive() -> int:
 
 def settings(kind: Any, folder: Path, **more: Any) -> Any:
     return kind(
-        str(folder), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=5e-4, logging_steps=1, save_steps=10,
+        str(folder), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, save_steps=10,
         report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, dataloader_pin_memory=False, seed=0, **more,
     )  # fmt: skip
+
+
+def train(trainer: Any) -> Any:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
 
 
 def losses(trainer: Any, what: str = "loss") -> tuple[float, float]:
@@ -102,7 +110,7 @@ def sft(folder: Path, tokenizer: Any) -> list[str]:
     data = Dataset.from_list([{"text": " ".join(sentence)} for sentence in sentences()])
     arguments = settings(SFTConfig, folder / "sft", max_length=16)
     trainer = SFTTrainer(adapted(folder), args=arguments, train_dataset=data, processing_class=tokenizer)
-    trainer.train()
+    train(trainer)
     size = (folder / "sft" / "checkpoint-10" / "model.safetensors").stat().st_size
     whole = (folder / "model.safetensors").stat().st_size
     return ["SFT", "{:.3f} → {:.3f}".format(*losses(trainer)), f"checkpoint {size:,} bytes, the base {whole:,}"]
@@ -124,8 +132,7 @@ def dpo(folder: Path, tokenizer: Any) -> list[list[str]]:
         data = Dataset.from_list(rows)
         trainer = DPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, **more)
         held = alive()
-        trainer.train()
-        return trainer, held
+        return train(trainer), held
 
     before = alive()
     model = adapted(folder)
@@ -154,7 +161,7 @@ def grpo(folder: Path, tokenizer: Any) -> list[list[str]]:
     from trl.trainer.utils import add_fused_lm_head
 
     def reward(completions: list[str], **rest: Any) -> list[float]:
-        return [sum(word.endswith("s") for word in own.split()) / 8 for own in completions]
+        return [sum(len(word) < 5 for word in own.split()) / 8 for own in completions]
 
     data = Dataset.from_list([{"prompt": " ".join(s[:4])} for s in sentences()])
     trained = []
@@ -167,8 +174,7 @@ def grpo(folder: Path, tokenizer: Any) -> list[list[str]]:
             trainer.ref_model, trainer.beta = lora_fx.reference(model), 0.04
             add_fused_lm_head(trainer.ref_model, temperature=trainer.temperature)
         torch.manual_seed(2)
-        trainer.train()
-        trained.append(trainer)
+        trained.append(train(trainer))
     one, two = trained
     return [
         ["GRPO, reference(model)", "reward {:.3f} → {:.3f}".format(*losses(one, "reward")), f"β = {one.beta}"],

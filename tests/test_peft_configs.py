@@ -172,6 +172,11 @@ def test_what_is_no_config_of_lora_is_refused(config, reason):
         lora_fx.rules_from_peft(config)
 
 
+def test_a_config_stands_alone():
+    with pytest.raises(RuleError, match="LoraConfig among rules"):
+        lora_fx.plan(nn.Linear(2, 3), [Rule(where="*", rank=1), peft.LoraConfig(target_modules=["0"])])
+
+
 WORDS = {
     "r": (8, "rank=8"),
     "lora_alpha": (16, "alpha=16"),

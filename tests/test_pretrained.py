@@ -96,6 +96,13 @@ def test_several_adapters_come_back_with_those_that_acted(base, tmp_path):
         lora_fx.activate(again, "default"), lora_fx.activate(model, "default")
         assert torch.equal(logits(again), logits(model))
         lora_fx.activate(model, "other")
+    fresh = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(FileError, match="holds the adapters default, other, and name=None"):
+        lora_fx.load_adapter(fresh, tmp_path / "checkpoint-1")
+    lora_fx.load_adapter(fresh, tmp_path / "checkpoint-1", name="other", check=False)
+    with torch.no_grad():
+        fresh.model.norm.weight.copy_(model.model.norm.weight)
+    assert lora_fx.adapters(fresh).keys() == {"other"} and torch.equal(logits(fresh), logits(model))
 
 
 def test_what_peft_has_no_word_for_is_in_our_own_format_and_says_so(base, tmp_path):
@@ -256,7 +263,10 @@ def test_the_reference_is_the_base_to_the_bit_without_memory(base):
     model.train()
     before = logits_of(model)
     ref = lora_fx.reference(model)
-    assert not [*ref.parameters()] and not ref.state_dict() and ref.config is model.config
+    assert not [*ref.parameters()] and ref.config is model.config
+    state = ref.state_dict()  # by which TRL knows what it has computed with it before
+    assert reference.same_bits(state, plain.state_dict())
+    assert all(t.data_ptr() == model.state_dict()[key].data_ptr() for key, t in state.items())
     assert torch.equal(logits_of(ref), logits(plain))
     assert all(m.training for m in model.modules()) and not ref.training
     assert torch.equal(logits_of(model), before) and not torch.equal(before, logits(plain))

@@ -31,7 +31,7 @@ from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.schedules import AUTO
 from lora_fx.export.adapters import dialects
 from lora_fx.export.adapters import peft as peft_format
-from lora_fx.export.adapters.folder import DIFFUSERS, VERSION, Folder, read_folder, write_folder, write_single
+from lora_fx.export.adapters.folder import DIFFUSERS, VERSION, Folder, by_name, read_folder, write_folder, write_single
 from lora_fx.export.adapters.own import as_own
 from lora_fx.export.adapters.peft import ITS_BASE
 from lora_fx.export.adapters.peft_files import as_peft
@@ -163,7 +163,7 @@ def _say_ties(model: nn.Module, held: list[Held]) -> None:
         if h.adapter.kind.name in peft_format.KINDS and (own := tied.get(h.weights[0])):
             reason = f"{' = '.join(own)} is one weight, with an adapter on {', '.join(h.weights)}"
             remedy = "fold it with lora_fx.fold or lora-fx fold"
-            warnings.warn(f"{reason}: PEFT reads the file, and its merge would be wrong; {remedy}", stacklevel=4)
+            warnings.warn(f"{reason}: PEFT reads the file, and its merge would be wrong; {remedy}", stacklevel=3)
 
 
 def _single(path: str | os.PathLike, dialect: str) -> Path:
@@ -287,12 +287,23 @@ class Read(Pass):
     ensures = (given(Program), given(Plan))
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        folder = self.path if isinstance(self.path, Folder) else read_folder(Path(self.path))
+        folder = _chosen(self.path if isinstance(self.path, Folder) else read_folder(Path(self.path)), self.adapter)
         with unwired(model), boundary("it cannot be put into this model", str(folder.path), ITS_BASE):
             saved = dialects.read(model, folder, self.part, self.config or {})
         name = self.adapter or (folder.header["name"] if folder.header else "default")
         _refuse_name(model, name)
         return planned(model, saved, name, self.example_inputs)
+
+
+def _chosen(folder: Folder, name: str | None) -> Folder:
+    """Of a file with several adapters the one of this name."""
+    several = {str(own.header["name"]): own for own in by_name(folder) if own.header is not None}
+    if len(several) < 2:
+        return folder
+    if name not in several:
+        reason = f"it holds the adapters {', '.join(several)}, and name={name!r}"
+        refuse(str(folder.path), reason, "say which of them by name, or lora_fx.from_pretrained them all")
+    return several[name]
 
 
 def planned(model: nn.Module, saved: list[Saved], name: str, example_inputs: Any) -> Result:

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,17 @@ def read_folder(path: Path) -> Folder:
         pickled = not (folder / TENSORS).is_file() and (folder / PICKLE).is_file()
         tensors, header, said = _unpack(folder / (PICKLE if pickled else TENSORS))
         return Folder(folder, config, tensors, header, PICKLE if pickled else TENSORS, said)
+
+
+def by_name(folder: Folder) -> list[Folder]:
+    """One for each adapter in it: a checkpoint of the Trainer holds all of a model's."""
+    header = folder.header
+    if header is None or not header.get("others"):
+        return [folder]
+    with boundary("it cannot be read", folder.tensor(HEADER), _RESTORE):
+        rest = {str(name): list(entries) for name, entries in header["others"].items()}
+    named = {header["name"]: header["adapters"], **rest}
+    return [replace(folder, header={**header, "name": n, "adapters": own, "others": {}}) for n, own in named.items()]
 
 
 def _is_alone(path: Path, name: str) -> bool:

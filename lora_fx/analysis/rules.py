@@ -239,6 +239,8 @@ def read_rules(rules: Any) -> tuple[Rule, ...]:
         return _from_toml(Path(rules))
     if isinstance(rules, Mapping):
         return _from_tables(rules["rule"], "rules") if set(rules) == {"rule"} else (_from_dict(rules),)
+    if hasattr(rules, "peft_type"):
+        raise _no_rules(f"{type(rules).__name__} among rules", "rules", "pass it by itself, in the place of all rules")
     if not isinstance(rules, Iterable):
         raise _no_rules(f"{rules!r} is no rule", "rules", "pass Rule objects, dicts or the path of a TOML file")
     found = tuple(rule for item in rules for rule in read_rules(item))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,12 @@ from torch import nn
 
 from lora_fx.export.adapters import pretrained  # noqa: F401  (models that are adapted save by it)
 from lora_fx.export.adapters.files import loading
-from lora_fx.export.adapters.folder import CONFIG, Folder, read_folder
+from lora_fx.export.adapters.folder import CONFIG, by_name, read_folder
 from lora_fx.model.inventory import inventory
 from lora_fx.passes.activate import Activate
 from lora_fx.passes.insert import Rewrite
 from lora_fx.passes.pipeline import Pipeline
-from lora_fx.reading import refuse
+from lora_fx.reading import boundary, refuse
 
 
 def from_pretrained(
@@ -39,18 +37,20 @@ def from_pretrained(
     Raises:
         FileError: there is no adapter, it does not say what its base is, or as in `load_adapter`.
     """
-    found = [own for path in _paths(Path(folder)) for own in _each(read_folder(path))]
-    said: list[Any] = [_said(own) for own in found]
-    base = next((own["base"] for own in said if own["base"]), None)
+    with boundary("it cannot be read", str(folder), "save the model again"):
+        found = [own for path in _paths(Path(folder)) for own in by_name(read_folder(path))]
+        bases = [own.config.get("base_model_name_or_path") or (own.header or {}).get("base") for own in found]
+        acting = [set[str]((own.header or {})["active"]) for own in found if "active" in (own.header or {})]
+    base = next((base for base in bases if isinstance(base, str) and base), None)
     if base is None:
         reason = "it does not say from where its base has come (base_model_name_or_path)"
         refuse(str(folder), reason, "load the base yourself, and lora_fx.load_adapter into it")
     model = model_class.from_pretrained(base, **options)
     for own in found:
         Pipeline("load_adapter", loading(own, example_inputs, check=check))(model)
-    acting = next((own["active"] for own in said if own["active"] is not None), None)
-    if acting is not None and {*acting} <= {*(names := inventory(model).names)} and {*acting} != {*names}:
-        Pipeline("activate", (Activate(tuple(acting)), Rewrite()))(model)
+    names = {*inventory(model).names}
+    if acting and acting[0] < names:
+        Pipeline("activate", (Activate(tuple(acting[0])), Rewrite()))(model)
     return model
 
 
@@ -58,17 +58,3 @@ def _paths(folder: Path) -> list[Path]:
     """It, or its subfolders that hold one each; or both."""
     inside = sorted(file.parent for file in folder.glob(f"[!.]*/{CONFIG}"))
     return [folder, *inside] if (folder / CONFIG).is_file() or not inside else inside
-
-
-def _each(folder: Folder) -> Iterator[Folder]:
-    """A checkpoint holds all of the model's adapters."""
-    yield folder
-    header = folder.header or {}
-    for name, entries in header.get("others", {}).items():
-        yield replace(folder, header={**header, "name": name, "adapters": entries})
-
-
-def _said(folder: Folder) -> dict[str, Any]:
-    header = folder.header or {}
-    base = header.get("base") or folder.config.get("base_model_name_or_path")
-    return {"base": base, "active": header.get("active")}

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lora_fx.application import disabled
+from lora_fx.deltas.adapter import Adapter
 
 
 class Reference(nn.Module):
@@ -18,6 +19,8 @@ class Reference(nn.Module):
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
+        if "_adapted" not in self.__dict__:  # as while it is copied
+            raise AttributeError(name)
         return getattr(self.__dict__["_adapted"], name)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -35,8 +38,12 @@ class Reference(nn.Module):
         return self.__dict__["_adapted"](*arguments, **named)
 
     def state_dict(self, *arguments: Any, **named: Any) -> dict[str, Any]:
-        """Empty."""
-        return {}
+        """The base's, which whoever keeps something beside it knows it by; the tensors are the model's own."""
+        model = self.__dict__["_adapted"]
+        state = model.state_dict(*arguments, **named)
+        start = named.get("prefix", "")
+        adapters = tuple(f"{start}{path}." for path, module in model.named_modules() if isinstance(module, Adapter))
+        return {key: tensor for key, tensor in state.items() if not key.startswith(adapters)}
 
 
 def reference(model: nn.Module) -> Reference:
