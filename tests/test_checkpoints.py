@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -25,6 +26,7 @@ from lora_fx.errors import FileError, FoldError, LoraFxError
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
 from lora_fx.export.checkpoints import arithmetic, extract, fold, streams, work
 from lora_fx.export.checkpoints.checkpoint import MANIFEST, REMAINDER
+from tests import damage
 
 ROOT = Path(__file__).parent.parent
 IDS = {"input_ids": torch.arange(6)[None]}
@@ -228,6 +230,53 @@ def test_what_was_trained_beside_it_takes_the_place_of_the_base(tmp_path):
         assert not torch.equal(found[name], tensors(base)[name])
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "kohya.safetensors": {}, "diffusers.safetensors": {"part": "unet"}, "one.safetensors": {}, "pickled": {},
+    "loralib.pt": {"config": {"lora_alpha": 2}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dialects(tmp_path_factory):
+    """A base of two layers, and the same adapter on it in every dialect."""
+    folder, model = tmp_path_factory.mktemp("dialects"), damage.adapted()
+    save_file(damage.net().state_dict(), folder / "base.safetensors")
+    lora_fx.save_adapter(model, folder / "adapter")
+    damage.write_dialects(folder, model)
+    return folder
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_dialect_is_the_same_adapter(name, dialects, tmp_path):
+    base = dialects / "base.safetensors"
+    lora_fx.fold_checkpoint(base, dialects / name, tmp_path / "out", keep=True, **OTHERS[name])
+    model = lora_fx.load_adapter(damage.net(), dialects / "adapter", damage.X)
+    lora_fx.fold(model, final=True)
+    found = load_file(tmp_path / "out" / base.name)
+    assert same(found, model.state_dict()) == [] and len(same(found, load_file(base))) == 2
+    lora_fx.verify_checkpoint(tmp_path / "out", base=base, adapters=[dialects / name])
+    lora_fx.unfold_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / base.name).read_bytes() == base.read_bytes()
+
+
+def test_a_dialect_that_does_not_say_enough_is_refused(dialects, tmp_path):
+    def refusal(match: str, adapter: Path, **besides: Any) -> None:
+        with pytest.raises(FileError, match=match):
+            lora_fx.fold_checkpoint(dialects / "base.safetensors", adapter, tmp_path / "out", **besides)
+        assert not list(tmp_path.glob("out*"))
+
+    refusal("do not say their alpha", dialects / "loralib.pt")
+    refusal("nothing for the part 'vae'", dialects / "kohya.safetensors", part="vae")
+    refusal("the files say themselves", dialects / "adapter", part="unet")
+    save_file({"lora_unet_7.lora_down.weight": torch.ones(2, 32)}, tmp_path / "a.safetensors")
+    refusal("'7' is no module of this checkpoint", tmp_path / "a.safetensors")
+    save_file({"strange": torch.ones(2, 32)}, tmp_path / "b.safetensors")
+    refusal("of no dialect that is known", tmp_path / "b.safetensors")
+    groups = {"0.lora_A": torch.ones(4, 32), "0.lora_B": torch.ones(16, 2)}
+    save_file(groups, tmp_path / "c.safetensors")
+    refusal("of a MergedLinear", tmp_path / "c.safetensors", config={"lora_alpha": 2})
+
+
 def test_experts_are_matrices_of_their_own(tmp_path):
     torch.manual_seed(0)
     weight, A, B = torch.randn(3, 10, 4), torch.randn(6, 4), torch.randn(10, 6)
@@ -308,9 +357,9 @@ for module in (arithmetic, fold, streams):
     module.BLOCK = 600
 random.seed(int(seed))
 kills, written = 0, streams._write
-def slowly(file, data):
+def slowly(file, data, digest):
     time.sleep(0.0005)
-    written(file, data)
+    written(file, data, digest)
 streams._write = slowly
 while True:
     child = os.fork()
@@ -346,12 +395,12 @@ def stopped(monkeypatch, after: int, error: Exception):
     """A write fails after so many."""
     left, write = after, streams._write
 
-    def failing(file, data):
+    def failing(file, data, digest):
         nonlocal left
         left -= 1
         if left < 0:
             raise error
-        write(file, data)
+        write(file, data, digest)
 
     monkeypatch.setattr(streams, "_write", failing)
     return lambda: monkeypatch.setattr(streams, "_write", write)

@@ -1,9 +1,9 @@
 """Dialects: the ways in which adapters are written down, a row each. The first that knows a file reads it.
 
-    files   →   what the row's `recognised` asks   →   its `read`: PEFT's words, or ours   →   adapters of this model
+    files   →   what the row's `recognised` asks   →   its `into`: PEFT's words, or ours   →   adapters of this model
 
 A row that has PEFT's layout with other keys translates (`entries`, `spelling`), so that shapes, refusals and kinds are
-those of one reader.
+those of one reader. It only asks for names, which a checkpoint has as well as a model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from lora_fx.export.adapters import diffusion, loralib
 from lora_fx.export.adapters.entries import Entry, Single, in_pefts_words
 from lora_fx.export.adapters.folder import ADALORA, HEADER, OWN, PEFT, Folder, check_types
+from lora_fx.export.adapters.names import Names
 from lora_fx.export.adapters.own import read_own
 from lora_fx.export.adapters.peft import PREFIX, Modules
 from lora_fx.export.adapters.peft_files import layers_of, read_adalora, read_lora
@@ -32,35 +33,31 @@ class Dialect:
     name: str
     keys: str
     """What it looks like, for reading."""
-    recognised: Callable[[Modules, Folder], bool]
-    read: Callable[[nn.Module, Folder, str | None, Mapping[str, Any]], list[Saved]]
-    """(model, files, which part of a pipeline it is, what the caller says that the files do not) → adapters."""
+    recognised: Callable[[Names, Folder], bool]
+    into: Callable[[Names, Folder, str | None, Mapping[str, Any]], Folder] | None = None
+    """(names, files, which part of a pipeline they are for, what the caller says that the files do not) → PEFT's words;
+    None of what is PEFT's, or ours."""
+    read: Callable[[nn.Module, Folder, str | None, Mapping[str, Any]], list[Saved]] | None = None
+    """The same for a model → adapters; None where they are those of PEFT's words."""
     write: Callable[..., Single] | None = None
     """(config and tensors of PEFT's, its layers, the part) → one file; None where a folder is written, or nothing."""
     whole: bool = False
     """It says all: nothing can be said besides."""
 
 
-def _translated(into: Callable[[Modules, Folder, str | None, Mapping[str, Any]], Folder]) -> Callable[..., list[Saved]]:
-    def read(model: nn.Module, folder: Folder, part: str | None, config: Mapping[str, Any]) -> list[Saved]:
-        return read_lora(model, into(Modules(model), folder, part, config))
-
-    return read
-
-
-def _one_file(modules: Modules, folder: Folder, part: str | None, config: Mapping[str, Any]) -> Folder:
+def _one_file(names: Names, folder: Folder, part: str | None, config: Mapping[str, Any]) -> Folder:
     """PEFT's keys without its config: ranks are in the shapes, and alpha is in the file, or said, or it is refused."""
-    folder, entries, rest = respelled(modules, folder), [], {}
+    folder, entries, rest = respelled(names, folder), [], {}
     for key, tensor in folder.tensors.items():
         path, factor = next(
             ((key.removeprefix(PREFIX).removesuffix(end), own) for end, own in _ENDS.items() if key.endswith(end)),
             ("", ""),
         )
-        if factor and path in modules.by_path:
+        if factor and path in names.by_path:
             entries.append(Entry(path, factor, key))
         else:
             rest[key] = tensor
-    return in_pefts_words(modules, folder, entries, alpha=None, config=config, rest=rest)
+    return in_pefts_words(names, folder, entries, alpha=None, config=config, rest=rest)
 
 
 _ENDS = {
@@ -69,11 +66,11 @@ _ENDS = {
 }  # fmt: skip
 
 
-def _is(kind: str) -> Callable[[Modules, Folder], bool]:
-    return lambda modules, folder: folder.config.get("peft_type") == kind
+def _is(kind: str) -> Callable[[Names, Folder], bool]:
+    return lambda names, folder: folder.config.get("peft_type") == kind
 
 
-def _has_factors(modules: Modules, folder: Folder) -> bool:
+def _has_factors(names: Names, folder: Folder) -> bool:
     return not folder.config and any(".lora_A" in key or ".lora_embedding_A" in key for key in folder.tensors)
 
 
@@ -90,23 +87,26 @@ def _plain(read: Callable[[nn.Module, Folder], list[Saved]]) -> Callable[..., li
 DIALECTS = (
     Dialect(
         "lora_fx", "a header `lora_fx` in the tensor file, also without a config",
-        lambda modules, folder: folder.header is not None or _is(OWN)(modules, folder), _ours, whole=True,
+        lambda names, folder: folder.header is not None or _is(OWN)(names, folder), read=_ours, whole=True,
     ),
     Dialect(
         "AdaLoRA", "`peft_type: ADALORA`; `….lora_A`, `….lora_E`, `….lora_B`",
-        _is(ADALORA), _plain(read_adalora), whole=True,
+        _is(ADALORA), read=_plain(read_adalora), whole=True,
     ),
-    Dialect("peft", "`peft_type: LORA`; `base_model.model.….lora_A.weight`", _is(PEFT), _plain(read_lora), whole=True),
+    Dialect("peft", "`peft_type: LORA`; `base_model.model.….lora_A.weight`", _is(PEFT), whole=True),
     Dialect(
         "kohya", "`lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`; `lora_te_…`, `lora_te2_…`",
-        diffusion.is_kohya, _translated(diffusion.from_kohya), diffusion.to_kohya,
+        diffusion.is_kohya, diffusion.from_kohya, write=diffusion.to_kohya,
     ),
     Dialect(
         "diffusers", "`unet.….lora_A.weight`; `….lora.down.weight`; `….processor.to_q_lora.down.weight`",
-        diffusion.is_diffusers, _translated(diffusion.from_diffusers), diffusion.to_diffusers,
+        diffusion.is_diffusers, diffusion.from_diffusers, write=diffusion.to_diffusers,
     ),
-    Dialect("loralib", "`….lora_A`, `….lora_B` in a state dict", loralib.is_loralib, loralib.read),
-    Dialect("one file of PEFT's", "`….lora_A.weight` without a config", _has_factors, _translated(_one_file)),
+    Dialect(
+        "loralib", "`….lora_A`, `….lora_B` in a state dict",
+        loralib.is_loralib, loralib.from_loralib, loralib.read,
+    ),
+    Dialect("one file of PEFT's", "`….lora_A.weight` without a config", _has_factors, _one_file),
 )  # fmt: skip
 
 
@@ -117,7 +117,24 @@ def read(model: nn.Module, folder: Folder, part: str | None, config: Mapping[str
         FileError: no dialect is theirs, or they do not fit.
     """
     modules = Modules(model)
-    dialect = next((row for row in DIALECTS if row.recognised(modules, folder)), None)
+    dialect = _dialect(modules, folder, part, config)
+    if dialect.read is not None:
+        return dialect.read(model, folder, part, config)
+    return read_lora(model, folder if dialect.into is None else dialect.into(modules, folder, part, config))
+
+
+def in_words_of_pefts(names: Names, folder: Folder, part: str | None, config: Mapping[str, Any]) -> Folder:
+    """The files as PEFT would have written them; as they are, where they are PEFT's or ours.
+
+    Raises:
+        FileError: no dialect is theirs, or what they name is not there.
+    """
+    dialect = _dialect(names, folder, part, config)
+    return folder if dialect.into is None else dialect.into(names, folder, part, config)
+
+
+def _dialect(names: Names, folder: Folder, part: str | None, config: Mapping[str, Any]) -> Dialect:
+    dialect = next((row for row in DIALECTS if row.recognised(names, folder)), None)
     if dialect is None:
         keys = list(folder.tensors)[:3]
         reason = f"its keys ({', '.join(keys) or 'none'}) are of no dialect that is known"
@@ -126,7 +143,7 @@ def read(model: nn.Module, folder: Folder, part: str | None, config: Mapping[str
         what = f"part={part!r}" if part else f"config={dict(config)!r}"
         refuse(str(folder.path), f"{what}, and the files say themselves what they are", "leave it out")
     check_types({**config, "peft_type": PEFT}, "config")
-    return dialect.read(model, folder, part, config)
+    return dialect
 
 
 def written(name: str, model: nn.Module, files: Files, part: str | None) -> Single:

@@ -21,7 +21,8 @@ import torch
 
 from lora_fx.export.adapters.entries import Entry, Single, in_pefts_words, of_a_part
 from lora_fx.export.adapters.folder import PEFT, Folder, check_types
-from lora_fx.export.adapters.peft import PREFIX, Layer, Modules
+from lora_fx.export.adapters.names import Names
+from lora_fx.export.adapters.peft import PREFIX, Layer
 from lora_fx.export.adapters.spelling import nearest
 from lora_fx.export.adapters.values import OWN_FORMAT
 from lora_fx.reading import boundary, refuse
@@ -49,18 +50,18 @@ _WHY_NOT = {
 # ── kohya ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def is_kohya(modules: Modules, folder: Folder) -> bool:
+def is_kohya(names: Names, folder: Folder) -> bool:
     return not folder.config and any(key.startswith(tuple(KOHYA)) for key in folder.tensors)
 
 
-def from_kohya(modules: Modules, folder: Folder, part: str | None, config: Mapping[str, Any]) -> Folder:
+def from_kohya(names: Names, folder: Folder, part: str | None, config: Mapping[str, Any]) -> Folder:
     split = {key: next((start for start in KOHYA if key.startswith(start)), "") for key in folder.tensors}
     for key, start in split.items():
         if not start:
             refuse(folder.tensor(key), f"it begins with none of {', '.join(KOHYA)}", "load it with what wrote it")
-    part, root = of_a_part(modules, folder, [KOHYA[start] for start in split.values()], part)
+    part, root = of_a_part(names, folder, [KOHYA[start] for start in split.values()], part)
     by_name: dict[str, list[str]] = {}
-    for path in modules.by_path:
+    for path in names.by_path:
         if path.startswith(root) and path:
             by_name.setdefault(path.removeprefix(root).replace(".", "_"), []).append(path)
     entries = []
@@ -72,13 +73,13 @@ def from_kohya(modules: Modules, folder: Folder, part: str | None, config: Mappi
             why = next((why for word, why in _WHY_NOT.items() if word in what), f"{what!r}, which kohya's LoRA has not")
             refuse(folder.tensor(key), f"it is {why}", "load it with what wrote it")
         if name not in by_name:
-            reason = f"{name!r} is no module of this {type(modules.model).__name__}"
+            reason = f"{name!r} is no module of {names.base}"
             refuse(folder.tensor(key), reason, f"pass the model it was made for; near: {nearest(name, [*by_name])}")
         if len(by_name[name]) > 1:
             reason = f"{name!r} may be {' or '.join(by_name[name])}: they differ in _ and ."
             refuse(folder.tensor(key), reason, "rename one of the modules")
         entries.append(Entry(by_name[name][0], _FACTORS[what], key))
-    return in_pefts_words(modules, folder, entries, alpha="rank", config=config)
+    return in_pefts_words(names, folder, entries, alpha="rank", config=config)
 
 
 def to_kohya(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], layers: Layers, part: str) -> Single:
@@ -117,7 +118,7 @@ _MEANS = {"down": "A", "up": "B", "lora_magnitude_vector": "m", "bias": "b"}
 _PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-def is_diffusers(modules: Modules, folder: Folder) -> bool:
+def is_diffusers(names: Names, folder: Folder) -> bool:
     """It says so, or all of it is for the parts of a pipeline, whose names the model does not have itself."""
     if folder.config or not folder.tensors:
         return False
@@ -129,13 +130,13 @@ def is_diffusers(modules: Modules, folder: Folder) -> bool:
         METADATA in folder.said
         or folder.file.startswith("pytorch_lora_weights")
         or old
-        or any(part not in modules.by_path for part in parts)
+        or any(part not in names.by_path for part in parts)
     )
 
 
-def from_diffusers(modules: Modules, folder: Folder, part: str | None, config: Mapping[str, Any]) -> Folder:
+def from_diffusers(names: Names, folder: Folder, part: str | None, config: Mapping[str, Any]) -> Folder:
     split = {key: key.partition(".")[0] for key in folder.tensors}
-    part, root = of_a_part(modules, folder, split.values(), part)
+    part, root = of_a_part(names, folder, split.values(), part)
     entries = []
     for key, own in split.items():
         if own != part:
@@ -145,21 +146,21 @@ def from_diffusers(modules: Modules, folder: Folder, part: str | None, config: M
             refuse(folder.tensor(key), "it is none of diffusers' words for LoRA", "load it with what wrote it")
         match, site = found
         path = root + match.expand(site)
-        if path not in modules.by_path or f"{path}.0" in modules.by_path:
+        if path not in names.by_path or f"{path}.0" in names.by_path:
             before, _, last = path.rpartition(".")
             others = (
                 f"{path}.0",
                 f"{before}.{_PROJECTIONS.get(last, last)}",
             )  # a list with a dropout; a text encoder's
-            path = next((other for other in others if other in modules.by_path), path)
-        if path not in modules.by_path:
-            reason = f"{path.removeprefix(root)!r} is no module of this {type(modules.model).__name__}"
-            near = nearest(path, [p for p in modules.by_path if p.startswith(root)])
+            path = next((other for other in others if other in names.by_path), path)
+        if path not in names.by_path:
+            reason = f"{path.removeprefix(root)!r} is no module of {names.base}"
+            near = nearest(path, [p for p in names.by_path if p.startswith(root)])
             refuse(folder.tensor(key), reason, f"pass the model it was made for; near: {near}")
         word = match[match.lastindex or 1]
         entries.append(Entry(path, _MEANS.get(word, word), key))
     config = {**_metadata(folder, part), **config}
-    return in_pefts_words(modules, folder, entries, alpha="rank", config=config, root=root)
+    return in_pefts_words(names, folder, entries, alpha="rank", config=config, root=root)
 
 
 def _metadata(folder: Folder, part: str) -> dict[str, Any]:

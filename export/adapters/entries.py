@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from lora_fx.export.adapters.folder import PEFT, Folder
-from lora_fx.export.adapters.peft import PREFIX, Modules, known_kind
+from lora_fx.export.adapters.names import Names
+from lora_fx.export.adapters.peft import PREFIX
 from lora_fx.reading import refuse
+
+SAY_ALPHA = 'say it: config={"lora_alpha": …} of load_adapter and fold_checkpoint, --alpha of lora-fx fold'
 
 Single = tuple[dict[str, torch.Tensor], dict[str, str]]
 """The tensors of one file, and what its header says."""
@@ -29,7 +32,7 @@ class Entry:
     key: str
 
 
-def of_a_part(modules: Modules, folder: Folder, parts: Iterable[str], wanted: str | None) -> tuple[str, str]:
+def of_a_part(names: Names, folder: Folder, parts: Iterable[str], wanted: str | None) -> tuple[str, str]:
     """Which part of a pipeline the model is, and what the names of its modules begin with in it.
 
     Args:
@@ -43,11 +46,11 @@ def of_a_part(modules: Modules, folder: Folder, parts: Iterable[str], wanted: st
     part = known[0] if wanted is None else wanted
     if part not in known:
         refuse(str(folder.path), f"it has nothing for the part {part!r}", f"it is for {', '.join(known)}")
-    return part, f"{part}." if part in modules.by_path else ""
+    return part, f"{part}." if part in names.by_path else ""
 
 
 def in_pefts_words(
-    modules: Modules,
+    names: Names,
     folder: Folder,
     entries: Sequence[Entry],
     alpha: Any,
@@ -75,7 +78,7 @@ def in_pefts_words(
         for missing in sorted({"A", "B"} - keys.keys()):
             there = next(iter(keys.values()))
             refuse(folder.tensor(there), f"its factor {missing} is missing", "restore the file")
-        table = known_kind(modules.by_path[path], "weight") == "embedding"
+        table = names.is_table(path) or any(".lora_embedding_" in key for key in keys.values())
         words = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector", "b": "lora_B.bias"}
         words |= {"A": "lora_embedding_A", "B": "lora_embedding_B"} if table else {}
         for factor, key in keys.items():
@@ -109,7 +112,7 @@ def _alpha(folder: Folder, keys: Mapping[str, str], alpha: Any, rank: int, confi
         return float(config["lora_alpha"])
     if alpha is None:
         reason = "the file does not say its alpha, and without one there is no scale"
-        refuse(folder.tensor(keys["A"]), reason, 'say it: load_adapter(..., config={"lora_alpha": …})')
+        refuse(folder.tensor(keys["A"]), reason, SAY_ALPHA)
     return rank if alpha == "rank" else float(alpha)
 
 

@@ -55,6 +55,16 @@ class Folder:
     spelled: Mapping[str, str] = field(default_factory=dict)
     """Key → what the file calls it, where that is another."""
 
+    @property
+    def home(self) -> Path:
+        """Where its files lie."""
+        return self.path.parent if self.path.is_file() else self.path
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Their names: of its tensors, and of its config, where it has one."""
+        return (self.file,) if self.path.is_file() else (CONFIG, self.file)
+
     def option(self, key: str) -> str:
         """The place of an option of the config, for errors."""
         return f"{self.path if self.path.is_file() else self.path / CONFIG}, {key}"

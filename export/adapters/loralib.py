@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from lora_fx.deltas.kinds import kind_named
-from lora_fx.export.adapters.entries import Entry, in_pefts_words
+from lora_fx.export.adapters.entries import SAY_ALPHA, Entry, in_pefts_words
 from lora_fx.export.adapters.folder import Folder
+from lora_fx.export.adapters.names import Names
 from lora_fx.export.adapters.peft import PREFIX, Modules
 from lora_fx.export.adapters.peft_files import read_lora
 from lora_fx.export.adapters.spelling import nearest, respelled
@@ -25,40 +26,66 @@ _ENDS = {".lora_A": "A", ".lora_B": "B"}
 _ENABLE = "enable_lora"
 
 
-def is_loralib(modules: Modules, folder: Folder) -> bool:
+def is_loralib(names: Names, folder: Folder) -> bool:
     return not folder.config and any(key.endswith(tuple(_ENDS)) for key in folder.tensors)
 
 
 def read(model: nn.Module, folder: Folder, part: str | None, config: Mapping[str, Any]) -> list[Saved]:
     """The adapters of a state dict, with what the caller says of it."""
     modules = Modules(model)
-    folder = respelled(modules, folder)
-    pairs: dict[str, dict[str, str]] = {}
+    folder, pairs, rest = _pairs(modules, folder, config)
+    plain, grouped = dict[str, dict[str, str]](), list[Saved]()
+    for path, keys in pairs.items():
+        own = _grouped(modules, folder, path, keys, config)
+        grouped += own
+        plain |= {} if own else {path: keys}
+    return [*read_lora(model, _words(modules, folder, plain, rest, config), needed=not grouped), *grouped]
+
+
+def from_loralib(names: Names, folder: Folder, part: str | None, config: Mapping[str, Any]) -> Folder:
+    """The same in PEFT's words, where no model is at hand; PEFT has none for groups of outputs."""
+    folder, pairs, rest = _pairs(names, folder, config)
+    for keys in pairs.values():
+        A, B = (folder.tensors[keys[factor]] if factor in keys else None for factor in "AB")
+        if A is not None and B is not None and A.ndim == B.ndim == 2 and A.shape[0] != B.shape[1]:
+            reason = f"A is {tuple(A.shape)} and B {tuple(B.shape)}: those of a MergedLinear, or of none"
+            refuse(folder.tensor(keys["A"]), reason, "load it into its model: lora_fx.load_adapter")
+    return _words(names, folder, pairs, rest, config)
+
+
+_Pairs = dict[str, dict[str, str]]
+"""Path → factor → its key."""
+
+
+def _pairs(names: Names, folder: Folder, config: Mapping[str, Any]) -> tuple[Folder, _Pairs, dict[str, torch.Tensor]]:
+    """With keys as PEFT spells them; and whatever is no factor."""
+    folder, pairs = respelled(names, folder), _Pairs()
     rest: dict[str, torch.Tensor] = {}
     for key, tensor in folder.tensors.items():
         end = next((end for end in _ENDS if key.endswith(end)), "")
         path = key.removeprefix(PREFIX).removesuffix(end)
         if not end:
             rest[key] = tensor
-        elif path not in modules.by_path:
-            reason = f"{path!r} is no module of this {type(model).__name__}"
-            near = nearest(path, list(modules.by_path))
+        elif path not in names.by_path:
+            reason = f"{path!r} is no module of {names.base}"
+            near = nearest(path, list(names.by_path))
             refuse(folder.tensor(key), reason, f"pass the model it was made for; near: {near}")
         else:
             pairs.setdefault(path, {})[_ENDS[end]] = key
     if "lora_alpha" not in config:
         place = folder.tensor(next(key for keys in pairs.values() for key in keys.values()))
         reason = "loralib's files do not say their alpha, and without one there is no scale"
-        refuse(place, reason, 'say it: load_adapter(..., config={"lora_alpha": …})')
-    plain, grouped = [], []
-    for path, keys in pairs.items():
-        own = _grouped(modules, folder, path, keys, config)
-        grouped += own
-        plain += [] if own else [Entry(path, factor, key) for factor, key in keys.items()]
+        refuse(place, reason, SAY_ALPHA)
+    return folder, pairs, rest
+
+
+def _words(
+    names: Names, folder: Folder, pairs: _Pairs, rest: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> Folder:
+    entries = [Entry(path, factor, key) for path, keys in pairs.items() for factor, key in keys.items()]
     said = {"bias": "all" if any(key.endswith(".bias") for key in rest) else "none", **config}
     said.pop(_ENABLE, None)
-    whole = in_pefts_words(modules, folder, plain, alpha=None, config=said, rest=rest)
-    return [*read_lora(model, whole, needed=not grouped), *grouped]
+    return in_pefts_words(names, folder, entries, alpha=None, config=said, rest=rest)
 
 
 def _grouped(

@@ -228,6 +228,13 @@ class Modules:
         named = [(path, module) for module, paths in self.modules.items() for path in paths]
         self.by_path = {plain_path(path): module for path, module in named}  # what a wrapper holds comes after it
 
+    @property
+    def base(self) -> str:
+        return f"this {type(self.model).__name__}"
+
+    def is_table(self, path: str) -> bool:
+        return known_kind(self.by_path[path], "weight") == "embedding"
+
     def parent(self, path: str) -> nn.Module:
         return self.by_path[path.rpartition(".")[0]]
 

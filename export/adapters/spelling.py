@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 
 from lora_fx.export.adapters.folder import Folder
-from lora_fx.export.adapters.peft import PREFIX, Modules
+from lora_fx.export.adapters.names import Names
+from lora_fx.export.adapters.peft import PREFIX
 from lora_fx.model.inventory import plain_path
 from lora_fx.reading import refuse
 
@@ -31,13 +32,13 @@ _NAMED = (
 )
 
 
-def respelled(modules: Modules, folder: Folder) -> Folder:
+def respelled(there: Names, folder: Folder) -> Folder:
     """The folder with the keys that PEFT writes."""
     names = set[str]()
     tensors: dict[str, torch.Tensor] = {}
     spelled: dict[str, str] = {}
     for key, tensor in folder.tensors.items():
-        own = _in_place(modules, key, names)
+        own = _in_place(there, key, names)
         if own in tensors and not (_is_copy(key, spelled[own]) and torch.equal(tensors[own], tensor)):
             reason = f"it and {folder.spelled.get(spelled[own], spelled[own])} are two entries for one weight"
             refuse(folder.tensor(key), reason, "leave one of them out of the file")
@@ -55,10 +56,10 @@ def nearest(key: str, known: list[str]) -> str:
     return ", ".join(near) or "none"
 
 
-def _in_place(modules: Modules, key: str, names: set[str]) -> str:
+def _in_place(there: Names, key: str, names: set[str]) -> str:
     """PEFT's key for this one; itself where nothing that it may name is there."""
     plain = plain_path(key)
-    own = next((c for c in _candidates(plain) if _is_there(modules, c)), None)
+    own = next((c for c in _candidates(plain) if _is_there(there, c)), None)
     if own is None:
         return key
     for pattern in _NAMED:
@@ -69,7 +70,7 @@ def _in_place(modules: Modules, key: str, names: set[str]) -> str:
     before, _, after = own.partition(".modules_to_save.")
     if after:
         name, _, rest = after.partition(".")
-        named = f"{before}.{after}".rpartition(".")[0] not in modules.by_path
+        named = f"{before}.{after}".rpartition(".")[0] not in there.by_path
         own = f"{before}.{rest if named else after}"
         names |= {name} if named else set()
     return PREFIX + own
@@ -84,12 +85,12 @@ def _candidates(key: str) -> Iterator[str]:
         yield key
 
 
-def _is_there(modules: Modules, key: str) -> bool:
+def _is_there(there: Names, key: str) -> bool:
     path = _SITE.split(key)[0] if _SITE.search(key) else key.rpartition(".")[0]
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     path = path.replace(".base_layer.", ".").replace(".original_module", "")
-    return bool(path) and path in modules.by_path
+    return bool(path) and path in there.by_path
 
 
 def _is_copy(*keys: str) -> bool:

@@ -4,6 +4,7 @@
     <path>.lora_embedding_A, <path>.lora_embedding_B              →   <path>.weight, an embedding
     <path>.lora_A.weight of a name in `target_parameters`         →   that parameter, 2-D or of experts
     <path>.<name> under `modules_to_save`, biases under `bias`    →   the tensor of that name: kind `full`
+    other dialects' keys (`lora_fx.export.adapters.dialects`)     →   PEFT's, by the names that the checkpoint has
     our own format                                                →   the names, axes and kinds of its header
 
 There is no model here, and so no graph. What only a graph can tell (whether another use reads an embedding, how a
@@ -16,7 +17,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import KindError, few
+from lora_fx.export.adapters import dialects
 from lora_fx.export.adapters import peft as peft_format
-from lora_fx.export.adapters.folder import ADALORA, CONFIG, OWN, TENSORS, Folder, read_folder
+from lora_fx.export.adapters.folder import ADALORA, CONFIG, OWN, Folder, read_folder
 from lora_fx.export.adapters.peft import ITS_BASE, Layer
+from lora_fx.export.adapters.spelling import respelled
 from lora_fx.export.checkpoints.checkpoint import FLOATS, Checkpoint, Stored
 from lora_fx.export.checkpoints.orientation import Orientation
 from lora_fx.graph.layout import Layout
@@ -49,21 +52,42 @@ class Share:
     """δ is multiplied with it."""
 
 
-def adapter_folder(path: Path) -> Folder:
-    """PEFT's folder or ours: a config, and safetensors beside it.
+@dataclass(frozen=True)
+class Given:
+    """An adapter that is to be folded, and what is said of it besides."""
 
-    Raises:
-        FileError: it is none, or another dialect's, which takes the model's modules to be read.
-    """
-    folder = read_folder(path)
-    if not ((folder.path / CONFIG).is_file() and (folder.path / TENSORS).is_file()):
-        reason = f"it has no {CONFIG} with {TENSORS} beside it, without which nothing says which tensor is meant"
-        refuse(str(folder.path), reason, f"{_IN_THE_MODEL}; or save_adapter from there, and fold that")
-    return folder
+    path: Path
+    strength: float = 1.0
+    part: str | None = None
+    """Of a pipeline, where its file is for several models."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Options of PEFT's that its file does not say."""
+
+    @staticmethod
+    def kept(folder: Path, said: Mapping[str, Any]) -> Given:
+        """What a fold has kept in a folder."""
+        path = folder if CONFIG in said["sha256"] else folder / next(iter(said["sha256"]))
+        return Given(path, said["strength"], said.get("part"), said.get("config", {}))
 
 
-def read_shares(path: Path, checkpoint: Checkpoint, strength: float, name: str) -> list[Share]:
-    """The entries of an adapter's folder, each with the tensor that it means.
+class _Stored:
+    """The modules that a checkpoint tells of by the names of its tensors."""
+
+    base = "this checkpoint"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.by_path: dict[str, None] = {}
+        for name in (*checkpoint.tensors, *checkpoint.aliases):
+            while name := name.rpartition(".")[0]:
+                self.by_path[name] = None
+
+    def is_table(self, path: str) -> bool:
+        """It is not known: a table's factors are those of a matrix that lies (in, out), which their shapes tell."""
+        return False
+
+
+def read_shares(given: Given, checkpoint: Checkpoint, name: str) -> list[Share]:
+    """The entries of an adapter, each with the tensor that it means.
 
     Args:
         name: what the adapter is called, where its file does not say.
@@ -71,12 +95,14 @@ def read_shares(path: Path, checkpoint: Checkpoint, strength: float, name: str) 
     Raises:
         FileError: it cannot be read, is for another base, fits nowhere, or says too little without the model.
     """
-    folder = adapter_folder(path)
+    folder = read_folder(given.path)
     with boundary("it cannot be put onto this checkpoint", str(folder.path), ITS_BASE):
+        there = _Stored(checkpoint)
+        folder = dialects.in_words_of_pefts(there, folder, given.part, given.config)
         if folder.config["peft_type"] == OWN:
             found = [*_own(folder, checkpoint, name)]
         else:
-            found = [*_peft(folder, checkpoint, name)]
+            found = [*_peft(respelled(there, folder), checkpoint, name)]
     if not found:
         refuse(str(folder.path), "it adapts nothing", "pass the folder of an adapter")
     names = [share.tensor for share in found]
@@ -89,7 +115,7 @@ def read_shares(path: Path, checkpoint: Checkpoint, strength: float, name: str) 
             stored = checkpoint.tensors[share.tensor]
             reason = f"it is stored as {stored.dtype}, and a fold adds to {', '.join(FLOATS)}"
             refuse(checkpoint.at(share.tensor), reason, "fold into the checkpoint it was quantised from, then quantise")
-    return [replace(share, strength=strength) for share in found]
+    return [replace(share, strength=given.strength) for share in found]
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from lora_fx.errors import FoldError, few
-from lora_fx.export.adapters.folder import CONFIG, TENSORS
+from lora_fx.export.adapters.folder import read_folder
 from lora_fx.export.checkpoints.arithmetic import BLOCK, Arithmetic, Piece, pieces
 from lora_fx.export.checkpoints.checkpoint import MANIFEST, REMAINDER, Checkpoint, read_checkpoint
-from lora_fx.export.checkpoints.entries import Share, adapter_folder, read_shares
+from lora_fx.export.checkpoints.entries import Given, Share, read_shares
 from lora_fx.export.checkpoints.manifest import File, Manifest, read_manifest
 from lora_fx.export.checkpoints.streams import Prefix, Rewriting, Segment, copies, digest
 from lora_fx.export.checkpoints.work import Work
@@ -54,6 +54,8 @@ def fold_checkpoint(
     out: str | os.PathLike[str],
     *,
     keep: bool = False,
+    part: str | None = None,
+    config: Mapping[str, Any] | None = None,
     leave_out: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Folded:
@@ -66,11 +68,13 @@ def fold_checkpoint(
 
     Args:
         base: a folder of safetensors shards, with its index or without; or one safetensors file.
-        adapters: the folder of an adapter, in PEFT's format or lora_fx's; several; or folder → strength, with which δ
-            is multiplied.
+        adapters: an adapter in any dialect that `load_adapter` reads, its folder or its file; several; or path →
+            strength, with which δ is multiplied.
         out: the folder to write; not there, or empty.
         keep: also write what rounding took away, some tenths of a byte for each element that is folded, and the
             adapters: then `unfold_checkpoint` gives the base back to the bit.
+        part: of files for several models of a pipeline, which one the base is: ``"unet"``, ``"text_encoder"``.
+        config: options of PEFT's that the files do not say, as ``{"lora_alpha": 16}`` of one file.
         leave_out: patterns of files of `base` that are no part of it.
         progress: is called with the bytes that are done, and those that there are.
 
@@ -80,12 +84,12 @@ def fold_checkpoint(
         FoldError: a number is not finite, or does not fit into the dtype.
     """
     checkpoint = read_checkpoint(base, leave_out)
-    given = _strengths(adapters)
+    given = [Given(path, strength, part, config or {}) for path, strength in _strengths(adapters)]
     shares: dict[str, list[Share]] = {}
-    for k, (path, strength) in enumerate(given):
-        for share in read_shares(path, checkpoint, strength, f"adapter {k + 1}" if len(given) > 1 else "default"):
+    for k, one in enumerate(given):
+        for share in read_shares(one, checkpoint, f"adapter {k + 1}" if len(given) > 1 else "default"):
             shares.setdefault(share.tensor, []).append(share)
-    said = [_said(path, strength) for path, strength in given]
+    said = list(map(_said, given))
     size = checkpoint.bytes + (sum(checkpoint.tensors[name].elements for name in shares) if keep else 0)
     task = {
         "verb": "fold", "version": 1, "block": BLOCK, "keep": keep, "adapters": said,
@@ -95,9 +99,9 @@ def fold_checkpoint(
         files, beside = _folded(work, checkpoint, shares, keep, _counter(checkpoint.bytes, progress))
         extra: dict[str, bytes] = {}
         if keep:
-            for k, (path, _) in enumerate(given):
-                folder = adapter_folder(path).path
-                extra |= {f"{REMAINDER}/adapter_{k}/{n}": (folder / n).read_bytes() for n in (CONFIG, TENSORS)}
+            for k, (one, own) in enumerate(zip(given, said, strict=True)):
+                home = read_folder(one.path).home
+                extra |= {f"{REMAINDER}/adapter_{k}/{name}": (home / name).read_bytes() for name in own["sha256"]}
         manifest = Manifest(checkpoint.place.resolve().name, said, files, beside, sorted(shares), keep)
         work.publish({**extra, MANIFEST: manifest.to_json()})
     return Folded(Path(out), tuple(sorted(shares)), checkpoint.bytes, sum(file.bytes for file in beside.values()))
@@ -112,17 +116,19 @@ def _strengths(adapters: Adapters) -> list[tuple[Path, float]]:
     else:
         pairs = [(Path(path), 1.0) for path in adapters]
     if not pairs:
-        refuse("adapters", "there is none", "pass the folder of an adapter")
+        refuse("adapters", "there is none", "pass the folder or the file of an adapter")
     for path, strength in pairs:
         if not abs(strength) < float("inf"):
             refuse(str(path), f"its strength is {strength}", "give it a finite number")
     return pairs
 
 
-def _said(path: Path, strength: float) -> dict[str, Any]:
-    folder = adapter_folder(path).path
-    digests = {name: digest(folder / name) for name in (CONFIG, TENSORS)}
-    return {"name": path.resolve().name, "strength": strength, "sha256": digests}
+def _said(given: Given) -> dict[str, Any]:
+    """For the manifest."""
+    folder = read_folder(given.path)
+    digests = {name: digest(folder.home / name) for name in folder.files}
+    besides = {key: value for key, value in (("part", given.part), ("config", dict(given.config))) if value}
+    return {"name": given.path.resolve().name, "strength": given.strength, "sha256": digests, **besides}
 
 
 def _folded(
@@ -203,7 +209,7 @@ def unfold_checkpoint(
         path = place / REMAINDER / f"adapter_{k}"
         _check(path, said["sha256"])
         name = f"adapter {k + 1}" if len(manifest.adapters) > 1 else "default"
-        for share in read_shares(path, checkpoint, said["strength"], name):
+        for share in read_shares(Given.kept(path, said), checkpoint, name):
             shares.setdefault(share.tensor, []).append(share)
     for name, file in manifest.beside.items():
         if digest(place / name) != file.sha256:

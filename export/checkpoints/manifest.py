@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import FileError, few
+from lora_fx.export.adapters.folder import read_folder
 from lora_fx.export.checkpoints.checkpoint import MANIFEST, REMAINDER
-from lora_fx.export.checkpoints.entries import adapter_folder
 from lora_fx.export.checkpoints.streams import digest
 from lora_fx.reading import TABLE, boundary, contents, to_json
 
@@ -40,7 +40,7 @@ class Manifest:
     base: str
     """The name of the base's folder."""
     adapters: Sequence[Mapping[str, Any]]
-    """name, strength and sha256 of each file of each."""
+    """name, strength and sha256 of each file of each; part and config, where they were said."""
     files: Mapping[str, File]
     beside: Mapping[str, File]
     """The ways back."""
@@ -78,11 +78,20 @@ def read_manifest(folder: Path) -> Manifest:
         for name in (*files, *beside):
             assert not Path(name).is_absolute() and ".." not in Path(name).parts, f"{name!r} leaves the folder"
         adapters: list[dict[str, Any]] = [
-            {"name": str(a["name"]), "strength": float(a["strength"]), "sha256": dict(a["sha256"])}
+            {**_besides(a), "name": str(a["name"]), "strength": float(a["strength"]), "sha256": dict(a["sha256"])}
             for a in said["adapters"]
         ]
         assert all(Path(n).name == n for a in adapters for n in a["sha256"]), "an adapter's file leaves its folder"
+        assert all(a["sha256"] for a in adapters), "an adapter has no file"
         return Manifest(str(said["base"]), adapters, files, beside, [*map(str, said["tensors"])], bool(said["kept"]))
+
+
+def _besides(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said of an adapter that its files do not say."""
+    kinds = {"part": str, "config": dict}
+    found = {key: adapter[key] for key in kinds if key in adapter}
+    assert all(isinstance(value, kinds[key]) for key, value in found.items()), f"{found} is not of an adapter"
+    return found
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ def verify_checkpoint(
         at = Path(base)
         at = at.parent if at.is_file() else at
         wanted |= {at / name: file.base for name, file in manifest.files.items()}
-    folders = [adapter_folder(Path(path)).path for path in adapters]
+    folders = [read_folder(Path(path)).home for path in adapters]
     if folders and len(folders) != len(manifest.adapters):
         reason = f"{len(manifest.adapters)} adapters were folded, and {len(folders)} are given"
         raise FileError(reason, place=str(place), remedy="give each of them, in their order")

@@ -27,6 +27,7 @@ from lora_fx.reading import refuse
 
 _DEPTH = 2  # blocks that are read ahead, and as many that wait to be written
 _MOST = 8  # blocks that are changed at a time: each takes memory
+_PART = 2**20  # bytes of one call of the system: they are still in the cache when they are hashed
 _AGAIN = "restore it, or remove what was begun to begin anew"
 _EMPTY = hashlib.sha256().hexdigest()
 
@@ -169,24 +170,21 @@ class _Files:
             buffer = torch.empty(max(size, BLOCK), dtype=torch.uint8)
         data, got = buffer.numpy().data[:size], 0
         while got < size:
-            more = self.source.readinto(data[got:])
+            more = self.source.readinto(data[got : got + _PART])
             if not more:
                 refuse(str(self.of.source), f"it ends at byte {segment.start + got:,}", "restore the file")
+            self.read_digest.update(data[got : got + more])
             got += more
-        self.read_digest.update(data)
         return buffer, self.read_digest.hexdigest()
 
     def write(self, changed: _Changed) -> Prefix:
         segment, buffer, more = changed.segment, changed.buffer, changed.more
         data = buffer.numpy().data[: segment.stop - segment.start]
-        _write(self.target, data)
-        if not self.of.copied:
-            self.digest.update(data)
+        _write(self.target, data, None if self.of.copied else self.digest)
         if more is not None:
             assert self.beside is not None
             record = len(more).to_bytes(8, "little") + more
-            _write(self.beside, memoryview(record))
-            self.beside_digest.update(record)
+            _write(self.beside, memoryview(record), self.beside_digest)
             self.beside_at += len(record)
         if len(buffer) == BLOCK:
             self.buffers.append(buffer)
@@ -198,9 +196,13 @@ def _opened(path: Path) -> Any:
     return open(path, "r+b" if path.exists() else "x+b", buffering=0)
 
 
-def _write(file: Any, data: memoryview) -> None:
+def _write(file: Any, data: memoryview, digest: Any | None) -> None:
+    """Into the file, and into the digest of what it holds."""
     while data:
-        data = data[file.write(data) :]
+        part = data[: file.write(data[:_PART])]
+        if digest is not None:
+            digest.update(part)
+        data = data[len(part) :]
 
 
 def _overlapped(files: _Files, segments: Iterable[Segment]) -> Iterator[Prefix]:

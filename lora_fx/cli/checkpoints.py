@@ -24,16 +24,26 @@ _out = click.option("-o", "--out", type=_PLACE, required=True, metavar="FOLDER",
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=STRENGTH]...")
 @_out
 @click.option("--keep", is_flag=True, help="Also write the way back, for `lora-fx unfold`.")
+@click.option("--part", help="Of a file for a whole pipeline, the model that BASE is: unet, text_encoder, ….")
+@click.option("--alpha", type=float, help="Of files that do not say their alpha.")
 @_leave_out
 @as_json
 def fold(
-    base: Path, adapters: tuple[str, ...], out: Path, keep: bool, leave_out: tuple[str, ...], as_json: bool
+    base: Path,
+    adapters: tuple[str, ...],
+    out: Path,
+    keep: bool,
+    part: str | None,
+    alpha: float | None,
+    leave_out: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Fold adapters into a checkpoint on disk: W ← round(W + Σ strength·δ), tensor by tensor, without the model.
 
-    BASE is a folder of safetensors shards, or one file; each ADAPTER a folder of PEFT's or lora_fx's. Shards, index,
-    dtypes and all other files stay as they are, and lora_fx_fold.json has the hashes. What was interrupted goes on
-    where it was when the same command is given again.
+    BASE is a folder of safetensors shards, or one file; each ADAPTER a folder of PEFT's or lora_fx's, or one file in
+    any dialect that load_adapter reads: kohya's, diffusers', loralib's. Shards, index, dtypes and all other files stay
+    as they are, and lora_fx_fold.json has the hashes. What was interrupted goes on where it was when the same command
+    is given again.
 
     \b
     Example:
@@ -41,8 +51,9 @@ def fold(
     """
     from lora_fx import fold_checkpoint
 
+    config, each = None if alpha is None else {"lora_alpha": alpha}, dict(map(_strength, adapters))
     with progress("fold") as tell:
-        done = fold_checkpoint(base, dict(map(_strength, adapters)), out, keep=keep, leave_out=leave_out, progress=tell)
+        done = fold_checkpoint(base, each, out, keep=keep, part=part, config=config, leave_out=leave_out, progress=tell)
     said = {"folder": str(out), "bytes": done.bytes, "kept_bytes": done.kept_bytes, "tensors": list(done.tensors)}
     show(done, said, as_json)
 

@@ -25,6 +25,12 @@ ROWS = (
         tests=(f"{CHECKPOINTS}::test_experts_are_matrices_of_their_own",),
     ),
     Mutant(
+        "said_besides_is_not_kept", "checkpoints", "export/checkpoints/entries.py",
+        'said.get("config", {})', "{}",
+        "The alpha that was said of a file without one is gone when the checkpoint is unfolded.",
+        tests=(f"{CHECKPOINTS}::test_another_dialect_is_the_same_adapter",),
+    ),
+    Mutant(
         "what_was_written_is_trusted", "checkpoints", "export/checkpoints/streams.py",
         "if found != (was.target, was.beside_digest):", "if False:",
         "A file that a kill has left is gone on with, whatever is in it.",
