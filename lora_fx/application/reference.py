@@ -37,7 +37,7 @@ class Reference(nn.Module):
     def forward(self, *arguments: Any, **named: Any) -> Any:
         return self.__dict__["_adapted"](*arguments, **named)
 
-    def state_dict(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+    def state_dict(self, *arguments: Any, **named: Any) -> dict[str, Any]:  # type: ignore[override]
         """The base's, which whoever keeps something beside it knows it by; the tensors are the model's own."""
         model = self.__dict__["_adapted"]
         state = model.state_dict(*arguments, **named)

@@ -133,7 +133,7 @@ ROWS = (
     ),
     Mutant(
         "what_trains_not_written", "files", "export/adapters/files.py",
-        "held += _trained(model, name) if beside == SAVE else []", "held += []",
+        "held += trained_of(model, name) if beside == SAVE else []", "held += []",
         "A head that has requires_grad is left out of the file without a word.",
         tests=("tests/test_peft_beside.py",),
     ),
@@ -302,30 +302,6 @@ ROWS = (
         'if header is None or not header.get("others"):', "if True:",
         "Of several adapters in a checkpoint one comes back.",
         tests=(f"{PRETRAINED}::test_several_adapters_come_back_with_those_that_acted",),
-    ),
-    Mutant(
-        "all_act_again", "files", "lora_fx/application/pretrained.py",
-        "if acting and acting[0] < names:", "if False:",
-        "Of several adapters that come back all act.",
-        tests=(f"{PRETRAINED}::test_several_adapters_come_back_with_those_that_acted",),
-    ),
-    Mutant(
-        "the_reference_is_the_policy", "files", "lora_fx/application/reference.py",
-        "with disabled(model):", "if True:",
-        "The reference of preference training is the adapted model.",
-        tests=(f"{PRETRAINED}::test_the_reference_is_the_base_to_the_bit_without_memory",),
-    ),
-    Mutant(
-        "the_reference_leaves_eval", "files", "lora_fx/application/reference.py",
-        "module.training = training", "module.training = False",
-        "After a call of the reference the policy is in eval mode.",
-        tests=(f"{PRETRAINED}::test_the_reference_is_the_base_to_the_bit_without_memory",),
-    ),
-    Mutant(
-        "trl_gets_the_head", "files", "lora_fx/model/marks.py",
-        'if caller.partition(".")[0] == "trl":', "if False:",
-        "TRL multiplies with the weight of an adapted head, without its branch.",
-        tests=(f"{PRETRAINED}::test_trl_is_refused_an_adapted_head",),
     ),
     Mutant(
         "baked_and_scaled", "files", "export/adapters/values.py",

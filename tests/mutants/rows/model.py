@@ -99,4 +99,10 @@ ROWS = (
         "`type(self).calls += 1` counts on a class that is gone with the adapter.",
         tests=("tests/test_dispatch.py::test_what_code_sets_on_type_self_lands_on_the_models_own_class",),
     ),
+    Mutant(
+        "trl_gets_the_head", "files", "lora_fx/model/marks.py",
+        'if caller.partition(".")[0] == "trl":', "if False:",
+        "TRL multiplies with the weight of an adapted head, without its branch.",
+        tests=("tests/test_pretrained.py::test_trl_is_refused_an_adapted_head",),
+    ),
 )  # fmt: skip
