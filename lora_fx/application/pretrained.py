@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lora_fx.export.adapters import pretrained  # noqa: F401  (models that are adapted save by it)
-from lora_fx.export.adapters.files import loading
+from lora_fx.export.adapters.files import about, loading
 from lora_fx.export.adapters.folder import CONFIG, by_name, read_folder
 from lora_fx.model.inventory import inventory
 from lora_fx.passes.activate import Activate
@@ -48,9 +48,9 @@ def from_pretrained(
     model = model_class.from_pretrained(base, **options)
     for own in found:
         Pipeline("load_adapter", loading(own, example_inputs, check=check))(model)
-    names = {*inventory(model).names}
-    if acting and acting[0] < names:
-        Pipeline("activate", (Activate(tuple(acting[0])), Rewrite()))(model)
+    wanted = acting[0] & {*inventory(model).names} if acting else None
+    if wanted is not None and wanted != {*about(model)["active"]}:
+        Pipeline("activate", (Activate(tuple(wanted)), Rewrite()))(model)
     return model
 
 

@@ -85,7 +85,7 @@ ROWS = (
     ),
     Mutant(
         "all_act_again", "files", "lora_fx/application/pretrained.py",
-        "if acting and acting[0] < names:", "if False:",
+        "if wanted is not None and wanted !=", "if False and wanted !=",
         "Of several adapters that come back all act.",
         tests=("tests/test_pretrained.py::test_several_adapters_come_back_with_those_that_acted",),
     ),
