@@ -10,7 +10,9 @@ from torch import fx, nn
 
 from lora_fx.changes import safe_point
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.model.classes import READER, Reader, Reads, give_class, give_forward, own_class, reads_of, unwire
+from lora_fx.errors import LoraFxError
+from lora_fx.model.behind import blocks_of, callers, is_wrapped
+from lora_fx.model.classes import READER, Reader, Reads, give_class, give_forward, own_class, reads_of, unwire, wrap
 from lora_fx.model.inventory import Inventory, inventory
 from lora_fx.model.marks import (
     give_back_conversions,
@@ -54,6 +56,7 @@ def _wire(model: nn.Module) -> list[nn.Module]:
     here = inventory(model)
     unwire(model, here)
     agree(here)
+    _refuse_lost_blocks(here)
     for adapter in here.adapters:
         adapter.inlined = False
     active = {module: own for module in here.modules if (own := here.of(module, active=True))}
@@ -76,8 +79,26 @@ def _wire(model: nn.Module) -> list[nn.Module]:
         give_forward(module, new.graph, new.baked, reads.get(module, ()))
         if new.relied is not None:
             keeper.keep(module, keys[module], new.relied)
+    for module in here.modules:
+        if is_wrapped(module):
+            wrap(module)
     keep_keys(here)
     return []
+
+
+def _refuse_lost_blocks(here: Inventory) -> None:
+    """Raise where an adapter acts behind a block that is not here: it would act on the others alone."""
+    for place in here.places:
+        adapter = place.adapter
+        if adapter.active and adapter.kind.behind is not None:
+            missing = set(adapter.tensors) - set(blocks_of(adapter, here.modules))
+            if missing or not any(adapter in callers(module) for module in here.modules):
+                raise LoraFxError(
+                    f"{len(missing)} of the {len(adapter.tensors)} blocks that it stands behind are no part of this "
+                    "model",
+                    place=f"adapter {adapter.name!r} of {place.weight}",
+                    remedy=f"pass the whole model; or lora_fx.remove(model, {adapter.name!r}), and apply again",
+                )
 
 
 def _by_dispatch(module: nn.Module, own: Mapping[str, Adapter]) -> Reads:
@@ -128,8 +149,9 @@ def _calls_rewritten(module: nn.Module, active: Active) -> bool:
 
 
 def _is_inlined(child: nn.Module, active: Active) -> bool:
-    """Hooks would be lost: a child with hooks stays a call, and is rewritten where it is."""
-    return _is_rewritten(child, active) and not child._forward_hooks and not child._forward_pre_hooks
+    """Hooks would be lost, and what is around it: such a child stays a call, and is rewritten where it is."""
+    hooked = child._forward_hooks or child._forward_pre_hooks or is_wrapped(child)
+    return _is_rewritten(child, active) and not hooked
 
 
 def keep_keys(here: Inventory) -> None:

@@ -28,6 +28,7 @@ from torch import nn
 from lora_fx.analysis.biases import Biases
 from lora_fx.changes import in_turn
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.rewrites import SEPARATOR
 from lora_fx.deltas.schedules import AUTO
 from lora_fx.export.adapters import dialects
 from lora_fx.export.adapters import peft as peft_format
@@ -40,8 +41,9 @@ from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.places import is_shard
 from lora_fx.graph.program import Program, Use, Weight, storage_key
+from lora_fx.model.behind import blocks_of
 from lora_fx.model.classes import unwired
-from lora_fx.model.inventory import Place, base_parameters, inventory, plain_path, weight_name
+from lora_fx.model.inventory import Inventory, Place, base_parameters, inventory, plain_path, weight_name
 from lora_fx.model.training import IGNORE, REFUSE, SAVE, trained_beside, why_not_alone
 from lora_fx.passes.base import Facts, Pass, Result, given
 from lora_fx.passes.insert import Check, Insert, Rewrite
@@ -114,7 +116,7 @@ def save_adapter(
             return
         if bake_scales and not peft:
             refuse("bake_scales", "it is for readers of PEFT's format", "leave it out, or peft=False")
-        held = [baked(h) for h in held] if bake_scales else held
+        held = [baked(h.plain()) for h in held] if bake_scales else held
         config, tensors, entries = as_peft(model, held, name, task_type, bake_scales) if peft else as_own(held)
         if peft:
             _say_ties(model, held)
@@ -147,7 +149,7 @@ def held_of(model: nn.Module, name: str, finite: bool = True) -> list[Held]:
     held = []
     for adapter, places in found.items():
         names = tuple(weight_name(plain_path(place.path), place.attribute) for place in places)
-        held.append(Held(adapter, names, places[0].part))
+        held.append(Held(adapter, names, places[0].part, _standing(adapter, here, names[0])))
         for label, factor in adapter.named_parameters() if finite else ():
             _refuse_numbers(f"{names[0]}, {label} of adapter {name!r}", factor)
     return held
@@ -164,6 +166,16 @@ def _say_ties(model: nn.Module, held: list[Held]) -> None:
             reason = f"{' = '.join(own)} is one weight, with an adapter on {', '.join(h.weights)}"
             remedy = "fold it with lora_fx.fold or lora-fx fold"
             warnings.warn(f"{reason}: PEFT reads the file, and its merge would be wrong; {remedy}", stacklevel=3)
+
+
+def _standing(adapter: Adapter, here: Inventory, place: str) -> dict[str, str]:
+    """The blocks that it stands behind, as this model calls them."""
+    if adapter.kind.behind is None:
+        return {}
+    blocks = blocks_of(adapter, here.modules)
+    if gone := [tensor for tensor in adapter.tensors if tensor not in blocks]:
+        refuse(place, f"the block that {gone[0]} stands behind is no part of this model", "pass the whole model")
+    return {"blocks": SEPARATOR.join(plain_path(here.modules[blocks[tensor]][0]) for tensor in adapter.tensors)}
 
 
 def _single(path: str | os.PathLike, dialect: str) -> Path:

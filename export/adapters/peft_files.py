@@ -54,6 +54,7 @@ def as_peft(
 ) -> Files:
     """PEFT's config and tensors. Adapters with one target share its rank and its scale; or all do, the largest."""
     modules = Modules(model)
+    held = [h.plain() for h in held]
     every, held = held, [h for h in held if h.adapter.kind.name not in beside.KINDS]
     _refuse_kinds(held, every)
     names = [weight for h in held for weight in h.weights]

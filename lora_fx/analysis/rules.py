@@ -31,6 +31,11 @@ from lora_fx.reading import boundary, contents
 
 INITS = ("kaiming", "gaussian", "zero")
 SCALINGS = ("standard", "rslora")
+#: of what PEFT calls an init, and what is a kind here
+_KINDS_BY_START = {
+    "pissa": "say kind='pissa'; for pissa_niter_4 also settings={'niter': 4}",
+    "olora": "say kind='olora'",
+}
 SETTINGS = ("rank", "alpha", "dropout", "init", "scaling", "schedule")
 REFUSE, SKIP = "refuse", "skip"
 
@@ -52,8 +57,8 @@ class Rule:
         adapt: which of the pattern's weights, several with ``|``; all by default.
         when: a predicate on the `Site`.
         kind: what an adapter is (see `lora_fx.deltas.kinds`): ``lora`` where there is a rank, ``dora``, ``adalora``,
-            ``bias``, ``full``, one that does not fold (``bottleneck``, ``compacter``, ``tokens``), or one that
-            `register_kind` knows. Each takes the settings below that it has.
+            ``pissa``, ``olora``, ``bias``, ``full``, one that does not fold (``bottleneck``, ``compacter``,
+            ``tokens``, ``prefix_layer``), or one that `register_kind` knows. Each takes the settings below that it has.
         rank: of the low-rank branch; without one, and without a kind, the rule excludes the sites.
         alpha: the scale is alpha / rank; alpha = rank by default.
         dropout: probability on the branch input, in training.
@@ -143,7 +148,8 @@ class Rule:
             value = getattr(self, key)
             if value not in words and not (key == "init" and callable(value)):
                 also = ", or a function (A, B) -> None" if key == "init" else ""
-                raise self._error(f"{key}={value!r} is unknown", f"one of {', '.join(words)}{also}")
+                remedy = _KINDS_BY_START.get(str(value).partition("_niter_")[0], f"one of {', '.join(words)}{also}")
+                raise self._error(f"{key}={value!r} is unknown", remedy)
 
     def _error(self, reason: str, remedy: str) -> RuleError:
         return RuleError(reason, place=self.label, remedy=remedy)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_fx.analysis.rules import read_rules
 from lora_fx.analysis.words import refuse_words
+from lora_fx.application.combination import combining, extracting
 from lora_fx.changes import changing, in_turn
 from lora_fx.checks.certification import Certificate, certify_adapted
 from lora_fx.checks.footprint import Memory, measured, on_meta
@@ -36,7 +37,7 @@ def pipeline(verb: str, *arguments: Any, **options: Any) -> Pipeline:
 
     Args:
         verb: ``plan``, ``apply``, ``fold``, ``unfold``, ``activate``, ``deactivate``, ``remove``, ``switch``,
-            ``load_adapter`` or ``export_onnx``.
+            ``combine``, ``extract``, ``load_adapter`` or ``export_onnx``.
         arguments, options: those of the verb, without the model; ``fold`` has no ``copy`` here.
 
     Raises:
@@ -69,6 +70,8 @@ _PIPELINES: dict[str, Callable[..., tuple[Pass, ...]]] = {
     "deactivate": lambda: (Activate(()), Rewrite()),
     "remove": lambda *names: (Remove(names), Rewrite()),
     "switch": lambda *names: (Require(names), Unfold(if_folded=True), Activate(names), Fold()),
+    "combine": combining,
+    "extract": extracting,
     "load_adapter": loading,
     "export_onnx": exporting,
 }

@@ -18,6 +18,7 @@ from lora_fx.application import (
     unfold,
 )
 from lora_fx.application.budget import Budget
+from lora_fx.application.combination import combine, extract
 from lora_fx.application.pretrained import from_pretrained
 from lora_fx.application.reference import reference
 from lora_fx.application.suggestion import Suggestion, suggest
@@ -29,6 +30,7 @@ from lora_fx.checks.verification import Report, verify
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.kind_registration import register_kind
 from lora_fx.deltas.kinds import Kind
+from lora_fx.deltas.nearest import Approximation
 from lora_fx.deltas.registration import register_form
 from lora_fx.errors import LoraFxError
 from lora_fx.export.adapters.configs import PeftRules, rules_from_peft
@@ -48,6 +50,7 @@ from lora_fx.passes.planning import Plan
 
 __all__ = [
     "Adapter",
+    "Approximation",
     "Budget",
     "Call",
     "Certificate",
@@ -71,9 +74,11 @@ __all__ = [
     "apply",
     "capture",
     "certify",
+    "combine",
     "deactivate",
     "disabled",
     "export_onnx",
+    "extract",
     "extract_adapter",
     "fold",
     "fold_checkpoint",

@@ -31,7 +31,7 @@ def delta(weight: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
 
 
 def _delta(weight: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    if isinstance(adapter.kind, ActivationRewrite):  # the weight stays what it is
+    if not adapter.kind.is_delta:  # the weight stays what it is
         return torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
     if adapter.kind.low_rank:  # it does not depend on W
         return _Product.of(adapter).delta()
@@ -95,7 +95,7 @@ def _misrounded(
     plain = weight.detach().to(torch.float64)
     total = sum((product.delta() for product in products), start=plain)
     size = sum((product.size() for product in products), start=plain.abs())
-    error = sum(2 * adapter.rank + 2 for adapter in adapters) * _UNIT * size
+    error = sum(2 * adapter.width + 2 for adapter in adapters) * _UNIT * size
     value = folded.detach().to(torch.float64)
     if weight.dtype == torch.float64:
         return (~((value - total).abs() <= 2 * error)).reshape(-1).nonzero().squeeze(1)
@@ -157,7 +157,7 @@ class _Product:
 
     @classmethod
     def of(cls, adapter: Adapter) -> _Product:
-        sides, shape, rank = adapter.layout.sides, adapter.layout.shape, adapter.rank
+        sides, shape, rank = adapter.layout.sides, adapter.layout.shape, adapter.width
         axes = {side: [k for k, s in enumerate(sides) if s == side] for side in "boi"}
         size = {side: [shape[k] for k in own] for side, own in axes.items()}
 
@@ -172,7 +172,7 @@ class _Product:
             whole = B.new_zeros(*B.shape[:-2], math.prod(size["o"]), rank)
             whole[..., list(adapter.rows), :] = B
             B = whole
-        scale = adapter.alpha / (math.sqrt(rank) if adapter.scaling == "rslora" else rank)
+        scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank)
         return cls(scale, over_axes(B, "o", "i"), over_axes(A.mT, "i", "o"), sides)
 
     def delta(self) -> torch.Tensor:

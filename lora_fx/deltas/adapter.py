@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from lora_fx.deltas import schedules
+from lora_fx.deltas.calls import Calls, new_calls
 from lora_fx.deltas.dropping import BranchDropout
 from lora_fx.deltas.kinds import ActivationRewrite, Kind, Space, Theta, kind_named, own_factors
 from lora_fx.deltas.low_rank import LowRank
@@ -133,6 +134,8 @@ class Adapter(Beside):
     """What of θ trained when it was last deactivated."""
     _owners: Mapping[str, Adapter]
     """Tensors of θ that another adapter of the same name has, for both → that one."""
+    calls: Calls
+    """Of the model, for what stands behind its blocks."""
 
     def __init__(
         self,
@@ -154,11 +157,13 @@ class Adapter(Beside):
         self.add_module("dropout", BranchDropout(dropout) if dropout else NoDropout())
         self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings=settings)
         self.change(active=True, realised=Realisation.DISPATCH, read_outside="", _trained=(), _owners={})
+        self.change(calls=new_calls())
         self.change(schedule=settings.get("schedule", schedules.BRANCH))
         if "rank" in settings and "alpha" in settings:
             self.change(_scale=self.theta_of({}).scale)
         for tensor, shape in self.kind.shapes(self.space).items():
-            self.register_parameter(tensor, nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device)))
+            numbers = torch.zeros(*shape, dtype=dtype, device=device)
+            self.register_parameter(tensor, nn.Parameter(numbers, requires_grad=tensor not in self.kind.frozen))
         if rows is not None and rows[-1] - rows[0] + 1 != len(rows):
             self.register_buffer("index", torch.tensor(rows, dtype=torch.long, device=device), persistent=False)
 
@@ -238,6 +243,11 @@ class Adapter(Beside):
         return self._settings["rank"]
 
     @property
+    def width(self) -> int:
+        """The rank of its factors: more than its own for a kind that computes wider ones."""
+        return self.kind.width * self.rank
+
+    @property
     def alpha(self) -> float:
         """The scale times rank (times its root, for rsLoRA)."""
         alpha = self._settings["alpha"]
@@ -300,7 +310,7 @@ class Adapter(Beside):
         assert self.kind.factors is not None, self.kind.name
         A, B = self.kind.factors(self.theta if tensors is None else self.theta_of(tensors))
         index = self._buffers.get("index") if tensors is None else index
-        return LowRank(self.layout, A, B, self.scale if scale is None else scale, self.rank, self.rows, index)
+        return LowRank(self.layout, A, B, self.scale if scale is None else scale, self.width, self.rows, index)
 
     def exact(self) -> LowRank:
         """The same for a fold: factors that are computed, and are no tensors of θ themselves, in float64."""
@@ -315,7 +325,7 @@ class Adapter(Beside):
         if self.kind.low_rank:
             return self.low_rank()
         theta = self.theta
-        if isinstance(self.kind, ActivationRewrite):
+        if not self.kind.is_delta:
             return self.around(theta)
         return Dense(self.layout, partial(self.delta, theta=theta), theta)
 
@@ -340,7 +350,7 @@ class Adapter(Beside):
             return self.low_rank(
                 None if theta is None else {name: getattr(theta, name) for name in self._parameters}
             ).delta()
-        if isinstance(self.kind, ActivationRewrite):
+        if not self.kind.is_delta:
             reason = f"the kind {self.kind.name!r} has no δ: {self.kind.why}"
             raise AdapterError(
                 reason, place=f"adapter {self.name!r}", remedy="call the model: it acts on its activations"

@@ -223,6 +223,8 @@ class _Systems:
         tokens = Rule(where="embedding", kind="tokens", settings={"prefix": _PREFIX})
         if self.reads:
             yield System("PreEmbed", (tokens,), rate=_RATES["PreEmbed"], prefix=_PREFIX)
+            layers = replace(tokens, kind="prefix_layer")
+            yield System("PreLayer", (layers,), rate=_RATES["PreLayer"], prefix=_PREFIX)
         both = " | ".join((_ROLES["o"], _ROLES["down"]))
         narrow = self.budget // (2 * self.depth * (2 * self.width + 1))  # 2·d·r + r + d parameters at each place
         for name, role, rank, settings in (
@@ -238,6 +240,8 @@ class _Systems:
         yield System("LoRA q, v", lora)
         if self.reads:
             yield System("LoRA q, v + PreEmbed", (*lora, tokens), prefix=_PREFIX)
+            rest = self.evenly("q v", self.budget - _PREFIX * self.depth * self.width)
+            yield System("LoRA q, v + PreLayer", (*rest, layers), prefix=_PREFIX)
 
 
 _PREFIX = 16
@@ -246,7 +250,8 @@ _LOW_DATA = ("full fine-tuning", "bias only", "PreEmbed", "Adapter H", "LoRA q, 
 
 #: of each method the best of three or four rates, two to a decade, for both tasks; on one seed that is in no table
 _RATES = {
-    "full fine-tuning": 3e-3, "FT-Top2": 1e-2, "bias only": 3e-2, "AdaLoRA": 1e-1, "PreEmbed": 1e-1, "adapters": 3e-2,
+    "full fine-tuning": 3e-3, "FT-Top2": 1e-2, "bias only": 3e-2, "AdaLoRA": 1e-1, "PreEmbed": 1e-1, "PreLayer": 3e-1,
+    "adapters": 3e-2,
 }  # fmt: skip
 
 

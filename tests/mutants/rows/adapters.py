@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, Mutant, of_kinds, of_rewrites
+from tests.mutants.table import GAPS, Mutant, of_kinds, of_prefixes, of_principal, of_rewrites
 
 CONFIGS, PRETRAINED = "tests/test_peft_configs.py", "tests/test_pretrained.py"
 
@@ -176,7 +176,7 @@ ROWS = (
     # ── files of other kinds ─────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "settings_of_a_kind_not_saved", "kinds", "export/adapters/values.py",
-        '"kind": a.kind.name, "settings": dict(a.settings)}',
+        '"kind": a.kind.name, "settings": {**a.settings, **self.here}}',
         '"kind": a.kind.name, "settings": {k: v for k, v in a.settings.items() if k == "rank"}}',
         "The scale of a saved DoRA is 1 after loading.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
@@ -314,5 +314,18 @@ ROWS = (
         "targets = {name: _Target.of(own, rslora, most)", "targets = {name: _Target.of(own, rslora)",
         "A file for readers that ignore rank_pattern has one.",
         tests=(f"{PRETRAINED}::test_baked_scales_leave_one_rank_and_the_scale_one",),
+    ),
+    Mutant(
+        "pissa_is_written_at_half_its_scale", "kinds", "export/adapters/values.py",
+        "        alpha = a.scale * rank\n", "        alpha = a.alpha\n",
+        "The LoRA that a PiSSA adapter is written as has the alpha of half its rank.",
+        tests=of_principal("files_are_plain_lora_of_twice_the_rank_on_the_base_that_was"),
+    ),
+    Mutant(
+        "blocks_as_they_were_called", "rewrites", "export/adapters/files.py",
+        '    if adapter.kind.behind is None:\n        return {}\n',
+        '    if True:\n        return {}\n',
+        "A file names the blocks by the paths in the model that was adapted, not in the one that is saved.",
+        tests=of_prefixes("saved_from_inside_of_another_model"),
     ),
 )  # fmt: skip

@@ -149,7 +149,7 @@ ROWS = (
     ),
     Mutant(
         "prefixes_in_one_layer", "paper", "lora_fx/paper/counts.py",
-        "lambda tokens: layers * d * tokens", "lambda tokens: d * tokens",
+        'else "prefix_layer"', 'else "tokens"',
         "Prefix-layer tuning has as few parameters as prefix-embedding tuning.",
         tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
     ),
