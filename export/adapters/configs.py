@@ -149,7 +149,7 @@ def _saved(model: nn.Module, rules: PeftRules) -> Iterator[Saved]:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str | bool | None) and init not in _INITS:
         reason = f"init_lora_weights={init!r}: the adapted model would not start as the base, or by its data"
-        raise RuleError(reason, place=rules.place, remedy=f"leave it out, or say 'gaussian'{_KINDS.get(init, '')}")
+        raise RuleError(reason, place=rules.place, remedy=f"leave it out, or say 'gaussian'{_KINDS.get(str(init), '')}")
     peft_format.check_options(folder)
     if config.get("lora_bias"):
         reason = "lora_bias: PEFT multiplies the bias of the branch with its scale, and so its gradient"
