@@ -19,7 +19,7 @@ from torch import nn
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.dropping import BranchDropout
 from lora_fx.export.adapters import dialects
-from lora_fx.export.adapters.folder import read_folder
+from lora_fx.export.adapters.folder import chosen, read_folder
 from lora_fx.export.adapters.peft import ITS_BASE
 from lora_fx.export.adapters.values import Saved
 from lora_fx.graph.places import is_shard, loaded
@@ -47,7 +47,7 @@ class Replace(Pass):
     requires = (UNFOLDED,)
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        folder = read_folder(Path(self.path))
+        folder = chosen(read_folder(Path(self.path)), self.adapter)
         with unwired(model), boundary("it cannot be put into this model", str(folder.path), ITS_BASE):
             saved = dialects.read(model, folder, self.part, self.config or {})
         mine = [place for place in inventory(model).places if place.adapter.name == self.adapter]

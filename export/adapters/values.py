@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Mapping
@@ -86,6 +87,18 @@ class Held:
         return {**said, **own}
 
 
+def baked(h: Held) -> Held:
+    """The same with its scale in B: rank and alpha are one number."""
+    if h.adapter.kind.name not in ("lora", "dora"):
+        return h
+    adapter = copy.deepcopy(h.adapter)
+    with torch.no_grad():
+        adapter.B.copy_((h.adapter.B.double() * h.adapter.scale).to(adapter.B.dtype))
+    adapter.change(_settings={**adapter._settings, "scaling": "standard"})
+    adapter.alpha = adapter.rank
+    return replace(h, adapter=adapter)
+
+
 def _is_sayable(value: Any) -> bool:
     try:
         return json.loads(json.dumps(value, allow_nan=False)) == value
@@ -115,6 +128,10 @@ class Saved:
     """For errors."""
     role: str = ""
     part: str = ""
+    started: bool = True
+    """θ has numbers; otherwise only shapes, and the adapter begins as its kind does."""
+    alone: bool = False
+    """Another one on a module that shares the weight is another one, however alike."""
 
     def turned(self, sides: str) -> Mapping[str, torch.Tensor] | None:
         """θ for a weight that is read with other sides: A and B in each other's place; None where it has another."""

@@ -100,6 +100,12 @@ ROWS = (
         tests=("tests/test_dispatch.py::test_what_code_sets_on_type_self_lands_on_the_models_own_class",),
     ),
     Mutant(
+        "trl_gets_the_head", "files", "lora_fx/model/marks.py",
+        'if caller.partition(".")[0] == "trl":', "if False:",
+        "TRL multiplies with the weight of an adapted head, without its branch.",
+        tests=("tests/test_pretrained.py::test_trl_is_refused_an_adapted_head",),
+    ),
+    Mutant(
         "a_call_that_fails_goes_on", "rewrites", "lora_fx/model/behind.py",
         '                own.leave(was)',
         "                own.leave(was if 'output' in locals() else own.enter())",
