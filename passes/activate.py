@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import AdapterError
+from lora_fx.model.behind import leave
 from lora_fx.model.classes import unwire
 from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import child_name, detach, unmark
@@ -188,9 +189,11 @@ class Remove(Pass):
         here.require(self.names)
         unwire(model, here)
         forget_classes(here.modules)
-        for place in here.places:
-            if place.adapter.name in self.names:
-                detach(place.owner, place.child)
+        gone = [place for place in here.places if place.adapter.name in self.names]
+        for place in gone:
+            detach(place.owner, place.child)
+        for module in here.modules:
+            leave(module, (place.adapter for place in gone))
         if not inventory(model).places:
             for module in here.modules:
                 unmark(module)

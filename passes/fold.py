@@ -26,7 +26,6 @@ from torch import nn
 from lora_fx.changes import Undo, uninterrupted
 from lora_fx.deltas.ahead import foresee
 from lora_fx.deltas.exact_sum import ExactSum, Way, kept
-from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.deltas.rounded_sum import KeptWeight, RoundedSum
 from lora_fx.deltas.rounding import read
 from lora_fx.errors import FoldError
@@ -161,7 +160,7 @@ def refuse_unfoldable(storage: Storage) -> None:
 def _sum(storage: Storage) -> ExactSum | RoundedSum:
     weight, adapters, name = storage.parameter, storage.adapters, storage.names[0]
     for adapter in adapters:
-        if isinstance(adapter.kind, ActivationRewrite):
+        if not adapter.kind.is_delta:
             raise FoldError(
                 f"the kind {adapter.kind.name!r} does not fold: {adapter.kind.why}",
                 place=f"{name}, adapter {adapter.name!r}",

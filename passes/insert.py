@@ -14,16 +14,17 @@ from torch import nn
 from lora_fx.checks.certification import check_adapted
 from lora_fx.checks.verification import NotServed
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import EquivalenceError, KindError, PlanError
 from lora_fx.graph.places import loaded
 from lora_fx.graph.program import Program
+from lora_fx.model.behind import stand
 from lora_fx.model.classes import is_wired, own_class
 from lora_fx.model.inventory import inventory
 from lora_fx.model.marks import attach, child_name, mark_reader
 from lora_fx.model.training import freeze
 from lora_fx.passes.base import Condition, Facts, Pass, Result, given
+from lora_fx.passes.blocks import Standing
 from lora_fx.passes.planning import Plan, Row
 from lora_fx.passes.realising import demote
 from lora_fx.passes.wiring import wire
@@ -161,16 +162,12 @@ def _give_way(model: nn.Module, adapters: tuple[Adapter, ...], error: Equivalenc
     alike = [a for s in storages if kinds & set(map(_held, s.owners)) for a in s.adapters if a in adapters]
     traced = [a for a in alike or adapters if a.realised == Realisation.GRAPH]
     plain = isinstance(error, NotServed) and alike and not traced
-    if plain and all(a.realised == Realisation.DISPATCH and not a.drops and _has_delta(a) for a in alike):
+    if plain and all(a.realised == Realisation.DISPATCH and not a.drops and a.kind.is_delta for a in alike):
         demote(alike, Realisation.DENSE)
         return True
     traced = traced or [a for a in adapters if a.realised == Realisation.GRAPH]
     demote(traced)
     return bool(traced)
-
-
-def _has_delta(adapter: Adapter) -> bool:
-    return not isinstance(adapter.kind, ActivationRewrite)
 
 
 def _held(owner: tuple[nn.Module, str]) -> tuple[type[nn.Module], str]:
@@ -187,14 +184,10 @@ def _owners(model: nn.Module, name: str) -> _Owners:
     found: _Owners = {}
     for adapter in inventory(model).adapters:
         if adapter.name == name:
-            for tensor in _in_common(adapter):
+            for tensor in adapter.kind.shared:
                 owner = adapter.owner(tensor)
                 found[adapter.kind.name, tensor, *owner.get_parameter(tensor).shape] = owner
     return found
-
-
-def _in_common(adapter: Adapter) -> tuple[str, ...]:
-    return adapter.kind.shared if isinstance(adapter.kind, ActivationRewrite) else ()
 
 
 def _share(adapter: Adapter, owners: _Owners, row: Row) -> None:
@@ -203,7 +196,7 @@ def _share(adapter: Adapter, owners: _Owners, row: Row) -> None:
     Raises:
         PlanError: the numbers of a file are others than those of another adapter, or lie on another device.
     """
-    for tensor in _in_common(adapter):
+    for tensor in adapter.kind.shared:
         own = adapter.get_parameter(tensor)
         owner = owners.setdefault((adapter.kind.name, tensor, *own.shape), adapter)
         there = owner.get_parameter(tensor)
@@ -227,7 +220,20 @@ def _insert(model: nn.Module, row: Row, name: str, owners: _Owners) -> Adapter:
         owner = model.get_submodule(path)
         adapter.train(owner.training)
         attach(owner, child_name(attribute, name, row.part), adapter, register=n == 0)
+    if row.standing is not None:
+        _stand(model, adapter, row, row.standing)
     return adapter
+
+
+def _stand(model: nn.Module, adapter: Adapter, row: Row, standing: Standing) -> None:
+    if standing.call is None:
+        raise PlanError(
+            f"the kind {row.kind.name!r} stands behind blocks, and none has run: in whose call they are is not known",
+            place=row.name,
+            remedy="pass example_inputs",
+        )
+    blocks = {f"block_{k}": model.get_submodule(path) for k, path in enumerate(standing.blocks)}
+    stand(adapter, model.get_submodule(standing.call), blocks)
 
 
 def make_adapter(row: Row, name: str, owner: nn.Module) -> Adapter:
@@ -241,8 +247,8 @@ def make_adapter(row: Row, name: str, owner: nn.Module) -> Adapter:
         role=row.role,
         dtype=parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32,
         device="cpu" if stored and parameter.is_meta else parameter.device,
-        width=row.width,
-        **row.rule.chosen,
+        room=row.room,
+        **row.chosen,
     )
     holders = {path for path, _ in row.owners}
     outside = next((use.module or "the model" for use in row.uses if use.module not in holders), "")
@@ -262,7 +268,7 @@ def make_adapter(row: Row, name: str, owner: nn.Module) -> Adapter:
 def refuse_infinite(adapter: Adapter, parameter: torch.Tensor, name: str) -> None:
     """Raise where numbers out of a file make no δ of this weight."""
     kind = adapter.kind
-    if kind.low_rank or isinstance(kind, ActivationRewrite) or parameter.is_meta:
+    if kind.delta is None or parameter.is_meta:
         return
     if not bool(adapter.delta(parameter).isfinite().all()):
         reason = f"with this θ of the kind {kind.name!r} δ is not finite"

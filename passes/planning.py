@@ -20,7 +20,7 @@ from lora_fx.analysis.rules import SKIP, Rule, read_rules, select
 from lora_fx.analysis.sites import Site, find_sites
 from lora_fx.deltas import costs, schedules
 from lora_fx.deltas.adapted_weight import has_product, schedulable, why_not_around
-from lora_fx.deltas.kinds import ActivationRewrite, Kind, Space, Theta, kind_named
+from lora_fx.deltas.kinds import Kind, Space, Theta, kind_named
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import PlanError, by_reason, few
 from lora_fx.graph import layout
@@ -33,6 +33,7 @@ from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Inventory, inventory
 from lora_fx.model.marks import attribute_of
 from lora_fx.passes.base import UNFOLDED, Facts, Pass, Result, given
+from lora_fx.passes.blocks import Standing, find_standing
 from lora_fx.passes.realising import Decider, is_dense
 from lora_fx.tables import table
 
@@ -59,12 +60,14 @@ class Row:
     """Why it dispatches instead of being rewritten as a graph."""
     stored: Mapping[str, torch.Tensor] | None = None
     """θ, where it has numbers already, from a file: beside a weight on meta it lies on the CPU."""
-    width: int | None = None
+    room: int | None = None
     """The ranks that there is to be room for, where they are more than its own."""
     schedule: str = ""
     """How its branches are computed on these inputs, in words: `lora_fx.deltas.schedules`."""
     axes: Layout | None = None
     """Of θ, where they are not those in which the weight multiplies: of its rows, of what multiplies nothing."""
+    standing: Standing | None = None
+    """Of a kind that stands behind blocks: which these are."""
     expected: float | None = None
     """What a training step of its uses is expected to take by that, of what the frozen weight's takes; None where it is
     not known: see `lora_fx.deltas.costs`."""
@@ -91,22 +94,26 @@ class Row:
         return self.rule.rank
 
     @property
+    def chosen(self) -> dict[str, Any]:
+        """The settings that are not the default: those of its rule, and what was found in the model."""
+        return self.rule.chosen | ({} if self.standing is None else {"blocks": self.standing.setting})
+
+    @property
     def space(self) -> Space:
         """What θ is for."""
-        settings = Theta(**self.kind.complete(self.rule.chosen))
-        return Space(self.layout.batch, self.out, self.layout.size("i"), settings, self.width)
+        settings = Theta(**self.kind.complete(self.chosen))
+        return Space(self.layout.batch, self.out, self.layout.size("i"), settings, self.room)
 
     @property
     def parameters(self) -> int:
         """Trainable parameters of this adapter, those too that it has in common with others."""
-        return sum(math.prod(shape) for shape in self.kind.shapes(self.space).values())
+        shapes = self.kind.shapes(self.space).items()
+        return sum(math.prod(shape) for tensor, shape in shapes if tensor not in self.kind.frozen)
 
     @property
     def in_common(self) -> Mapping[tuple[Any, ...], int]:
-        """Tensors that all adapters of its name have in common (`ActivationRewrite.shared`) → their parameters."""
-        if not isinstance(self.kind, ActivationRewrite):
-            return {}
-        shapes = self.kind.shapes(self.space)
+        """Tensors that all adapters of its name have in common (`Kind.shared`) → their parameters."""
+        shapes = self.kind.shapes(self.space) if self.kind.shared else {}
         return {(self.kind.name, name, *shapes[name]): math.prod(shapes[name]) for name in self.kind.shared}
 
     @property
@@ -190,7 +197,7 @@ class Plan:
         shared = " = ".join(row.weight.names) if len(row.weight.names) > 1 else ""
         if row.split:
             shared += "; split off"
-        if row.split and not isinstance(row.kind, ActivationRewrite):
+        if row.split and row.kind.is_delta:
             shared += f", {row.copied_bytes / 2**20:.2f} MiB when folded"
         realised = f"{row.realised} ({reasons.index(row.why) + 1})" if row.why else row.realised
         role = f"{row.role} ({reasons.index(row.reason) + 1})" if row.reason else row.role
@@ -198,14 +205,8 @@ class Plan:
         return (
             row.name + part, role or "?", forms, "×".join(map(str, row.weight.shape)), row.kind.name,
             str(row.rank or "–"), f"{row.parameters:,}", realised, row.schedule,
-            f"{row.expected:.2f} ×" if row.expected else "", _folds(row.kind), shared,
+            f"{row.expected:.2f} ×" if row.expected else "", row.kind.folds, shared,
         )  # fmt: skip
-
-
-def _folds(kind: Kind) -> str:
-    if isinstance(kind, ActivationRewrite):
-        return "never"
-    return "exactly" if kind.low_rank else "rounded once"
 
 
 # ── the passes ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -317,11 +318,9 @@ def _check_schedule(row: Row) -> None:
 
 
 def _schedule(row: Row) -> str:
-    if isinstance(row.kind, ActivationRewrite):
-        return "around the use"
-    if not row.kind.low_rank:
-        beside = row.kind.branch is not None and all(_has_product(use, row.kind) for use in row.uses)
-        return "its own branch" if beside else f"{row.kind.adapts} + δ"
+    beside = row.kind.branch is not None and all(_has_product(use, row.kind) for use in row.uses)
+    if order := row.kind.order(beside):
+        return order
     if row.why_branch:
         return schedules.BRANCH
     if row.rule.schedule != schedules.AUTO or not _tokens(row):
@@ -348,7 +347,9 @@ def _expected(row: Row) -> float | None:
 def _matmul(row: Row) -> costs.Matmul:
     dtype = row.weight.parameter.dtype
     inputs, outputs = row.weight.shape[-2:]  # which is which does not matter
-    return costs.Matmul(inputs, outputs, row.rank or 0, dtype.itemsize, cast=not schedules.loses_nothing(dtype))
+    return costs.Matmul(
+        inputs, outputs, row.kind.width * (row.rank or 0), dtype.itemsize, cast=not schedules.loses_nothing(dtype)
+    )
 
 
 def _tokens(row: Row) -> list[int]:
@@ -415,9 +416,10 @@ def plan_rows(
     """
     here, refused = inventory(program.model), refused or Refused()
     rows = [row for row in rows if refused.allows(row.rule, _check, row, program.model, name, here)]
-    if any(isinstance(row.kind, ActivationRewrite) for row in rows):
+    if not all(row.kind.is_delta for row in rows):
         biases = Biases(program)
         rows = [row for row in rows if refused.allows(row.rule, _check_around, row, biases)]
+        rows = [row for row in rows if refused.allows(row.rule, _stand, row, program)]
     left_out = refused.left_out(rows)
     _realise(rows, program)
     return Plan(program, rules, name, tuple(rows), sites, _notes(program, rows), left_out)
@@ -562,30 +564,18 @@ def _reads_rows(use: Use, rows: tuple[int, ...] | None) -> bool:
 def _check_rank(row: Row) -> None:
     if row.rank is None or row.weight.problem:
         return
-    if isinstance(row.kind, ActivationRewrite):
-        return _check_width(row)
-    most = min(row.layout.size("i"), row.out)
+    most, what = row.kind.widest(row.space)
     if row.rank > most:
         raise PlanError(
-            f"rank={row.rank} is more than min(in, out) = min({row.layout.size('i')}, {row.out}) = {most}",
+            f"rank={row.rank} is more than {what}",
             place=row.weight.name,
             remedy=f"choose a rank of at most {most}",
         )
 
 
-def _check_width(row: Row) -> None:
-    """Of what is behind the use, where the weight's inputs are no bound."""
-    if row.rank is not None and row.rank > row.out:
-        raise PlanError(
-            f"rank={row.rank} is more than the {row.out} features that it narrows",
-            place=row.weight.name,
-            remedy=f"choose a rank of at most {row.out}",
-        )
-
-
 def _check_around(row: Row, biases: Biases) -> None:
     """A kind that rewrites the result of a use wants all of that: every feature, with its bias, wherever it is used."""
-    if isinstance(row.kind, ActivationRewrite) and (why := _why_not_around(row, row.kind, biases)):
+    if not row.kind.is_delta and (why := _why_not_around(row, row.kind, biases)):
         raise PlanError(
             f"the kind {row.kind.name!r} rewrites what a use of the weight gives, and {why}",
             place=row.weight.name,
@@ -593,7 +583,14 @@ def _check_around(row: Row, biases: Biases) -> None:
         )
 
 
-def _why_not_around(row: Row, kind: ActivationRewrite, biases: Biases) -> str:
+def _stand(row: Row, program: Program) -> None:
+    """Find the blocks, for a kind that stands behind them."""
+    if row.kind.behind is not None:
+        wanted = row.rule.chosen.get("blocks")
+        row.standing = find_standing(program, row.weight, row.owners, wanted, row.out)
+
+
+def _why_not_around(row: Row, kind: Kind, biases: Biases) -> str:
     if row.rows is not None:
         return f"the rule, or the model, asks for {len(row.rows)} of its {row.layout.size('o')} features alone"
     here = {path for path, _ in row.owners}

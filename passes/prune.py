@@ -70,8 +70,8 @@ def of_kind(model: nn.Module, name: str) -> dict[Adapter, list[Place]]:
         where, retrain = f"{place.weight}, adapter {name!r}", f"apply it with kind={KIND!r}"
         if adapter.kind.name != KIND:
             raise AdapterError(f"it is of the kind {adapter.kind.name!r}", place=where, remedy=retrain)
-        if adapter.width != adapter.rank:
-            reason = f"it has room for {adapter.width} ranks, and takes {adapter.rank}"
+        if adapter.room != adapter.rank:
+            reason = f"it has room for {adapter.room} ranks, and takes {adapter.rank}"
             raise AdapterError(reason, place=where, remedy="load it without max_rank, and go on with that")
         if any(p.is_meta or is_shard(p) for p in adapter.parameters()):
             reason = "its singular values are not here as a whole: they are on meta, or in parts"

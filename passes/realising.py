@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.kinds import ActivationRewrite, Kind
+from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.graph import layout
 from lora_fx.graph.program import Program, Use, Weight, storage_of
@@ -45,8 +45,8 @@ class Decider:
             owners: the paths of the modules that read the weight with its branch.
         """
         program = self.program
-        if not (kind.low_rank or isinstance(kind, ActivationRewrite)):
-            return f"{kind.name} is no product of factors: whoever reads the {kind.adapts} is served"
+        if kind.by_graph:
+            return kind.by_graph
         if program.capture is None:
             return "no example inputs: whoever reads it is served"
         if not any(use.seen for use in weight.uses):

@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.deltas.adapted_weight import AdaptedWeight, Branch, dispatch
 from lora_fx.deltas.adapter import Adapter, Dense
-from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import essence
 from lora_fx.graph.forms import op_name
@@ -93,7 +92,7 @@ class Tracer(fx.Tracer):
 
     def _branch(self, path: str, adapter: Adapter) -> Branch:
         """Of proxies; a kind without factors is called with the weight."""
-        if isinstance(adapter.kind, ActivationRewrite):
+        if not adapter.kind.is_delta:
             theta = adapter.theta_of({name: self.attribute(f"{path}.{name}") for name in adapter.tensors})
             return Branch(adapter, adapter.around(theta), None)
         if not adapter.kind.low_rank:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,9 +10,22 @@ from torch import fx, nn
 
 from lora_fx.changes import safe_point
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.model.classes import READER, Reader, Reads, give_class, give_forward, own_class, reads_of, unwire
+from lora_fx.errors import LoraFxError
+from lora_fx.model.behind import blocks_of, callers, is_wrapped
+from lora_fx.model.classes import READER, Reader, Reads, give_class, give_forward, own_class, reads_of, unwire, wrap
 from lora_fx.model.inventory import Inventory, inventory
-from lora_fx.model.marks import give_back_conversions, hold_size, is_reader, keep_conversions, release_size, unmark
+from lora_fx.model.marks import (
+    give_back_conversions,
+    hold_checkpoints,
+    hold_head,
+    hold_size,
+    is_reader,
+    keep_conversions,
+    release_checkpoints,
+    release_head,
+    release_size,
+    unmark,
+)
 from lora_fx.passes.keeping import Keeper, Key
 from lora_fx.passes.purity import Untraceable
 from lora_fx.passes.realising import agree, demote, reads_by_dispatch
@@ -43,6 +56,7 @@ def _wire(model: nn.Module) -> list[nn.Module]:
     here = inventory(model)
     unwire(model, here)
     agree(here)
+    _refuse_lost_blocks(here)
     for adapter in here.adapters:
         adapter.inlined = False
     active = {module: own for module in here.modules if (own := here.of(module, active=True))}
@@ -65,8 +79,26 @@ def _wire(model: nn.Module) -> list[nn.Module]:
         give_forward(module, new.graph, new.baked, reads.get(module, ()))
         if new.relied is not None:
             keeper.keep(module, keys[module], new.relied)
+    for module in here.modules:
+        if is_wrapped(module):
+            wrap(module)
     keep_keys(here)
     return []
+
+
+def _refuse_lost_blocks(here: Inventory) -> None:
+    """Raise where an adapter acts behind a block that is not here: it would act on the others alone."""
+    for place in here.places:
+        adapter = place.adapter
+        if adapter.active and adapter.kind.behind is not None:
+            missing = set(adapter.tensors) - set(blocks_of(adapter, here.modules))
+            if missing or not any(adapter in callers(module) for module in here.modules):
+                raise LoraFxError(
+                    f"{len(missing)} of the {len(adapter.tensors)} blocks that it stands behind are no part of this "
+                    "model",
+                    place=f"adapter {adapter.name!r} of {place.weight}",
+                    remedy=f"pass the whole model; or lora_fx.remove(model, {adapter.name!r}), and apply again",
+                )
 
 
 def _by_dispatch(module: nn.Module, own: Mapping[str, Adapter]) -> Reads:
@@ -117,16 +149,16 @@ def _calls_rewritten(module: nn.Module, active: Active) -> bool:
 
 
 def _is_inlined(child: nn.Module, active: Active) -> bool:
-    """Hooks would be lost: a child with hooks stays a call, and is rewritten where it is."""
-    return _is_rewritten(child, active) and not child._forward_hooks and not child._forward_pre_hooks
+    """Hooks would be lost, and what is around it: such a child stays a call, and is rewritten where it is."""
+    hooked = child._forward_hooks or child._forward_pre_hooks or is_wrapped(child)
+    return _is_rewritten(child, active) and not hooked
 
 
 def keep_keys(here: Inventory) -> None:
-    """A transformers model is saved under its own keys for as long as it has adapters.
+    """A transformers model is saved under its own keys for as long as it has adapters, and without the base.
 
-    Otherwise `save_pretrained` renames, splits and merges by patterns over the keys. The factors' keys match them too,
-    but factors cannot be split like their weight (rank 1 raises), and the Trainer, which does not convert them back,
-    would resume with fresh factors. `from_pretrained` reads a model's own keys as well.
+    Its class's `save_pretrained` renames, splits and merges by patterns over the keys. The factors' keys match them
+    too, but factors cannot be split like their weight (rank 1 raises). `from_pretrained` reads a model's own keys.
     """
     for module in here.modules:
         if not hasattr(type(module), "save_pretrained"):
@@ -135,18 +167,28 @@ def keep_keys(here: Inventory) -> None:
         owners = {place.owner for place in here.places if id(place.owner) in below}
         if owners:
             keep_conversions(module)
+            hold_checkpoints(module)
         else:
             give_back_conversions(module)
-        if owners & _embeddings(module):
+            release_checkpoints(module)
+        if owners & _told(module, _EMBEDDINGS):
             hold_size(module)
         else:
             release_size(module)
+        if owners & _told(module, _EMBEDDINGS[1:]):
+            hold_head(module)
+        else:
+            release_head(module)
 
 
-def _embeddings(module: Any) -> set[nn.Module]:
-    """The modules that `resize_token_embeddings` of a transformers model changes or replaces."""
+_EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
+"""How a transformers model is asked for what its `resize_token_embeddings` changes or replaces; the second, for its
+head."""
+
+
+def _told(module: Any, asked: Sequence[str]) -> set[nn.Module]:
     found = set()
-    for ask in ("get_input_embeddings", "get_output_embeddings"):
+    for ask in asked:
         with suppress(Exception):  # many a model has none, and says so in its own way
             found.add(getattr(module, ask)())
     return {own for own in found if isinstance(own, nn.Module)}

@@ -8,19 +8,23 @@ A page's blocks run from top to bottom in one scope. A comment on the line befor
     <!-- refuses -->                      before a text block: the error that ended the python block before it; also
                                           with other numbers
     <!-- with other numbers -->           before a console block
+    <!-- written to NAME.txt -->          before a text block: what a command that takes long has written; see below
 
 A console block is a transcript: each line that begins with a dollar is given to a shell, and what comes out stands
 below it.
 
-`python -m tests.documentation [page …]` writes what comes out into the pages.
+`python -m tests.documentation [page …]` writes what comes out into the pages. `--results FOLDER` puts what such a
+command has written into FOLDER in the place of those blocks, and its figures in the place of those in `docs/paper`.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -85,6 +89,26 @@ def write(page: Path) -> None:
             fence = f"<!-- {shown.mark} -->\n```{shown.language}\n" if shown.mark else f"```{shown.language}\n"
             text = text.replace(f"{fence}{shown.text}```", f"{fence}{_trimmed(came)}\n```", 1)
     page.write_text(text, encoding="utf-8")
+
+
+def fill(page: Path, folder: Path) -> list[str]:
+    """Put the results of commands that are in the folder into the page, and their figures beside it; which, comes back.
+
+    They are shown as they were written: nothing can run them again in a test.
+    """
+    text, done = page.read_text(encoding="utf-8"), []
+    for block in blocks(page):
+        file = folder / block.mark.removeprefix("written to ")
+        if block.mark.startswith("written to ") and file.is_file():
+            fence = f"<!-- {block.mark} -->\n```{block.language}\n"
+            text = text.replace(f"{fence}{block.text}```", f"{fence}{_trimmed(file.read_text('utf-8'))}\n```", 1)
+            done.append(file.name)
+    page.write_text(text, encoding="utf-8")
+    for figure in sorted((page.parent / "paper").glob("*.png")):
+        if (folder / figure.name).is_file():
+            shutil.copy(folder / figure.name, figure)
+            done.append(figure.name)
+    return done
 
 
 def _come(page: Path, scope: dict[str, Any]) -> Iterator[tuple[Block, Block | None, str]]:
@@ -157,9 +181,20 @@ def _without_numbers(text: str) -> list[str]:
     return re.sub(r"#[0-9a-f]{8}|[-+]?\d[\d.,]*(?:e[-+]?\d+)?", "#", re.sub("─+", "─", text)).split()
 
 
-if __name__ == "__main__":  # python -m tests.documentation [page …]
-    names = sys.argv[1:] or [page.stem for page in PAGES]
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.documentation")
+    parser.add_argument("pages", nargs="*", default=[page.stem for page in PAGES])
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="of a command: nothing is run")
+    options = parser.parse_args(arguments)
     for page in PAGES:
-        if page.stem in names:
-            with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-                write(page)
+        if page.stem not in options.pages:
+            continue
+        if options.results:
+            print(page.stem, *fill(page, options.results))
+            continue
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            write(page)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -18,10 +18,10 @@ import lora_fx.passes
 import lora_fx.testing
 from lora_fx import Rule, errors
 from lora_fx.deltas.schedules import SCHEDULES
-from tests.documentation import PAGES, ROOT, blocks, run
+from tests.documentation import PAGES, ROOT, blocks, fill, run
 
 FACES = (lora_fx, lora_fx.export, lora_fx.passes, lora_fx.testing)
-_MARKS = r"|not run: .+|(prints|refuses)(, with other numbers)?"
+_MARKS = r"|not run: .+|written to \w+\.txt|(prints|refuses)(, with other numbers)?"
 EXPORTING = {"command", "onnx", "testing", "troubleshooting"}
 """Pages with blocks that export."""
 
@@ -50,6 +50,20 @@ def test_what_a_page_shows_belongs_to_a_block(path):
         if block.mark.startswith(("prints", "refuses")):
             assert block.language == "text" and before is not None and before.language == "python", block.place
     assert path.read_text(encoding="utf-8").count("```") == 2 * len(found), "a block without a language"
+
+
+def test_results_go_into_their_own_blocks(tmp_path):
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "one.png").write_bytes(b"old")
+    results = tmp_path / "results"
+    results.mkdir()
+    for name, text in (("one.txt", "new  \n"), ("one.png", "new"), ("two.png", "new")):
+        (results / name).write_text(text, encoding="utf-8")
+    page, block = tmp_path / "p.md", "<!-- written to {}.txt -->\n```text\n{}\n```\n"
+    page.write_text("```text\nold\n```\n" + block.format("one", "old") + block.format("two", "old"), encoding="utf-8")
+    assert fill(page, results) == ["one.txt", "one.png"]
+    assert [found.text for found in blocks(page)] == ["old\n", "new\n", "old\n"]
+    assert (tmp_path / "paper" / "one.png").read_bytes() == b"new" and not (tmp_path / "paper" / "two.png").exists()
 
 
 # ── doctests ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -37,12 +37,13 @@ from lora_fx.export.adapters import folder as adapter_folder
 from lora_fx.export.adapters import own, peft_files, values
 from lora_fx.export.adapters import replace as replacing
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
-from lora_fx.model import classes, marks
+from lora_fx.model import behind, classes, marks
 from lora_fx.model.inventory import inventory
 from lora_fx.passes import activate as activating
 from lora_fx.passes import fold as folding
 from lora_fx.passes import insert, wiring
 from tests import reference
+from tests import test_rewrites as rewrites
 
 DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,10 @@ def adapted(*names: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def folded(*names: str) -> nn.Module:
     return lora_fx.fold(adapted(*names))
+
+
+def behind_blocks() -> nn.Module:
+    return lora_fx.apply(rewrites.model(), [rewrites.LAYERS], rewrites.IDS, check=False)
 
 
 def graph_module() -> nn.Module:
@@ -133,6 +138,7 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "load_adapter, in place": (adapted, lambda model: lora_fx.load_adapter(model, other_numbers(), name="one")),
     "remove": (lambda: adapted("one", "two"), lambda model: lora_fx.remove(model, "one")),
     "remove, all": (adapted, lambda model: lora_fx.remove(model, "one")),
+    "remove, behind blocks": (lambda: behind_blocks(), lambda model: lora_fx.remove(model, "default")),
     "remove, graph module": (graph_module, lambda model: lora_fx.remove(model, "one")),
     "apply": (small, lambda model: lora_fx.apply(model, RULES, IDS, name="two")),
     "apply, another": (adapted, lambda model: lora_fx.apply(model, RULES, IDS, name="two")),
@@ -208,7 +214,7 @@ FILES = {
     m.__file__
     for m in (
         application, changes, classes, marks, wiring, folding, ahead, exact_sum, insert, adapter_files, certification,
-        flow, uses, verification, own, peft_files, values, activating, replacing,
+        flow, uses, verification, own, peft_files, values, activating, replacing, behind,
     )
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ from lora_fx.deltas.adapter import Adapter
 from lora_fx.testing import histories
 from lora_fx.testing.agreement import Comparison
 from lora_fx.testing.twins import World
+from tests import test_rewrites as rewrites
 from tests.stateful_modules import STATEFUL, sequences
 
 DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
@@ -56,6 +57,46 @@ def test_l15_an_adapted_model_is_its_dense_twin_after_any_history(row, lived):
     machine.checked, lived[row.name] = row.checked, machine.counts
     examples, steps = (12, 30) if DEEP else (1, 8)
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps))
+
+
+REWRITES = {
+    "PreLayer": [rewrites.LAYERS, rewrites.QV],
+    "PreEmbed": [rewrites.TOKENS, *rewrites.SYSTEMS["adapter L"]],
+}
+
+
+@pytest.mark.parametrize("rules", REWRITES.values(), ids=REWRITES)
+def test_l15_with_what_is_no_delta(rules, lived):
+    inputs = [rewrites.IDS, rewrites.WITH_TOKENS, rewrites.WITH_TOKENS.flip(0, 1)]
+    machine = histories(rewrites.model, inputs, ["model.blocks[0].norm.eps = 1e-2"], rules=rules)
+    lived[f"rewrites: {len(lived)}"] = machine.counts
+    examples, steps = (12, 30) if DEEP else (1, 8)
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=steps))
+
+
+def test_a_history_of_what_stands_behind_blocks():
+    state = histories(rewrites.model, [rewrites.IDS, rewrites.WITH_TOKENS], rules=REWRITES["PreLayer"])()
+    state.apply(check=False, training=True, seed=1)
+    state.train_step(inputs=1)
+    state.train_two_steps(inputs=0)
+    state.apply_a_second(kind="bottleneck", check=False, seed=2, then=1)
+    state.train_step(inputs=1)
+    state.fold(then=1)  # refused
+    state.call_with_a_hook(module="blocks.0", kind="forward", inputs=1)
+    state.interrupt(module="blocks.1", inputs=1)
+    state.go_on_with_a_copy(how="pickle", then=1)
+    state.activate(names=["second"], then=0)
+    state.activate(names=["default", "second"], then=1)
+    state.cast_and_back(dtype=torch.bfloat16, then=1)
+    state.load_state_dict(share=0.5, theta=True, assign=True, then=1)
+    state.train_step(inputs=1)
+    assert any("does not fold" in what for what in state.counts), state.counts
+    state.remove(name="second", then=1)
+    with torch.no_grad():
+        state.lives[0].model.words.weight_lora_default.block_1.mul_(1 + 2**-20)
+    with pytest.raises(AssertionError, match="differs"):
+        state.call(inputs=1, gradients="on")
+    state.teardown()
 
 
 @pytest.mark.parametrize("row", [row for row in STATEFUL if row.refused], ids=lambda row: row.name)

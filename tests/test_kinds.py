@@ -388,7 +388,7 @@ def test_a_low_rank_kind_from_outside_has_branches_schedules_and_the_exact_fold(
 
 
 def test_an_unknown_kind():
-    with pytest.raises(RuleError, match=r"(?s)there is no kind 'lore'.*lora, dora, adalora, bias, full"):
+    with pytest.raises(RuleError, match=r"(?s)there is no kind 'lore'.*lora, dora, adalora, pissa, olora, bias, full"):
         Rule(where="*", kind="lore", rank=2)
 
 

@@ -38,6 +38,9 @@ from lora_fx.graph.capture import Inputs
 from lora_fx.model.inventory import inventory
 from tests import reference
 
+#: the one that saving gives of factors on tied weights, and PEFT when it merges them (tests/test_pretrained.py)
+pytestmark = pytest.mark.filterwarnings("ignore:.*its merge would be wrong:UserWarning")
+
 IDS = torch.tensor([[1, 2, 3, 10, 7], [4, 7, 5, 6, 3]])
 SIZE = dict(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 P = "base_model.model."

@@ -89,7 +89,7 @@ def test_every_row_trains_and_has_its_parameters(short, tmp_path, table):
 def test_a_note_that_is_none_is_refused_by_its_place(tmp_path, line):
     (tmp_path / RUNS).write_text(f'{line}\n{{"key": "a", "score": 1.0, "parameters": 3}}\n', encoding="utf-8")
     with pytest.raises(FileError, match=r"line 1: it is no note of a run"):
-        module.Notes(tmp_path)
+        module.Notes(tmp_path / RUNS, module.Outcome.read)
 
 
 def test_a_table_marks_the_best_and_shows_the_spread():

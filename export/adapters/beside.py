@@ -86,7 +86,7 @@ class _Reader:
                 if inside(layer.target, path):
                     reason = f"{layer.target} is adapted inside {path}, which is saved whole"
                     refuse(self.folder.option("modules_to_save"), reason, ITS_BASE)
-            for name, tensor, trained in _state(self.modules, path):
+            for name, tensor, trained in state(self.modules, path):
                 value, place = self._taken(f"{PREFIX}{name}"), self.folder.tensor(f"{PREFIX}{name}")
                 if not trained:
                     self._refuse_other(place, tensor, value)
@@ -241,7 +241,7 @@ def shift(folder: Folder, layer: Layer, bias: nn.Parameter | None, scale: float)
     return Saved((f"{layer.target}.bias",), kind_named("bias"), theta, layout, None, {}, place, part=part)
 
 
-def _state(modules: Modules, path: str) -> Iterator[tuple[str, torch.Tensor, bool]]:
+def state(modules: Modules, path: str) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """(name, tensor, whether it is a parameter) of what the state dict of the module holds, each under every name."""
     for at, module in modules.by_path.items():
         if inside(at, path):
@@ -360,7 +360,7 @@ class _Writer:
         for path in paths:
             self._refuse_module(path, next(name for name in mine if name.rpartition(".")[0] == path), paths)
         for path in paths:
-            for name, tensor, _ in _state(self.modules, path):
+            for name, tensor, _ in state(self.modules, path):
                 value = self._sum(name, mine[name]) if name in mine else tensor.detach().cpu().clone()
                 self.written.tensors[f"{PREFIX}{name}"] = value
         for h in held:

@@ -28,21 +28,31 @@ from torch import nn
 from lora_fx.analysis.biases import Biases
 from lora_fx.changes import in_turn
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.rewrites import SEPARATOR
 from lora_fx.deltas.schedules import AUTO
 from lora_fx.export.adapters import dialects
 from lora_fx.export.adapters import peft as peft_format
-from lora_fx.export.adapters.folder import DIFFUSERS, VERSION, read_folder, write_folder, write_single
+from lora_fx.export.adapters.folder import (
+    DIFFUSERS,
+    VERSION,
+    Folder,
+    chosen,
+    read_folder,
+    write_folder,
+    write_single,
+)
 from lora_fx.export.adapters.own import as_own
 from lora_fx.export.adapters.peft import ITS_BASE
 from lora_fx.export.adapters.peft_files import as_peft
 from lora_fx.export.adapters.replace import Replace
-from lora_fx.export.adapters.values import Held, Saved
+from lora_fx.export.adapters.values import Held, Saved, baked
 from lora_fx.graph.forms import FORMS, Call
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.places import is_shard
-from lora_fx.graph.program import Program, Use, Weight
+from lora_fx.graph.program import Program, Use, Weight, storage_key
+from lora_fx.model.behind import blocks_of
 from lora_fx.model.classes import unwired
-from lora_fx.model.inventory import Place, base_parameters, inventory, plain_path, weight_name
+from lora_fx.model.inventory import Inventory, Place, base_parameters, inventory, plain_path, weight_name
 from lora_fx.model.training import IGNORE, REFUSE, SAVE, trained_beside, why_not_alone
 from lora_fx.passes.base import Facts, Pass, Result, given
 from lora_fx.passes.insert import Check, Insert, Rest, Rewrite
@@ -63,6 +73,8 @@ def save_adapter(
     beside: str = SAVE,
     dialect: str | None = None,
     part: str | None = None,
+    task_type: str | None = None,
+    bake_scales: bool = False,
 ) -> None:
     """Write the adapter of this name into a folder that PEFT and `load_adapter` read.
 
@@ -78,8 +90,16 @@ def save_adapter(
         dialect: ``"kohya"`` or ``"diffusers"``: one safetensors file of theirs, at `path` (for diffusers also the
             folder that it is put into under its usual name).
         part: of a pipeline, which the model is, where the dialect is one of these: ``"unet"``, ``"text_encoder"``, ….
+        task_type: PEFT's word for the task, as ``"CAUSAL_LM"``, which its Auto classes want; None for what the class of
+            a transformers model says.
+        bake_scales: for readers that ignore `rank_pattern` and `alpha_pattern`, as vLLM: one rank for all, with zeros
+            behind the factors, and one scale, 1; the scale of each goes into its B. What is loaded again is that. A
+            scale that is a power of two costs no bit; another rounds each element of B once.
         beside: what to do about parameters of the model's own that have ``requires_grad``: ``"save"`` them too, as
             adapters of the kind `full`; ``"refuse"`` to save, naming them; or ``"ignore"`` them.
+
+    Warns:
+        UserWarning: PEFT would read the file, and merge it wrongly: an adapter on a weight that modules share.
 
     Raises:
         AdapterError: there is no such adapter.
@@ -96,19 +116,37 @@ def save_adapter(
     if part is not None and dialect is None:
         refuse("part", f"{part!r}, and a folder of an adapter is for one model", "leave it out, or say a dialect")
     with in_turn():
-        held = _held(model, name)
+        held = held_of(model, name)
         if any(why := why_not_alone(model, beside, (SAVE, REFUSE, IGNORE))):
             refuse(*why)
-        held += _trained(model, name) if beside == SAVE else []
+        held += trained_of(model, name) if beside == SAVE else []
         if dialect is not None:
             write_single(_single(path, dialect), *dialects.written(dialect, model, as_peft(model, held, name), part))
             return
-        config, tensors, entries = as_peft(model, held, name) if peft else as_own(held)
-        header = {"version": VERSION, "name": name, "config": peft_format.meaning(config), "adapters": entries}
+        if bake_scales and not peft:
+            refuse("bake_scales", "it is for readers of PEFT's format", "leave it out, or peft=False")
+        held = [baked(h.plain()) for h in held] if bake_scales else held
+        config, tensors, entries = as_peft(model, held, name, task_type, bake_scales) if peft else as_own(held)
+        if peft:
+            _say_ties(model, held)
+        said = {"version": VERSION, "name": name, "config": peft_format.meaning(config), **about(model)}
+        header = {**said, "adapters": entries}
         write_folder(Path(path), config, tensors, header)
 
 
-def _held(model: nn.Module, name: str) -> list[Held]:
+def about(model: nn.Module) -> dict[str, Any]:
+    """What our header says of the model: where its base has come from, None where it does not say, and who acts."""
+    here = inventory(model)
+    acting = [name for name in here.names if any(a.active for a in here.adapters if a.name == name)]
+    return {"base": getattr(model, "name_or_path", None) or None, "active": acting}
+
+
+def held_of(model: nn.Module, name: str, finite: bool = True) -> list[Held]:
+    """The adapters of this name, each with its weights.
+
+    Args:
+        finite: refuse numbers that are not, or not here.
+    """
     here = inventory(model)
     here.require([name])
     found: dict[Adapter, list[Place]] = {}
@@ -120,10 +158,33 @@ def _held(model: nn.Module, name: str) -> list[Held]:
     held = []
     for adapter, places in found.items():
         names = tuple(weight_name(plain_path(place.path), place.attribute) for place in places)
-        held.append(Held(adapter.fitting(), names, places[0].part))
-        for label, factor in adapter.named_parameters():
+        held.append(Held(adapter.fitting(), names, places[0].part, _standing(adapter, here, names[0])))
+        for label, factor in adapter.named_parameters() if finite else ():
             _refuse_numbers(f"{names[0]}, {label} of adapter {name!r}", factor)
     return held
+
+
+def _say_ties(model: nn.Module, held: list[Held]) -> None:
+    """PEFT merges the delta of each module into the storage that others read too, or once for each of them."""
+    names: dict[Any, list[str]] = {}
+    for name, parameter in base_parameters(model).items():
+        names.setdefault(storage_key(parameter), []).append(name)
+    tied = {name: own for own in names.values() if len(own) > 1 for name in own}
+    for h in held:
+        if h.adapter.kind.name in peft_format.KINDS and (own := tied.get(h.weights[0])):
+            reason = f"{' = '.join(own)} is one weight, with an adapter on {', '.join(h.weights)}"
+            remedy = "fold it with lora_fx.fold or lora-fx fold"
+            warnings.warn(f"{reason}: PEFT reads the file, and its merge would be wrong; {remedy}", stacklevel=3)
+
+
+def _standing(adapter: Adapter, here: Inventory, place: str) -> dict[str, str]:
+    """The blocks that it stands behind, as this model calls them."""
+    if adapter.kind.behind is None:
+        return {}
+    blocks = blocks_of(adapter, here.modules)
+    if gone := [tensor for tensor in adapter.tensors if tensor not in blocks]:
+        refuse(place, f"the block that {gone[0]} stands behind is no part of this model", "pass the whole model")
+    return {"blocks": SEPARATOR.join(plain_path(here.modules[blocks[tensor]][0]) for tensor in adapter.tensors)}
 
 
 def _single(path: str | os.PathLike, dialect: str) -> Path:
@@ -137,21 +198,27 @@ def _single(path: str | os.PathLike, dialect: str) -> Path:
 
 
 def _refuse_numbers(where: str, tensor: torch.Tensor) -> None:
+    refuse_absent(where, tensor)
+    if not bool(tensor.isfinite().all()):
+        refuse(where, "it holds NaN or Inf", "save an earlier checkpoint of the adapter")
+
+
+def refuse_absent(where: str, tensor: torch.Tensor) -> None:
+    """Raise where the numbers are not in this process."""
     if tensor.is_meta:
         refuse(where, "it is on meta and has no numbers", "materialise the model first")
     if is_shard(tensor):
         how = "unshard() every FSDPModule, or enter FullyShardedDataParallel.summon_full_params(model)"
         refuse(where, "it is sharded", f"in all processes {how}; then save in one of them")
-    if not bool(tensor.isfinite().all()):
-        refuse(where, "it holds NaN or Inf", "save an earlier checkpoint of the adapter")
 
 
-def _trained(model: nn.Module, name: str) -> list[Held]:
+def trained_of(model: nn.Module, name: str, finite: bool = True) -> list[Held]:
     """What of the model's own trains, each as the adapter that it will be in the model that loads it."""
     adapted, base, held = inventory(model).by_weight(), base_parameters(model), []
     for names in trained_beside(model):
         parameter = base[names[0]]
-        _refuse_numbers(names[0], parameter)
+        if finite:
+            _refuse_numbers(names[0], parameter)
         if own := next((adapted[n] for n in names if n in adapted), None):
             reason = f"it has requires_grad, and the adapter {own[0].name!r} is relative to what it was"
             refuse(names[0], reason, 'freeze it, or say beside="ignore", and save it yourself')
@@ -228,7 +295,7 @@ def load_adapter(
 
 
 def loading(
-    path: str | os.PathLike,
+    path: str | os.PathLike | Folder,
     example_inputs: Any = None,
     *,
     name: str | None = None,
@@ -253,7 +320,8 @@ def loading(
 class Read(Pass):
     """Read an adapter's files, and plan where it goes in this model; arguments as in `load_adapter`."""
 
-    path: str | os.PathLike
+    path: str | os.PathLike | Folder
+    """Or what has been read."""
     example_inputs: Any = None
     adapter: str | None = None
     part: str | None = None
@@ -266,19 +334,30 @@ class Read(Pass):
     def call(self, model: nn.Module, facts: Facts) -> Result:
         if self.max_rank is not None and (type(self.max_rank) is not int or self.max_rank < 1):
             refuse("max_rank", f"{self.max_rank!r} is no rank", "give a positive integer")
-        folder = read_folder(Path(self.path))
-        with unwired(model):
-            with boundary("it cannot be put into this model", str(folder.path), ITS_BASE):
-                saved = dialects.read(model, folder, self.part, self.config or {})
-            name = self.adapter or (folder.header["name"] if folder.header else "default")
-            _refuse_name(model, name)
-            program = read_program(model, self.example_inputs)
-            weights = _Weights(program)
-            for s in saved:
-                _check_target(s, weights)
-            rows = [_row(program, s, weights.of(s), self.max_rank) for s in _shared(saved, weights)]
-            plan = plan_rows(program, tuple(row.rule for row in rows), name, rows)
-        return Result(model, False, (program, plan))
+        folder = chosen(self.path if isinstance(self.path, Folder) else read_folder(Path(self.path)), self.adapter)
+        with unwired(model), boundary("it cannot be put into this model", str(folder.path), ITS_BASE):
+            saved = dialects.read(model, folder, self.part, self.config or {})
+        name = self.adapter or (folder.header["name"] if folder.header else "default")
+        _refuse_name(model, name)
+        return planned(model, saved, name, self.example_inputs, self.max_rank)
+
+
+def planned(
+    model: nn.Module, saved: list[Saved], name: str, example_inputs: Any, max_rank: int | None = None
+) -> Result:
+    """Where in this model adapters go, with their numbers.
+
+    Args:
+        max_rank: there is to be room for such ranks; None for their own.
+    """
+    with unwired(model):
+        program = read_program(model, example_inputs)
+        weights = _Weights(program)
+        for s in saved:
+            _check_target(s, weights)
+        rows = [_row(program, s, weights.of(s), max_rank) for s in _shared(saved, weights)]
+        plan = plan_rows(program, tuple(row.rule for row in rows), name, rows)
+    return Result(model, False, (program, plan))
 
 
 def _refuse_name(model: nn.Module, name: str) -> None:
@@ -326,6 +405,9 @@ def _shared(saved: list[Saved], weights: _Weights) -> list[Saved]:
     """PEFT keeps an adapter for each module; equal ones on modules that share the weight are one."""
     kept: list[Saved] = []
     for s in saved:
+        if s.alone:
+            kept.append(s)
+            continue
         weight = weights.of(s)
         equal = (k for k, other in enumerate(kept) if weights.of(other) is weight and other.equals(s))
         if (k := next(equal, None)) is None:
@@ -335,7 +417,7 @@ def _shared(saved: list[Saved], weights: _Weights) -> list[Saved]:
     return kept
 
 
-def _width(s: Saved, most: int | None) -> int | None:
+def _room(s: Saved, most: int | None) -> int | None:
     """The ranks that there is to be room for; None for its own."""
     if most is None or not s.kind.pads:
         return None
@@ -360,9 +442,8 @@ def _row(program: Program, s: Saved, weight: Weight, most: int | None) -> Row:
     uses = tuple(u for u in weight.uses if u.module not in outside)
     rule = s.rule(weight.name)
     own = tuple(owners[n] for n in s.weights)
-    row = Row(
-        weight, rule, s.role, s.part, s.rows, uses, own, bool(outside), stored=theta, axes=axes, width=_width(s, most)
-    )
+    stored, room = theta if s.started else None, _room(s, most)
+    row = Row(weight, rule, s.role, s.part, s.rows, uses, own, bool(outside), stored=stored, axes=axes, room=room)
     schedule = s.settings.get("schedule", AUTO)
     if not row.why_not(schedule):  # as it may in a model of another dtype
         row.rule = replace(rule, schedule=schedule)

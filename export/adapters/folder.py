@@ -17,17 +17,19 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_fx.export.adapters.pickles import unpickled
-from lora_fx.reading import boundary, contents, packed, refuse, tensor_table, tensors_digest, to_json
+from lora_fx.reading import boundary, contents, packed, refuse, regular, tensor_table, tensors_digest, to_json
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 DIFFUSERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+MODEL = "model.safetensors"
+"""In a checkpoint of the Trainer: see `pretrained`."""
 PICKLES = (".bin", ".pt", ".pth")
 PEFT, ADALORA, OWN = "LORA", "ADALORA", "LORA_FX"  # peft_type: two of PEFT's own, and what only lora_fx can read
 HEADER, DIGEST, VERSION = "lora_fx", "lora_fx_sha256", 1
@@ -79,18 +81,53 @@ def read_folder(path: Path) -> Folder:
         if path.is_file() and path.name in (TENSORS, PICKLE) and (path.parent / CONFIG).is_file():
             path = path.parent
         single = path if path.is_file() else next((path / n for n in DIFFUSERS if _is_alone(path, n)), None)
+        if single is None and _is_alone(path, MODEL) and _is_ours(path / MODEL):
+            single = path / MODEL
         if single is not None:
             tensors, header, said = _unpack(single)
             return Folder(single, dict(header["config"]) if header else {}, tensors, header, single.name, said)
         folder = _find_folder(path)
-        config = _read_config(folder / CONFIG)
+        config = read_config(folder / CONFIG)
         pickled = not (folder / TENSORS).is_file() and (folder / PICKLE).is_file()
         tensors, header, said = _unpack(folder / (PICKLE if pickled else TENSORS))
         return Folder(folder, config, tensors, header, PICKLE if pickled else TENSORS, said)
 
 
+def by_name(folder: Folder) -> list[Folder]:
+    """One for each adapter in it: a checkpoint of the Trainer holds all of a model's."""
+    header = folder.header
+    if header is None or not header.get("others"):
+        return [folder]
+    with boundary("it cannot be read", folder.tensor(HEADER), _RESTORE):
+        rest = {str(name): list(entries) for name, entries in header["others"].items()}
+    named = {header["name"]: header["adapters"], **rest}
+    return [replace(folder, header={**header, "name": n, "adapters": own, "others": {}}) for n, own in named.items()]
+
+
+def chosen(folder: Folder, name: str | None) -> Folder:
+    """Of a file with several adapters the one of this name.
+
+    Raises:
+        FileError: there is none.
+    """
+    several = {str(own.header["name"]): own for own in by_name(folder) if own.header is not None}
+    if len(several) < 2:
+        return folder
+    if name not in several:
+        reason = f"it holds the adapters {', '.join(several)}, and name={name!r}"
+        refuse(str(folder.path), reason, "say which of them by name, or lora_fx.from_pretrained them all")
+    return several[name]
+
+
 def _is_alone(path: Path, name: str) -> bool:
     return (path / name).is_file() and not (path / CONFIG).is_file()
+
+
+def _is_ours(file: Path) -> bool:
+    """It has our header: a whole model's file is not read for that."""
+    with open(regular(file), "rb") as opened:
+        table = json.loads(tensor_table(opened, str(file), _RESTORE))
+    return isinstance(table, dict) and HEADER in (table.get("__metadata__") or {})
 
 
 def _find_folder(path: Path) -> Path:
@@ -164,7 +201,8 @@ _ADALORA_TYPES = {
 }
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """PEFT's options, each of a type that it may have."""
     with boundary("it cannot be read", str(file), _RESTORE):
         config = json.loads(contents(file, _RESTORE).decode("utf-8"))
     if not isinstance(config, dict):
@@ -328,7 +366,15 @@ def write_single(file: Path, tensors: dict[str, torch.Tensor], said: dict[str, s
     """One safetensors file, in the place of another or of none, in one step."""
     import safetensors.torch
 
-    data = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, said)
+    _write_whole(file, safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, said))
+
+
+def write_checkpoint(file: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    """The same with our header."""
+    _write_whole(file, _pack(tensors, header))
+
+
+def _write_whole(file: Path, data: bytes) -> None:
     file = file.resolve()
     if file.is_dir():
         refuse(str(file), "it is a folder", "pass the path of a file that ends in .safetensors")

@@ -405,6 +405,9 @@ _ADALORA = frozenset({
     "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
 })  # fmt: skip
 
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""What PEFT trains besides, by the task."""
+
 #: initialisations that leave the base weights alone
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 

@@ -18,9 +18,10 @@ from lora_fx.deltas.kinds import Theta, kind_named
 from lora_fx.export.adapters import beside
 from lora_fx.export.adapters import peft as peft_format
 from lora_fx.export.adapters.folder import PEFT, Folder
-from lora_fx.export.adapters.peft import ITS_BASE, Layer, Modules
+from lora_fx.export.adapters.peft import HEADS, ITS_BASE, Layer, Modules
 from lora_fx.export.adapters.spelling import respelled
 from lora_fx.export.adapters.values import OWN_FORMAT, Files, Held, Saved
+from lora_fx.model.classes import own_class
 from lora_fx.reading import refuse
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -37,9 +38,10 @@ class _Target:
     scale: float
 
     @classmethod
-    def of(cls, layers: Mapping[Layer, list[Held]], rslora: bool) -> _Target:
+    def of(cls, layers: Mapping[Layer, list[Held]], rslora: bool, least: int = 0) -> _Target:
+        """Of a rank of at least so much."""
         groups = layers.values()
-        rank = max(sum(h.adapter.rank for h in group) for group in groups)
+        rank = max(least, *(sum(h.adapter.rank for h in group) for group in groups))
         first = next(h.adapter for group in groups for h in group)
         divisor = math.sqrt(rank) if rslora else rank
         own = rank == first.rank and (first.scaling == "rslora") == rslora
@@ -47,9 +49,12 @@ class _Target:
         return cls(layers, rank, int(alpha) if float(alpha).is_integer() else alpha, alpha / divisor)
 
 
-def as_peft(model: nn.Module, held: list[Held], name: str) -> Files:
-    """PEFT's config and tensors. Adapters with one target share its rank and its scale."""
+def as_peft(
+    model: nn.Module, held: list[Held], name: str, task_type: str | None = None, one_rank: bool = False
+) -> Files:
+    """PEFT's config and tensors. Adapters with one target share its rank and its scale; or all do, the largest."""
     modules = Modules(model)
+    held = [h.plain() for h in held]
     every, held = held, [h for h in held if h.adapter.kind.name not in beside.KINDS]
     _refuse_kinds(held, every)
     names = [weight for h in held for weight in h.weights]
@@ -68,6 +73,9 @@ def as_peft(model: nn.Module, held: list[Held], name: str) -> Files:
                 own.update({modules.layer(f"{layer.target}.{w}", ()): [] for w in peft_format.ATTENTION})
             own.setdefault(layer, []).append(h)
     targets = {name: _Target.of(own, rslora) for name, own in layers.items()}
+    if one_rank:
+        most = max((target.rank for target in targets.values()), default=0)
+        targets = {name: _Target.of(own, rslora, most) for name, own in layers.items()}
     tensors: dict[str, torch.Tensor] = {}
     slots: dict[tuple[Held, Layer], dict[str, int]] = {}
     for target in targets.values():
@@ -81,7 +89,31 @@ def as_peft(model: nn.Module, held: list[Held], name: str) -> Files:
     ties = set(peft_format.tied(modules))
     if ties and any(ties <= {*h.weights} for h in held):
         more.options["ensure_weight_tying"] = True
-    return {**_config(modules, targets, rslora), **more.options}, tensors | more.tensors, entries
+    config = {**_config(modules, targets, rslora), **more.options}
+    return {**config, "task_type": task_type or _task(model, config)}, tensors | more.tensors, entries
+
+
+def _task(model: nn.Module, config: Mapping[str, Any]) -> str | None:
+    """PEFT's word for what a class of transformers' is for. For a classifier it trains the head, and wants it in the
+    file: only of one that is there."""
+    name = own_class(model).__name__
+    if not hasattr(model, "config"):
+        return None
+    if name.endswith(("ForCausalLM", "LMHeadModel")) and hasattr(model, "prepare_inputs_for_generation"):
+        return "CAUSAL_LM"
+    if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    for ending, task in _HEADED.items():
+        if name.endswith(ending) and {*HEADS[task]} & {*(config.get("modules_to_save") or ())}:
+            return task
+    return None
+
+
+_HEADED = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
 
 def _refuse_kinds(held: list[Held], every: list[Held]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.dropping import BranchDropout
 from lora_fx.export.adapters import dialects
-from lora_fx.export.adapters.folder import read_folder
+from lora_fx.export.adapters.folder import chosen, read_folder
 from lora_fx.export.adapters.peft import ITS_BASE
 from lora_fx.export.adapters.values import Saved
 from lora_fx.graph.places import is_shard, loaded
@@ -47,7 +47,7 @@ class Replace(Pass):
     requires = (UNFOLDED,)
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        folder = read_folder(Path(self.path))
+        folder = chosen(read_folder(Path(self.path)), self.adapter)
         with unwired(model), boundary("it cannot be put into this model", str(folder.path), ITS_BASE):
             saved = dialects.read(model, folder, self.part, self.config or {})
         mine = [place for place in inventory(model).places if place.adapter.name == self.adapter]
@@ -77,8 +77,8 @@ class _New:
 
     def write(self) -> None:
         adapter, settings = self.adapter, self.saved.settings
-        if "rank" in settings and settings["rank"] != adapter.width:
-            adapter.change(_width=adapter.width)
+        if "rank" in settings and settings["rank"] != adapter.room:
+            adapter.change(_room=adapter.room)
         adapter.adjust(**{key: settings[key] for key in ("rank", "alpha", "scaling") if key in settings})
         adapter.put(self.theta)
         for name in self.theta:  # it may have been cast
@@ -123,7 +123,7 @@ def _turned(adapter: Adapter, s: Saved) -> Mapping[str, torch.Tensor]:
     for key, value in s.settings.items():
         if key not in _FREE and now.get(key) != value:
             refuse(s.place, f"it has {key}={value!r}, and the adapter {key}={now.get(key)!r}", _INSTEAD)
-    rank, room = theirs["rank"], adapter.width if "rank" in now else 0
+    rank, room = theirs["rank"], adapter.room if "rank" in now else 0
     if rank > room or (rank != room and not adapter.kind.pads):
         remedy = f"load the first one with max_rank={rank}, or {_INSTEAD}"
         refuse(s.place, f"its rank is {rank}, and the adapter has room for {room}", remedy)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Held:
     adapter: Adapter
     weights: tuple[str, ...]
     part: str
+    here: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Settings that say where it stands in this model, in the place of those that said so when it was made."""
 
     def turned(self, layer: Layer) -> LowRank:
         """The factors for all rows, in the layer's axes."""
@@ -43,6 +46,21 @@ class Held:
             reason = f"the model reads it as {own.layout.sides!r} (o: out, i: in, b: batch), PEFT as {wanted!r}"
             refuse(self.weights[0], reason, OWN_FORMAT)
         return found
+
+    def plain(self) -> Held:
+        """Of a kind whose factors are wider than its rank, as pissa's: the plain LoRA that adds the same numbers."""
+        a = self.adapter
+        if not a.kind.low_rank or a.kind.width == 1:
+            return self
+        low, rank = a.low_rank(), a.width
+        alpha = a.scale * rank
+        settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": a.dropout.p, "schedule": a.schedule}
+        plain = Adapter(a.layout, rows=a.rows, name=a.name, role=a.role, dtype=a.dtype, **settings)
+        plain.change(realised=a.realised, read_outside=a.read_outside)
+        with torch.no_grad():
+            plain.A.copy_(low.A)
+            plain.B.copy_(low.B)
+        return replace(self, adapter=plain)
 
     @property
     def whole(self) -> torch.Tensor:
@@ -64,9 +82,21 @@ class Held:
                 reason = f"{key}={value!r} of the kind {a.kind.name!r} does not come back out of JSON"
                 refuse(self.weights[0], reason, "let the kind take finite numbers, texts, and lists and tables of them")
         if a.kind.name != "lora":
-            return {**said, "kind": a.kind.name, "settings": dict(a.settings)}
+            return {**said, "kind": a.kind.name, "settings": {**a.settings, **self.here}}
         own = {"rank": a.rank, "alpha": a.alpha, "scaling": a.scaling, "dropout": a.dropout.p, "schedule": a.schedule}
         return {**said, **own}
+
+
+def baked(h: Held) -> Held:
+    """The same with its scale in B: rank and alpha are one number."""
+    if h.adapter.kind.name not in ("lora", "dora"):
+        return h
+    adapter = copy.deepcopy(h.adapter)
+    with torch.no_grad():
+        adapter.B.copy_((h.adapter.B.double() * h.adapter.scale).to(adapter.B.dtype))
+    adapter.change(_settings={**adapter._settings, "scaling": "standard"})
+    adapter.alpha = adapter.rank
+    return replace(h, adapter=adapter)
 
 
 def _is_sayable(value: Any) -> bool:
@@ -98,6 +128,10 @@ class Saved:
     """For errors."""
     role: str = ""
     part: str = ""
+    started: bool = True
+    """θ has numbers; otherwise only shapes, and the adapter begins as its kind does."""
+    alone: bool = False
+    """Another one on a module that shares the weight is another one, however alike."""
 
     def turned(self, sides: str) -> Mapping[str, torch.Tensor] | None:
         """θ for a weight that is read with other sides: A and B in each other's place; None where it has another."""

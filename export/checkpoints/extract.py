@@ -1,9 +1,7 @@
 """An adapter out of two checkpoints:   TUNED − BASE = D   →   B·A, the nearest of its rank
 
-By Eckart and Young the nearest is the truncated singular value decomposition. Small matrices are decomposed whole, in
-float64; of the others the leading directions are found by subspace iteration (Halko, Martinsson and Tropp 2011,
-algorithm 4.4), which reads the two files a few times and never has D in memory. What is said of each weight, the share
-of ‖D‖² that its adapter keeps, is not estimated but measured, on the factors that are written.
+How the nearest is found says `lora_fx.deltas.nearest`; the two files are read a few times, and D is never in memory.
+What is said of each weight, the share of ‖D‖² that its adapter keeps, is measured on the factors that are written.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lora_fx.deltas.nearest import Factors, Kept, Rows, energy, nearest, summarised
 from lora_fx.errors import few
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
 from lora_fx.export.checkpoints.arithmetic import BLOCK
@@ -28,29 +27,12 @@ from lora_fx.export.checkpoints.entries import fitted
 from lora_fx.export.checkpoints.orientation import Orientation
 from lora_fx.export.checkpoints.work import refuse_taken
 from lora_fx.reading import boundary, refuse, to_json
-from lora_fx.tables import table
 
-_WHOLE = 512  # rows or columns up to which a matrix is decomposed whole
-_MORE = 8  # directions beside those that are wanted
-_ROUNDS = 4  # of subspace iteration
 _TABLES = re.compile(r"(^|\.)(\w*emb\w*|wte|wpe)\.")
 _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"), ("LMHeadModel", "CAUSAL_LM"), ("ForSequenceClassification", "SEQ_CLS"),
     ("ForConditionalGeneration", "SEQ_2_SEQ_LM"), ("ForTokenClassification", "TOKEN_CLS"),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What an adapter holds of one weight's change."""
-
-    weight: str
-    shape: tuple[int, ...]
-    rank: int
-    change: float
-    """‖D‖, Frobenius."""
-    energy: float
-    """1 − ‖D − B·A‖² / ‖D‖²."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +47,10 @@ class Extracted:
     @property
     def energy(self) -> float:
         """Of all weights together."""
-        total = sum(row.change**2 for row in self.rows)
-        return sum(row.energy * row.change**2 for row in self.rows) / total
+        return energy(self.rows)
 
     def __str__(self) -> str:
-        body = [
-            (row.weight, "×".join(map(str, row.shape)), str(row.rank), f"{row.change:.3g}", f"{row.energy:.2%}")
-            for row in self.rows
-        ]
-        lines = [table(("weight", "shape", "rank", "‖D‖", "energy kept"), body, right=(2, 3, 4))]
-        if self.ignored:
-            lines.append(f"left out, though they differ: {few(self.ignored, 5)}")
-        return "\n".join([*lines, f"{self.folder}: {len(self.rows)} weights, {self.energy:.2%} of the energy kept"])
+        return summarised(self.rows, self.ignored, self.folder)
 
 
 def extract_adapter(
@@ -204,42 +178,19 @@ class _Pair:
                 refuse(self.after.at(self.new), "it holds NaN or Inf, or the base's does", "take another checkpoint")
             yield start, stop, block
 
-    def nearest(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (rank, columns) and B (rows, rank), float32: D ≈ B·A, each with the roots of the singular values."""
+    @property
+    def change(self) -> Rows:
+        """D."""
         rows, columns = self.stored.shape
-        rank = min(rank, rows, columns)
-        if min(rows, columns) <= _WHOLE:
-            U, S, V = torch.linalg.svd(torch.cat([block for *_, block in self.blocks()]), full_matrices=False)
-        else:
-            generator = torch.Generator().manual_seed(0)
-            wide = min(rank + _MORE, rows, columns)
-            onto = torch.randn(columns, wide, dtype=torch.float64, generator=generator)
-            for _ in range(_ROUNDS):
-                onto = torch.linalg.qr(self._from(torch.linalg.qr(self._onto(onto))[0]).T)[0]
-            Q = torch.linalg.qr(self._onto(onto))[0]
-            small, S, V = torch.linalg.svd(self._from(Q), full_matrices=False)
-            U = Q @ small
-        root = S[:rank].sqrt()
-        return (root[:, None] * V[:rank]).float().contiguous(), (U[:, :rank] * root).float().contiguous()
+        return Rows(rows, columns, self.blocks)
 
-    def _onto(self, right: torch.Tensor) -> torch.Tensor:
-        """D·right."""
-        return torch.cat([block @ right for *_, block in self.blocks()])
-
-    def _from(self, left: torch.Tensor) -> torch.Tensor:
-        """leftᵀ·D."""
-        rows, columns = left.shape[1], self.stored.shape[1]
-        total = torch.zeros(rows, columns, dtype=torch.float64)
-        for start, stop, block in self.blocks():
-            total.addmm_(left[start:stop].T, block)
-        return total
+    def nearest(self, rank: int) -> Factors:
+        """A (rank, columns) and B (rows, rank), float32: D ≈ B·A."""
+        A, B = nearest(self.change, rank)
+        return A.float(), B.float()
 
     def kept(self, A: torch.Tensor, B: torch.Tensor) -> Kept:
-        total, rest = 0.0, 0.0
-        for start, stop, block in self.blocks():
-            total += float(block.square().sum())
-            rest += float(block.sub_(B[start:stop].double() @ A.double()).square().sum())
-        return Kept(self.new, self.stored.shape, len(A), total**0.5, 1 - rest / total if total else 1.0)
+        return Kept.of(self.new, self.stored.shape, len(A), *self.change.measured(A, B))
 
 
 def _config(base: Checkpoint, place: Path, rows: Sequence[Kept], rank: int, transposed: bool) -> dict[str, Any]:

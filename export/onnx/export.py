@@ -704,7 +704,7 @@ class Publish(Pass):
 def _said(adapter: Adapter) -> dict[str, Any]:
     said: dict[str, Any] = {"adapter": adapter.name}
     if adapter.kind.low_rank:
-        said |= {"rank": adapter.rank, "alpha": adapter.alpha, "scale": adapter.scale}
+        said |= {"rank": adapter.width, "alpha": adapter.alpha, "scale": adapter.scale}
     else:
         said |= {"kind": adapter.kind.name, **adapter.settings}
     said |= {} if adapter.strength == 1 else {"strength": adapter.strength}

@@ -56,6 +56,24 @@ def quiet_options() -> Any:
     return options
 
 
+def require_providers(names: Sequence[str]) -> None:
+    """Whether they load is only known when a session opens.
+
+    Raises:
+        ExportError: there is none, or one is unknown, or not in this build of ONNX Runtime.
+    """
+    onnxruntime = require("onnxruntime")
+    available = onnxruntime.get_available_providers()
+    unknown, remedy = [name for name in names if name not in available], f"this build has {', '.join(available)}"
+    if not names:
+        refuse("providers", "there is none", remedy)
+    if unknown and unknown[0] not in onnxruntime.get_all_providers():
+        refuse("providers", f"{unknown[0]!r} is no execution provider", remedy)
+    if unknown:  # of which ONNX Runtime says so in a warning, and takes the CPU
+        remedy += "; pip install 'lora-fx[onnx-gpu]' in the place of 'lora-fx[onnx]' has those for GPUs"
+        refuse("providers", f"{unknown[0]!r} is not in this build of ONNX Runtime", remedy)
+
+
 def open_session(path: str, providers: Sequence[Provider] | None, options: Any = None) -> Any:
     """An `onnxruntime.InferenceSession` that runs on the providers it was asked for, or an error.
 
@@ -70,14 +88,7 @@ def open_session(path: str, providers: Sequence[Provider] | None, options: Any =
     available = onnxruntime.get_available_providers()
     wanted = [name for name in (*GPU, CPU) if name in available] if providers is None else providers
     asked = [(p, {}) if isinstance(p, str) else (p[0], dict(p[1])) for p in wanted]
-    unknown, remedy = [name for name, _ in asked if name not in available], f"this build has {', '.join(available)}"
-    if not asked:
-        refuse("providers", "there is none", remedy)
-    if unknown and unknown[0] not in onnxruntime.get_all_providers():
-        refuse("providers", f"{unknown[0]!r} is no execution provider", remedy)
-    if unknown:  # of which ONNX Runtime says so in a warning, and takes the CPU
-        remedy += "; pip install 'lora-fx[onnx-gpu]' in the place of 'lora-fx[onnx]' has those for GPUs"
-        refuse("providers", f"{unknown[0]!r} is not in this build of ONNX Runtime", remedy)
+    require_providers([name for name, _ in asked])
     if any(name in GPU for name, _ in asked) and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     remedy = "pass the path of a file that export_onnx wrote, with its .data file beside it"

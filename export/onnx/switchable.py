@@ -26,7 +26,6 @@ from torch import nn
 
 from lora_fx.changes import borrowed, changing
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.export.onnx import portable
 from lora_fx.export.onnx.calls import Call
 from lora_fx.export.onnx.files import folder_beside, move_files, writable
@@ -66,7 +65,7 @@ def adapted(model: nn.Module) -> dict[str, list[Place]]:
         if not place.adapter.kind.low_rank:
             adapter = place.adapter
             reason = f"the adapter {adapter.name!r} is of the kind {adapter.kind.name!r}, which has no factors to feed"
-            other = "unfolded" if isinstance(adapter.kind, ActivationRewrite) else "folded"
+            other = "folded" if adapter.kind.is_delta else "unfolded"
             refuse(place.weight, reason, f'export with adapters="{other}", or remove it')
         found.setdefault(place.weight, []).append(place)
     if not found:

@@ -16,12 +16,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from fnmatch import fnmatchcase
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 from lora_fx.analysis.sites import UNKNOWN, Site
+from lora_fx.analysis.words import refuse_words
 from lora_fx.deltas.kinds import kind_named
 from lora_fx.deltas.schedules import AUTO, SCHEDULES
 from lora_fx.errors import KindError, RuleError
@@ -29,6 +31,11 @@ from lora_fx.reading import boundary, contents
 
 INITS = ("kaiming", "gaussian", "zero")
 SCALINGS = ("standard", "rslora")
+#: of what PEFT calls an init, and what is a kind here
+_KINDS_BY_START = {
+    "pissa": "say kind='pissa'; for pissa_niter_4 also settings={'niter': 4}",
+    "olora": "say kind='olora'",
+}
 SETTINGS = ("rank", "alpha", "dropout", "init", "scaling", "schedule")
 REFUSE, SKIP = "refuse", "skip"
 
@@ -50,8 +57,8 @@ class Rule:
         adapt: which of the pattern's weights, several with ``|``; all by default.
         when: a predicate on the `Site`.
         kind: what an adapter is (see `lora_fx.deltas.kinds`): ``lora`` where there is a rank, ``dora``, ``adalora``,
-            ``bias``, ``full``, one that does not fold (``bottleneck``, ``compacter``, ``tokens``), or one that
-            `register_kind` knows. Each takes the settings below that it has.
+            ``pissa``, ``olora``, ``bias``, ``full``, one that does not fold (``bottleneck``, ``compacter``,
+            ``tokens``, ``prefix_layer``), or one that `register_kind` knows. Each takes the settings below that it has.
         rank: of the low-rank branch; without one, and without a kind, the rule excludes the sites.
         alpha: the scale is alpha / rank; alpha = rank by default.
         dropout: probability on the branch input, in training.
@@ -90,7 +97,7 @@ class Rule:
         if op is not None and self.form is not None:
             raise self._error(f"form={self.form!r} and op={op!r} are both given", "op is the old word: leave it out")
         if op is not None:
-            warnings.warn("Rule(op=…) is the old word for Rule(form=…)", DeprecationWarning, stacklevel=3)
+            warnings.warn("Rule(op=…) is the old word for Rule(form=…)", DeprecationWarning, stacklevel=4)
             object.__setattr__(self, "form", op)
         self._check_keys()
         if not self.excludes:
@@ -141,7 +148,8 @@ class Rule:
             value = getattr(self, key)
             if value not in words and not (key == "init" and callable(value)):
                 also = ", or a function (A, B) -> None" if key == "init" else ""
-                raise self._error(f"{key}={value!r} is unknown", f"one of {', '.join(words)}{also}")
+                remedy = _KINDS_BY_START.get(str(value).partition("_niter_")[0], f"one of {', '.join(words)}{also}")
+                raise self._error(f"{key}={value!r} is unknown", remedy)
 
     def _error(self, reason: str, remedy: str) -> RuleError:
         return RuleError(reason, place=self.label, remedy=remedy)
@@ -198,6 +206,21 @@ class Rule:
         )
 
 
+def _answering(init: Callable[..., None]) -> Callable[..., None]:
+    """The words of other libraries are answered with ours."""
+    known = [f.name for f in fields(Rule)]
+
+    @wraps(init)
+    def answered(self: Rule, *arguments: Any, **named: Any) -> None:
+        refuse_words({k: v for k, v in named.items() if k not in (*known, "op")}, "Rule", _near(named, known))
+        init(self, *arguments, **named)
+
+    return answered
+
+
+setattr(Rule, "__init__", _answering(Rule.__init__))  # noqa: B010  (mypy forbids the plain way)
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -222,6 +245,8 @@ def read_rules(rules: Any) -> tuple[Rule, ...]:
         return _from_toml(Path(rules))
     if isinstance(rules, Mapping):
         return _from_tables(rules["rule"], "rules") if set(rules) == {"rule"} else (_from_dict(rules),)
+    if hasattr(rules, "peft_type"):
+        raise _no_rules(f"{type(rules).__name__} among rules", "rules", "pass it by itself, in the place of all rules")
     if not isinstance(rules, Iterable):
         raise _no_rules(f"{rules!r} is no rule", "rules", "pass Rule objects, dicts or the path of a TOML file")
     found = tuple(rule for item in rules for rule in read_rules(item))
@@ -238,10 +263,15 @@ def _from_dict(given: Mapping[str, Any]) -> Rule:
     known = [f.name for f in fields(Rule)]
     for key in given:
         if key not in (*known, "op"):
-            close = difflib.get_close_matches(str(key), known, 1)
-            remedy = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}"
-            raise _no_rules(f"unknown key {key!r}", f"rule {dict(given)!r}", remedy)
+            refuse_words({str(key): given[key]}, f"rule {dict(given)!r}", _near([str(key)], known))
     return Rule(**given)
+
+
+def _near(words: Iterable[str], known: Sequence[str]) -> str:
+    """What may have been meant by the first of them that is not known."""
+    word = next((word for word in words if word not in (*known, "op")), "")
+    close = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}"
 
 
 def _from_toml(path: Path) -> tuple[Rule, ...]:

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 from lora_fx.analysis.rules import read_rules
+from lora_fx.analysis.words import refuse_words
+from lora_fx.application.combination import combining, extracting
 from lora_fx.changes import changing, in_turn
 from lora_fx.checks.certification import Certificate, certify_adapted
 from lora_fx.checks.footprint import Memory, measured, on_meta
 from lora_fx.checks.oracles import misrounded
 from lora_fx.checks.verification import copied
 from lora_fx.errors import LoraFxError, PipelineError
+from lora_fx.export.adapters.configs import Start, is_config, rules_from_peft
 from lora_fx.export.adapters.files import loading
 from lora_fx.export.onnx.export import exporting
 from lora_fx.graph.capture import normalize_inputs
@@ -34,7 +37,7 @@ def pipeline(verb: str, *arguments: Any, **options: Any) -> Pipeline:
 
     Args:
         verb: ``plan``, ``apply``, ``fold``, ``unfold``, ``activate``, ``deactivate``, ``remove``, ``rename``,
-            ``switch``, ``load_adapter`` or ``export_onnx``.
+            ``switch``, ``combine``, ``extract``, ``load_adapter`` or ``export_onnx``.
         arguments, options: those of the verb, without the model; ``fold`` has no ``copy`` here.
 
     Raises:
@@ -49,6 +52,8 @@ def pipeline(verb: str, *arguments: Any, **options: Any) -> Pipeline:
 
 
 def _plan(rules: Any, example_inputs: Any = None, *, name: str = "default") -> tuple[Pass, ...]:
+    if is_config(rules):
+        return Start(rules_from_peft(rules), example_inputs, name), Schedule()
     return Capture(example_inputs), Analyse(), Select(read_rules(rules), name), Schedule()
 
 
@@ -66,6 +71,8 @@ _PIPELINES: dict[str, Callable[..., tuple[Pass, ...]]] = {
     "remove": lambda *names: (Remove(names), Rewrite()),
     "rename": lambda old, new: (Rename(old, new), Rewrite()),
     "switch": lambda *names: (Require(names), Unfold(if_folded=True), Activate(names), Fold()),
+    "combine": combining,
+    "extract": extracting,
     "load_adapter": loading,
     "export_onnx": exporting,
 }
@@ -134,7 +141,13 @@ def memory(
 
 
 def apply(
-    model: nn.Module, rules: Any, example_inputs: Any = None, *, name: str = "default", check: bool = True
+    model: nn.Module,
+    rules: Any = None,
+    example_inputs: Any = None,
+    *,
+    name: str = "default",
+    check: bool = True,
+    **words: Any,
 ) -> nn.Module:
     """Insert trainable adapters where the rules say, in place; the first ones freeze the model's own parameters.
 
@@ -143,9 +156,11 @@ def apply(
 
     Args:
         rules: one `Rule` or several; dicts; the path of a TOML file. The first rule that matches a site decides it.
+            Or a `peft.LoraConfig`, see `rules_from_peft`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; transformers' models have some.
         name: the adapter's name. Applying again adds a second adapter under another name, further sites under the same.
         check: compare the adapted model with the dense W + δ on the example inputs, in train and in eval mode.
+        words: none; PEFT's (`r`, `target_modules`, …) are answered with ours.
 
     Returns:
         The same model.
@@ -153,6 +168,7 @@ def apply(
     Raises:
         LoraFxError: a rule, a site, the inputs or the self-check refuses; the model is bitwise what it was.
     """
+    refuse_words(words, "apply", "the arguments are rules, example_inputs, name and check")
     return pipeline("apply", rules, example_inputs, name=name, check=check)(model).model
 
 

@@ -19,6 +19,9 @@ from lora_fx.application import (
     unfold,
 )
 from lora_fx.application.budget import Budget
+from lora_fx.application.combination import combine, extract
+from lora_fx.application.pretrained import from_pretrained
+from lora_fx.application.reference import reference
 from lora_fx.application.suggestion import Suggestion, suggest
 from lora_fx.application.tokens import with_tokens
 from lora_fx.application.trained import Summary, parameter_groups, summary
@@ -28,9 +31,12 @@ from lora_fx.checks.verification import Report, verify
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.kind_registration import register_kind
 from lora_fx.deltas.kinds import Kind
+from lora_fx.deltas.nearest import Approximation
 from lora_fx.deltas.registration import register_form
 from lora_fx.errors import LoraFxError
+from lora_fx.export.adapters.configs import PeftRules, rules_from_peft
 from lora_fx.export.adapters.files import load_adapter, save_adapter
+from lora_fx.export.adapters.pretrained import adapter_checkpoints
 from lora_fx.export.checkpoints.extract import extract_adapter
 from lora_fx.export.checkpoints.fold import fold_checkpoint, unfold_checkpoint
 from lora_fx.export.checkpoints.manifest import verify_checkpoint
@@ -45,6 +51,7 @@ from lora_fx.passes.planning import Plan
 
 __all__ = [
     "Adapter",
+    "Approximation",
     "Budget",
     "Call",
     "Certificate",
@@ -53,6 +60,7 @@ __all__ = [
     "Kind",
     "LoraFxError",
     "Memory",
+    "PeftRules",
     "Pipeline",
     "Plan",
     "Program",
@@ -62,26 +70,32 @@ __all__ = [
     "Summary",
     "activate",
     "active",
+    "adapter_checkpoints",
     "adapters",
     "apply",
     "capture",
     "certify",
+    "combine",
     "deactivate",
     "disabled",
     "export_onnx",
+    "extract",
     "extract_adapter",
     "fold",
     "fold_checkpoint",
     "fold_onnx",
+    "from_pretrained",
     "load_adapter",
     "memory",
     "parameter_groups",
     "pipeline",
     "plan",
+    "reference",
     "register_form",
     "register_kind",
     "remove",
     "rename",
+    "rules_from_peft",
     "save_adapter",
     "save_onnx_adapter",
     "show",

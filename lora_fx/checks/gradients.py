@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fx.changes import Undo, onednn_has, safe_point
 from lora_fx.checks.verification import called, in_mode, with_dense_weights
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.errors import CaptureError
 from lora_fx.graph.capture import Inputs, does_not_run, output_tensors, uncompiled
 from lora_fx.graph.own_state import undisturbed
@@ -90,7 +89,7 @@ def _in_itself(
     for storage, gradient in zip(here, found, strict=True):
         for adapter in storage.adapters if gradient is not None and _is_one(gradient) else ():
             own = [p for p in adapter.parameters() if p.requires_grad]
-            if isinstance(adapter.kind, ActivationRewrite):  # it acts on what the weight makes
+            if not adapter.kind.is_delta:  # it acts on what the weight makes
                 moved.add(adapter)
                 continue
             with torch.enable_grad():

@@ -31,7 +31,7 @@ def delta(weight: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
 
 
 def _delta(weight: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    if isinstance(adapter.kind, ActivationRewrite):  # the weight stays what it is
+    if not adapter.kind.is_delta:  # the weight stays what it is
         return torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
     if adapter.kind.low_rank:  # it does not depend on W
         return _Product.of(adapter).delta()

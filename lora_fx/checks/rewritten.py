@@ -9,7 +9,8 @@ indices of new tokens are put into the inputs where these are what looks up the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,7 +36,6 @@ from lora_fx.checks.verification import (
     with_dense_weights,
 )
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import CaptureError, essence
 from lora_fx.graph.capture import Inputs, capture_graph
@@ -43,12 +43,14 @@ from lora_fx.graph.forms import Call, find
 from lora_fx.graph.nodes import base_name, call, first_operand, shape_of
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.views import CASTS, COPIES, MOVES
+from lora_fx.model.behind import blocks_of, hidden, with_hidden
 from lora_fx.model.classes import unwired
-from lora_fx.model.inventory import Storage, inventory
+from lora_fx.model.inventory import Inventory, Storage, inventory
+from lora_fx.model.lookups import Lookups
 
 
 def is_rewrite(adapter: Adapter) -> bool:
-    return isinstance(adapter.kind, ActivationRewrite)
+    return not adapter.kind.is_delta
 
 
 def deltas_of(storages: Sequence[Storage]) -> list[Storage]:
@@ -85,9 +87,11 @@ def check_rewritten(model: nn.Module, inputs: Inputs, training: bool, undo: list
     with in_mode(model, training):
         with unwired(model), with_dense_weights(model, undo):
             try:
-                flow = Flow(capture_graph(model, inputs, as_is=True), storages, here.modules)
+                with _behind_blocks(here, storages):
+                    captured = capture_graph(model, inputs, as_is=True)
+                flow = Flow(captured, storages, here.modules)
             except CaptureError as error:
-                if not training:
+                if not training or isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):
                     raise
                 return NotRun(essence(error).partition("\n")[0])
             _refuse_transformed(model, flow)
@@ -130,6 +134,32 @@ def _row(storage: Storage, *rest: Any, **more: Any) -> Coverage:
     return Coverage(names_of(storage), tuple(a.name for a in storage.adapters), *rest, **more)
 
 
+@contextmanager
+def _behind_blocks(here: Inventory, storages: Sequence[Storage]) -> Iterator[None]:
+    """Inside, the model itself has what stands behind its blocks, by hooks: a program that is recorded has it in it."""
+    ids: dict[Adapter, torch.Tensor] = {}
+
+    def rewrite(adapter: Adapter, tensor: str, block: nn.Module, args: Any, output: Any) -> Any:
+        h, own = hidden(output), ids.get(adapter)
+        if own is None:
+            return output
+        n, theta = adapter.layout.size("i"), adapter.get_parameter(tensor)
+        rows = theta[(own - n).clamp(min=0, max=len(theta) - 1)].to(h.dtype)
+        return with_hidden(output, torch.where((own < n)[..., None], h, rows))
+
+    def read(adapter: Adapter, table: torch.Tensor, own: torch.Tensor) -> None:
+        ids[adapter] = own
+
+    with ExitStack() as hooks:
+        for storage in storages:
+            for adapter in (a for a in storage.adapters if a.kind.behind is not None):
+                for tensor, block in blocks_of(adapter, here.modules).items():
+                    hook = block.register_forward_hook(partial(rewrite, adapter, tensor), prepend=True)
+                    hooks.callback(hook.remove)
+                hooks.enter_context(Lookups(storage.owners, partial(read, adapter)))
+        yield
+
+
 class _Replay(fx.Interpreter):
     """Runs a recorded program of the model itself, with the rewrites done.
 
@@ -161,7 +191,7 @@ class _Replay(fx.Interpreter):
         assert found is not None, "the plan has refused what is no product"
         x, plain = self.env[found.x], self._of(node, found, None)
         use = partial(self._of, node, found)
-        for adapter in adapters:
+        for adapter in sorted(adapters, key=lambda own: own.kind.behind is None):  # it hides new ids from the table
             use = partial(rewritten, adapter, use)
         exact = use(x)
         self.effects[node] = relative_error(plain, exact, exact) if plain is not None else 1.0
@@ -198,11 +228,12 @@ def _with_tokens(flow: Flow) -> Inputs:
     state = [n for n in flow.captured.graph.nodes if n.op == "placeholder"]
     leaves = dict(zip([n for n in state if n not in flow.captured.tensors], which, strict=True))
     for reading in flow.readings:
-        for adapter in (a for s in reading.acting.values() if s is not None for a in s.adapters):
-            found = _call(flow, reading.node)
-            given = None if found is None or not found.form.looks_up else leaves.get(_source(found.x))
-            if given is not None and "tokens" in adapter._parameters:
-                flat[given] = _mixed(flat[given], adapter)
+        adapters = [a for s in reading.acting.values() if s is not None for a in s.adapters]
+        counts = [count for a in adapters if (count := a.kind.new_ids(a.settings))]
+        found = _call(flow, reading.node)
+        given = None if found is None or not found.form.looks_up else leaves.get(_source(found.x))
+        if given is not None and counts:
+            flat[given] = _mixed(flat[given], adapters[0].layout.size("i"), min(counts))
     args, kwargs = pytree.tree_unflatten(flat, spec)
     return Inputs(args, kwargs)
 
@@ -214,8 +245,7 @@ def _source(node: Any) -> Any:
     return node
 
 
-def _mixed(ids: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    first, count = adapter.layout.size("i"), adapter.get_parameter("tokens").shape[0]
+def _mixed(ids: torch.Tensor, first: int, count: int) -> torch.Tensor:
     own = ids.clone()
     some = own.view(-1)[::2] if own.is_contiguous() else own
     some.copy_(first + torch.arange(some.numel(), device=ids.device).reshape(some.shape) % count)

@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fx.changes import Undo, in_turn, safe_point, undone
 from lora_fx.checks.oracles import delta, delta_size
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.kinds import ActivationRewrite
 from lora_fx.errors import CaptureError, EquivalenceError, LoraFxError, essence
 from lora_fx.graph.capture import Inputs, does_not_run, normalize_inputs, output_tensors, uncompiled
 from lora_fx.graph.nodes import is_float
@@ -494,7 +493,7 @@ def scatter(adapter: Adapter, weight: torch.Tensor, generator: torch.Generator, 
             noise[name] = torch.randn(p.shape, generator=generator, dtype=torch.float64) * p.shape[-1] ** -0.5
         else:
             noise[name] = (torch.rand(p.shape, generator=generator, dtype=torch.float64) - 0.5) * _size(p)
-    if isinstance(adapter.kind, ActivationRewrite):  # it has no delta to be of a size
+    if not adapter.kind.is_delta:  # it has no delta to be of a size
         for name, parameter in adapter.named_parameters():
             parameter.copy_(before[name] + noise[name].to(parameter.device))
         return

@@ -14,6 +14,8 @@ ROWS = {
     "counts": Row("lora_fx.cli.paper:counts", "Its tables of trainable parameters, counted on its architectures."),
     "memory": Row("lora_fx.cli.paper:memory", "GPT-3's training memory, with adapters and without, on its shape."),
     "sweep": Row("lora_fx.cli.paper:sweep", "Which weights, which rank, which method: trained on two tasks."),
+    "latency": Row("lora_fx.cli.paper:latency", "What folded LoRA and adapter layers cost at inference: table 1."),
+    "switching": Row("lora_fx.cli.paper:switching", "Another task: folded in place, against reloading the model."),
     "amplification": Row("lora_fx.cli.paper:amplification", "Which directions of W are amplified: table 7."),
 }
 
@@ -146,3 +148,73 @@ def sweep(
     said = {"seeds": 1 if quick else seeds, "quick": quick, "rows": [cell.to_json() for cell in found]}
     with written(out, "sweep", shown(found), said) as folder:
         draw_cells(found, folder)
+
+
+def _sizes(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    found = []
+    for text in texts:
+        batch, sign, length = text.partition("x")
+        if not (sign and batch.isdecimal() and length.isdecimal() and int(batch) and 0 < int(length) <= 1024):
+            raise click.BadParameter(f"{text!r} is no BATCHxLENGTH with a length of at most 1024: 16x256")
+        found.append((int(batch), int(length)))
+    return tuple(found)
+
+
+@click.command()
+@_out
+@click.option("--layers", type=click.IntRange(1, 24), default=2, show_default=True, help="24 for all of GPT-2 medium.")
+@click.option("--width", type=click.IntRange(64, 1024), default=1024, show_default=True, help="A multiple of 64.")
+@click.option(
+    "--size", "sizes", multiple=True, callback=_sizes, metavar="BxL",
+    help="Batch x length, once for each; the paper's three without it.",
+)  # fmt: skip
+@click.option("--scale", type=click.IntRange(1), default=1, show_default=True, help="Divide the batches by this.")
+@click.option("--openings", type=click.IntRange(1), default=9, show_default=True, help="How often sessions are opened.")
+@click.option(
+    "--seconds", type=click.FloatRange(0), default=20, show_default=True, help="Of each size in each opening, at least."
+)
+@click.option("--threads", type=click.IntRange(0), default=0, help="Of the CPU: all cores without it.")
+@click.option("--cuda", is_flag=True, help="On a GPU, by ONNX Runtime's CUDAExecutionProvider.")
+@click.option("--processor-time", is_flag=True, help="Count the processor's seconds on one thread: for a busy machine.")
+@click.option("--quick", is_flag=True, help="A small shape and small sizes: to see that all of it runs.")
+def latency(
+    out: Path, layers: int, width: int, sizes: tuple[tuple[int, int], ...], scale: int, openings: int,
+    seconds: float, threads: int, cuda: bool, processor_time: bool, quick: bool,
+) -> None:  # fmt: skip
+    """GPT-2 medium in ONNX Runtime at the paper's sizes: the base, the base again, LoRA folded and unfolded, Adapter H
+    and L, in paired rounds.
+
+    It takes 2 of 24 layers, which are all alike, so that two cores do it in half an hour. What is over is noted in the
+    folder: the same command goes on where an interrupted one was.
+    """
+    from lora_fx.paper import latency as module
+    from lora_fx.paper.figures import draw_latency
+    from lora_fx.paper.outcome import needs_figures, progress, written
+
+    needs_figures()
+    shape = module.QUICK_SHAPE if quick else module.Shape(layers, width)
+    given = tuple(module.Size(*size) for size in sizes) or (module.QUICK if quick else module.SIZES)
+    given = tuple(module.scaled(size, scale) for size in given)
+    plan = module.Plan(shape, given, openings, 0.5 if quick else seconds, cuda, threads, processor_time)
+    with progress("exports and timings", plan.steps) as step:
+        found = module.measure(plan, out, step)
+    with written(out, "latency", module.shown(plan, found), module.to_json(plan, found)) as folder:
+        draw_latency(found, folder / "latency.png")
+
+
+@click.command()
+@_out
+@click.option("--layers", type=click.IntRange(1, 24), default=24, show_default=True, help="Of GPT-2 medium.")
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Switches of each kind.")
+@click.option("--quick", is_flag=True, help="A small shape: to see that all of it runs.")
+def switching(out: Path, layers: int, rounds: int, quick: bool) -> None:
+    """Two tasks of GPT-2 medium, LoRA of r = 4 on q and v: from one to the other by `lora_fx.switch`, which folds it in
+    the other's place, and by reading its whole checkpoint from disk; time and bytes."""
+    from lora_fx.paper import switching as module
+    from lora_fx.paper.latency import QUICK_SHAPE, Shape
+    from lora_fx.paper.outcome import progress, written
+
+    with progress("switches", rounds) as step:
+        found = module.measure(QUICK_SHAPE if quick else Shape(layers), rounds, out, step)
+    with written(out, "switching", module.shown(found), found.to_json()):
+        pass

@@ -481,6 +481,9 @@ def _rewritten(
         return dispatch(func, *own) if deltas else _call(func, *own)
 
     for branch in around:
+        if branch.adapter.kind.behind is not None:
+            branch.adapter.calls.give(call.x, branch.adapter.layout.size("i"))
+    for branch in sorted(around, key=_is_outer):
         own = branch.delta
         assert isinstance(own, Around)
         if why := why_not_around(call, placed(own.layout, weight.window, call.sides)):
@@ -488,6 +491,11 @@ def _rewritten(
         theta = own.cast(weight.base.dtype).theta if weight.cast else own.theta
         use = partial(_around, own, use, theta)
     return use(call.x)
+
+
+def _is_outer(branch: Branch) -> bool:
+    """One that hides new ids from the table stands inside of all that want to see them."""
+    return branch.adapter.kind.behind is None
 
 
 def _around(own: Around, use: Callable[[Any], Any], theta: Any, x: Any) -> Any:

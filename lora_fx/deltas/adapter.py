@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from lora_fx.deltas import schedules
+from lora_fx.deltas.calls import Calls, new_calls
 from lora_fx.deltas.dropping import BranchDropout
 from lora_fx.deltas.kernels import times
 from lora_fx.deltas.kinds import ActivationRewrite, Kind, Space, Theta, kind_named, own_factors
@@ -106,7 +107,7 @@ class Adapter(Beside):
         name: the adapter's name; one name may be on many weights.
         role: what the site does, for reading.
         dtype: of θ: float32 for weights of lower precision.
-        width: the ranks that there is room for, of a kind that `pads`: those behind its own are zeros.
+        room: the ranks that there is room for, of a kind that `pads`: those behind its own are zeros.
         settings: those of the kind; ``rank``, ``alpha``, ``scaling``, ``dropout`` (probability on the branch input, in
             training only) and ``schedule`` (see `lora_fx.deltas.schedules`) for `lora`.
 
@@ -132,7 +133,7 @@ class Adapter(Beside):
     """The module, if there is one, that multiplies with the weight though another holds it."""
     schedule: str
     _settings: Mapping[str, Any]
-    _width: int | None
+    _room: int | None
     _scale: float
     _strength: float
     _multiplier: float
@@ -142,6 +143,8 @@ class Adapter(Beside):
     """What of θ trained when it was last deactivated."""
     _owners: Mapping[str, Adapter]
     """Tensors of θ that another adapter of the same name has, for both → that one."""
+    calls: Calls
+    """Of the model, for what stands behind its blocks."""
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class Adapter(Beside):
         role: str = "",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        width: int | None = None,
+        room: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -164,10 +167,12 @@ class Adapter(Beside):
         self.add_module("dropout", BranchDropout(dropout) if dropout else NoDropout())
         self.change(kind=kind, layout=layout, rows=rows, name=name, role=role, _settings={})
         self.change(active=True, realised=Realisation.DISPATCH, read_outside="", _trained=(), _owners={})
-        self.change(schedule=settings.get("schedule", schedules.BRANCH), _width=width)
+        self.change(calls=new_calls())
+        self.change(schedule=settings.get("schedule", schedules.BRANCH), _room=room)
         self.adjust(1.0, **settings)
         for tensor, shape in self.kind.shapes(self.space).items():
-            self.register_parameter(tensor, nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device)))
+            numbers = torch.zeros(*shape, dtype=dtype, device=device)
+            self.register_parameter(tensor, nn.Parameter(numbers, requires_grad=tensor not in self.kind.frozen))
         if rows is not None and rows[-1] - rows[0] + 1 != len(rows):
             self.register_buffer("index", torch.tensor(rows, dtype=torch.long, device=device), persistent=False)
 
@@ -189,7 +194,7 @@ class Adapter(Beside):
         """
         own, place = {**self._settings, **settings}, f"strength of adapter {self.name!r}"
         strength = self._strength if strength is None else strength
-        if strength != 1 and isinstance(self.kind, ActivationRewrite):
+        if strength != 1 and not self.kind.is_delta:
             reason = f"{strength!r}: the kind {self.kind.name!r} has no δ that it could be of: {self.kind.why}"
             raise AdapterError(reason, place=place, remedy="activate it by its name alone, or leave it out")
         multiplier = strength
@@ -248,7 +253,7 @@ class Adapter(Beside):
     def space(self) -> Space:
         """What θ is for."""
         out = self.layout.size("o") if self.rows is None else len(self.rows)
-        return Space(self.layout.batch, out, self.layout.size("i"), self.theta_of({}), self._width)
+        return Space(self.layout.batch, out, self.layout.size("i"), self.theta_of({}), self._room)
 
     @property
     def theta(self) -> Theta:
@@ -279,12 +284,17 @@ class Adapter(Beside):
 
     @property
     def width(self) -> int:
+        """The rank of its factors: more than its own for a kind that computes wider ones."""
+        return self.kind.width * self.room
+
+    @property
+    def room(self) -> int:
         """The ranks that there is room for: those behind its own are zeros."""
-        return self.rank if self._width is None else self._width
+        return self.rank if self._room is None else self._room
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Of the tensors of θ, for a rank that there is room for; for 0 of a kind that has none."""
-        space = replace(self.space, width=rank or None)
+        space = replace(self.space, room=rank or None)
         return {name: tuple(shape) for name, shape in self.kind.shapes(space).items()}
 
     @torch.no_grad()
@@ -302,7 +312,7 @@ class Adapter(Beside):
         Raises:
             AdapterError: there are numbers in that room.
         """
-        if self._width is None or self._width == self.rank:
+        if self._room is None or self._room == self.rank:
             return self
         dtype, device = self.dtype, self.device
         settings = {key: value for key, value in self.settings.items() if key in self.kind.settings}
@@ -316,7 +326,7 @@ class Adapter(Beside):
             own.put({name: rest[corner]})
             rest[corner] = 0
             if bool(rest.any()):
-                reason = f"{name} has numbers behind its rank of {self.rank}, in the room for {self._width}"
+                reason = f"{name} has numbers behind its rank of {self.rank}, in the room for {self._room}"
                 raise AdapterError(reason, place=f"adapter {self.name!r}", remedy="write zeros there, or load it again")
         own.change(realised=self.realised, read_outside=self.read_outside)
         return own
@@ -419,7 +429,7 @@ class Adapter(Beside):
         if self.kind.low_rank:
             return self.low_rank()
         theta = self.theta
-        if isinstance(self.kind, ActivationRewrite):
+        if not self.kind.is_delta:
             return self.around(theta)
         return Dense(self.layout, partial(self.delta, theta=theta), theta)
 
@@ -444,7 +454,7 @@ class Adapter(Beside):
             return self.low_rank(
                 None if theta is None else {name: getattr(theta, name) for name in self._parameters}
             ).delta()
-        if isinstance(self.kind, ActivationRewrite):
+        if not self.kind.is_delta:
             reason = f"the kind {self.kind.name!r} has no δ: {self.kind.why}"
             raise AdapterError(
                 reason, place=f"adapter {self.name!r}", remedy="call the model: it acts on its activations"
@@ -478,7 +488,7 @@ class Adapter(Beside):
         part = f", {self.role}: {len(self.rows)} of {self.layout.size('o')} features" if self.rows else ""
         own = f"rank={self.rank}, scale={self.scale:g}" if {"rank", "alpha"} <= self._settings.keys() else ""
         kind = "" if self.kind.name == "lora" else f"{self.kind.name}{', ' if own else ''}"
-        own += "" if self._width is None else f", room for {self._width}"
+        own += "" if self._room is None else f", room for {self._room}"
         strength = "" if self.strength == 1 else f", strength={self.strength:g}"
         return f"{kind}{own}{strength}{part}"
 

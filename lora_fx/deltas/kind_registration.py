@@ -139,8 +139,8 @@ class _Trial:
         matrix, space, factors, delta = adapter.matrix(weight), adapter.space, self.kind.factors, self.kind.delta
         if factors is not None:
             A, B = self._run(lambda: factors(adapter.theta))
-            self._check_tensor("A", A, (*space.batch, space.rank, space.inner), matrix.dtype)
-            self._check_tensor("B", B, (*space.batch, space.out, space.rank), matrix.dtype)
+            self._check_tensor("A", A, (*space.batch, self.kind.width * space.rank, space.inner), matrix.dtype)
+            self._check_tensor("B", B, (*space.batch, space.out, self.kind.width * space.rank), matrix.dtype)
         if delta is not None:
             own = self._run(lambda: delta(matrix, adapter.theta))
             self._check_tensor("δ", own, tuple(matrix.shape), matrix.dtype)
@@ -208,7 +208,8 @@ class _Trial:
     def _check_gradients(self, adapter: Adapter, own: torch.Tensor) -> None:
         own = self._delta(adapter, torch.randn(own.shape, dtype=own.dtype, generator=torch.Generator().manual_seed(2)))
         cotangent = torch.randn(own.shape, dtype=own.dtype, generator=torch.Generator().manual_seed(3))
-        names, tensors = zip(*adapter.named_parameters(), strict=True)
+        trained = ((name, p) for name, p in adapter.named_parameters() if name not in self.kind.frozen)
+        names, tensors = zip(*trained, strict=True)
         reached = own.requires_grad
         grads = torch.autograd.grad(own, tensors, cotangent, allow_unused=True) if reached else [None] * len(names)
         missed = [name for name, g in zip(names, grads, strict=True) if g is None or not bool(g.any())]
@@ -238,7 +239,7 @@ class _Trial:
         turned = adapter.layout.sides == "io"
         found = self._run(lambda: F.linear(x, adapted.t() if turned else adapted, bias))  # type: ignore[arg-type, attr-defined]
         wanted = F.linear(x, whole.t() if turned else whole, bias)
-        inputs = (x, *adapter.parameters())
+        inputs = (x, *(p for name, p in adapter.named_parameters() if name not in self.kind.frozen))
         cotangent = torch.randn(wanted.shape, dtype=torch.float64, generator=draw)
         pairs = [(found, wanted)]
         grads = [torch.autograd.grad(y, inputs, cotangent, allow_unused=True) for y in (found, wanted)]

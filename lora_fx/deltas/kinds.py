@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
-from lora_fx.deltas import dora, rewrites
+from lora_fx.deltas import dora, principal, rewrites
 from lora_fx.errors import KindError
 
 REQUIRED: Any = ...
@@ -55,12 +55,12 @@ class Space:
     inner: int
     """Input features; of a convolution times the kernel's size, of a bias 1."""
     settings: Theta
-    width: int | None = None
+    room: int | None = None
     """Ranks that there is room for, where they are more than the settings say."""
 
     @property
     def rank(self) -> int:
-        return self.settings.rank if self.width is None else self.width
+        return self.settings.rank if self.room is None else self.room
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Kind:
     delta: Callable[[Any, Theta], Any] | None = None
     """(W, θ) → δ, of W's shape, by torch's differentiable functions alone, in any floating dtype."""
     factors: Callable[[Theta], tuple[Any, Any]] | None = None
-    """θ → A (batch…, rank, in) and B (batch…, out, rank): δ = scale · B·A."""
+    """θ → A (batch…, rank, in) and B (batch…, out, rank): δ = scale · B·A; of `width` times the rank."""
     branch: Callable[[Any, Any, Theta], Any] | None = None
     """(product, W, θ) → x·δᵀ, without making δ: see `lora_fx.deltas.adapted_weight.Product`."""
     matmul: Callable[[str, Any, Any, Any, Theta], Any] | None = None
@@ -87,10 +87,57 @@ class Kind:
     by_feature: bool = False
     """δ of an output feature follows from what W and θ have for that feature alone, and from θ that is for all: then a
     few rows of a weight can be folded at a time."""
+    frozen: tuple[str, ...] = ()
+    """Tensors of θ that stay where they start."""
+    width: int = 1
+    """How many ranks its factors have for each of its rule's."""
     pads: bool = False
     """Further ranks of zeros, in each tensor that has an axis of ranks, add nothing: so there may be room for more."""
     adapts: Literal["weight", "bias"] = "weight"
     """The weight of a matched site, or its bias."""
+    shared: tuple[str, ...] = field(kw_only=True, default=())
+    """Tensors of θ that all adapters of one name have in common."""
+    asks: Callable[[str, Space], str] = field(kw_only=True, default=lambda form, space: "")
+    """(form, space) → why it cannot stand at such a use; empty where it can."""
+    why: str = field(kw_only=True, default="")
+    """Why it cannot be folded; empty where it can."""
+    behind: Callable[[Any, Any, Any, int], Any] | None = field(kw_only=True, default=None)
+    """(h, ids, a tensor of θ, n) → h': what it makes of what a block gives, where the table of n words, whose adapter
+    it is, was read with these ids. θ then has a tensor for each block, and ``blocks`` among its settings names them."""
+    new_ids: Callable[[Mapping[str, Any]], int] = field(kw_only=True, default=lambda settings: 0)
+    """settings → how many ids it takes behind the last one of the table."""
+
+    @property
+    def is_delta(self) -> bool:
+        """W' = W + δ(W, θ)."""
+        return not self.why
+
+    @property
+    def folds(self) -> str:
+        """How, in a word: for a plan."""
+        return "never" if self.why else "exactly" if self.low_rank else "rounded once"
+
+    @property
+    def by_graph(self) -> str:
+        """Why no generated forward can have it in it, and whoever reads the weight is served; empty where one can."""
+        if self.low_rank:
+            return ""
+        return f"{self.name} is no product of factors: whoever reads the {self.adapts} is served"
+
+    def order(self, beside: bool) -> str:
+        """In which order a use is computed with it, in words; empty where there is a choice of schedules.
+
+        Args:
+            beside: its own branch can stand beside each use.
+        """
+        if self.low_rank:
+            return ""
+        return "its own branch" if beside else f"{self.adapts} + δ"
+
+    def widest(self, space: Space) -> tuple[int, str]:
+        """The largest rank that a weight has room for, and what that is."""
+        most = min(space.inner, space.out)
+        return most, f"min(in, out) = min({space.inner}, {space.out}) = {most}"
 
     @property
     def low_rank(self) -> bool:
@@ -128,12 +175,19 @@ class ActivationRewrite(Kind):
     """(use, θ) → y', over tensors or proxies; at the start y' = y, to the bit."""
     why: str = field(kw_only=True)
     """Why it cannot be folded: the paper's reason."""
-    asks: Callable[[str, Space], str] = field(kw_only=True, default=lambda form, space: "")
-    """(form, space) → why it cannot stand at such a use; empty where it can."""
     check: Callable[[Mapping[str, Any]], str] = field(kw_only=True, default=lambda settings: "")
     """settings → why they are none; empty where they are."""
-    shared: tuple[str, ...] = field(kw_only=True, default=())
-    """Tensors of θ that all adapters of one name have in common."""
+
+    @property
+    def by_graph(self) -> str:
+        return "" if self.behind is None else "blocks are told which ids it is read with: whoever reads it is served"
+
+    def order(self, beside: bool) -> str:
+        return "around the use" if self.behind is None else "behind blocks"
+
+    def widest(self, space: Space) -> tuple[int, str]:
+        """Of what is behind the use, where the weight's inputs are no bound."""
+        return space.out, f"the {space.out} features that it narrows"
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
         settings = super().complete(given)
@@ -196,6 +250,7 @@ LORA = Kind(
     settings={**_FACTORED, "schedule": "auto"},
     pads=True,
 )
+_UNDRAWN = {key: value for key, value in LORA.settings.items() if key != "init"}
 
 
 def _dora_start(theta: Theta, weight: torch.Tensor) -> None:
@@ -240,9 +295,23 @@ ADALORA = Kind(
     },
     start=_adalora_start,
     factors=lambda theta: (theta.singular * theta.Q, theta.P),
-    settings={key: value for key, value in LORA.settings.items() if key != "init"},
+    settings=_UNDRAWN,
     pads=True,
 )
+
+#: Meng, Wang and Zhang, NeurIPS 2024: δ = s·(B·A − B₀·A₀), where s·B₀·A₀ is the nearest of its rank to W
+PISSA = Kind(
+    "pissa",
+    shapes=lambda space: {**factor_shapes(space), **principal.starts(factor_shapes(space))},
+    start=principal.pissa,
+    factors=principal.factors,
+    settings={**_UNDRAWN, "niter": None},
+    frozen=("A0", "B0"),
+    width=2,
+)
+
+#: Büyükakyüz 2024: the same, B₀ and A₀ the first columns and rows of W = Q·R
+OLORA = replace(PISSA, name="olora", start=principal.olora, settings=_UNDRAWN)
 
 #: Zaken et al., ACL 2022 (BitFit)
 BIAS = Kind(
@@ -263,7 +332,7 @@ FULL = Kind(
 )
 
 #: name → row; read whenever a kind is asked for, since rows come and go (`lora_fx.deltas.kind_registration`)
-KINDS = {kind.name: kind for kind in (LORA, DORA, ADALORA, BIAS, FULL)}
+KINDS = {kind.name: kind for kind in (LORA, DORA, ADALORA, PISSA, OLORA, BIAS, FULL)}
 
 _DEPTH = (
     "it adds layers that are computed one after the other, behind each use (Hu et al., section 3), and is no delta of W"
@@ -294,17 +363,40 @@ COMPACTER = ActivationRewrite(
     why=_DEPTH,
 )
 
+_LENGTH = "its tokens take a part of the sequence length (Hu et al., section 3), and "
+_COUNTED = {"prefix": 0, "infix": 0}
+
+
+def _new_ids(settings: Mapping[str, Any]) -> int:
+    return settings["prefix"] + settings["infix"]
+
+
 #: PreEmbed (Hu et al., section 5.1): trainable tokens behind the last one of the vocabulary
 TOKENS = ActivationRewrite(
     "tokens",
     shapes=rewrites.tokens_shapes,
     start=rewrites.tokens_start,
-    settings={"prefix": 0, "infix": 0},
+    settings=_COUNTED,
     around=rewrites.tokens,
     asks=rewrites.tokens_asks,
     check=rewrites.tokens_check,
-    why="its tokens take a part of the sequence length (Hu et al., section 3), and the table of W has no rows for them",
+    new_ids=_new_ids,
+    why=f"{_LENGTH}the table of W has no rows for them",
+)
+
+#: PreLayer (the same): what blocks give at the positions of such tokens is trained
+PREFIX_LAYER = ActivationRewrite(
+    "prefix_layer",
+    shapes=rewrites.prefix_layer_shapes,
+    start=rewrites.prefix_layer_start,
+    settings={**_COUNTED, "blocks": None},
+    around=rewrites.prefix_layer_words,
+    behind=rewrites.prefix_layer,
+    asks=rewrites.tokens_asks,
+    check=rewrites.prefix_layer_check,
+    new_ids=_new_ids,
+    why=f"{_LENGTH}what blocks give there is no sum with a delta of W",
 )
 
 #: name → row, of those that are no delta of a parameter
-REWRITES = {row.name: row for row in (BOTTLENECK, COMPACTER, TOKENS)}
+REWRITES = {row.name: row for row in (BOTTLENECK, COMPACTER, TOKENS, PREFIX_LAYER)}

@@ -5,6 +5,7 @@
     bottleneck     y' = y + up·σ(down·y + b₁) + b₂        Houlsby 2019, Lin 2020, Pfeiffer 2021
     compacter      the same, with down and up = Σᵢ Aᵢ ⊗ (sᵢ·tᵢ), the Aᵢ shared by all sites (Mahabadi 2021)
     tokens         y' = θ[x − n] where x ≥ n, the size of the table, and y elsewhere (PreEmbed)
+    prefix_layer   h' = θₖ[x − n] where x ≥ n, and h elsewhere, of what block k gives (PreLayer)
 
 Each is written once, over tensors or `torch.fx` proxies. `lora_fx.deltas.kinds` has the rows.
 """
@@ -151,8 +152,12 @@ def tokens_shapes(space: Any) -> dict[str, Sequence[int]]:
 
 def tokens_start(theta: Any, weight: torch.Tensor) -> None:
     """Rows of the table, at random: words that the model knows (Lester 2021)."""
-    drawn = torch.randint(weight.shape[-1], theta.tokens.shape[:1], device=weight.device)
-    theta.tokens.copy_(weight.index_select(-1, drawn).mT)
+    _words(theta.tokens, weight)
+
+
+def _words(rows: torch.Tensor, weight: torch.Tensor) -> None:
+    drawn = torch.randint(weight.shape[-1], rows.shape[:1], device=weight.device)
+    rows.copy_(weight.index_select(-1, drawn).mT)
 
 
 def tokens(use: Using, theta: Any) -> Any:
@@ -172,6 +177,46 @@ def tokens_check(settings: Mapping[str, Any]) -> str:
 
 def tokens_asks(form: str, space: Any) -> str:
     return "" if form == "embedding" else f"it has rows for indices, and {form} looks nothing up"
+
+
+# ── activations behind blocks ────────────────────────────────────────────────────────────────────────────────────────
+
+SEPARATOR = " | "
+"""Between the paths of the blocks, in the setting that says which they are."""
+
+
+def prefix_layer_shapes(space: Any) -> dict[str, Sequence[int]]:
+    """L·d·(l_p + l_i) numbers (section 5.1): of each block the prefix, and behind it the infix."""
+    count = space.settings.prefix + space.settings.infix
+    return {f"block_{k}": (count, space.out) for k in range(len(space.settings.blocks.split(SEPARATOR)))}
+
+
+def prefix_layer_start(theta: Any, weight: torch.Tensor) -> None:
+    """Rows of the table, at random, others behind each block: as `tokens` starts."""
+    for k in range(len(theta.blocks.split(SEPARATOR))):
+        _words(getattr(theta, f"block_{k}"), weight)
+
+
+def prefix_layer_words(use: Using, theta: Any) -> Any:
+    """At the table the new tokens are its first words: what they are is said behind the first block."""
+    n = use.space.inner
+    return use.of(torch.where(use.x >= n, use.x % n, use.x))
+
+
+def prefix_layer(h: Any, ids: Any, theta: Any, n: int) -> Any:
+    """θ's rows at the positions of new tokens, and h elsewhere, to the bit."""
+    ids = ids.to(h.device)
+    own = F.embedding((ids - n).clamp(min=0), theta.to(h.device)).to(h.dtype)
+    out = torch.where((ids >= n).unsqueeze(-1), own, h)
+    return out if out.stride() == h.stride() else torch.empty_like(h).copy_(out)  # strides choose kernels
+
+
+def prefix_layer_check(settings: Mapping[str, Any]) -> str:
+    """Why these settings are none; empty where they are."""
+    blocks = settings["blocks"]
+    if blocks is not None and not (isinstance(blocks, str) and all(map(str.strip, blocks.split("|")))):
+        return f"blocks={blocks!r} names no modules: give a glob over their paths, such as 'h.*'"
+    return tokens_check(settings)
 
 
 def _is_count(value: Any, least: int) -> bool:

@@ -20,7 +20,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, ModuleType
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -35,6 +35,7 @@ from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.places import is_moved, is_shard, refuse_shard
 from lora_fx.graph.views import View
+from lora_fx.model.behind import around, behind
 from lora_fx.model.inventory import Inventory, inventory
 from lora_fx.model.marks import ORIGINAL, attribute_of, forget, remember
 from lora_fx.walking import modules_of
@@ -97,6 +98,12 @@ def give_forward(module: nn.Module, graph: fx.Graph, baked: frozenset[str], fall
     base, reads = (spec.base, spec.reads) if spec else (type(module), ())
     names = _used_globals(code.src, code.globals)
     module.__class__ = generated_class(Spec(base, reads, code.src, names, baked, fallback))
+
+
+def wrap(module: nn.Module) -> None:
+    """The class that it has, with what stands around its forward."""
+    spec = spec_of(module) or Spec(type(module), ())
+    module.__class__ = generated_class(replace(spec, wrapped=True))
 
 
 def _refuse_derived(here: Inventory) -> None:
@@ -162,6 +169,7 @@ def show(module: nn.Module) -> str:
         return _FREES.sub("", spec.source.strip())
     reads = spec.reads if spec else ()
     notes = [f"# self.{read} {'is the sum' if dense else 'reads'} with {', '.join(own)}" for read, own, dense in reads]
+    notes += [f"# behind it {one.tensor} of {one.adapter.name}" for one in behind(module) if one.adapter.active]
     base = own_class(module)
     try:
         source = textwrap.dedent(inspect.getsource(base.forward)).strip()
@@ -194,11 +202,13 @@ class Spec:
     """Attributes the generated forward has baked in: setting one gives the base forward back."""
     fallback: Reads = ()
     """What is read then."""
+    wrapped: bool = False
+    """Something stands around its forward (`lora_fx.model.behind`)."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         names = tuple((name, value if isinstance(value, str) else id(value)) for name, value in self.names)
-        return self.base, self.reads, self.source, names, self.baked, self.fallback
+        return self.base, self.reads, self.source, names, self.baked, self.fallback, self.wrapped
 
     def __deepcopy__(self, memo: dict) -> Spec:
         return self
@@ -225,6 +235,8 @@ def generated_class(spec: Spec) -> type[nn.Module]:
     if spec.source:
         body["forward"] = _forward(spec)
         body["__setattr__"], body["__delattr__"] = _guarded_setattr, _guarded_delattr
+    if spec.wrapped:
+        body["forward"] = around(body.get("forward", base.forward), spec)
     cls: type[nn.Module] = _metaclass(base)(base.__name__, (base,), body)
     _classes[spec.key] = cls
     return cls
@@ -307,7 +319,7 @@ def _leave_for(self: nn.Module, name: str, value: Any) -> Spec:
                 remedy=f"set {name} before",
             )
         # The generated forward assumes the old value; the base forward, which dispatches, reads the new one.
-        self.__class__ = generated_class(Spec(spec.base, spec.fallback))
+        self.__class__ = generated_class(Spec(spec.base, spec.fallback, wrapped=spec.wrapped))
     return spec
 
 

@@ -5,7 +5,8 @@ All state lives in the model itself, so that copies, pickles and `state_dict` ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ _FOLDED = "_lora_fx_folded"  # what unfolding this module needs
 _PRESERVED = "_user_preserved_attributes"  # in a GraphModule's meta: attributes that torch gives to its copies
 _CONVERSIONS = "_lora_fx_conversions"  # how transformers would have rewritten the model's keys on saving
 _RESIZE = "resize_token_embeddings"
+_HEAD = "get_output_embeddings"
 SEPARATOR = "_lora_"
 
 
@@ -102,6 +104,53 @@ def release_size(module: nn.Module) -> None:
     """Undo `hold_size`."""
     if getattr(module.__dict__.get(_RESIZE), "func", None) is _resize:
         del module.__dict__[_RESIZE]
+
+
+CHECKPOINTS: dict[str, Callable[..., Any]] = {}
+"""Method of a transformers model → what it is of an adapted one; the room that writes files puts its own in here."""
+
+
+def hold_checkpoints(module: nn.Module) -> None:
+    """Have a transformers model save and load its adapters, and what trains, without the base."""
+    for name, function in CHECKPOINTS.items():
+        if _is_pretrained(module) and name not in module.__dict__:
+            module.__dict__[name] = partial(function, module)
+
+
+def release_checkpoints(module: nn.Module) -> None:
+    """Undo `hold_checkpoints`."""
+    for name, function in CHECKPOINTS.items():
+        if getattr(module.__dict__.get(name), "func", None) is function:
+            del module.__dict__[name]
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
+    )
+
+
+def hold_head(module: nn.Module) -> None:
+    """Refuse TRL the head of a transformers model for as long as that is adapted: it takes the weight, and calls an op
+    of its own with it, past the forward that has the branch."""
+    module.__dict__[_HEAD] = partial(_head, module)
+
+
+def release_head(module: nn.Module) -> None:
+    """Undo `hold_head`."""
+    if getattr(module.__dict__.get(_HEAD), "func", None) is _head:
+        del module.__dict__[_HEAD]
+
+
+def _head(self: Any) -> Any:
+    caller = str(sys._getframe(1).f_globals.get("__name__"))
+    if caller.partition(".")[0] == "trl":
+        raise LoraFxError(
+            f"it has an adapter, and {caller} multiplies with its weight past the head's forward, without the branch",
+            place=f"the head of {type(self).__name__}",
+            remedy="leave the head out of the rules, as Rule(where='lm_head') before the others does",
+        )
+    return type(self).get_output_embeddings(self)
 
 
 def _resize(self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any) -> Any:

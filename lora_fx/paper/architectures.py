@@ -62,9 +62,20 @@ def _deberta(a: Architecture) -> nn.Module:
     return nn.ModuleDict({"model": t.DebertaV2Model(config)})
 
 
-def _gpt2(a: Architecture) -> nn.Module:
+def gpt2(layers: int, width: int, vocabulary: int = 50257) -> nn.Module:
+    """GPT-2 of this shape, with random weights; 24 layers, 1,024 wide, is GPT-2 medium.
+
+    Raises:
+        LoraFxError: transformers is not there.
+    """
     t = _transformers()
-    return t.GPT2LMHeadModel(t.GPT2Config(n_embd=a.width, n_layer=a.layers, n_head=a.width // 64))
+    end = min(50256, vocabulary - 1)
+    config = dict(vocab_size=vocabulary, bos_token_id=end, eos_token_id=end)
+    return t.GPT2LMHeadModel(t.GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, **config))
+
+
+def _gpt2(a: Architecture) -> nn.Module:
+    return gpt2(a.layers, a.width)
 
 
 class _Block(nn.Module):

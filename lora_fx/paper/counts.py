@@ -1,7 +1,7 @@
 """The paper's tables of trainable parameters, counted: theirs, ours, equal or not, and why not.
 
-LoRA's, adapters' and PreEmbed's by a plan of the rules on the architecture, the model's and its biases' by its
-parameters, and PreLayer's by the paper's formula. What a plan must come to (5.1), with L layers of width d:
+LoRA's, adapters', PreEmbed's and PreLayer's by a plan of the rules on the architecture, the model's and its biases' by
+its parameters. What a plan must come to (5.1), with L layers of width d:
 
     adapters     L_A·(2·d·r + r + d) + 2·L_N·d      L_A adapter layers (H: two a block, P: one), L_N trained LayerNorms
     PreEmbed     d·(l_p + l_i)                      l_p prefix and l_i infix tokens
@@ -191,13 +191,13 @@ class _Counted:
         rules = self._rules(dict.fromkeys(sites, rank), kind="bottleneck", settings=settings)
         return self._planned(rules, self.a.layers * len(sites))
 
-    def tokens(self, prefix: int) -> int:
+    def tokens(self, prefix: int, kind: str) -> int:
         where: Any = self.a.sites["words"]
-        rule = Rule(kind="tokens", settings={"prefix": prefix}, **where)
+        rule = Rule(kind=kind, settings={"prefix": prefix}, **where)
         return self._planned([rule], 1)
 
     def count(self, method: str, stated: dict[str, int]) -> int:
-        d, layers, tokens = self.a.width, self.a.layers, stated.get("l", 0)
+        tokens = stated.get("l", 0)
         ranks = {site: rank for site, rank in stated.items() if site in "qkvo"}
         if method == "FT":
             return sum(p.numel() for p in self.model.parameters())
@@ -207,8 +207,8 @@ class _Counted:
             return sum(p.numel() for name, p in self.model.named_parameters() if name.endswith("bias"))
         if method.startswith("Adapter"):
             return self.bottlenecks(stated["r"], ("o", "down") if method == "Adapter H" else ("down",))
-        beside = {"PreEmbed": self.tokens, "LoRA+PE": self.tokens}.get(method, lambda tokens: layers * d * tokens)
-        return (self.lora(ranks) if ranks else 0) + (beside(tokens) if tokens else 0)
+        kind = "tokens" if method in ("PreEmbed", "LoRA+PE") else "prefix_layer"
+        return (self.lora(ranks) if ranks else 0) + (self.tokens(tokens, kind) if tokens else 0)
 
     def _blocks(self) -> list[nn.Module]:
         return next(list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.a.layers)

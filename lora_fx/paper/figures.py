@@ -9,6 +9,7 @@ from typing import Any
 from lora_fx import Memory
 from lora_fx.paper.amplification import Amplified
 from lora_fx.paper.counts import Count
+from lora_fx.paper.latency import ADAPTERS, BASE, Row
 from lora_fx.paper.subspaces import Overlap
 from lora_fx.paper.sweep import Cell
 from lora_fx.paper.tasks import TASKS
@@ -199,3 +200,32 @@ def draw_cells(found: Sequence[Cell], folder: Path) -> list[Path]:
         paths.append(folder / f"{task}-{name}.png")
         figure.savefig(paths[-1])
     return paths
+
+
+def draw_latency(found: Sequence[Row], path: Path) -> Path:
+    """How much slower than the base each system is at each size, with its interval, and the paper's adapters beside."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    sizes, systems = (list(dict.fromkeys(getattr(row, key) for row in found)) for key in ("size", "system"))
+    systems.remove(BASE)
+    for k, system in enumerate(systems):
+        own = [row for row in found if row.system == system]
+        at = [n + 0.13 * (k - (len(systems) - 1) / 2) for n in range(len(sizes))]
+        ends = [
+            [100 * (row.ratio.median - row.ratio.low) for row in own],
+            [100 * (row.ratio.high - row.ratio.median) for row in own],
+        ]
+        bars = axis.errorbar(at, [row.slower for row in own], ends, fmt="o", capsize=3, label=system)
+        printed = [(x, row.theirs) for x, row in zip(at, own, strict=True) if row.theirs is not None]
+        if system in ADAPTERS and printed:
+            color = bars.lines[0].get_color()
+            axis.scatter(*zip(*printed, strict=True), marker="D", facecolors="none", edgecolors=color)
+    axis.scatter([], [], marker="D", facecolors="none", edgecolors="black", label="the paper's")
+    axis.axhline(0, color="#9aa5b1", linewidth=0.8, zorder=0)
+    axis.set_xticks(range(len(sizes)), [f"{s} ({s.stands_for})" if s.stands_for else str(s) for s in sizes])
+    axis.set(xlabel="batch × length", ylabel="slower than the base, %")
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+    return path

@@ -13,7 +13,6 @@ stands in two tables is trained once.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -30,7 +29,7 @@ from torch import nn
 import lora_fx
 from lora_fx import Rule
 from lora_fx.demo import experiment
-from lora_fx.errors import FileError
+from lora_fx.paper.notes import Notes
 from lora_fx.paper.outcome import prepared
 from lora_fx.paper.tasks import TASKS, Effort, Placed, Task, base_of, train
 from lora_fx.tables import table
@@ -102,6 +101,13 @@ class Outcome:
     key: str
     score: float
     parameters: int
+
+    @classmethod
+    def read(cls, values: Any) -> Outcome:
+        outcome = cls(str(values["key"]), float(values["score"]), int(values["parameters"]))
+        if not math.isfinite(outcome.score):
+            raise ValueError(f"score {outcome.score}")
+        return outcome
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,8 @@ class _Systems:
         tokens = Rule(where="embedding", kind="tokens", settings={"prefix": _PREFIX})
         if self.reads:
             yield System("PreEmbed", (tokens,), rate=_RATES["PreEmbed"], prefix=_PREFIX)
+            layers = replace(tokens, kind="prefix_layer")
+            yield System("PreLayer", (layers,), rate=_RATES["PreLayer"], prefix=_PREFIX)
         both = " | ".join((_ROLES["o"], _ROLES["down"]))
         narrow = self.budget // (2 * self.depth * (2 * self.width + 1))  # 2·d·r + r + d parameters at each place
         for name, role, rank, settings in (
@@ -232,6 +240,8 @@ class _Systems:
         yield System("LoRA q, v", lora)
         if self.reads:
             yield System("LoRA q, v + PreEmbed", (*lora, tokens), prefix=_PREFIX)
+            rest = self.evenly("q v", self.budget - _PREFIX * self.depth * self.width)
+            yield System("LoRA q, v + PreLayer", (*rest, layers), prefix=_PREFIX)
 
 
 _PREFIX = 16
@@ -240,7 +250,8 @@ _LOW_DATA = ("full fine-tuning", "bias only", "PreEmbed", "Adapter H", "LoRA q, 
 
 #: of each method the best of three or four rates, two to a decade, for both tasks; on one seed that is in no table
 _RATES = {
-    "full fine-tuning": 3e-3, "FT-Top2": 1e-2, "bias only": 3e-2, "AdaLoRA": 1e-1, "PreEmbed": 1e-1, "adapters": 3e-2,
+    "full fine-tuning": 3e-3, "FT-Top2": 1e-2, "bias only": 3e-2, "AdaLoRA": 1e-1, "PreEmbed": 1e-1, "PreLayer": 3e-1,
+    "adapters": 3e-2,
 }  # fmt: skip
 
 
@@ -307,7 +318,7 @@ def sweep(
         FileError: the folder cannot be written, or its notes are none of ours.
     """
     prepared(folder)
-    notes = Notes(folder)
+    notes = Notes(folder / RUNS, Outcome.read)
     bases = {run.task: base_of(TASKS[run.task], run.base_steps, folder)[1] for run in runs}
     waiting = {run.key: run for run in runs if run.key not in notes.found}
     for key in dict.fromkeys(run.key for run in runs if run.key in notes.found):
@@ -329,39 +340,6 @@ def sweep(
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
     return cells(runs, notes.found)
-
-
-class Notes:
-    """The outcomes in a folder, a line of JSON for each run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / RUNS
-        self.found: dict[str, Outcome] = {}
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        whole = text.rpartition("\n")[0]  # what an interrupted write left is trained again
-        for number, line in enumerate(whole.splitlines(), 1):
-            outcome = self._read(line, number)
-            self.found[outcome.key] = outcome
-        if whole and not text.endswith("\n"):
-            self.path.write_text(f"{whole}\n", encoding="utf-8")
-
-    def _read(self, line: str, number: int) -> Outcome:
-        try:
-            values = json.loads(line)
-            outcome = Outcome(str(values["key"]), float(values["score"]), int(values["parameters"]))
-            if not math.isfinite(outcome.score):
-                raise ValueError(f"score {outcome.score}")
-        except (ValueError, TypeError, KeyError) as error:
-            place, remedy = f"{self.path}, line {number}", "delete that line: its run is trained again"
-            raise FileError(f"it is no note of a run: {error}", place=place, remedy=remedy) from error
-        return outcome
-
-    def add(self, outcome: Outcome) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(outcome)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.found[outcome.key] = outcome
 
 
 def cells(runs: Sequence[Run], found: Mapping[str, Outcome]) -> list[Cell]:

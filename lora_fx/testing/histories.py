@@ -307,9 +307,15 @@ class Histories(RuleBasedStateMachine):
         self._then(then)
 
     @precondition(lambda self: not self.isfolded and "second" not in self.names)
-    @rule(kind=st.sampled_from(["lora", "dora", "full", "bias"]), check=st.booleans(), seed=_SEED, then=_THEN)
+    @rule(
+        kind=st.sampled_from(["lora", "dora", "full", "bias", "bottleneck"]),
+        check=st.booleans(),
+        seed=_SEED,
+        then=_THEN,
+    )
     def apply_a_second(self, kind: str, check: bool, seed: int, then: int | None) -> None:
         settings: dict[str, Any] = {"rank": 1} if "rank" in kind_named(kind).settings else {}
+        settings |= {} if kind_named(kind).is_delta else {"otherwise": "skip"}  # not every use can have a rewrite
         try:
             self._insert("second", Rule(when=EVERYTHING.when, kind=kind, **settings), check)
         except LoraFxError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 from typing import Any
@@ -15,7 +16,7 @@ from lora_fx.analysis.rules import Rule
 from lora_fx.application import apply, certify, fold, plan, remove
 from lora_fx.checks.oracles import delta
 from lora_fx.checks.verification import run, verify
-from lora_fx.deltas.kinds import ActivationRewrite, kind_named
+from lora_fx.deltas.kinds import kind_named
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import FoldError, LoraFxError
 from lora_fx.export.adapters.files import load_adapter, save_adapter
@@ -24,7 +25,7 @@ from lora_fx.model.classes import is_wired
 from lora_fx.model.inventory import inventory
 from lora_fx.testing import comparing
 from lora_fx.testing.assertions import assert_folds_exactly
-from lora_fx.testing.random_models import BLOCKS
+from lora_fx.testing.random_models import BLOCKS, DTYPES, RandomModel, fit
 from lora_fx.testing.strategies import adapters, models, rules_for
 
 
@@ -43,9 +44,10 @@ def assert_kind(kind: str, data: Any) -> None:
     Raises:
         AssertionError: a law does not hold; it shows the model, as a program that can be pasted.
     """
-    model, example = data.draw(models(blocks=_LOOKUPS if kind == "tokens" else BLOCKS))
+    blocks = _LOOKUPS if kind == "tokens" else BLOCKS
+    model, example = data.draw(_layers() if kind_named(kind).behind else models(blocks=blocks))
     base, inputs = model.requires_grad_(False), normalize_inputs(model, example)
-    rewrites = isinstance(kind_named(kind), ActivationRewrite)
+    rewrites = not kind_named(kind).is_delta
     rules = _rewriting(base, example, kind, data) if rewrites else data.draw(rules_for(base, example, kinds=(kind,)))
     adapted = apply(copy.deepcopy(base), rules, example)
     with no_fast_paths():
@@ -82,13 +84,59 @@ _SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "compacter": [{"rank": 2, "settings": {"n": 2}}, {"rank": 3, "settings": {"n": 1, "factors": 2, "norm": True}}],
     "tokens": [{"settings": {"prefix": 2, "infix": 1}}],
+    "prefix_layer": [
+        {"settings": {"prefix": 2, "infix": 1}},
+        {"settings": {"infix": 1, "blocks": "parts.*"}},
+        {"settings": {"prefix": 3, "blocks": "parts.0"}},
+    ],
 }
+
+
+class _Part(nn.Module):
+    """A random model on its own width, as a block of a larger one."""
+
+    def __init__(self, model: RandomModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        first: Any = self.model.blocks[0]
+        y = self.model(fit(h, h.shape[-1], first.inputs))
+        y = y if y.shape[1] == h.shape[1] else y.mean(1, keepdim=True)
+        return h + fit(y, y.shape[-1], h.shape[-1])
+
+
+class _Layers(nn.Module):
+    """A table, and blocks that keep its width."""
+
+    def __init__(self, rows: int, width: int, parts: list[RandomModel]) -> None:
+        super().__init__()
+        self.table, self.parts = nn.Embedding(rows, width), nn.ModuleList(map(_Part, parts))
+        self.table.to(next(parts[0].parameters()).dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.table(ids)
+        for part in self.parts:
+            h = part(h)
+        return h
+
+
+@st.composite
+def _layers(draw: st.DrawFn) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    own: Any = {"blocks": [b for b in BLOCKS if not b.reads_ids], "dtypes": (draw(st.sampled_from(DTYPES)),)}
+    parts = [draw(models(**own, max_blocks=2))[0] for _ in range(draw(st.integers(1, 2)))]
+    rows, width = draw(st.sampled_from((5, 2, 7))), draw(st.sampled_from((3, 2, 4)))
+    batch, tokens = draw(st.sampled_from(((2, 3), (1, 5), (3, 2), (2, 1))))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw(st.integers(0, 2**16)))
+        model = _Layers(rows, width, parts).train(parts[0].training)
+    return model, (((torch.arange(batch * tokens) + 1) % rows).reshape(batch, tokens),)
 
 
 def _rewriting(base: nn.Module, example: Any, kind: str, data: Any) -> list[Rule]:
     """A rule for some of the weights that can have it; LoRA on others."""
     settings = data.draw(st.sampled_from(_SETTINGS[kind]))
-    role = "embedding" if kind == "tokens" else None  # of a tied table the lookup alone
+    role = "embedding" if "prefix" in kind_named(kind).settings else None  # of a tied table the lookup alone
     try:
         rows = plan(base, Rule(where="*", role=role, kind=kind, otherwise="skip", **settings), example).rows
     except LoraFxError:  # no weight can
@@ -99,6 +147,9 @@ def _rewriting(base: nn.Module, example: Any, kind: str, data: Any) -> list[Rule
     chosen = data.draw(st.lists(st.sampled_from(able), min_size=1, max_size=4, unique_by=id))
     rules = [Rule(where=" | ".join(row.weight.name for row in chosen), role=role, kind=kind, **settings)]
     others = [row for row in able if row not in chosen]
+    if kind_named(kind).behind:
+        with contextlib.suppress(LoraFxError):
+            others = [*plan(base, Rule(where="parts.*", rank=1, otherwise="skip"), example).rows]
     return [*rules, Rule(where=others[0].weight.name, rank=1)] if others and data.draw(st.booleans()) else rules
 
 
@@ -146,7 +197,8 @@ def _check_gradients(base: nn.Module, adapted: nn.Module, inputs: Inputs, rules:
         for place in inventory(adapted).places
         if place.child in place.owner._modules and place.weight in reached
         for name in place.adapter._parameters
-        if name != "tokens"  # no index asks for one
+        if not place.adapter.kind.new_ids(place.adapter.settings)  # no index asks for one
+        and name not in place.adapter.kind.frozen
     }
     _require(not wanted - found, f"no gradient reaches {', '.join(sorted(wanted - found))}", base, rules)
     trained = {name for name, p in adapted.named_parameters(remove_duplicate=False) if p.requires_grad}

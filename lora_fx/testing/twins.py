@@ -2,7 +2,8 @@
 
     adapted   reads  W + δ  as lora_fx has it read
     dense     has W + Σ δ, computed from θ by plain torch, written into its parameters for as long as a forward lasts;
-              its gradient of θ is the chain rule on its gradient of W
+              its gradient of θ is the chain rule on its gradient of W. What rewrites activations is done to the results
+              of the ops that take the weight, and behind blocks by hooks, from outside
     nudged    is dense with weights and inputs moved by `NUDGE` rounding steps: what moves with them is noise
 
 Each lives in a world of its own: random states, and what its forward reads or writes outside of it.
@@ -17,15 +18,20 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lora_fx.checks.verification import Draws, dither
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.deltas.rewrites import Using
 from lora_fx.graph.capture import Inputs
+from lora_fx.graph.forms import find
+from lora_fx.model.behind import blocks_of, hidden, with_hidden
 from lora_fx.model.inventory import inventory
 
 #: How many rounding steps the third life is moved by. One would do for tensors; a number that is a small sum of large
@@ -185,21 +191,35 @@ class _Record:
     tensors: dict[str, torch.Tensor]
     other: Adapter | None
     """Of a kind that is no product of factors: a copy, asked for what its kind says δ is."""
+    blocks: list[tuple[nn.Module, str]]
+    """Behind which it stands, with the tensor of θ for each."""
     active: bool = True
     strength: float = 1.0
     trained: tuple[str, ...] = ()
     """While it does not act: which tensors did train, and will."""
 
     @classmethod
-    def of(cls, adapter: Adapter, owners: list[tuple[nn.Module, str]]) -> _Record:
-        tensors = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
+    def of(cls, adapter: Adapter, owners: list[tuple[nn.Module, str]], blocks: list[tuple[nn.Module, str]]) -> _Record:
+        tensors = {
+            n: p.detach().clone().requires_grad_(n not in adapter.kind.frozen) for n, p in adapter.named_parameters()
+        }
         factors = adapter.kind.name == "lora"
         scale = (
             adapter.alpha / (math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank) if factors else 1
         )
         other = None if factors else copy.deepcopy(adapter)
         layout = adapter.layout.sides, adapter.layout.shape
-        return cls(adapter.name, owners, layout, adapter.rows, scale, tensors, other)
+        return cls(adapter.name, owners, layout, adapter.rows, scale, tensors, other, blocks)
+
+    @property
+    def new_ids(self) -> int:
+        """How many ids it takes behind the last one of its table."""
+        return 0 if self.other is None else self.other.kind.new_ids(self.other.settings)
+
+    @property
+    def rewrites(self) -> bool:
+        """It is no delta of the weight."""
+        return self.other is not None and not self.other.kind.is_delta
 
     def act(self, strength: float) -> None:
         """θ of what does not act, at strength 0, does not train; of what acts again it trains as it did."""
@@ -258,10 +278,16 @@ class Dense(Life):
         """Take over an adapter as it starts."""
         self.model.requires_grad_(False)
         owners: dict[Adapter, list[tuple[nn.Module, str]]] = {}
-        for place in inventory(adapted).places:
+        here = inventory(adapted)
+        for place in here.places:
             if place.adapter.name == name:
                 owners.setdefault(place.adapter, []).append((self.model.get_submodule(place.path), place.attribute))
-        self.model.__dict__[_RECORDS] = [*self.records, *(_Record.of(adapter, own) for adapter, own in owners.items())]
+        new = []
+        for adapter, own in owners.items():
+            found = blocks_of(adapter, here.modules).items()
+            blocks = [(self.model.get_submodule(here.modules[block][0]), tensor) for tensor, block in found]
+            new.append(_Record.of(adapter, own, blocks))
+        self.model.__dict__[_RECORDS] = [*self.records, *new]
 
     def activate(self, strengths: Mapping[str, float]) -> None:
         for record in self.records:
@@ -284,7 +310,7 @@ class Dense(Life):
     def _weights(self) -> list[tuple[list[nn.Parameter], list[_Record]]]:
         """Parameters that hold one weight, with what acts on it."""
         found: dict[int, tuple[list[nn.Parameter], list[_Record]]] = {}
-        for record in self.records:
+        for record in (record for record in self.records if not record.rewrites):
             for owner, attribute in record.owners:
                 parameter = owner._parameters[attribute]
                 assert parameter is not None, attribute
@@ -321,8 +347,10 @@ class Dense(Life):
                 self._bases.append((parameter, base))
                 parameter.data.copy_(self._sum(base, acting))
                 parameter.requires_grad_(trains)
+        rewriting = _Rewriting([r for r in self.records if r.rewrites and r.active], self._moved)
         try:
-            yield
+            with rewriting.behind_blocks(), rewriting if rewriting.records else contextlib.nullcontext():
+                yield
         finally:
             for parameter, base in self._bases:
                 parameter.data.copy_(base)
@@ -353,6 +381,8 @@ class Dense(Life):
         theta = self.theta()
         found: dict[str, torch.Tensor | None] = dict.fromkeys(theta)
         names = {id(tensor): name for name, tensor in theta.items()}
+        for tensor in (t for record in self.records if record.rewrites for t in record.tensors.values()):
+            found[names[id(tensor)]], tensor.grad = tensor.grad, None
         for parameters, acting in self._weights():
             own = [p.grad for p in parameters if p.grad is not None]
             (base,) = [base for p, base in self._bases if p is parameters[0]]
@@ -404,6 +434,63 @@ class Dense(Life):
         for parameter, base in self.folded:
             parameter.data.copy_(base)
         self.folded.clear()
+
+
+class _Rewriting(TorchFunctionMode):
+    """Inside, the result of each op that takes one of these weights is rewritten as its records say, in their order."""
+
+    def __init__(self, records: list[_Record], moved: Callable[[torch.Tensor, torch.dtype], torch.Tensor]) -> None:
+        super().__init__()
+        self.records, self.moved = records, moved
+        self.ids: dict[int, torch.Tensor] = {}
+        """Of each record that stands behind blocks: what its table was read with last."""
+
+    @contextlib.contextmanager
+    def behind_blocks(self) -> Iterator[None]:
+        with contextlib.ExitStack() as hooks:
+            for record in self.records:
+                for block, tensor in record.blocks:
+                    hook = block.register_forward_hook(partial(self._behind, record, tensor), prepend=True)
+                    hooks.callback(hook.remove)
+            yield
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        acting: list[_Record] = []
+        found = find(func, args, kwargs, lambda own: own.ndim if self._acting(own) else None)
+        if found is not None:
+            acting = [r for r in self._acting(found.weight) if not r.new_ids or found.form.looks_up]
+        if found is None or not acting:
+            return func(*args, **kwargs)
+
+        def use(x: torch.Tensor) -> torch.Tensor:
+            operands = [x if value is found.x else value for value in args]
+            return func(*operands, **{k: x if value is found.x else value for k, value in kwargs.items()})
+
+        for record in sorted(acting, key=lambda r: not r.blocks):  # inside of who wants to see new ids
+            if record.blocks:
+                self.ids[id(record)] = found.x
+            use = partial(self._around, record, use)
+        return use(found.x)
+
+    def _acting(self, operand: Any) -> list[_Record]:
+        return [r for r in self.records if any(operand is m._parameters.get(name) for m, name in r.owners)]
+
+    def _around(self, record: _Record, use: Callable[[Any], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        other: Any = record.other
+        dtypes = {name: self._own(record, name, other.dtype) for name in record.tensors}
+        return other.kind.around(Using(x, use, other.space), other.theta_of(dtypes))
+
+    def _own(self, record: _Record, tensor: str, dtype: torch.dtype) -> torch.Tensor:
+        return self.moved(record.tensors[tensor], dtype)
+
+    def _behind(self, record: _Record, tensor: str, block: nn.Module, args: Any, output: Any) -> Any:
+        ids, h = self.ids.get(id(record)), hidden(output)
+        if ids is None:
+            return None
+        n = record.layout[1][0]
+        rows = self._own(record, tensor, h.dtype)[(ids - n).clamp(min=0)]
+        return with_hidden(output, torch.where((ids < n).unsqueeze(-1), h, rows))
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -85,6 +85,32 @@ def of_rewrites(name: str) -> tuple[str, ...]:
     return (f"{REWRITES}::test_{name}",)
 
 
+COMBINE = "tests/test_combine.py"
+
+
+def of_combine(name: str) -> tuple[str, ...]:
+    """This test of `COMBINE`, without its ``test_``."""
+    return (f"{COMBINE}::test_{name}",)
+
+
+EXTRACT = "tests/test_extract.py"
+
+
+def of_extract(name: str) -> tuple[str, ...]:
+    """This test of `EXTRACT`, without its ``test_``."""
+    return (f"{EXTRACT}::test_{name}",)
+
+
+def of_principal(name: str) -> tuple[str, ...]:
+    """This test of `tests/test_principal.py`, without its ``test_``."""
+    return (f"tests/test_principal.py::test_{name}",)
+
+
+def of_prefixes(name: str) -> tuple[str, ...]:
+    """This test of what stands behind blocks, without its ``test_``."""
+    return (f"tests/test_prefix_layer.py::test_{name}",)
+
+
 HISTORIES = "tests/test_histories.py"
 GRADIENTS = "tests/test_gradients.py"
 INTERRUPTS = "tests/test_interrupts.py"

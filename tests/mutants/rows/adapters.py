@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, Mutant, of_kinds, of_rewrites
+from tests.mutants.table import GAPS, Mutant, of_kinds, of_prefixes, of_principal, of_rewrites
+
+CONFIGS, PRETRAINED = "tests/test_peft_configs.py", "tests/test_pretrained.py"
 
 ROWS = (
     # ── adapter files ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -131,7 +133,7 @@ ROWS = (
     ),
     Mutant(
         "what_trains_not_written", "files", "export/adapters/files.py",
-        "held += _trained(model, name) if beside == SAVE else []", "held += []",
+        "held += trained_of(model, name) if beside == SAVE else []", "held += []",
         "A head that has requires_grad is left out of the file without a word.",
         tests=("tests/test_peft_beside.py",),
     ),
@@ -174,7 +176,7 @@ ROWS = (
     # ── files of other kinds ─────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "settings_of_a_kind_not_saved", "kinds", "export/adapters/values.py",
-        '"kind": a.kind.name, "settings": dict(a.settings)}',
+        '"kind": a.kind.name, "settings": {**a.settings, **self.here}}',
         '"kind": a.kind.name, "settings": {k: v for k, v in a.settings.items() if k == "rank"}}',
         "The scale of a saved DoRA is 1 after loading.",
         tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
@@ -255,6 +257,76 @@ ROWS = (
         "bases[h.adapter]",
         "A file looks for what is shared at each site.",
         tests=of_rewrites("saved_copied_and_put_away_it_is_the_same"),
+    ),
+    # ── PEFT's configs ───────────────────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "heads_of_a_task_stay", "files", "export/adapters/configs.py",
+        'if heads := HEADS.get(str(config.get("task_type"))):', 'if heads := HEADS.get(""):',
+        "The classifier of a SEQ_CLS config does not train.",
+        tests=(f"{CONFIGS}::test_a_config_means_what_it_means_in_peft",),
+    ),
+    Mutant(
+        "a_config_starts_as_it_pleases", "files", "export/adapters/configs.py",
+        "isinstance(init, str | bool | None) and init not in _INITS", "init is None",
+        "init_lora_weights='pissa' is taken for a start that leaves the base alone.",
+        tests=(f"{CONFIGS}::test_what_has_no_meaning_here_is_refused_by_name",),
+    ),
+    Mutant(
+        "a_config_has_numbers", "files", "export/adapters/configs.py",
+        "settings=settings, started=False, alone=alone", "settings=settings, started=True, alone=alone",
+        "Adapters of a config begin with A = B = 0, and no gradient reaches them.",
+        tests=(f"{CONFIGS}::test_a_config_starts_as_adapters_do",),
+    ),
+    # ── transformers' folders and the Trainer's ──────────────────────────────────────────────────────────────────────
+    Mutant(
+        "checkpoints_hold_the_base", "files", "export/adapters/pretrained.py",
+        "if plain_path(k) not in frozen and isinstance(t, torch.Tensor)}", "if isinstance(t, torch.Tensor)}",
+        "A checkpoint of the Trainer holds the whole base.",
+        tests=(f"{PRETRAINED}::test_a_checkpoint_holds_no_base_and_resumes_to_the_bit",),
+    ),
+    Mutant(
+        "checkpoints_forget_what_trained", "files", "export/adapters/pretrained.py",
+        "return {plain_path(name) for name in base_parameters(model)} - trained",
+        "return {plain_path(name) for name in base_parameters(model)}",
+        "What trained beside the adapters is in no checkpoint.",
+        tests=(f"{PRETRAINED}::test_a_checkpoint_holds_no_base_and_resumes_to_the_bit",),
+    ),
+    Mutant(
+        "a_checkpoint_of_others_loads", "files", "export/adapters/pretrained.py",
+        '(wanted, given, "holds no {}")):', '(given, known, "holds no {}")):',
+        "A checkpoint without some of the model's adapters leaves these as they are, silently.",
+        tests=(f"{PRETRAINED}::test_a_checkpoint_of_another_model_is_refused_whole",),
+    ),
+    Mutant(
+        "others_do_not_come_back", "files", "export/adapters/folder.py",
+        'if header is None or not header.get("others"):', "if True:",
+        "Of several adapters in a checkpoint one comes back.",
+        tests=(f"{PRETRAINED}::test_several_adapters_come_back_with_those_that_acted",),
+    ),
+    Mutant(
+        "baked_and_scaled", "files", "export/adapters/values.py",
+        "(h.adapter.B.double() * h.adapter.scale)", "h.adapter.B.double()",
+        "A scale that is to be baked into B is lost.",
+        tests=(f"{PRETRAINED}::test_baked_scales_leave_one_rank_and_the_scale_one",),
+    ),
+    Mutant(
+        "ranks_differ_when_baked", "files", "export/adapters/peft_files.py",
+        "targets = {name: _Target.of(own, rslora, most)", "targets = {name: _Target.of(own, rslora)",
+        "A file for readers that ignore rank_pattern has one.",
+        tests=(f"{PRETRAINED}::test_baked_scales_leave_one_rank_and_the_scale_one",),
+    ),
+    Mutant(
+        "pissa_is_written_at_half_its_scale", "kinds", "export/adapters/values.py",
+        "        alpha = a.scale * rank\n", "        alpha = a.alpha\n",
+        "The LoRA that a PiSSA adapter is written as has the alpha of half its rank.",
+        tests=of_principal("files_are_plain_lora_of_twice_the_rank_on_the_base_that_was"),
+    ),
+    Mutant(
+        "blocks_as_they_were_called", "rewrites", "export/adapters/files.py",
+        '    if adapter.kind.behind is None:\n        return {}\n',
+        '    if True:\n        return {}\n',
+        "A file names the blocks by the paths in the model that was adapted, not in the one that is saved.",
+        tests=of_prefixes("saved_from_inside_of_another_model"),
     ),
     # ── other numbers in place ───────────────────────────────────────────────────────────────────────────────────────
     Mutant(

@@ -97,4 +97,10 @@ ROWS = (
         "The last layer of a model with several residual streams is taken for its head.",
         tests=("tests/test_roles.py::test_what_is_mixed_before_it_is_returned_is_no_head",),
     ),
+    Mutant(
+        "words_of_peft_are_unknown", "rules", "lora_fx/analysis/words.py",
+        'ours = _WORDS[word](value) if word in _WORDS else ""', 'ours = ""',
+        "Rule(r=8) is refused without the word for it here.",
+        tests=("tests/test_peft_configs.py::test_words_of_peft_are_answered_with_ours",),
+    ),
 )  # fmt: skip

@@ -83,4 +83,22 @@ ROWS = (
         "In a row without labels the infix stands behind its padding.",
         tests=of_rewrites("tokens_are_put_into_a_batch"),
     ),
+    Mutant(
+        "all_act_again", "files", "lora_fx/application/pretrained.py",
+        "if wanted is not None and wanted !=", "if False and wanted !=",
+        "Of several adapters that come back all act.",
+        tests=("tests/test_pretrained.py::test_several_adapters_come_back_with_those_that_acted",),
+    ),
+    Mutant(
+        "the_reference_is_the_policy", "files", "lora_fx/application/reference.py",
+        "with disabled(model):", "if True:",
+        "The reference of preference training is the adapted model.",
+        tests=("tests/test_pretrained.py::test_the_reference_is_the_base_to_the_bit_without_memory",),
+    ),
+    Mutant(
+        "the_reference_leaves_eval", "files", "lora_fx/application/reference.py",
+        "module.training = training", "module.training = False",
+        "After a call of the reference the policy is in eval mode.",
+        tests=("tests/test_pretrained.py::test_the_reference_is_the_base_to_the_bit_without_memory",),
+    ),
 )  # fmt: skip

@@ -133,12 +133,6 @@ ROWS = (
         tests=(f"{CHECKPOINTS}::test_nothing_is_unfolded_but_what_was_written",),
     ),
     Mutant(
-        "directions_at_random", "checkpoints", "export/checkpoints/extract.py",
-        "_ROUNDS = 4", "_ROUNDS = 0",
-        "An extracted adapter holds the first directions that were drawn, and not the largest.",
-        tests=(f"{CHECKPOINTS}::test_the_nearest_of_a_rank_is_kept",),
-    ),
-    Mutant(
         "conv1d_is_extracted_as_linear", "checkpoints", "export/checkpoints/extract.py",
         "flags = {pair.new: bool(orientation.transposed(pair.new)) for", "flags = {pair.new: False for",
         "The factors of a weight that lies (in, out) are in each other's place.",

@@ -223,7 +223,7 @@ ROWS = (
     # ── activation rewrites ──────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "tokens_are_checked_without_one", "rewrites", "lora_fx/checks/rewritten.py",
-        "flat[given] = _mixed(flat[given], adapter)",
+        'flat[given] = _mixed(flat[given], adapters[0].layout.size("i"), min(counts))',
         "pass",
         "The self-check never looks a new token up.",
         tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
@@ -234,5 +234,19 @@ ROWS = (
         "pass",
         "A model is held against the one without its rewrites.",
         tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
+    ),
+    Mutant(
+        "nothing_behind_blocks_is_checked", "rewrites", "lora_fx/checks/rewritten.py",
+        '                for tensor, block in blocks_of(adapter, here.modules).items():',
+        '                for tensor, block in ():',
+        "The model is held against one whose blocks give what they gave.",
+        tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
+    ),
+    Mutant(
+        "short_memory_is_no_train_mode", "rewrites", "lora_fx/checks/rewritten.py",
+        "if not training or isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):",
+        "if not training:",
+        "Where memory is short in train mode, the check says that the model has none, and lets the adapter pass.",
+        tests=of_rewrites("memory_that_is_short_in_train_mode_is_no_mode_that_the_model_lacks"),
     ),
 )  # fmt: skip

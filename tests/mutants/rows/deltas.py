@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, Mutant, of_kinds, of_rewrites
+from tests.mutants.table import CHECKPOINTS, GAPS, Mutant, of_combine, of_kinds, of_prefixes, of_principal, of_rewrites
 
 ROWS = (
     # ── the algebra: factors, scale, forms ───────────────────────────────────────────────────────────────────────────
@@ -119,8 +119,8 @@ ROWS = (
     # ── tracing and wiring ───────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "adapters_not_trainable", "insert", "lora_fx/deltas/adapter.py",
-        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))",
-        "nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)",
+        "nn.Parameter(numbers, requires_grad=tensor not in self.kind.frozen)",
+        "nn.Parameter(numbers, requires_grad=False)",
         "Nothing trains.",
     ),
     Mutant(
@@ -920,8 +920,8 @@ ROWS = (
     ),
     Mutant(
         "tokens_start_as_noise", "rewrites", "lora_fx/deltas/rewrites.py",
-        "theta.tokens.copy_(weight.index_select(-1, drawn).mT)",
-        "theta.tokens.normal_()",
+        "rows.copy_(weight.index_select(-1, drawn).mT)",
+        "rows.normal_()",
         "New tokens are no words that the model knows.",
         tests=of_rewrites("tokens_start_as_words_of_the_table"),
     ),
@@ -967,6 +967,109 @@ ROWS = (
         "A later site draws what all have trained anew.",
         tests=of_rewrites("what_a_compacter_shares_has_one_owner"),
     ),
+    Mutant(
+        "directions_at_random", "checkpoints", "lora_fx/deltas/nearest.py",
+        "_ROUNDS = 4", "_ROUNDS = 0",
+        "An extracted adapter holds the first directions that were drawn, and not the largest.",
+        tests=(f"{CHECKPOINTS}::test_the_nearest_of_a_rank_is_kept",),
+    ),
+    Mutant(
+        "truncates_the_smallest", "kinds", "lora_fx/deltas/nearest.py",
+        "    root = S[..., :rank].sqrt()", "    root = S.flip(-1)[..., :rank].sqrt()",
+        "The nearest of a rank has the sizes of the directions that matter least.",
+        tests=of_combine("svd_is_the_nearest_of_a_rank_and_says_what_it_keeps"),
+    ),
+    Mutant(
+        "ties_elects_by_strength", "kinds", "lora_fx/deltas/merging.py",
+        "elected = torch.where(kept.sum(0) >= 0,", "elected = torch.where(summed(kept, strengths) >= 0,",
+        "TIES elects the signs of what is weighed, and turns round what has a negative strength.",
+        tests=of_combine("ties_trims_elects_and_takes_the_mean_of_what_agrees"),
+    ),
+    Mutant(
+        "dare_does_not_rescale", "kinds", "lora_fx/deltas/merging.py",
+        "delta.mul(mask).div_(density)", "delta.mul(mask)",
+        "What DARE leaves is smaller than what it was made of.",
+        tests=of_combine("dare_drops_at_random_and_rescales"),
+    ),
+    Mutant(
+        "pissa_forgets_its_start", "kinds", "lora_fx/deltas/principal.py",
+        "torch.cat((theta.B, theta.B - theta.B0), -1)", "torch.cat((theta.B, theta.B.detach() - theta.B0), -1)",
+        "A part of the gradient of B is left out.",
+        tests=of_principal("training_is_that_of_the_papers_with_their_changed_base"),
+    ),
+    Mutant(
+        "pissa_starts_without_its_scale", "kinds", "lora_fx/deltas/principal.py",
+        "(S[..., : theta.rank] / abs(theta.scale)).sqrt()", "S[..., : theta.rank].sqrt()",
+        "What PiSSA starts at is the leading part of W, times the scale.",
+        tests=of_principal("pissa_starts_at_the_nearest_of_its_rank"),
+    ),
+    Mutant(
+        "starts_train_too", "kinds", "lora_fx/deltas/adapter.py",
+        "requires_grad=tensor not in self.kind.frozen", "requires_grad=True",
+        "What a kind says is frozen trains.",
+        tests=of_principal("pissa_starts_at_the_nearest_of_its_rank"),
+    ),
+    Mutant(
+        "every_kind_folds_exactly", "kinds", "lora_fx/deltas/kinds.py",
+        '"exactly" if self.low_rank else "rounded once"', '"exactly"',
+        "The plan promises more than the fold does.",
+        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
+    ),
+    Mutant(
+        "plan_without_the_cost", "kinds", "lora_fx/deltas/kinds.py",
+        'return "its own branch" if beside else f"{self.adapts} + δ"', 'return "its own branch"',
+        "The plan does not say that W + δ is made in each forward.",
+        tests=of_kinds("the_plan_says_what_each_kind_trains_and_costs_and_how_it_folds"),
+    ),
+    Mutant(
+        "nested_call_keeps_its_ids", "rewrites", "lora_fx/deltas/calls.py",
+        '        self.inside, self.ids, self.asked, self.mixed = before',
+        '        self.inside = before[0]',
+        "A call inside of another leaves its ids to the blocks that come after it.",
+        tests=of_prefixes("a_call_inside_of_a_call_and_one_that_fails_leave_the_outer_one_its_ids"),
+    ),
+    Mutant(
+        "checkpoint_with_the_last_ids", "rewrites", "lora_fx/deltas/calls.py",
+        '        known = None if is_dynamo_compiling() else self.flown.of(h)',
+        '        known = next((ids for _, ids in reversed(self.flown._known.values())), None)',
+        "What a backward runs again takes the ids of whichever block ran last.",
+        tests=of_prefixes("a_checkpoint_runs_a_block_again_with_the_ids_of_its_own_call"),
+    ),
+    Mutant(
+        "checkpoint_that_nobody_knows", "rewrites", "lora_fx/deltas/calls.py",
+        '        if (key := _place(h)) is None:',
+        '        if (key := None) is None:',
+        "No block can be run again.",
+        tests=of_prefixes("a_checkpoint_runs_a_block_again_with_the_ids_of_its_own_call"),
+    ),
+    Mutant(
+        "ids_of_two_readings", "rewrites", "lora_fx/deltas/calls.py",
+        '            self.mixed = self.mixed or not self.asked',
+        '            self.mixed = False',
+        "Of two readings of the table the last one is taken for the blocks'.",
+        tests=of_prefixes("two_readings_before_a_block_are_refused"),
+    ),
+    Mutant(
+        "new_ids_outside_of_a_call", "rewrites", "lora_fx/deltas/calls.py",
+        '            if not again and not ids.is_meta and bool((ids >= words).any()):',
+        '            if False:',
+        "Embeddings of new tokens go into a model whose blocks know nothing of them.",
+        tests=of_prefixes("ids_looked_up_outside_of_a_call_are_refused_where_some_are_new"),
+    ),
+    Mutant(
+        "new_ids_hidden_from_tokens", "rewrites", "lora_fx/deltas/adapted_weight.py",
+        '    for branch in sorted(around, key=_is_outer):',
+        '    for branch in around:',
+        "Trained tokens that were applied first never see their own ids.",
+        tests=of_prefixes("tokens_beside_it_train_what_the_first_block_gets"),
+    ),
+    Mutant(
+        "one_block_for_all", "rewrites", "lora_fx/deltas/rewrites.py",
+        'range(len(space.settings.blocks.split(SEPARATOR)))}',
+        'range(1)}',
+        "Only one block gets trained activations.",
+        tests=of_rewrites("each_system_trains_by_rules_alone_and_exactly_its_own"),
+    ),
     # ── strengths, and room for ranks ────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "strength_ignored", "settings", "lora_fx/deltas/adapter.py",
@@ -1001,7 +1104,7 @@ ROWS = (
     ),
     Mutant(
         "strength_of_no_delta", "settings", "lora_fx/deltas/adapter.py",
-        "if strength != 1 and isinstance(self.kind, ActivationRewrite):", "if False:",
+        "if strength != 1 and not self.kind.is_delta:", "if False:",
         "A bottleneck at strength 0.5 acts whole, without a word.",
         tests=("tests/test_strengths.py::test_what_is_no_delta_has_no_strength",),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, Mutant, of_kinds
+from tests.mutants.table import GAPS, Mutant, of_kinds, of_prefixes
 
 ROWS = (
     # ── tracing and wiring ───────────────────────────────────────────────────────────────────────────────────────────
@@ -98,5 +98,25 @@ ROWS = (
         "setattr(base, name, value) if base else type.__setattr__", "type.__setattr__",
         "`type(self).calls += 1` counts on a class that is gone with the adapter.",
         tests=("tests/test_dispatch.py::test_what_code_sets_on_type_self_lands_on_the_models_own_class",),
+    ),
+    Mutant(
+        "trl_gets_the_head", "files", "lora_fx/model/marks.py",
+        'if caller.partition(".")[0] == "trl":', "if False:",
+        "TRL multiplies with the weight of an adapted head, without its branch.",
+        tests=("tests/test_pretrained.py::test_trl_is_refused_an_adapted_head",),
+    ),
+    Mutant(
+        "a_call_that_fails_goes_on", "rewrites", "lora_fx/model/behind.py",
+        '                own.leave(was)',
+        "                own.leave(was if 'output' in locals() else own.enter())",
+        "After a call that has raised, the next one is inside of it.",
+        tests=of_prefixes("a_call_inside_of_a_call_and_one_that_fails_leave_the_outer_one_its_ids"),
+    ),
+    Mutant(
+        "removed_it_stands_behind", "rewrites", "lora_fx/model/behind.py",
+        '    gone = set(adapters)',
+        '    gone = set()',
+        "A removed adapter is kept on the blocks that it stood behind.",
+        tests=of_prefixes("removed_and_refused_it_leaves_nothing"),
     ),
 )  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.mutants.table import Mutant
 
+SERVING = "tests/test_paper_serving.py"
+
 ROWS = (
     # ── where parameters live ────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -19,10 +21,59 @@ ROWS = (
         tests=("tests/test_sweep.py::test_what_is_compared_at_one_budget_has_it",),
     ),
     Mutant(
-        "torn_note_is_read", "paper", "lora_fx/paper/sweep.py",
+        "torn_note_is_read", "paper", "lora_fx/paper/notes.py",
         'text.rpartition("\\n")[0]', "text",
         "A line that an interrupted write has left is read.",
         tests=("tests/test_sweep.py::test_an_interrupted_sweep_goes_on_where_it_was",),
+    ),
+    # ── table 1 and task switching ───────────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "folded_is_never_slower", "paper", "lora_fx/paper/latency.py",
+        "folded.median in again, seen", "True, seen",
+        "The verdict on folded LoRA is yes, whatever was measured.",
+        tests=(f"{SERVING}::test_what_does_not_hold_is_said",),
+    ),
+    Mutant(
+        "slower_without_an_interval", "paper", "lora_fx/paper/latency.py",
+        "slower than the base\", own.above(again), seen", "slower than the base\", own.median > 1 or None, seen",
+        "An adapter counts as slower though it is not told apart from the base.",
+        tests=(f"{SERVING}::test_an_adapter_that_is_not_told_apart_is_not_slower",),
+    ),
+    Mutant(
+        "most_of_any", "paper", "lora_fx/paper/latency.py",
+        "all_of(own.above(one) for one in rest)", "True",
+        "An adapter counts as slowed most at the smallest size without a look at the others.",
+        tests=(f"{SERVING}::test_what_does_not_hold_is_said",),
+    ),
+    Mutant(
+        "adapter_l_without_its_norm", "paper", "lora_fx/paper/latency.py",
+        "layers * (each + 2 * d)", "layers * each",
+        "Adapter L is counted without its LayerNorms.",
+        tests=(f"{SERVING}::test_parameters_are_those_of_a_plan[Adapter L]",),
+    ),
+    Mutant(
+        "openings_are_timed_again", "paper", "lora_fx/paper/latency.py",
+        "if key not in notes.found}", "}",
+        "A measurement that goes on times everything again.",
+        tests=(f"{SERVING}::test_an_interrupted_measurement_goes_on_where_it_was",),
+    ),
+    Mutant(
+        "interval_on_one_side", "paper", "lora_fx/paper/timing.py",
+        "missed = [2 * sum(", "missed = [sum(",
+        "An interval misses twice as often as it says.",
+        tests=(f"{SERVING}::test_an_interval_has_the_confidence_that_it_says",),
+    ),
+    Mutant(
+        "warm_up_counts", "paper", "lora_fx/paper/timing.py",
+        "if number >= 0:", "if True:",
+        "The first round, which warms up, is one of the times.",
+        tests=(f"{SERVING}::test_rounds_call_everything_once_and_count_all_but_the_first",),
+    ),
+    Mutant(
+        "weights_after_a_switch_unseen", "paper", "lora_fx/paper/switching.py",
+        "if not torch.equal(tensor, own[name]):", "if False:",
+        "A switch that leaves another task's weights is timed like any other.",
+        tests=(f"{SERVING}::test_a_switch_that_leaves_the_weights_is_found",),
     ),
     # ── the paper: directions, subspaces, table 7, the command line ──────────────────────────────────────────────────
     Mutant(
@@ -98,7 +149,7 @@ ROWS = (
     ),
     Mutant(
         "prefixes_in_one_layer", "paper", "lora_fx/paper/counts.py",
-        "lambda tokens: layers * d * tokens", "lambda tokens: d * tokens",
+        'else "prefix_layer"', 'else "tokens"',
         "Prefix-layer tuning has as few parameters as prefix-embedding tuning.",
         tests=("tests/test_paper_counts.py::test_other_methods_are_the_papers_formulas",),
     ),

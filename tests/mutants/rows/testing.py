@@ -57,4 +57,11 @@ ROWS = (
         "θ of the dense twin stays where it is.",
         tests=(f"{HISTORIES}::test_every_kind_of_step_in_one_history",),
     ),
+    Mutant(
+        "twin_without_its_blocks", "histories", "lora_fx/testing/twins.py",
+        '                for block, tensor in record.blocks:',
+        '                for block, tensor in ():',
+        "The dense twin leaves out what stands behind blocks.",
+        tests=("tests/test_histories.py::test_a_history_of_what_stands_behind_blocks",),
+    ),
 )  # fmt: skip
