@@ -18,6 +18,9 @@ from lora_fx.testing import Filling, assert_folds_exactly
 from tests.test_active import Configured, same, state
 from tests.test_strengths import X, counted
 
+# it has a tied weight, of which only PEFT's merge would make two
+pytestmark = pytest.mark.filterwarnings("ignore:.*PEFT reads the file, and its merge would be wrong")
+
 
 def made() -> nn.Module:
     """A generated forward, one that dispatches, and two layers that share a weight."""

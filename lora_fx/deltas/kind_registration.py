@@ -219,7 +219,7 @@ class _Trial:
         """One rank more, of zeros, adds nothing."""
         self.require("rank" in self.kind.settings, "it pads, and has no setting rank", "leave pads out")
         wider = Adapter(
-            adapter.layout, kind=self.kind, rows=adapter.rows, dtype=torch.float64, width=adapter.rank + 1,
+            adapter.layout, kind=self.kind, rows=adapter.rows, dtype=torch.float64, room=adapter.rank + 1,
             **self.settings,
         )  # fmt: skip
         wider.put({name: p.detach() for name, p in adapter.named_parameters()})
