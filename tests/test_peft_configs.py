@@ -56,6 +56,18 @@ class Case:
             return case(self.model).build() if isinstance(self.model, str) else self.model()
 
 
+def test_starts_in_what_a_weight_is_made_of():
+    """Each with the numbers that PEFT starts at: `tests/test_principal.py`."""
+    base, inputs = tied()
+    for init, kind, niter in (("pissa", "pissa", None), ("olora", "olora", None), ("pissa_niter_4", "pissa", 4)):
+        config = peft.LoraConfig(target_modules=["q_proj"], r=3, lora_alpha=5, init_lora_weights=init)
+        model = lora_fx.apply(copy.deepcopy(base), config, inputs)
+        own = inventory(model).adapters
+        assert {(a.kind.name, a.rank, a.alpha, a.settings.get("niter")) for a in own} == {(kind, 3, 5.0, niter)}
+        assert len(own) == SIZE["num_hidden_layers"] and all(bool(a.B0.any()) for a in own)
+        assert torch.equal(call(model, inputs).logits, call(base, inputs).logits)
+
+
 PATTERNS = dict(rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 3}, alpha_pattern={r".*layers\.1.*": 5})
 CASES = {
     "all linear": Case("llama", dict(target_modules="all-linear", r=4, lora_alpha=9, lora_dropout=0.1, **PATTERNS)),
@@ -136,7 +148,11 @@ def test_a_config_is_given_as_an_object_a_mapping_or_its_file(tmp_path):
 
 
 REFUSED = {
-    "pissa": (dict(target_modules=["q_proj"], init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "pissa in rounds": (
+        dict(target_modules=["q_proj"], init_lora_weights="pissa_niter_x"),
+        "init_lora_weights='pissa_",
+    ),
+    "olora in DoRA": (dict(target_modules=["q_proj"], init_lora_weights="olora", use_dora=True), "one kind of adapter"),
     "B at random": (dict(target_modules=["q_proj"], init_lora_weights=False), "init_lora_weights=False"),
     "lora_bias": (dict(target_modules=["q_proj"], lora_bias=True), "lora_bias"),
     "layers again": (dict(target_modules=["q_proj"], layer_replication=[[0, 1]]), "layer_replication"),

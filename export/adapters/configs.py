@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.deltas.kinds import kind_named
 from lora_fx.errors import RuleError
 from lora_fx.export.adapters import beside
 from lora_fx.export.adapters import peft as peft_format
@@ -35,9 +36,11 @@ from lora_fx.reading import boundary
 
 _USUAL = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 
-_KINDS = {start: f"; or write rules: Rule(…, kind={start!r})" for start in ("pissa", "olora")}
-
-_INITS = {True: "kaiming", None: "kaiming", "gaussian": "gaussian"}
+#: init_lora_weights → our kind, and its settings; ``pissa_niter_4`` is another of them
+_STARTS: Mapping[Any, tuple[str, Mapping[str, Any]]] = {
+    True: ("lora", {"init": "kaiming"}), None: ("lora", {"init": "kaiming"}),
+    "gaussian": ("lora", {"init": "gaussian"}), "pissa": ("pissa", {}), "olora": ("olora", {}),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def rules_from_peft(config: Any) -> PeftRules:
     `apply`, `plan` and `memory` also take the config itself. The weights are those that PEFT finds by their names, in
     its order of patterns; each gets the rank, alpha, scaling and dropout that it has there. What PEFT trains besides
     (`modules_to_save`, the head of a task, biases, token rows) gets the kind `full`: the same function and the same
-    gradients, and off when the adapters are. The start is B = 0.
+    gradients, and off when the adapters are. The start is B = 0; ``pissa`` and ``olora`` become the kinds of that name,
+    which leave the base what it is.
 
     Args:
         config: a `peft.LoraConfig`, a mapping of its options, or the path of an `adapter_config.json` or of its folder.
@@ -145,12 +149,12 @@ class Start(Pass):
 def _saved(model: nn.Module, rules: PeftRules) -> Iterator[Saved]:
     """What `load_adapter` would find in the file that PEFT would write before the first step."""
     config, modules = _complete(model, rules), Modules(model)
+    kind, start = _start(config.pop("init_lora_weights", True), rules.place)
     folder = _Untrained(Path(), config, {}, None, place=rules.place)
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str | bool | None) and init not in _INITS:
-        reason = f"init_lora_weights={init!r}: the adapted model would not start as the base, or by its data"
-        raise RuleError(reason, place=rules.place, remedy=f"leave it out, or say 'gaussian'{_KINDS.get(str(init), '')}")
     peft_format.check_options(folder)
+    if kind != "lora" and config.get("use_dora"):
+        reason = f"init_lora_weights={kind!r} and use_dora: one weight has one kind of adapter"
+        raise RuleError(reason, place=rules.place, remedy="leave one of them out")
     if config.get("lora_bias"):
         reason = "lora_bias: PEFT multiplies the bias of the branch with its scale, and so its gradient"
         raise RuleError(reason, place=rules.place, remedy="train the layers' own: apply again with Rule(kind='bias')")
@@ -162,8 +166,21 @@ def _saved(model: nn.Module, rules: PeftRules) -> Iterator[Saved]:
         raise RuleError(reason, place=rules.place, remedy=f"its modules are {near}"[:500])
     alone = not config.get("ensure_weight_tying")
     for s in read_lora(model, replace(folder, tensors=tensors), needed=False):
-        settings = {**s.settings, "init": _INITS[init]} if "rank" in s.settings else s.settings
-        yield replace(s, settings=settings, started=False, alone=alone)
+        if "rank" in s.settings:
+            own = s.kind if kind == "lora" else kind_named(kind)
+            s = replace(s, kind=own, settings={**s.settings, **start})
+        yield replace(s, started=False, alone=alone)
+
+
+def _start(init: Any, place: str) -> tuple[str, Mapping[str, Any]]:
+    """A kind, and the settings that say how it starts."""
+    word, _, rounds = str(init).partition("_niter_")
+    if word == "pissa" and rounds.isdecimal():
+        return "pissa", {"niter": int(rounds)}
+    if not isinstance(init, str | bool | None) or init not in _STARTS:
+        reason = f"init_lora_weights={init!r}: the adapted model would not start as the base, or by its data"
+        raise RuleError(reason, place=place, remedy="leave it out, or say 'gaussian', 'pissa', 'olora'")
+    return _STARTS[init]
 
 
 def _complete(model: nn.Module, rules: PeftRules) -> dict[str, Any]:

@@ -347,4 +347,10 @@ ROWS = (
         "What is refused after the numbers were written leaves them there.",
         tests=("tests/test_replace.py::test_an_infinite_delta_is_undone",),
     ),
+    Mutant(
+        "a_config_of_pissa_is_plain_lora", "files", "export/adapters/configs.py",
+        'own = s.kind if kind == "lora" else kind_named(kind)', "own = s.kind",
+        "A config that says pissa starts with B = 0 at random directions.",
+        tests=("tests/test_peft_configs.py::test_starts_in_what_a_weight_is_made_of",),
+    ),
 )  # fmt: skip
