@@ -135,7 +135,10 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "switch": (lambda: folded("one", "two"), lambda model: lora_fx.switch(model, {"two": 0.5})),
     "activate": (lambda: adapted("one", "two"), lambda model: lora_fx.activate(model, {"two": -2})),
     "rename": (lambda: adapted("one", "two"), lambda model: lora_fx.rename(model, "one", "three")),
-    "load_adapter, in place": (adapted, lambda model: lora_fx.load_adapter(model, other_numbers(), name="one")),
+    "load_adapter, in place": (
+        lambda: (other_numbers(), adapted())[1],
+        lambda model: lora_fx.load_adapter(model, other_numbers(), name="one"),
+    ),
     "remove": (lambda: adapted("one", "two"), lambda model: lora_fx.remove(model, "one")),
     "remove, all": (adapted, lambda model: lora_fx.remove(model, "one")),
     "remove, behind blocks": (lambda: behind_blocks(), lambda model: lora_fx.remove(model, "default")),

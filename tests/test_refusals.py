@@ -105,7 +105,7 @@ def test_a_rule_that_is_malformed(settings, part):
         ([], "no rule"),
         (17, "17 is no rule"),
         ({"were": "*", "rank": 2}, "did you mean 'where'"),
-        ([{"where": "*", "rank": 2, "colour": 1}], "unknown key 'colour'"),
+        ([{"where": "*", "rank": 2, "colour": 1}], "there is no argument colour=1"),
         ("missing.toml", "it cannot be read: No such file"),
     ],
 )

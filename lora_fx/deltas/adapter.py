@@ -138,7 +138,7 @@ class Adapter(Beside):
     _strength: float
     _multiplier: float
     _live: torch.Tensor
-    """The multiplier as a tensor."""
+    """The multiplier, as a tensor of one element: of one without an axis Dynamo makes a number, and compiles twice."""
     _trained: tuple[str, ...]
     """What of θ trained when it was last deactivated."""
     _owners: Mapping[str, Adapter]
@@ -206,7 +206,7 @@ class Adapter(Beside):
                 raise AdapterError(reason, place=place, remedy="give a smaller one")
             self.change(_scale=scale)
         with torch.inference_mode(False):  # a new one: what runs just now, and its backward, has the old one still
-            live = torch.tensor(multiplier, dtype=torch.float64, device="cpu")
+            live = torch.tensor([multiplier], dtype=torch.float64, device="cpu")
         self.change(_settings=own, _strength=strength, _multiplier=multiplier, _live=live)
 
     @property
@@ -371,7 +371,7 @@ class Adapter(Beside):
         Where Dynamo compiles it is a tensor, so that another number is no other program.
         """
         if is_dynamo_compiling() and not is_exporting():
-            return self._live
+            return self._live[0]
         if is_fx_symbolic_tracing():  # as when a GraphModule is unpickled: its graph goes on reading it
             first = getattr(self, next(iter(self._parameters)))
             if type(first) is fx.Proxy:

@@ -267,13 +267,14 @@ ROWS = (
     ),
     Mutant(
         "a_config_starts_as_it_pleases", "files", "export/adapters/configs.py",
-        "isinstance(init, str | bool | None) and init not in _INITS", "init is None",
-        "init_lora_weights='pissa' is taken for a start that leaves the base alone.",
+        "if not isinstance(init, str | bool | None) or init not in _STARTS:",
+        "if init not in _STARTS and (init := True) is None:",
+        "A start by data is taken for one that leaves the base alone.",
         tests=(f"{CONFIGS}::test_what_has_no_meaning_here_is_refused_by_name",),
     ),
     Mutant(
         "a_config_has_numbers", "files", "export/adapters/configs.py",
-        "settings=settings, started=False, alone=alone", "settings=settings, started=True, alone=alone",
+        "replace(s, started=False, alone=alone)", "replace(s, started=True, alone=alone)",
         "Adapters of a config begin with A = B = 0, and no gradient reaches them.",
         tests=(f"{CONFIGS}::test_a_config_starts_as_adapters_do",),
     ),

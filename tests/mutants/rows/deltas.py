@@ -1079,7 +1079,7 @@ ROWS = (
     ),
     Mutant(
         "strength_in_the_program", "settings", "lora_fx/deltas/adapter.py",
-        "return self._live\n", "return self._multiplier\n",
+        "return self._live[0]\n", "return self._multiplier\n",
         "torch.compile compiles anew for another strength, or another alpha.",
         tests=("tests/test_strengths.py::test_another_strength_is_no_other_program",),
     ),
