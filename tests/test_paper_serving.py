@@ -272,7 +272,10 @@ def test_the_command_measures_files_that_are_what_torch_computes(tmp_path, monke
     result = CliRunner().invoke(paper, ["latency", "-o", str(out), "--quick", "--openings", "2"])
     assert result.exit_code == 0, result.output
     assert set(given) == set(SYSTEMS) - {AGAIN} and given[BASE].shape == (2, 1, TINY.vocabulary)
-    difference = lambda one, other: float((given[one] - given[other]).abs().max())  # noqa: E731
+
+    def difference(one: str, other: str) -> float:
+        return float((given[one] - given[other]).abs().max())
+
     rounding = difference(UNFOLDED, FOLDED)  # the same adapter
     assert all(difference(system, BASE) > 100 * rounding for system in (FOLDED, *ADAPTERS))
     assert sorted(path.name for path in out.iterdir()) == ["latency.json", "latency.png", "latency.txt", OPENINGS]

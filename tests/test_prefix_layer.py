@@ -169,7 +169,7 @@ def test_a_checkpoint_of_several_blocks_and_of_the_whole():
     plain, found = adapted([LAYERS]), adapted([LAYERS])
     wanted = gradients(plain, (plain(WITH_TOKENS) * weight).sum())
     whole = checkpoint(found, WITH_TOKENS, use_reentrant=False)
-    other = found(OTHERS)  # noqa: F841  (the last call is another one)
+    found(OTHERS)  # the last call is another one
     assert same(gradients(found, (whole * weight).sum()), wanted)
 
     class Pairs(Model):
