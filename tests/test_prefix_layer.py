@@ -175,7 +175,7 @@ def test_a_checkpoint_of_several_blocks_and_of_the_whole():
     class Pairs(Model):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
-            return self.head(checkpoint_sequential(self.blocks, 1, x, use_reentrant=False))
+            return self.head(checkpoint_sequential(self.blocks, 2, x, use_reentrant=False))
 
     torch.manual_seed(0)
     pairs = fill(lora_fx.apply(Pairs(), [LAYERS], IDS, check=False))
