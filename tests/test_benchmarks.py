@@ -67,7 +67,8 @@ def test_call_overhead_runs(run):
 
 
 REAL_SIZE = [
-    "forward", "apply(check=False)", "apply", "load_adapter(check=False)", "load_adapter", "certify",
+    "forward", "apply(check=False)", "apply", "load_adapter(check=False)", "load_adapter", "certify", "fold", "unfold",
+    "fold(final=True)", "PEFT's merge", "PEFT's merge, bfloat16",
 ]  # fmt: skip
 
 
