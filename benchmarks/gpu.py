@@ -72,6 +72,7 @@ PARTS = (
         (*BF16, *LLAMA, "--compile", "--hidden", "4096", "--layers", "2", "--tokens", "2048", "--rounds", "5"),
         60, LLAMA,
     ),
+    Part("products", "products.py", ("--rounds", "8"), 60),
     Part("experts", "experts.py", (*BF16, "--sizes", "64", "2048", "1408", "--tokens", "128", "--rounds", "5"), 25),
     Part("ONNX Runtime", "onnx_graphs.py", ("--part", "latency", *CUDA, "--rounds", "20"), 30, ("--part", "latency")),
 )  # fmt: skip

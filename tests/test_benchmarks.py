@@ -72,6 +72,11 @@ REAL_SIZE = [
 ]  # fmt: skip
 
 
+def test_the_kernels_of_products_compute_what_they_say():
+    pytest.importorskip("triton")
+    assert command("products.py", "--tiny", "--rounds", "1").count("16×16, 32, 4 warps") == 9
+
+
 @pytest.mark.parametrize(
     ("name", "options", "rows"),
     [
