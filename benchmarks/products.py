@@ -67,8 +67,8 @@ def _pass(
     at, ranks = block * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, WIDE)
     inside, known = at < columns, ranks < RANK
     if DOWN:
-        where = q + at[:, None] * q_column + ranks[None, :] * q_rank
-        own = tl.load(where, mask=inside[:, None] & known[None, :], other=0.0).to(p.dtype.element_ty)
+        factor = q + at[:, None] * q_column + ranks[None, :] * q_rank
+        own = tl.load(factor, mask=inside[:, None] & known[None, :], other=0.0).to(p.dtype.element_ty)
     if SUM:
         total = tl.zeros((WIDE, COLUMNS), dtype=tl.float32)
     for step in range(0, CHUNK, ROWS):
@@ -80,11 +80,11 @@ def _pass(
         if DROP:
             value = _kept(value.to(tl.float32), row, at, low, high, threshold, up).to(p.dtype.element_ty)
         if DOWN:
-            to = h + block.to(tl.int64) * RANK * rows + ranks[None, :] * rows + row[:, None]
-            tl.store(to, tl.dot(value, own), mask=there[:, None] & known[None, :])
+            share = h + block.to(tl.int64) * RANK * rows + ranks[None, :] * rows + row[:, None]
+            tl.store(share, tl.dot(value, own), mask=there[:, None] & known[None, :])
         if SUM:
-            where = z + ranks[:, None] * z_rank + row[None, :]
-            weights = tl.load(where, mask=known[:, None] & there[None, :], other=0.0)
+            ours = z + ranks[:, None] * z_rank + row[None, :]
+            weights = tl.load(ours, mask=known[:, None] & there[None, :], other=0.0)
             total += tl.dot(weights.to(value.dtype), value)
     if SUM:
         to = g + chunk.to(tl.int64) * RANK * columns + ranks[:, None] * columns + at[None, :]
