@@ -184,7 +184,7 @@ class FusedSum:
         settled = len(found.places)
         if remainder.places is not None and settled:  # in full: the kernel does not know to what they are settled
             remainder.places[:settled] = found.places
-            remainder.numbers[:settled] = flat[found.places]
+            remainder.numbers[:settled] = flat.index_select(0, found.places)
         undo.append(partial(self._undo, keeps, remainder))
         if remainder.places is not None:
             rest = Remainder(remainder.nibbles, remainder.places[settled:], remainder.numbers[settled:])
@@ -311,7 +311,8 @@ class FusedWay(Way):
 
     def _in_blocks(self, weight: torch.Tensor) -> Way:
         """The same way for torch's route, an even number of rows at a time."""
-        (remainder,), width = self.remainders, weight[0].numel()
+        (remainder,), width = (_moved(one, weight.device) for one in self.remainders), weight[0].numel()
+        deltas = tuple(replace(d, A=d.A.to(weight.device), B=d.B.to(weight.device)) for d in self.deltas)
         ((_, elements),) = block_sizes([weight]).items()
         step = max(2, elements // width // 2 * 2) * width
         starts = range(0, weight.numel(), step)
@@ -325,7 +326,14 @@ class FusedWay(Way):
                 Remainder(nibbles, places[first:last] - start, numbers[first:last])
                 for nibbles, start, (first, last) in zip(steps, starts, pairwise(edges), strict=True)
             ]
-        return Way(self.deltas, self.magnitude, step, tuple(parts), self.folded, self.original)
+        return Way(deltas, self.magnitude, step, tuple(parts), self.folded, self.original)
+
+
+def _moved(remainder: Remainder, device: torch.device) -> Remainder:
+    kept_ = (remainder.nibbles, remainder.places, remainder.numbers)
+    nibbles, places, numbers = (None if one is None else one.to(device) for one in kept_)
+    assert numbers is not None
+    return Remainder(nibbles, places, numbers)
 
 
 def _fold_again(fused: FusedSum, remainder: Remainder) -> None:
