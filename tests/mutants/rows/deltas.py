@@ -1660,7 +1660,7 @@ ROWS = (
         "Where a weight dispatches, another alpha or rank in place compiles anew.",
         tests=("tests/test_replace.py::test_replaced_nothing_is_compiled_anew",),
     ),
-    # ── the fold by kernels ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── the fold by kernels ───────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "kernel_rounds_twice",
         "fold",
