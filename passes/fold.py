@@ -26,13 +26,14 @@ from torch import nn
 from lora_fx.changes import Undo, uninterrupted
 from lora_fx.deltas.ahead import foresee
 from lora_fx.deltas.exact_sum import ExactSum, Way, kept
+from lora_fx.deltas.fused_sum import FusedSum
 from lora_fx.deltas.rounded_sum import KeptWeight, RoundedSum
 from lora_fx.deltas.rounding import read
 from lora_fx.errors import FoldError
 from lora_fx.graph.places import refuse_away
 from lora_fx.model import marks
 from lora_fx.model.classes import is_wired, unwire
-from lora_fx.model.inventory import Inventory, Storage, inventory, weight_name
+from lora_fx.model.inventory import Inventory, Storage, inventory, is_folded, weight_name
 from lora_fx.model.marks import FoldRecord, PutAway
 from lora_fx.passes.base import UNFOLDED, Condition, Facts, Pass, Result
 from lora_fx.passes.keeping import forget_classes
@@ -77,7 +78,7 @@ class Fold(Pass):
     ensures = (PLAIN,)
 
     def call(self, model: nn.Module, facts: Facts) -> Result:
-        if inventory(model).folded:
+        if is_folded(model):
             return Result(model, False)
         _fold(model, self.final, facts)
         return Result(model, True)
@@ -115,7 +116,8 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
     storages = here.storages()
     for_good = final and sum(storage.parameter.numel() for storage in storages) > _UNDOABLE
     with torch.no_grad():
-        ahead = foresee([_sum(storage) for storage in storages], [not (s.split or for_good) for s in storages])
+        undoable = [not (storage.split or for_good) for storage in storages]
+        ahead = foresee([_sum(s, back) for s, back in zip(storages, undoable, strict=True)], undoable)
     sums = list(ahead.sums)
     unwire(model, here)
     if final:
@@ -151,13 +153,14 @@ def refuse_unfoldable(storage: Storage) -> None:
         FoldError: an adapter is no delta, a weight is on meta or put away by accelerate, a number is not finite, or a
             sum does not fit into the dtype.
     """
-    whole = _sum(storage)
+    whole = _sum(storage, None)
     assert whole.unread is not None
     (answer,) = read([whole.unread])
     whole.checked(answer, None)
 
 
-def _sum(storage: Storage) -> ExactSum | RoundedSum:
+def _sum(storage: Storage, undoable: bool | None) -> ExactSum | FusedSum | RoundedSum:
+    """`undoable`: None where it is not to be folded."""
     weight, adapters, name = storage.parameter, storage.adapters, storage.names[0]
     for adapter in adapters:
         if not adapter.kind.is_delta:
@@ -170,8 +173,9 @@ def _sum(storage: Storage) -> ExactSum | RoundedSum:
     if weight.is_meta:
         raise FoldError("the weight is on meta: it has no numbers", place=name, remedy="materialise the model first")
     if all(adapter.kind.low_rank for adapter in adapters):
-        deltas = [kept(adapter.exact()) for adapter in adapters]
-        return ExactSum.of(weight.detach(), deltas, name, [adapter.name for adapter in adapters])
+        deltas, names = [adapter.exact() for adapter in adapters], [adapter.name for adapter in adapters]
+        fused = None if undoable is None else FusedSum.of(weight.detach(), deltas, undoable, name, names)
+        return fused or ExactSum.of(weight.detach(), list(map(kept, deltas)), name, names)
     return RoundedSum.of(weight.detach(), adapters, name)
 
 

@@ -12,8 +12,10 @@ from torch.utils import _pytree as pytree
 import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import run
-from lora_fx.deltas import exact_sum, one_pass, triton_route
+from lora_fx.deltas import exact_sum, fused_sum, one_pass, triton_route
+from lora_fx.deltas.fused_sum import FusedWay
 from lora_fx.graph.capture import Inputs, no_fast_paths, normalize_inputs
+from lora_fx.model.inventory import inventory
 from lora_fx.passes import fold as folding
 from tests import reference
 from tests.zoo import case
@@ -84,6 +86,7 @@ def test_a_fold_and_an_unfold_wait_for_the_device_twice_each(monkeypatch, dtype,
     model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.Linear(1024, 64)).to("cuda", dtype)
     lora_fx.apply(model, Rule(where="*", rank=8), torch.randn(2, 1024, device="cuda", dtype=dtype))
     reference.fill(model)
+    fused_sum.runs_on(torch.device("cuda", torch.cuda.current_device()))  # looks at it, once in a process
     for verb in [lambda: lora_fx.fold(model, final=final), *([] if final else [lambda: lora_fx.unfold(model)])]:
         torch.cuda.synchronize()
         before = torch.cuda.get_sync_debug_mode()
@@ -121,6 +124,36 @@ def test_kernels_of_one_pass_are_the_branch_and_its_gradients(monkeypatch, dtype
     monkeypatch.setattr(one_pass, "takes", lambda *args: False)
     for own, plain in zip(ours, gradients(), strict=True):  # some roundings of the dtype on each way
         assert float((own - plain).norm() / plain.norm()) <= 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [0.02, 1.0, 1e4], ids=["places", "steps", "numbers"])
+def test_a_fold_by_kernels_gives_the_bits_of_torchs_route(monkeypatch, dtype, size):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 700, bias=False), torch.nn.Linear(700, 34, bias=False))
+    model = model.to("cuda", dtype)
+    lora_fx.apply(model, Rule(where="*", rank=8), torch.randn(2, 1024, device="cuda", dtype=dtype))
+    reference.fill(model)
+    with torch.no_grad():
+        for layer in model:
+            layer.weight_lora_default.B.mul_(size)
+            layer.weight[:3] = torch.tensor([[0.0], [-0.0], [float(torch.finfo(dtype).smallest_normal) / 4]])
+    state, plain = reference.bits(model), copy.deepcopy(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_sum, "runs_on", lambda device: False)
+        lora_fx.fold(plain)
+    final = lora_fx.fold(model, copy=True, final=True)
+    lora_fx.fold(model)
+    ways = [way for record in inventory(model).records.values() for way in record.ways.values()]
+    assert len(ways) == 2 and all(isinstance(way, FusedWay) for way in ways)
+    for mine, by_kernels, theirs in zip(model, final, plain, strict=True):
+        assert torch.equal(mine.weight.cpu().view(torch.uint8), theirs.weight.cpu().view(torch.uint8))
+        assert torch.equal(by_kernels.weight.cpu().view(torch.uint8), theirs.weight.cpu().view(torch.uint8))
+    assert folding.kept_bytes(model) <= folding.kept_bytes(plain)
+    moved = copy.deepcopy(model).cpu()
+    assert reference.same_bits(reference.bits(lora_fx.unfold(model)), state)
+    lora_fx.unfold(moved)
+    assert all(torch.equal(a.weight, b.weight.cpu()) for a, b in zip(moved, model, strict=True))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])

@@ -11,16 +11,21 @@ When the blocks are folded they are computed once more, and a sum may then come 
 most. Whatever is in doubt at that time has been in doubt here, where `_TIMES` as much is allowed for. A block that has
 more in doubt than there was room for asks for itself, when its turn comes. So does every block on a CPU, where asking
 costs nothing, and computing a second time would.
+
+Where there are kernels a weight is one block (`deltas.fused_sum`), and what they have found out is read with the rest.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from lora_fx.deltas.exact_sum import _CHUNK, ExactSum, Found, Place, block_sizes
+from lora_fx.deltas import fused_sum
+from lora_fx.deltas.exact_sum import _CHUNK, ExactSum, Found, Place, block_sizes, too_large
+from lora_fx.deltas.fused_sum import FusedSum, Looked, NoKernel, is_full
 from lora_fx.deltas.remainder import Steps
 from lora_fx.deltas.rounded_sum import RoundedSum
 from lora_fx.deltas.rounding import Scratch, between, first_places, read
@@ -30,11 +35,14 @@ _TIMES = 4  # the error
 _ALWAYS = 64  # elements in doubt for which there is room in each block
 
 
+Sum = ExactSum | FusedSum | RoundedSum
+
+
 @dataclass(frozen=True)
 class Foreseen:
     """What is to be folded, checked, and what has been found out about it."""
 
-    sums: tuple[ExactSum | RoundedSum, ...]
+    sums: tuple[Sum, ...]
     founds: tuple[tuple[Found | None, ...], ...]
     """Of each sum's blocks; none where nothing has been found out."""
     scratches: dict[Place, Scratch]
@@ -49,21 +57,28 @@ def waits(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def foresee(sums: Sequence[ExactSum | RoundedSum], undoable: Sequence[bool]) -> Foreseen:
+def foresee(sums: Sequence[Sum], undoable: Sequence[bool]) -> Foreseen:
     """In blocks as large as there is room for, down to a row.
 
     Raises:
         FoldError: a number is not finite, a sum does not fit into its dtype, or there is no room for a row.
     """
-    weights = [one.weight for one in sums]
+    weights = _in_blocks(sums)
     sizes = block_sizes(weights)
     while True:
         try:
             return _foresee(sums, undoable, sizes)
+        except NoKernel as error:
+            fused_sum.refuse(error.device, error)
+            sums = [
+                one.plain() if isinstance(one, FusedSum) and one.weight.device == error.device else one for one in sums
+            ]
+            weights = _in_blocks(sums)
+            smaller = block_sizes(weights)
         except Exception as error:
-            if not _is_full(error):
+            if not is_full(error):
                 raise
-            smaller = block_sizes(weights, max(1, max(sizes.values()) // 2))
+            smaller = block_sizes(weights, max(1, max(sizes.values(), default=1) // 2))
             if smaller == sizes:
                 widest = max(sums, key=lambda one: one.weight[:1].numel())
                 raise FoldError(
@@ -74,33 +89,79 @@ def foresee(sums: Sequence[ExactSum | RoundedSum], undoable: Sequence[bool]) -> 
         sizes = smaller
 
 
-def _is_full(error: Exception) -> bool:
-    """A CPU has no error of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def _in_blocks(sums: Sequence[Sum]) -> list[torch.Tensor]:
+    """The weights that are computed in a scratch."""
+    return [one.weight for one in sums if not isinstance(one, FusedSum)]
 
 
-def _place(one: ExactSum | RoundedSum) -> Place:
+def _place(one: Sum) -> Place:
     return one.weight.dtype, one.weight.device
 
 
-def _foresee(sums: Sequence[ExactSum | RoundedSum], undoable: Sequence[bool], sizes: dict[Place, int]) -> Foreseen:
-    scratches = {place: Scratch(elements, *place) for place, elements in sizes.items()}
+def _foresee(sums: Sequence[Sum], undoable: Sequence[bool], sizes: dict[Place, int]) -> Foreseen:
+    scratches = {place: Scratch(sizes.get(place, 0), *place) for place in {_place(one) for one in sums}}
+    sweeps = _sweep(sums)
     looks: list[list[Look]] = []
     for one, back in zip(sums, undoable, strict=True):
         room = scratches[_place(one)]
         blocks = one.blocks(room.elements) if isinstance(one, ExactSum) and waits(one.weight.device) else ()
         looks.append([look(part, room, back) for part in blocks])
     asked = [one.unread for one in sums if one.unread is not None]
-    answers = iter(read([*asked, *(one.numbers for several in looks for one in several)]))
-    firsts = [next(answers) for _ in sums]
+    blocks_know = [one.numbers for several in looks for one in several]
+    answers = iter(read([*(sweep.unread for _, sweep in sweeps), *asked, *blocks_know]))
+    known = {k: found for places, sweep in sweeps for k, found in zip(places, sweep.read(next(answers)), strict=True)}
+    firsts = [next(answers) if one.unread is not None else [] for one in sums]
     numbers = [[next(answers) for _ in several] for several in looks]
-    checked = []
-    for one, first, own in zip(sums, firsts, numbers, strict=True):
-        ends = [end for block in own for end in block[2:4]]
-        checked.append(one.checked(first, ends if own else None))
-    known = [look for several in looks for look in several]
-    founds = iter(_settle(known, [block for own in numbers for block in own]))
-    return Foreseen(tuple(checked), tuple(tuple(next(founds) for _ in own) for own in numbers), scratches)
+    checked: list[Sum] = []
+    parts: list[list[Part]] = []
+    for k, (one, first, several, own) in enumerate(zip(sums, firsts, looks, numbers, strict=True)):
+        if isinstance(one, FusedSum):
+            whole, found = known[k]
+            checked.append(whole)
+            parts.append([Part(whole.name, whole, found)] if isinstance(whole, FusedSum) else [])
+        else:
+            ends = [end for block in own for end in block[2:4]]
+            checked.append(one.checked(first, ends if own else None))
+            parts.append([Part(one.name, a.part, a.known(b)) for a, b in zip(several, own, strict=True)])
+    for place in {_place(one) for one, asked in zip(checked, sums, strict=True) if type(one) is not type(asked)}:
+        weights = [one.weight for one in checked if _place(one) == place]
+        scratches[place] = Scratch(block_sizes(weights, sizes.get(place))[place], *place)
+    founds = iter(_settle([part for several in parts for part in several]))
+    return Foreseen(tuple(checked), tuple(tuple(next(founds) for _ in own) for own in parts), scratches)
+
+
+def _sweep(sums: Sequence[Sum]) -> list[tuple[list[int], Looked]]:
+    """The kernels of each device, with the indices of what they look at."""
+    fused = {k: one for k, one in enumerate(sums) if isinstance(one, FusedSum)}
+    devices = dict.fromkeys(one.weight.device for one in fused.values())
+    places = [[k for k, one in fused.items() if one.weight.device == device] for device in devices]
+    return [(here, fused_sum.look([fused[k] for k in here])) for here in places]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is folded at once, and what has been found out about it; None where it asks for itself."""
+
+    name: str
+    """Of the weight."""
+    sum: ExactSum | FusedSum
+    found: Found | None
+
+    @property
+    def exact(self) -> ExactSum:
+        return self.sum if isinstance(self.sum, ExactSum) else self.sum.exact()
+
+    def decided(self, terms: Sequence[float]) -> list[float]:
+        """The numbers to which real sums are rounded, from their terms, one sum after the other.
+
+        Raises:
+            FoldError: one does not fit into the dtype.
+        """
+        width, dtype = 1 + 2 * sum(delta.rank for delta in self.sum.deltas), self.sum.weight.dtype
+        found = self.exact.nearest([terms[k : k + width] for k in range(0, len(terms), width)], dtype)
+        if not all(map(math.isfinite, found)):
+            raise too_large(self.name, dtype)
+        return found
 
 
 # ── one block ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -160,23 +221,14 @@ def _in_doubt(
     return places[which], (count, opened)
 
 
-def _settle(looks: Sequence[Look], numbers: Sequence[Sequence[float]]) -> list[Found | None]:
-    """What each block has to know; None where it had more in doubt than there was room for."""
-    known = [one.known(own) for one, own in zip(looks, numbers, strict=True)]
-    rows = iter(
-        read([one.part.terms(own.places) for one, own in zip(looks, known, strict=True) if own and len(own.places)])
-    )
-    decided = [
-        _decide(one.part, next(rows)) if own and len(own.places) else [] for one, own in zip(looks, known, strict=True)
-    ]
-    values = _to_devices(decided, [one.part.weight.device for one in looks])
-    return [replace(own, settled=each) if own else None for own, each in zip(known, values, strict=True)]
-
-
-def _decide(part: ExactSum, terms: Sequence[float]) -> list[float]:
-    """The numbers to which real sums are rounded, from their terms, one sum after the other."""
-    width = 1 + 2 * sum(delta.rank for delta in part.deltas)
-    return part.nearest([terms[k : k + width] for k in range(0, len(terms), width)], part.weight.dtype)
+def _settle(parts: Sequence[Part]) -> list[Found | None]:
+    """What each has to know; None where it had more in doubt than there was room for."""
+    opens = [one for one in parts if one.found and len(one.found.places)]
+    terms = read([one.exact.terms(one.found.places.to(torch.int64)) for one in opens if one.found])
+    decided = {id(one): one.decided(own) for one, own in zip(opens, terms, strict=True)}
+    values = _to_devices([decided.get(id(one), []) for one in parts], [one.sum.weight.device for one in parts])
+    values = [own.to(one.sum.weight.dtype) for one, own in zip(parts, values, strict=True)]
+    return [one.found and replace(one.found, settled=own) for one, own in zip(parts, values, strict=True)]
 
 
 def _to_devices(lists: Sequence[list[float]], devices: Sequence[torch.device]) -> list[torch.Tensor]:

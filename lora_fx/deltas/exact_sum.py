@@ -178,7 +178,7 @@ class Found:
     places: torch.Tensor
     """Flat indices of those that float64 cannot decide."""
     settled: torch.Tensor
-    """What their real sums are rounded to, float64."""
+    """What their real sums are rounded to, in the weight's dtype."""
     counts: tuple[int, int] | None
     """Of the steps back that are kept, for a fold that can be undone: `Steps.kept`."""
 
@@ -231,8 +231,7 @@ class ExactSum:
             parts = self.blocks(scratch.elements)
             sums = [float(_largest(round_once(part.sums(scratch)[0], dtype))) for part in parts]
         if not all(map(math.isfinite, sums)):
-            remedy = "lower the scale, or fold the model in a wider dtype"
-            raise FoldError(f"W + s·B·A does not fit into {dtype}", place=self.name, remedy=remedy)
+            raise too_large(self.name, dtype)
         return replace(self, magnitude=magnitude)
 
     def fold(self, scratch: Scratch, undo: list[Undo], founds: Sequence[Found | None]) -> Way:
@@ -381,6 +380,12 @@ class ExactSum:
             total += Fraction(delta.scale) * sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True))
             at += 2 * delta.rank
         return total
+
+
+def too_large(name: str, dtype: torch.dtype) -> FoldError:
+    """Of a sum, when it is rounded."""
+    remedy = "lower the scale, or fold the model in a wider dtype"
+    return FoldError(f"W + s·B·A does not fit into {dtype}", place=name, remedy=remedy)
 
 
 def _bound(sizes: Sequence[float] | torch.Tensor, deltas: Sequence[LowRank]) -> float | torch.Tensor:
