@@ -291,7 +291,7 @@ def prove(device: torch.device) -> None:
         rank, drop = 3, Drop(0x9E3779B97F4A7C15, 0.25)
         p, y = normal(75, 83, dtype=dtype), normal(75, 83, dtype=dtype)
         q, z = normal(83, rank, dtype=torch.float32), normal(rank, 75, dtype=torch.float32)
-        mask = drop.kept(*p.shape, p.device)
+        mask = drop.kept(75, 83, device)
         low_q, low_z, wide = q.to(dtype).double(), z.to(dtype).double(), (p.double() * mask).to(dtype).double()
         h, g = passed(p, q, z, 2.0, tall=True)
         cases = [

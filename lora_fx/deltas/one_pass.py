@@ -83,7 +83,7 @@ class Dropped(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TypeError(f"{func} was asked of an input with dropout behind torch's back: it has no numbers there")
 
 
@@ -200,7 +200,8 @@ def _gradients(
         A, B = factors[2 * k : 2 * k + 2]
         needs_a, needs_b = needs[2 * k : 2 * k + 2]
         mine, flows, z = g.narrow(1, first, len(B)), needs_a or needs_x, kept[k] if needs_b else None
-        h = grad_a = grad_b = None
+        h: Any = None
+        grad_a = grad_b = None
         if flows or needs_b:
             h, grad_b = gpu_kernels.passed(mine, q=B if flows else None, z=z, scale=scale, tall=True)
         if needs_a:

@@ -110,6 +110,7 @@ def _masked(node: Any, operands: list[torch.Tensor], source: torch.Tensor | None
         return None
     if node.next_functions[0][0] is not source.grad_fn:
         return None
+    drop: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     if node.name() == "NativeDropoutBackward0":
         mask, scale = node._saved_result1, 1 / (1 - node._saved_p) if node._saved_p < 1 else 0.0
         drop = partial(torch.ops.aten.native_dropout_backward, scale=scale)
