@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora_fx.deltas.exact_sum import _CHUNK, ExactSum, Found, Place, block_sizes
+from lora_fx.deltas.exact_sum import _CHUNK, ExactSum, Found, Place, block_sizes, scratches
 from lora_fx.deltas.remainder import Steps
 from lora_fx.deltas.rounded_sum import RoundedSum
 from lora_fx.deltas.rounding import Scratch, between, first_places, read
@@ -84,10 +84,10 @@ def _place(one: ExactSum | RoundedSum) -> Place:
 
 
 def _foresee(sums: Sequence[ExactSum | RoundedSum], undoable: Sequence[bool], sizes: dict[Place, int]) -> Foreseen:
-    scratches = {place: Scratch(elements, *place) for place, elements in sizes.items()}
+    rooms = scratches([one.weight for one in sums], sizes)
     looks: list[list[Look]] = []
     for one, back in zip(sums, undoable, strict=True):
-        room = scratches[_place(one)]
+        room = rooms[_place(one)]
         blocks = one.blocks(room.elements) if isinstance(one, ExactSum) and waits(one.weight.device) else ()
         looks.append([look(part, room, back) for part in blocks])
     asked = [one.unread for one in sums if one.unread is not None]
@@ -100,7 +100,7 @@ def _foresee(sums: Sequence[ExactSum | RoundedSum], undoable: Sequence[bool], si
         checked.append(one.checked(first, ends if own else None))
     known = [look for several in looks for look in several]
     founds = iter(_settle(known, [block for own in numbers for block in own]))
-    return Foreseen(tuple(checked), tuple(tuple(next(founds) for _ in own) for own in numbers), scratches)
+    return Foreseen(tuple(checked), tuple(tuple(next(founds) for _ in own) for own in numbers), rooms)
 
 
 # ── one block ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -124,19 +124,21 @@ class Look:
         doubtful, open_, *steps = (int(n) for n in (*numbers[:2], *numbers[4:]))
         if doubtful > self.room or open_ > len(self.places):
             return None
-        counts = (steps[0] + open_, steps[1] + open_) if steps else None  # what is settled may be another step away
+        counts = (steps[0] + doubtful, steps[1] + doubtful) if steps else None  # what is in doubt is kept in full
         return Found(doubtful, self.places[:open_], self.places.new_empty(0), counts)
 
 
 def look(part: ExactSum, scratch: Scratch, undoable: bool) -> Look:
-    total, delta = part.sums(scratch, undoable)
+    ((rows, tile),) = part.tiles(part.weight.numel())
+    total, delta = tile.sums(scratch, undoable)
     rounded = scratch.narrow(scratch.ROUNDED, total.shape)
     room = min(total.numel(), _ALWAYS + total.numel() // 256)
     places, counts = _in_doubt(part, total, rounded, room, scratch)
     numbers = [*counts, *rounded.aminmax()]
     if undoable:
         assert delta is not None
-        steps = Steps.between(part.weight, total.copy_(rounded).sub_(delta), 2 * part.apart, scratch)
+        steps = Steps.room(part.weight, scratch)
+        steps.take(rows, total.copy_(rounded).sub_(delta), 2 * part.apart, scratch)
         numbers += steps.count()
     return Look(part, torch.stack([n.to(torch.float64) for n in numbers]), room, places)
 
@@ -149,11 +151,11 @@ def _in_doubt(
         rounded.copy_(total)
         none = torch.zeros((), device=total.device)
         return torch.zeros(0, dtype=torch.int64, device=total.device), (none, none)
-    flat, values = rounded.view(-1), total.view(-1)
-    places, count = first_places(between(total, _TIMES * part.error, rounded, scratch), room)
+    flat, high = rounded.view(-1), scratch.narrow(scratch.HIGH, total.shape)
+    places, count = first_places(between(total, _TIMES * part.error, rounded, high, scratch), room)
     opens = []
     for some in places.split(_CHUNK):
-        flat[some], open_ = part.decided(values[some], some, rounded.dtype, _TIMES)
+        flat[some], open_ = part.decided(some, rounded.dtype, _TIMES)
         opens.append(open_)
     inside = torch.arange(room, device=total.device) < count
     which, opened = first_places(torch.cat(opens) & inside, min(room, _ALWAYS + total.numel() // 2**13))

@@ -150,7 +150,7 @@ ROWS = (
     ),
     Mutant(
         "fold_without_scale", "fold", "lora_fx/deltas/exact_sum.py",
-        "A, B, axes = delta.A, delta.B * delta.scale,", "A, B, axes = delta.A, delta.B,",
+        "A, B, layout = self.of.A, self.of.B * self.of.scale,", "A, B, layout = self.of.A, self.of.B,",
         "The fold forgets the scale that the branch has.",
     ),
     Mutant(
@@ -191,8 +191,7 @@ ROWS = (
     # ── rounding ─────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "fold_rounds_twice", "rounding", "lora_fx/deltas/exact_sum.py",
-        "        flat, values = rounded.view(-1), total.view(-1)\n",
-        "        return total.to(self.weight.dtype)\n",
+        "narrow = rounded.dtype != torch.float64", "narrow = False",
         "Folding converts float64 to bfloat16 as torch does, by way of float32.",
     ),
     Mutant(
@@ -221,6 +220,26 @@ ROWS = (
         "mul_(2.0**-22)", "mul_(2.0**-26)",
         "What float32 rounds away while doubtful sums are looked for is not allowed for.",
     ),
+    Mutant(
+        "doubt_of_the_first_tile", "rounding", "lora_fx/deltas/exact_sum.py",
+        "between(total, self.error, low, high[rows], scratch)",
+        "between(total, self.error, low, high[: len(low)], scratch)",
+        "Each tile of a block says where its doubtful sums are in the place of the first one's.",
+        tests=("tests/test_fold.py",),
+    ),
+    Mutant(
+        "tile_forgets_heads", "rounding", "lora_fx/deltas/exact_sum.py",
+        "some = slice(start * self.per_row, stop * self.per_row)",
+        "some = slice(start, start + (stop - start) * self.per_row)",
+        "Where the weight's first axis is one of two on its side (heads), a tile takes the factors of other rows.",
+        tests=("tests/test_fold.py",),
+    ),
+    Mutant(
+        "doubtful_not_kept", "rounding", "lora_fx/deltas/exact_sum.py",
+        "steps.keep_in_full(places)", "pass",
+        "A number whose sum was in doubt comes back by the steps from the guess of what it was not rounded to.",
+        tests=("tests/test_fold.py",),
+    ),
     # ── looking ahead ────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "gpu_asked_in_each_block", "ahead", "lora_fx/deltas/ahead.py",
@@ -239,7 +258,7 @@ ROWS = (
     ),
     Mutant(
         "settled_not_written", "ahead", "lora_fx/deltas/exact_sum.py",
-        "            flat[found.places] = found.settled.to(flat.dtype)\n", "            pass\n",
+        "            rounded[found.places] = found.settled.to(rounded.dtype)\n", "            pass\n",
         "What was summed as fractions before the fold is not what is written.",
     ),
     Mutant(
