@@ -1,14 +1,18 @@
 """What autograd keeps anyway is not kept a second time.
 
 The input of an adapted matmul is often a product: of a norm's weight and what it normalised, of a gate and what it lets
-through. The multiplication keeps its operands for a backward of its own. So the branch keeps those, which takes no
-memory, and multiplies them again in its backward: to the same bits, because it is the same operation on them.
+through; or dropout made it, of its mask and of what the branch reads beside. The multiplication keeps its operands for
+a backward of its own. So the branch keeps those, which takes no memory, and multiplies them again in its backward: to
+the same bits, because it is the same operation on them. (Of torch's own dropout on a GPU but for the last bit of the
+number that it scales with, which it takes once from the probability in float32, once in float64.)
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -57,7 +61,7 @@ def recipe(tensor: torch.Tensor, source: torch.Tensor | None = None) -> Recipe |
     A node that was freed, or whose operands or result were written to since, gives None, too.
 
     Args:
-        source: a tensor that may be kept besides: the one that a dropout mask was multiplied with.
+        source: what dropout may have made it of: a tensor that is kept besides, unless it can be made again itself.
     """
     node = tensor.grad_fn
     if node is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -82,7 +86,7 @@ def pack(tensors: Sequence[Any], source: torch.Tensor) -> tuple[list[Any], list[
     """What to save in the place of these tensors (or None), and how `unpack` makes them again from that.
 
     Args:
-        source: what dropout made all of them of but the first, which is kept in any case.
+        source: what dropout made all of them of but the first.
     """
     recipes = [None if t is None else recipe(t, source if k else None) for k, t in enumerate(tensors)]
     saved: list[Any] = []
@@ -97,13 +101,22 @@ def unpack(saved: Iterator[Any], recipes: Sequence[Recipe | None]) -> list[Any]:
 
 
 def _masked(node: Any, operands: list[torch.Tensor], source: torch.Tensor | None) -> _Make | None:
-    """`source` times a tensor without a gradient, as dropout multiplies."""
-    if source is None or source.grad_fn is None or node is None or node.name() != "MulBackward0":
+    """`source` times a tensor without a gradient, as dropout multiplies; or with the mask of torch's own on a GPU."""
+    if source is None or source.grad_fn is None or node is None or not node.next_functions:
         return None
-    if node.next_functions[0][0] is not source.grad_fn or node._saved_self is not None:
+    if node.next_functions[0][0] is not source.grad_fn:
         return None
-    operands += source, node._saved_other
-    return lambda kept: kept[0] * kept[1]
+    if node.name() == "NativeDropoutBackward0":
+        mask, scale = node._saved_result1, 1 / (1 - node._saved_p) if node._saved_p < 1 else 0.0
+        drop = partial(torch.ops.aten.native_dropout_backward, scale=scale)
+    elif node.name() == "MulBackward0" and node._saved_self is None:
+        mask, drop = node._saved_other, operator.mul
+    else:
+        return None
+    before = recipe(source)
+    operands += [source, mask] if before is None else [*before.operands, mask]
+    again = itemgetter(0) if before is None else before.again
+    return lambda kept: drop(again(kept[:-1]), kept[-1])
 
 
 def _product(node: Any, operands: list[torch.Tensor], depth: int) -> _Make | None:

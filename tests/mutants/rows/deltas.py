@@ -326,6 +326,18 @@ ROWS = (
         tests=("tests/test_rematerialization.py",),
     ),
     Mutant(
+        "dropout_of_a_gpu_scaled_by_its_probability", "schedules", "lora_fx/deltas/rematerialization.py",
+        "1 / (1 - node._saved_p)", "1 / node._saved_p",
+        "What torch's dropout on a GPU made is made again with another scale: A has a wrong gradient.",
+        tests=("tests/test_rematerialization.py::test_what_dropout_on_a_gpu_made_is_made_again",),
+    ),
+    Mutant(
+        "input_of_dropout_kept", "schedules", "lora_fx/deltas/rematerialization.py",
+        "before = recipe(source)", "before = None",
+        "What dropout read is kept where it can be made again.",
+        tests=("tests/test_rematerialization.py::test_of_dropout_on_a_gpu_its_mask_is_kept_and_nothing_else",),
+    ),
+    Mutant(
         "product_shared_for_ever", "schedules", "lora_fx/deltas/rematerialization.py",
         "        if shared.left == 0:\n            shared.value = None\n", "",
         "What is made again in backward is never let go.",
