@@ -9,6 +9,7 @@ number that it scales with, which it takes once from the probability in float32,
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+
+from lora_fx.deltas import triton_route
 
 _DEPTH = 4  # operations: deeper ones cost more time than they are worth memory
 _SHARED = "lora_fx: the product, made again"
@@ -47,7 +50,8 @@ class Recipe:
             return self.make(operands).reshape(self.shape)
         shared = self.shared
         if shared.value is None:
-            shared.value, shared.left = self.make(operands), shared.users
+            value = _in_one_pass(self.make, operands)
+            shared.value, shared.left = self.make(operands) if value is None else value, shared.users
         value = shared.value.reshape(self.shape)
         shared.left -= 1
         if shared.left == 0:
@@ -119,21 +123,73 @@ def _masked(node: Any, operands: list[torch.Tensor], source: torch.Tensor | None
     return lambda kept: drop(again(kept[:-1]), kept[-1])
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """An operand that autograd keeps."""
+
+    at: int
+
+    def __call__(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        return kept[self.at]
+
+
+@dataclass(frozen=True)
+class _Times:
+    left: _Make
+    right: _Make
+
+    def __call__(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.left(kept) * self.right(kept)
+
+
+@dataclass(frozen=True)
+class _Cast:
+    value: _Make
+    dtype: torch.dtype
+
+    def __call__(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.value(kept).to(self.dtype)
+
+
 def _product(node: Any, operands: list[torch.Tensor], depth: int) -> _Make | None:
     """The multiplication or cast that `node` is the backward of, and those before it whose results nobody keeps."""
     if node is None or depth == 0:
         return None
     if node.name() == "ToCopyBackward0":
         cast, dtype = _product(node.next_functions[0][0], operands, depth - 1), node._input_metadata[0].dtype
-        return None if cast is None else lambda kept: cast(kept).to(dtype)
+        return None if cast is None else _Cast(cast, dtype)
     if node.name() != "MulBackward0":
         return None
     sides: list[_Make] = []
     for kept, (before, _) in zip((node._saved_self, node._saved_other), node.next_functions, strict=True):
-        side = itemgetter(len(operands)) if kept is not None else _product(before, operands, depth - 1)
+        side = _Kept(len(operands)) if kept is not None else _product(before, operands, depth - 1)
         if side is None:
             return None
         operands += [] if kept is None else [kept]
         sides.append(side)
-    left, right = sides
-    return lambda kept: left(kept) * right(kept)
+    return _Times(*sides)
+
+
+def _in_one_pass(make: _Make, kept: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """What a norm's weight and a cast make of what it normalised, on a GPU where a kernel takes one pass for the three
+    of torch's ops; None for anything else."""
+    match make:
+        case _Times(_Kept() as weight, _Cast(_Times(_Kept() as left, _Kept() as right), dtype)):
+            pass
+        case _Times(_Cast(_Times(_Kept() as left, _Kept() as right), dtype), _Kept() as weight):
+            pass
+        case _:
+            return None
+    w, a, b = weight(kept), left(kept), right(kept)
+    if w.dtype is not dtype or dtype not in triton_route.HALF or not a.dtype is b.dtype is torch.float32:
+        return None
+    shape = torch.broadcast_shapes(w.shape, a.shape, b.shape)
+    if math.prod(shape) < triton_route.LARGE or len(shape) < 2 or not triton_route.available(w.device):
+        return None
+    try:
+        flat = [t.detach().expand(shape).view(-1, shape[-1]) for t in (w, a, b)]
+    except RuntimeError:  # its rows do not lie evenly
+        return None
+    from lora_fx.deltas import gpu_kernels
+
+    return gpu_kernels.multiplied(*flat).view(shape)
