@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import lora_fx
 from lora_fx import Rule
+from lora_fx.deltas import exact_sum
 from lora_fx.errors import FileError, FoldError, LoraFxError
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
 from lora_fx.export.checkpoints import arithmetic, extract, fold, streams, work
@@ -319,6 +320,26 @@ def plain(at: Path, numbers: dict[str, torch.Tensor], **config) -> Path:
     return place
 
 
+def test_tensors_of_one_size_and_other_widths_follow_each_other(tmp_path, monkeypatch):
+    """Pieces of 150 numbers: 15 rows, of which tiles have 9, and one row, which is a tile."""
+    monkeypatch.setattr(exact_sum, "_TILE", 96)
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(10, 30, bias=False), "b": nn.Linear(150, 3, bias=False)})
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    factors = {f"base_model.model.{n}.lora_{f}.weight": torch.randn(s) for n, m in model.items()
+               for f, s in (("A", (2, m.in_features)), ("B", (m.out_features, 2)))}  # fmt: skip
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / TENSORS)
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["a", "b"]}
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(said))
+    lora_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    folded = load_file(tmp_path / "out" / "model.safetensors")
+    for name, module in model.items():
+        A, B = (factors[f"base_model.model.{name}.lora_{f}.weight"].double() for f in "AB")
+        assert torch.equal(folded[f"{name}.weight"], (module.weight.double() + B @ A).float())
+
+
 def test_a_model_inside_another_has_a_prefix(tmp_path):
     base = plain(tmp_path, {"h.0.up.weight": torch.zeros(6, 4), "h.0.down.weight": torch.zeros(4, 6)})
     adapter = folder(tmp_path, pair("transformer.h.0.up", 6, 4) | pair("transformer.h.0.down", 4, 6))
@@ -422,6 +443,65 @@ def test_a_full_disk_keeps_what_was_finished(task, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "out")
     lora_fx.fold_checkpoint(base, adapter, tmp_path / "out")
     assert 0 < rest < len(folded) - rest  # what was finished was not done again
+
+
+def test_what_is_read_and_written_goes_out_of_the_systems_cache(task, tmp_path, monkeypatch):
+    """Each byte of the base once it was read, of the result once it is on the disk; no more than a few blocks wait."""
+    base, adapter, _ = task
+    monkeypatch.setattr(streams, "_UNWRITTEN", 600)
+    name = shard(base).name
+    there = {"size": 0, "written": 0, "on the disk": 0, "gone": 0, "read": 0, "forgotten": 0}
+    write, sync, advise = streams._write, os.fdatasync, os.posix_fadvise
+
+    def of(handle: int) -> str:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        return {base: "base", tmp_path / "out.partial": "result"}[path.parent] if path.name == name else ""
+
+    def writing(file, data, digest):
+        write(file, data, digest)
+        if of(file.fileno()) == "result":
+            there["written"] += len(data)
+            assert there["written"] - there["on the disk"] <= 600 * (streams._DEPTH + 3)
+
+    def syncing(handle):
+        before = there["written"]
+        sync(handle)
+        if of(handle) == "result":
+            there["on the disk"] = before
+
+    def advising(handle, start, length, advice):
+        advise(handle, start, length, advice)
+        what = of(handle)
+        assert advice == os.POSIX_FADV_DONTNEED
+        if what:
+            known = "gone" if what == "result" else "forgotten"
+            assert start <= there[known] < start + length
+            assert what == "base" or start + length <= there["on the disk"]
+            there[known] = start + length
+
+    monkeypatch.setattr(streams, "_write", writing)
+    monkeypatch.setattr(os, "fdatasync", syncing)
+    monkeypatch.setattr(os, "posix_fadvise", advising)
+    lora_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    size = (base / name).stat().st_size
+    assert there["written"] == size and min(there["gone"], there["forgotten"]) >= size - 2 * 600
+
+
+def test_a_disk_that_fails_late_is_an_error(task, tmp_path, monkeypatch):
+    """What the system could not write is known when it is asked to, and by nobody who asks after that."""
+    base, adapter, _ = task
+    lora_fx.fold_checkpoint(base, adapter, tmp_path / "whole")
+    monkeypatch.setattr(streams, "_UNWRITTEN", (shard(base)).stat().st_size // 2 + 1)
+
+    def failing(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(FileError, match="Input/output error"):
+        patch.setattr(os, "fdatasync", failing)
+        lora_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    lora_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_too_little_room_is_said_before_anything_is_written(task, tmp_path, monkeypatch):

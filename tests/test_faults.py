@@ -30,7 +30,7 @@ import lora_fx
 from lora_fx import LoraFxError, Rule, application, changes
 from lora_fx.checks import certification, flow, uses, verification
 from lora_fx.deltas import ahead, exact_sum
-from lora_fx.deltas.exact_sum import ExactSum
+from lora_fx.deltas.exact_sum import ExactSum, Tile
 from lora_fx.errors import ExportError, FileError, FoldError
 from lora_fx.export.adapters import files as adapter_files
 from lora_fx.export.adapters import folder as adapter_folder
@@ -422,7 +422,7 @@ def test_a_fold_is_undone_in_halves_too(dtype: torch.dtype, size: float, monkeyp
     reference.fill(layer)
     with torch.no_grad():
         layer.weight_lora_default.B.mul_(size)
-    before, real, folding_ = Look(layer), ExactSum.delta, [True]
+    before, real, folding_ = Look(layer), Tile.delta, [True]
 
     def short(part: ExactSum, *rest: Any) -> torch.Tensor:
         delta = real(part, *rest)
@@ -434,7 +434,7 @@ def test_a_fold_is_undone_in_halves_too(dtype: torch.dtype, size: float, monkeyp
         folding_.clear()
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(ExactSum, "delta", short)
+    monkeypatch.setattr(Tile, "delta", short)
     monkeypatch.setattr(folding, "_put_away", stop)
     with pytest.raises(torch.OutOfMemoryError):
         lora_fx.fold(layer)

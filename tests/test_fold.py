@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from fractions import Fraction
 
@@ -16,8 +17,10 @@ import lora_fx
 from lora_fx import Rule
 from lora_fx.deltas import ahead as looking_ahead
 from lora_fx.deltas import exact_sum
-from lora_fx.deltas.exact_sum import ExactSum
-from lora_fx.deltas.rounding import Scratch, round_once
+from lora_fx.deltas.exact_sum import ExactSum, Tile, folded_weight
+from lora_fx.deltas.low_rank import LowRank
+from lora_fx.deltas.rounding import INTEGERS, Scratch, round_once
+from lora_fx.graph.layout import Layout
 from lora_fx.passes import fold as folding
 from lora_fx.passes.fold import kept_bytes
 from tests import reference
@@ -205,8 +208,8 @@ def test_unfolding_is_exact_in_whatever_order_the_sums_are_taken(monkeypatch, ei
         model.weight_lora_default.B.fill_(1)
     state = reference.bits(model)
     lora_fx.fold(model)
-    real, last_bit = ExactSum.delta, 2.0**-53 * (1 + 2.0**exponent)
-    monkeypatch.setattr(ExactSum, "delta", lambda *args: real(*args) + towards * last_bit)
+    real, last_bit = Tile.delta, 2.0**-53 * (1 + 2.0**exponent)
+    monkeypatch.setattr(Tile, "delta", lambda *args: real(*args) + towards * last_bit)
     assert reference.same_bits(reference.bits(lora_fx.unfold(model)), state)
 
 
@@ -231,6 +234,59 @@ def test_blocks_make_no_difference(monkeypatch, either_way, rows):
     monkeypatch.setattr(exact_sum, "_BLOCK", rows)
     lora_fx.fold(blocks)
     assert reference.same_bits(reference.bits(whole), reference.bits(blocks))
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["undoable", "final"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+def test_tiles_make_no_difference(monkeypatch, dtype, final):
+    """Blocks of several tiles, the last ones shorter, with sums in some of them that float64 cannot decide."""
+    model = of_many_blocks(dtype, 3)
+    with torch.no_grad():  # in other rows, too
+        for layer in model:
+            layer.weight[5], layer.weight_lora_default.B[5] = layer.weight[0], layer.weight_lora_default.B[0]
+    state, whole = reference.bits(model), reference.bits(lora_fx.fold(model, copy=True, final=final))
+    monkeypatch.setattr(folding, "_UNDOABLE", 0)
+    monkeypatch.setattr(exact_sum, "_BLOCK", 400)
+    monkeypatch.setattr(exact_sum, "_TILE", 96)
+    lora_fx.fold(model, final=final)
+    assert reference.same_bits(reference.bits(model), whole)
+    if not final:
+        assert reference.same_bits(reference.bits(lora_fx.unfold(model)), state)
+
+
+@pytest.mark.parametrize("sides", ["oi", "io", "ooi"])
+@pytest.mark.parametrize("rank", [1, 2, 256])
+@pytest.mark.parametrize("numbers", ["normal", "subnormal"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_sums_in_the_middle_of_two_numbers_or_a_hair_beside(monkeypatch, dtype, numbers, rank, sides):
+    """Half a step more than W, and 2⁻⁷⁰ of a step more or less, with a strength of 2⁴⁰; of rank 256 most components
+    are large, and cancel."""
+    monkeypatch.setattr(exact_sum, "_BLOCK", 100)
+    monkeypatch.setattr(exact_sum, "_TILE", 40)
+    torch.manual_seed(0)
+    rows, width, info = 15, 12, torch.finfo(dtype)
+    step = info.eps if numbers == "normal" else info.smallest_normal * info.eps
+    weight = (torch.randint(0, 100, (rows, width)).double() * step + (numbers == "normal")).to(dtype)
+    size = (rows, width) if sides == "io" else (width, rows)
+    shape = (5, 3, width) if sides == "ooi" else (rows, width)
+    A, B = torch.zeros(rank, size[0]).double(), torch.zeros(size[1], rank).double()
+    A[0], B[:, 0] = step / 2, torch.randint(-2, 3, (size[1],)) * 2.0**-40
+    if rank > 1:
+        A[1], B[:, 1] = step * 2.0**-70, torch.randint(-1, 2, (size[1],)) * 2.0**-40
+    A[2:], B[:, 2:] = step * torch.randn(rank - 2, size[0]) if rank > 2 else 0, 2.0**-40
+    A[3::2] = -A[2::2]
+    delta = LowRank(Layout(sides, shape), A, B, 2.0**40, rank)
+    folded = folded_weight(weight.view(shape), [delta], dtype, "w").view(rows, width)
+    small = [[Fraction(float(a)) for a in A[:2, i]] for i in range(size[0])]  # the others cancel
+    for n, m in itertools.product(range(rows), range(width)):
+        o, i = (m, n) if sides == "io" else (n, m)
+        added = sum(a * Fraction(float(b)) for a, b in zip(small[i], B[o, :2], strict=False)) * 2**40
+        exact, got = Fraction(float(weight[n, m])) + added, folded[n, m]
+        around = [Fraction(x) for x in grid(float(got), dtype)]
+        best = min(abs(x - exact) for x in around)
+        assert abs(Fraction(float(got)) - exact) == best
+        if sum(abs(x - exact) == best for x in around) == 2:
+            assert int(got.view(INTEGERS[dtype.itemsize])) % 2 == 0, "a tie goes to the even one"
 
 
 def test_fold_of_a_copy_leaves_the_model_alone():
@@ -295,10 +351,6 @@ def test_a_folded_model_can_be_copied_and_still_unfolded():
 
 def test_a_sum_that_cancels_is_found_among_all_floats():
     """Around 0 half of all floats lie within the error of a sum: they are not looked at one by one."""
-    from lora_fx.deltas.exact_sum import folded_weight
-    from lora_fx.deltas.low_rank import LowRank
-    from lora_fx.graph.layout import Layout
-
     delta = LowRank(Layout("oi", (4, 5)), torch.ones(3, 5), torch.ones(4, 3), 1.0, 3)
     assert torch.equal(folded_weight(torch.full((4, 5), -3.0), [delta], torch.float32, "w"), torch.zeros(4, 5))
 
@@ -415,7 +467,7 @@ def test_a_sum_may_come_out_another_one_when_it_is_computed_again(monkeypatch, a
         adapter.A[0], adapter.B[:] = torch.finfo(dtype).eps / 2, 1.0
         adapter.A[1] = 2.0**-52 * torch.arange(20)  # above the middle of two numbers, by up to five times the error
     state, above = reference.bits(model), 1 + torch.finfo(dtype).eps
-    real, calls = ExactSum.sums, []
+    real, calls = Tile.sums, []
 
     def off(part, *args, **kwargs):
         calls.append(part)
@@ -423,7 +475,7 @@ def test_a_sum_may_come_out_another_one_when_it_is_computed_again(monkeypatch, a
         return total.add_(first * (1 if len(calls) == 1 else -1) * 6 * 2.0**-53), delta
 
     with monkeypatch.context() as patch:
-        patch.setattr(ExactSum, "sums", off)
+        patch.setattr(Tile, "sums", off)
         lora_fx.fold(model)
     assert len(calls) == 2
     assert bool((model.weight[:, 1:] == above).all())
@@ -446,8 +498,8 @@ def no_room_for(elements: int, monkeypatch, where: str) -> list[int]:
         real = Scratch.__init__
         monkeypatch.setattr(Scratch, "__init__", lambda self, n, *rest: check(n) or real(self, n, *rest))
     else:
-        sums = ExactSum.sums
-        monkeypatch.setattr(ExactSum, "sums", lambda part, *a, **k: check(part.weight.numel()) or sums(part, *a, **k))
+        sums = Tile.sums
+        monkeypatch.setattr(Tile, "sums", lambda part, *a, **k: check(part.weight.numel()) or sums(part, *a, **k))
     return fits
 
 

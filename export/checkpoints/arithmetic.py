@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.exact_sum import ExactSum, Way, block_sizes
+from lora_fx.deltas.exact_sum import ExactSum, Way, fits, scratch_of
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.remainder import Remainder
 from lora_fx.deltas.rounded_sum import rounded_sum
@@ -33,15 +33,13 @@ class Arithmetic(threading.local):
     """Folds and unfolds pieces one after the other, in one scratch for each thread."""
 
     def __init__(self) -> None:
-        self._of: tuple[torch.dtype, int] | None = None
         self._scratch: Scratch | None = None
 
     def _room(self, block: torch.Tensor) -> Scratch:
         """The scratch of the block before, where it is for blocks of this size: what is kept depends on that alone."""
-        wanted = block.dtype, block_sizes([block])[block.dtype, block.device]
-        if self._scratch is None or self._of != wanted:
+        if self._scratch is None or not fits(self._scratch, block):
             self._scratch = None  # it goes before the next one comes
-            self._scratch, self._of = Scratch(wanted[1], block.dtype, block.device), wanted
+            self._scratch = scratch_of(block)
         return self._scratch
 
     def fold(self, piece: Piece, data: torch.Tensor, keep: bool) -> bytes | None:

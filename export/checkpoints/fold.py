@@ -92,7 +92,7 @@ def fold_checkpoint(
     said = list(map(_said, given))
     size = checkpoint.bytes + (sum(checkpoint.tensors[name].elements for name in shares) if keep else 0)
     task = {
-        "verb": "fold", "version": 1, "block": BLOCK, "keep": keep, "adapters": said,
+        "verb": "fold", "version": 2, "block": BLOCK, "keep": keep, "adapters": said,
         "base": {name: (checkpoint.place / name).stat().st_size for name in checkpoint.files},
     }  # fmt: skip
     with Work(Path(out), task, size).begun() as work:

@@ -3,14 +3,18 @@
     reader   reads a block of the source, and puts it into the digest of what was read
     caller   changes it
     writer   writes it, puts it into the digest of what was written, and says how far the file is
+    flusher  waits until it is on the disk
 
-At most a few blocks are under way. What a process that was killed had written is taken up again where its last line in
+At most a few blocks are under way, and no more than these stay in the system's cache: what is there of others is not
+pushed out by bytes that are needed once, and memory that was given back a moment ago is faster than memory that the
+system has to find. What a process that was killed had written is taken up again where its last line in
 the journal ends, once both files have the digests there that the line has.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +32,7 @@ from lora_fx.reading import refuse
 _DEPTH = 2  # blocks that are read ahead, and as many that wait to be written
 _MOST = 8  # blocks that are changed at a time: each takes memory
 _PART = 2**20  # bytes of one call of the system: they are still in the cache when they are hashed
+_UNWRITTEN = 2**24  # bytes that are in the system's cache, and not on the disk, before that is seen to
 _AGAIN = "restore it, or remove what was begun to begin anew"
 _EMPTY = hashlib.sha256().hexdigest()
 
@@ -128,6 +133,7 @@ class _Files:
     def __init__(self, of: Rewriting, was: Prefix) -> None:
         self.of, self.begun = of, was
         self.buffers: list[torch.Tensor] = []
+        self.forgotten = 0
 
     def __enter__(self) -> _Files:
         with ExitStack() as stack:
@@ -163,6 +169,8 @@ class _Files:
 
     def read(self, segment: Segment) -> tuple[torch.Tensor, str]:
         """A buffer that begins with the segment's bytes, and the digest of the source so far."""
+        _forget(self.source, self.forgotten, segment.start)  # all that was read before, up to its last page
+        self.forgotten = segment.start
         size = segment.stop - segment.start
         if size <= BLOCK and self.buffers:
             buffer = self.buffers.pop()
@@ -191,6 +199,19 @@ class _Files:
         target = changed.source if self.of.copied else self.digest.hexdigest()
         return Prefix(segment.stop, changed.source, target, self.beside_at, self.beside_digest.hexdigest())
 
+    def flush(self, start: int, stop: int) -> None:
+        """What was written there goes to the disk, and out of the cache."""
+        if hasattr(os, "posix_fadvise"):
+            os.fdatasync(self.target.fileno())
+            _forget(self.target, start, stop)
+
+
+def _forget(file: Any, start: int, stop: int) -> None:
+    """The system need not keep these bytes in its cache: whole pages of them, once they are on the disk."""
+    if hasattr(os, "posix_fadvise") and stop > start:
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        os.posix_fadvise(file.fileno(), first, stop - first, os.POSIX_FADV_DONTNEED)
+
 
 def _opened(path: Path) -> Any:
     return open(path, "r+b" if path.exists() else "x+b", buffering=0)
@@ -206,28 +227,43 @@ def _write(file: Any, data: memoryview, digest: Any | None) -> None:
 
 
 def _overlapped(files: _Files, segments: Iterable[Segment]) -> Iterator[Prefix]:
-    """Reader and writer have a thread each, which takes what it is given in order, and changes as many as torch has."""
+    """Reader, writer and flusher have a thread each, which takes what it is given in order; changes have as many as
+    torch has."""
     changing: deque[Future[_Changed]] = deque()
     behind: deque[Future[Prefix]] = deque()
+    flushing: deque[Future[None]] = deque()
+    flushed = files.begun.bytes
 
     def change(segment: Segment, read: Future[tuple[torch.Tensor, str]]) -> _Changed:
         buffer, source = read.result()
         more = segment.change(buffer[: segment.stop - segment.start]) if segment.change else None
         return _Changed(segment, buffer, source, more)
 
+    def write(changed: Future[_Changed]) -> Prefix:
+        nonlocal flushed
+        end = files.write(changed.result())
+        if end.bytes - flushed >= _UNWRITTEN:
+            flushing.append(flusher.submit(files.flush, flushed, end.bytes))
+            flushed = end.bytes
+        if len(flushing) > _DEPTH:
+            flushing.popleft().result()
+        return end
+
     with ExitStack() as stack:
         count = stack.enter_context(_one_thread_each())
-        reader, changer, writer = (stack.enter_context(ThreadPoolExecutor(n)) for n in (1, count, 1))
+        flusher, reader, changer, writer = (stack.enter_context(ThreadPoolExecutor(n)) for n in (1, 1, count, 1))
         for segment in segments:
             changing.append(changer.submit(change, segment, reader.submit(files.read, segment)))
             if len(changing) > count + _DEPTH:
-                behind.append(writer.submit(files.write, changing.popleft().result()))
+                behind.append(writer.submit(write, changing.popleft()))
             if len(behind) > _DEPTH:
                 yield behind.popleft().result()
         while changing:
-            behind.append(writer.submit(files.write, changing.popleft().result()))
+            behind.append(writer.submit(write, changing.popleft()))
         while behind:
             yield behind.popleft().result()
+        for flush in flushing:
+            flush.result()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora_fx.deltas import fused_sum
-from lora_fx.deltas.exact_sum import _CHUNK, ExactSum, Found, Place, block_sizes, too_large
+from lora_fx.deltas.exact_sum import _CHUNK, ExactSum, Found, Place, block_sizes, scratches, too_large
 from lora_fx.deltas.fused_sum import FusedSum, Looked, NoKernel, is_full
 from lora_fx.deltas.remainder import Steps
 from lora_fx.deltas.rounded_sum import RoundedSum
@@ -99,11 +99,12 @@ def _place(one: Sum) -> Place:
 
 
 def _foresee(sums: Sequence[Sum], undoable: Sequence[bool], sizes: dict[Place, int]) -> Foreseen:
-    scratches = {place: Scratch(sizes.get(place, 0), *place) for place in {_place(one) for one in sums}}
+    rooms = {place: Scratch(0, *place) for place in {_place(one) for one in sums}}
+    rooms |= scratches(_in_blocks(sums), sizes)
     sweeps = _sweep(sums)
     looks: list[list[Look]] = []
     for one, back in zip(sums, undoable, strict=True):
-        room = scratches[_place(one)]
+        room = rooms[_place(one)]
         blocks = one.blocks(room.elements) if isinstance(one, ExactSum) and waits(one.weight.device) else ()
         looks.append([look(part, room, back) for part in blocks])
     asked = [one.unread for one in sums if one.unread is not None]
@@ -125,9 +126,9 @@ def _foresee(sums: Sequence[Sum], undoable: Sequence[bool], sizes: dict[Place, i
             parts.append([Part(one.name, a.part, a.known(b)) for a, b in zip(several, own, strict=True)])
     for place in {_place(one) for one, asked in zip(checked, sums, strict=True) if type(one) is not type(asked)}:
         weights = [one.weight for one in checked if _place(one) == place]
-        scratches[place] = Scratch(block_sizes(weights, sizes.get(place))[place], *place)
+        rooms |= scratches(weights, block_sizes(weights, sizes.get(place)))
     founds = iter(_settle([part for several in parts for part in several]))
-    return Foreseen(tuple(checked), tuple(tuple(next(founds) for _ in own) for own in parts), scratches)
+    return Foreseen(tuple(checked), tuple(tuple(next(founds) for _ in own) for own in parts), rooms)
 
 
 def _sweep(sums: Sequence[Sum]) -> list[tuple[list[int], Looked]]:
@@ -185,19 +186,21 @@ class Look:
         doubtful, open_, *steps = (int(n) for n in (*numbers[:2], *numbers[4:]))
         if doubtful > self.room or open_ > len(self.places):
             return None
-        counts = (steps[0] + open_, steps[1] + open_) if steps else None  # what is settled may be another step away
+        counts = (steps[0] + doubtful, steps[1] + doubtful) if steps else None  # what is in doubt is kept in full
         return Found(doubtful, self.places[:open_], self.places.new_empty(0), counts)
 
 
 def look(part: ExactSum, scratch: Scratch, undoable: bool) -> Look:
-    total, delta = part.sums(scratch, undoable)
+    ((rows, tile),) = part.tiles(part.weight.numel())
+    total, delta = tile.sums(scratch, undoable)
     rounded = scratch.narrow(scratch.ROUNDED, total.shape)
     room = min(total.numel(), _ALWAYS + total.numel() // 256)
     places, counts = _in_doubt(part, total, rounded, room, scratch)
     numbers = [*counts, *rounded.aminmax()]
     if undoable:
         assert delta is not None
-        steps = Steps.between(part.weight, total.copy_(rounded).sub_(delta), 2 * part.apart, scratch)
+        steps = Steps.room(part.weight, scratch)
+        steps.take(rows, total.copy_(rounded).sub_(delta), 2 * part.apart, scratch)
         numbers += steps.count()
     return Look(part, torch.stack([n.to(torch.float64) for n in numbers]), room, places)
 
@@ -210,11 +213,11 @@ def _in_doubt(
         rounded.copy_(total)
         none = torch.zeros((), device=total.device)
         return torch.zeros(0, dtype=torch.int64, device=total.device), (none, none)
-    flat, values = rounded.view(-1), total.view(-1)
-    places, count = first_places(between(total, _TIMES * part.error, rounded, scratch), room)
+    flat, high = rounded.view(-1), scratch.narrow(scratch.HIGH, total.shape)
+    places, count = first_places(between(total, _TIMES * part.error, rounded, high, scratch), room)
     opens = []
     for some in places.split(_CHUNK):
-        flat[some], open_ = part.decided(values[some], some, rounded.dtype, _TIMES)
+        flat[some], open_ = part.decided(some, rounded.dtype, _TIMES)
         opens.append(open_)
     inside = torch.arange(room, device=total.device) < count
     which, opened = first_places(torch.cat(opens) & inside, min(room, _ALWAYS + total.numel() // 2**13))

@@ -11,7 +11,7 @@ is asked for as it is needed; or else it has been found out before, for all bloc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -21,13 +21,24 @@ import torch
 from lora_fx.changes import Undo, safe_point
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.remainder import Remainder, Steps
-from lora_fx.deltas.rounding import Scratch, between, checksum, first_places, nearest, places_of, round_once, same
+from lora_fx.deltas.rounding import (
+    INTEGERS,
+    Scratch,
+    between,
+    checksum,
+    first_places,
+    nearest,
+    places_of,
+    round_once,
+    same,
+)
 from lora_fx.errors import FoldError
 from lora_fx.graph.layout import Layout
 
 _CHUNK = 2**15  # doubtful elements that are looked at together
-_BLOCK = 2**19  # elements of a weight that are folded at a time on a CPU: fewer calls of torch, and caches still help
-_LARGE = 2**24  # the same on other devices: by then starting the work takes a small share of the time
+_BLOCK = 2**21  # elements of a weight that are folded at a time on a CPU: what is in doubt is settled once for each
+_TILE = 2**18  # of them are summed at a time: caches hold what comes of it
+_LARGE = 2**24  # at a time on other devices: by then starting the work takes a small share of the time
 
 
 Place = tuple[torch.dtype, torch.device]  # what one scratch is for
@@ -43,10 +54,10 @@ def folded_weight(weight: torch.Tensor, deltas: Sequence[LowRank], dtype: torch.
     whole = replace(whole, magnitude=float(whole.magnitude))
     folded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if math.isfinite(whole.magnitude):
-        scratch = _scratch(folded)
+        scratch = scratch_of(folded)
         blocks = _blocks(weight, scratch.elements)
         for (start, stop), part in zip(blocks, whole.blocks(scratch.elements), strict=True):
-            folded[start:stop] = part.rounded(part.sums(scratch)[0], scratch)
+            folded[start:stop] = part.rounded(scratch)
     if not math.isfinite(whole.magnitude) or not math.isfinite(float(_largest(folded))):
         raise FoldError(
             f"W + s·B·A is not finite in {dtype}",
@@ -86,7 +97,7 @@ class Way:
             Whether it is the one that was, on its device.
         """
         whole = ExactSum(weight, tuple(map(_wide, self.deltas)), self.magnitude)
-        scratch = _scratch(weight, self.elements)
+        scratch = scratch_of(weight, self.elements)
         for part, remainder in zip(whole.blocks(self.elements), self.remainders, strict=True):
             old = remainder.restore(part.guess(scratch))
             _write(part.weight, old, undo, partial(_fold_block, part), scratch)
@@ -125,9 +136,25 @@ def _worth(dtype: torch.dtype, device: torch.device, scratches: int) -> int:
     return max(1, min(_LARGE, free // (2 * scratches * Scratch.bytes(dtype))))  # half of it for what comes and goes
 
 
-def _scratch(weight: torch.Tensor, at_most: int | None = None) -> Scratch:
-    ((place, elements),) = block_sizes([weight], at_most).items()
-    return Scratch(elements, *place)
+def scratches(weights: Sequence[torch.Tensor], sizes: Mapping[Place, int]) -> dict[Place, Scratch]:
+    """For blocks of these sizes, of the weights of each dtype on each device."""
+    tiles = block_sizes(weights, _TILE)
+    return {
+        place: Scratch(elements, *place, tiles[place] if place[1].type == "cpu" else None)
+        for place, elements in sizes.items()
+    }
+
+
+def scratch_of(weight: torch.Tensor, at_most: int | None = None) -> Scratch:
+    (found,) = scratches([weight], block_sizes([weight], at_most)).values()
+    return found
+
+
+def fits(scratch: Scratch, weight: torch.Tensor) -> bool:
+    """It is what `scratch_of` would make for this weight on a CPU."""
+    ((place, elements),) = block_sizes([weight]).items()
+    tile = min(block_sizes([weight], _TILE)[place], elements)
+    return (scratch.place, scratch.elements, scratch.tile) == (place, elements, tile)
 
 
 def _write(block: torch.Tensor, new: torch.Tensor, undo: list[Undo], way_back: Undo, scratch: Scratch) -> None:
@@ -141,7 +168,7 @@ def _unfold_block(part: ExactSum, remainder: Remainder) -> None:
     """The way back of a fold that is cut short, maybe for want of memory: then in halves."""
     block = part.weight
     try:
-        block.copy_(remainder.restore(part.guess(Scratch.of(block))))
+        block.copy_(remainder.restore(part.guess(scratch_of(block, block.numel()))))
         return
     except Exception:
         if len(block) < 4:
@@ -155,8 +182,8 @@ def _fold_block(part: ExactSum, scratch: Scratch | None = None, found: Found | N
     """Keeping nothing. Where memory is short, in halves: some of the weight may have been folded before."""
     block = part.weight
     try:
-        scratch = scratch or Scratch.of(block)
-        block.copy_(part.rounded(part.sums(scratch)[0], scratch, found))
+        scratch = scratch or scratch_of(block, block.numel())
+        block.copy_(part.rounded(scratch, found))
         return
     except Exception:
         if len(block) == 1:
@@ -227,9 +254,8 @@ class ExactSum:
                 remedy = f"repair {what}, or load an earlier checkpoint"
                 raise FoldError(f"{what} holds NaN or Inf", place=self.name, remedy=remedy)
         if sums is None:  # only the sums themselves can tell
-            scratch = _scratch(self.weight)
-            parts = self.blocks(scratch.elements)
-            sums = [float(_largest(round_once(part.sums(scratch)[0], dtype))) for part in parts]
+            scratch = scratch_of(self.weight)
+            sums = [float(_largest(round_once(tile.sums(scratch)[0], dtype))) for _, tile in self.tiles(scratch.tile)]
         if not all(map(math.isfinite, sums)):
             raise too_large(self.name, dtype)
         return replace(self, magnitude=magnitude)
@@ -243,10 +269,8 @@ class ExactSum:
         """
         before, remainders = _checksum(self.weight, scratch.elements), []
         for part, found in self._with(founds, scratch):
-            total, delta = part.sums(scratch, undoable=True)
-            assert delta is not None
-            new = part.rounded(total, scratch, found)
-            steps = Steps.between(part.weight, total.copy_(new).sub_(delta), part.apart, scratch)
+            steps = Steps.room(part.weight, scratch)
+            new = part.rounded(scratch, found, steps)
             remainders.append(steps.kept(found.counts if found else None, scratch))
             _write(part.weight, new, undo, partial(_unfold_block, part, remainders[-1]), scratch)
         after = _checksum(self.weight, scratch.elements)
@@ -288,66 +312,75 @@ class ExactSum:
             safe_point()
             yield self.rows(start, stop)
 
-    def delta(self, scratch: Scratch) -> torch.Tensor:
-        """Σ s·B·A in float64."""
-        total = scratch.wide(scratch.DELTA, self.weight.shape).zero_()
-        for delta in self.deltas:
-            _add(delta, total, self.weight.dtype)
-        return total
-
-    def sums(self, scratch: Scratch, undoable: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """W + Σ s·B·A in float64, contiguous; and Σ s·B·A, for a fold that can be undone."""
-        total = scratch.wide(scratch.TOTAL, self.weight.shape).copy_(self.weight)
-        if undoable or self.weight.dtype == torch.float64:  # float64 in one order, whether it can be undone or not
-            delta = self.delta(scratch)
-            return total.add_(delta), delta
-        for one in self.deltas:
-            _add(one, total, self.weight.dtype)
-        return total, None
+    def tiles(self, elements: int) -> Iterator[tuple[slice, Tile]]:
+        """The same of what is computed at once, where the deltas are taken apart once for all."""
+        terms = [_term(delta, self.weight.dtype) for delta in self.deltas]
+        for start, stop in _blocks(self.weight, elements):
+            yield slice(start, stop), Tile(self.weight[start:stop], [term.rows(start, stop) for term in terms])
 
     def guess(self, scratch: Scratch) -> torch.Tensor:
         """Where the weight is W': W' − Σ s·B·A, the original one, give or take a few steps."""
-        delta = self.delta(scratch)
-        difference = scratch.wide(scratch.TOTAL, self.weight.shape).copy_(self.weight).sub_(delta)
-        return scratch.narrow(scratch.ROUNDED, self.weight.shape).copy_(difference)
+        guess = scratch.narrow(scratch.ROUNDED, self.weight.shape)
+        for rows, tile in self.tiles(scratch.tile):
+            guess[rows] = scratch.wide(scratch.TOTAL, tile.weight.shape).copy_(tile.weight).sub_(tile.delta(scratch))
+        return guess
 
-    def rounded(self, total: torch.Tensor, scratch: Scratch, found: Found | None = None) -> torch.Tensor:
+    def rounded(self, scratch: Scratch, found: Found | None = None, steps: Steps | None = None) -> torch.Tensor:
         """The real sums rounded to nearest-even in the dtype of `scratch`, in its `ROUNDED`.
 
-        Beyond doubt is a sum of which both ends, `total` ± error, round to one number. The few others are looked at
-        again with an error of their own; what is still open then is summed as fractions.
+        Beyond doubt is a sum of which both ends, the sum in float64 ± error, round to one number. The few others are
+        looked at again with an error of their own; what is still open then is summed as fractions.
 
         Args:
-            total: the sums in float64, contiguous.
-            found: what is known of them; None to ask.
+            found: what is known of the block, which is one tile then; None to ask.
+            steps: gets those from each guess to the number that was, for a fold that can be undone. What was in doubt
+                is kept in full.
         """
-        rounded = scratch.narrow(scratch.ROUNDED, total.shape)
-        if rounded.dtype == torch.float64:
-            return rounded.copy_(total)
-        flat, values = rounded.view(-1), total.view(-1)
-        bits = between(total, self.error, rounded, scratch)
-        places = first_places(bits, found.doubtful)[0] if found else places_of(bits)
-        for some in places.split(_CHUNK):
-            if len(some):  # an empty tensor is split into one chunk, too
-                low, open_ = self.decided(values[some], some, rounded.dtype)
-                known = torch.where(open_, flat[some], low) if found else self._settled(some, low, open_)
-                flat[some] = known
-        if found:
-            flat[found.places] = found.settled.to(flat.dtype)
+        rounded, high = (scratch.narrow(which, self.weight.shape) for which in (scratch.ROUNDED, scratch.HIGH))
+        narrow = rounded.dtype != torch.float64
+        for rows, tile in self.tiles(scratch.elements if found else scratch.tile):
+            total, delta = tile.sums(scratch, steps is not None)
+            low = rounded[rows]
+            if narrow:
+                between(total, self.error, low, high[rows], scratch)
+            else:
+                low.copy_(total)
+            if steps is not None:
+                assert delta is not None
+                steps.take(rows, total.copy_(low).sub_(delta), self.apart, scratch)
+        if narrow and rounded.numel():
+            bits = high.view(-1).view(INTEGERS[high.element_size()])
+            places = first_places(bits, found.doubtful)[0] if found else places_of(bits)
+            self._settle(rounded.view(-1), places, found)
+            if steps is not None:
+                steps.keep_in_full(places)
         return rounded
 
-    def decided(
-        self, values: torch.Tensor, places: torch.Tensor, dtype: torch.dtype, times: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _settle(self, rounded: torch.Tensor, places: torch.Tensor, found: Found | None) -> None:
+        """Write into `rounded`, flat, the numbers that are in doubt: those at these indices."""
+        for some in places.split(_CHUNK):
+            if len(some):  # an empty tensor is split into one chunk, too
+                low, open_ = self.decided(some, rounded.dtype)
+                known = torch.where(open_, rounded[some], low) if found else self._settled(some, low, open_)
+                rounded[some] = known
+        if found:
+            rounded[found.places] = found.settled.to(rounded.dtype)
+
+    def decided(self, places: torch.Tensor, dtype: torch.dtype, times: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Single sums rounded, by how far they may be off themselves, and which are open still: those are rounded down.
 
         Args:
-            values: the sums in float64.
             places: their flat indices.
             times: that error.
         """
-        error = times * self._errors(places)
-        low, high = round_once(torch.stack([values - error, values + error]), dtype)
+        value = self.weight.reshape(-1)[places].to(torch.float64)
+        size = value.abs()
+        for delta in self.deltas:
+            products = torch.mul(*_at(delta, places))
+            value = value + products.sum(-1) * delta.scale
+            size = size + products.abs_().sum(-1) * abs(delta.scale)
+        error = times * self.steps * size
+        low, high = round_once(torch.stack([value - error, value + error]), dtype)
         return low, low != high
 
     def _settled(self, places: torch.Tensor, low: torch.Tensor, open_: torch.Tensor) -> torch.Tensor:
@@ -355,14 +388,6 @@ class ExactSum:
             exact = self.nearest(self.terms(places[open_]).tolist(), low.dtype)
             low[open_] = torch.tensor(exact, dtype=low.dtype, device=low.device)
         return low
-
-    def _errors(self, places: torch.Tensor) -> torch.Tensor:
-        """How far the float64 sums of single elements may be off."""
-        sizes = self.weight.reshape(-1)[places].to(torch.float64).abs()
-        for delta in self.deltas:
-            A, B = _at(delta, places)
-            sizes = sizes + (A.abs() * B.abs()).sum(-1) * abs(delta.scale)
-        return self.steps * sizes
 
     def terms(self, places: torch.Tensor) -> torch.Tensor:
         """What single sums are made of: W, and of each delta a column of A and a row of B, (n, 1 + 2·Σr), float64."""
@@ -415,23 +440,77 @@ def _rows(delta: LowRank, start: int, stop: int) -> LowRank:
     return replace(delta, layout=Layout(layout.sides, (stop - start, *layout.shape[1:])), A=A, B=B)
 
 
-def _add(delta: LowRank, total: torch.Tensor, dtype: torch.dtype) -> None:
-    """Add s·B·A to `total`, contiguous and float64, for a weight of this dtype.
+@dataclass(frozen=True)
+class Tile:
+    """Some rows of a weight, and what is added to them. What it computes is in the scratch that it is given."""
 
-    A float64 weight has no bits to spare: its sums are taken in one order, the same on every device and with any
-    number of threads. For narrower ones a matmul may take them in any order, which `ExactSum.steps` bounds.
-    """
-    A, B, axes = delta.A, delta.B * delta.scale, delta.layout.axes
-    if dtype == torch.float64:
-        total += delta.layout.to_weight(_in_order(A, B))
-        return
+    weight: torch.Tensor
+    terms: Sequence[_Product | _General]
+
+    def delta(self, scratch: Scratch) -> torch.Tensor:
+        """Σ s·B·A in float64."""
+        return self._added(scratch.wide(scratch.DELTA, self.weight.shape).zero_())
+
+    def sums(self, scratch: Scratch, undoable: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W + Σ s·B·A in float64, contiguous; and Σ s·B·A, for a fold that can be undone."""
+        total = scratch.wide(scratch.TOTAL, self.weight.shape).copy_(self.weight)
+        if undoable or self.weight.dtype == torch.float64:  # float64 in one order, whether it can be undone or not
+            delta = self.delta(scratch)
+            return total.add_(delta), delta
+        return self._added(total), None
+
+    def _added(self, total: torch.Tensor) -> torch.Tensor:
+        for term in self.terms:
+            term.add_to(total)
+        return total
+
+
+@dataclass(frozen=True)
+class _Product:
+    """s·B·A as a product of two matrices, or of a stack of them each, in the order in which the weight lies."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    per_row: int
+    """Rows of `left`, or matrices, for each index of the weight's first axis."""
+
+    def rows(self, start: int, stop: int) -> _Product:
+        some = slice(start * self.per_row, stop * self.per_row)
+        return _Product(self.left[some], self.right if self.right.ndim == 2 else self.right[some], self.per_row)
+
+    def add_to(self, total: torch.Tensor) -> None:
+        if self.left.ndim == 3:
+            total.view(*self.left.shape[:2], -1).baddbmm_(self.left, self.right)
+        else:
+            total.view(len(self.left), -1).addmm_(self.left, self.right)
+
+
+@dataclass(frozen=True)
+class _General:
+    """s·B·A of a weight whose axes lie otherwise; or which is float64 and has no bits to spare: its sums are taken in
+    one order, the same on every device and with any number of threads. For narrower ones a matmul may take them in any
+    order, which `ExactSum.steps` bounds."""
+
+    of: LowRank
+    in_order: bool
+
+    def rows(self, start: int, stop: int) -> _General:
+        return _General(_rows(self.of, start, stop), self.in_order)
+
+    def add_to(self, total: torch.Tensor) -> None:
+        A, B, layout = self.of.A, self.of.B * self.of.scale, self.of.layout
+        total += layout.to_weight(_in_order(A, B)) if self.in_order else layout.delta(A, B)
+
+
+def _term(delta: LowRank, dtype: torch.dtype) -> _Product | _General:
+    """What is added to a weight of this dtype."""
+    axes = delta.layout.axes
     sides = "".join(axis.side for axis in axes)
-    if sides in ("oi", "io", "boi", "bio"):
-        left, right = (B, A) if sides.endswith("oi") else (A.mT, B.mT)
-        matrix = total.view([axis.size for axis in axes])
-        matrix.baddbmm_(left, right) if matrix.ndim == 3 else matrix.addmm_(left, right)
-    else:
-        total += delta.layout.delta(A, B)
+    if dtype == torch.float64 or sides not in ("oi", "io", "boi", "bio"):
+        return _General(delta, dtype == torch.float64)
+    A, B = delta.A, delta.B * delta.scale
+    left, right = (B, A) if sides.endswith("oi") else (A.mT, B.mT)
+    return _Product(left, right, axes[0].size // delta.layout.shape[0])
 
 
 def _in_order(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

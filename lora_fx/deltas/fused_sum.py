@@ -80,7 +80,10 @@ def prove(device: torch.device) -> None:
         looked = look([one])
         ((fused, found),) = looked.read(looked.unread.flatten().tolist())
         assert isinstance(fused, FusedSum)
-        way, exact = fused.fold(Scratch.of(weight), [], [found]), folded_weight(weight, deltas, dtype, "a small weight")
+        way, exact = (
+            fused.fold(Scratch(0, dtype, device), [], [found]),
+            folded_weight(weight, deltas, dtype, "a small weight"),
+        )
         bits = INTEGERS[weight.element_size()]
         folds = torch.equal(fused.weight.view(bits), exact.view(bits))
         returns = bool(way.take_back(fused.weight, [])) and torch.equal(fused.weight.view(bits), weight.view(bits))

@@ -72,30 +72,38 @@ class Steps:
     """Not zero where the number is to be kept in full: it is more steps away than four bits hold, or in doubt."""
 
     @staticmethod
-    def between(
-        numbers: torch.Tensor, difference: torch.Tensor, error: float | torch.Tensor, scratch: Scratch
-    ) -> Steps:
-        """
+    def room(numbers: torch.Tensor, scratch: Scratch) -> Steps:
+        """For those of a block, before any is taken."""
+        flat = numbers.detach().reshape(-1)
+        integers = INTEGERS[flat.element_size()]
+        which = (scratch.BEFORE, scratch.GUESS, scratch.FAR)
+        return Steps(flat, *(scratch.narrow(w, flat.shape).view(integers) for w in which))
+
+    def take(self, rows: slice, difference: torch.Tensor, error: float | torch.Tensor, scratch: Scratch) -> None:
+        """The steps of some of the block's rows.
+
         Args:
             difference: W' − D in float64, contiguous, whose rounded value is the guess.
             error: by how much the difference may be another one the next time.
         """
-        flat = numbers.detach().reshape(-1)
-        integers = INTEGERS[flat.element_size()]
-        moved, far, steps = (
-            scratch.narrow(which, flat.shape).view(integers) for which in (scratch.GUESS, scratch.HIGH, scratch.BEFORE)
-        )
-        if flat.dtype == torch.float64:  # summed in one order, so the guess is the same each time
+        width = difference[0].numel()
+        some = slice(rows.start * width, rows.stop * width)
+        numbers, steps, moved, far = (t[some] for t in (self.numbers, self.steps, self.moved, self.far))
+        if numbers.dtype == torch.float64:  # summed in one order, so the guess is the same each time
             guess = difference.view(-1)
             far.zero_()
         else:
-            guess = scratch.narrow(scratch.GUESS, flat.shape)
-            between(difference.view(-1), error, guess, scratch)
-        torch.sub(flat.view(integers), guess.view(integers), out=steps)
+            guess = moved.view(numbers.dtype)
+            between(difference.view(-1), error, guess, far.view(numbers.dtype), scratch)
+        torch.sub(numbers.view(far.dtype), guess.view(far.dtype), out=steps)
         steps.add_(_BIAS)
         far.bitwise_or_(torch.bitwise_and(steps, ~15, out=moved))
         torch.bitwise_xor(steps, _BIAS, out=moved).bitwise_or_(far)
-        return Steps(flat, steps, moved, far)
+
+    def keep_in_full(self, places: torch.Tensor) -> None:
+        """The numbers at these flat indices, whichever step leads to them."""
+        for bits in (self.moved, self.far):
+            bits.index_fill_(0, places, 1)
 
     def count(self) -> tuple[torch.Tensor, torch.Tensor]:
         """How many are moved, and how many far."""

@@ -44,54 +44,59 @@ class Scratch:
     Args:
         elements: of the largest block.
         dtype: of the weight.
+        tile: elements of it that are summed at a time, at most: what is wide is for so many. None for all of them.
     """
 
     DELTA, TOTAL, SPARE = range(3)  # wide
-    ROUNDED, BEFORE, GUESS, HIGH = range(4)  # narrow
+    ROUNDED, BEFORE, GUESS, FAR, HIGH = range(5)  # narrow
 
-    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.elements = elements
-        room = -(-elements // 8) * 8  # each buffer begins at a whole word, and steps are packed in pairs
-        self._wide = torch.empty(3, room, dtype=torch.float64, device=device)
-        self._narrow = torch.empty(4, room, dtype=dtype, device=device)
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device, tile: int | None = None) -> None:
+        self.elements, self.place, self.tile = elements, (dtype, device), min(tile or elements, elements)
+        room, wide = (-(-n // 8) * 8 for n in (elements, self.tile))  # whole words, and steps are packed in pairs
+        self._wide = torch.empty(3, wide, dtype=torch.float64, device=device)
+        self._narrow = torch.empty(5, room, dtype=dtype, device=device)
+        self._halves = self._wide[self.SPARE].view(torch.float32).view(2, -1)
+        self._views: dict[tuple[torch.dtype, int, torch.Size], torch.Tensor] = {}
         self._codes = torch.empty(room, dtype=torch.uint8, device=device)
 
     @staticmethod
     def bytes(dtype: torch.dtype) -> int:
-        """For each element."""
-        return 3 * 8 + 4 * dtype.itemsize + 1
-
-    @staticmethod
-    def of(block: torch.Tensor) -> Scratch:
-        return Scratch(block.numel(), block.dtype, block.device)
+        """For each element of a block that is one tile."""
+        return 3 * 8 + 5 * dtype.itemsize + 1
 
     def wide(self, which: int, shape: torch.Size) -> torch.Tensor:
         """Sums, deltas and what is spare between: float64."""
-        return self._wide[which, : math.prod(shape)].view(shape)
+        return self._view(self._wide, which, shape)
 
     def narrow(self, which: int, shape: torch.Size) -> torch.Tensor:
         """Rounded numbers, what stood in the weight before, and two ends of an interval: in the weight's dtype."""
-        return self._narrow[which, : math.prod(shape)].view(shape)
+        return self._view(self._narrow, which, shape)
 
     def singles(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Two in float32, in the place of what is spare."""
-        halves = self._wide[self.SPARE].view(torch.float32).view(2, -1)
-        near, margin = halves[:, : math.prod(shape)].view(2, *shape)
-        return near, margin
+        return self._view(self._halves, 0, shape), self._view(self._halves, 1, shape)
+
+    def _view(self, of: torch.Tensor, which: int, shape: torch.Size) -> torch.Tensor:
+        """Each is made once: there are tiles whose sums take no longer than making one."""
+        found = self._views.get((of.dtype, which, shape))
+        if found is None:
+            found = self._views[of.dtype, which, shape] = of[which, : math.prod(shape)].view(shape)
+        return found
 
     def codes(self, elements: int) -> torch.Tensor:
         """uint8, an even number of them."""
         return self._codes[: elements + elements % 2]
 
 
-def between(total: torch.Tensor, error: float | torch.Tensor, low: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """Write `total` − error, rounded, into `low`; integers in `HIGH` that are not zero say where `total` + error is
-    rounded to another number. Everywhere else all that lies between the two is rounded to the same, also by way of
-    float32, which rounds in the same direction.
+def between(
+    total: torch.Tensor, error: float | torch.Tensor, low: torch.Tensor, high: torch.Tensor, scratch: Scratch
+) -> torch.Tensor:
+    """Write `total` − error, rounded, into `low`, and `total` + error into `high`. What comes are integers in the place
+    of `high`, not zero where the two are rounded to different numbers. Everywhere else all that lies between them is
+    rounded to the same, also by way of float32, which rounds in the same direction.
 
     float32 is faster where it does: three operations round by at most 2⁻²⁴ of what is there, and 2⁻²² are allowed.
     """
-    high = scratch.narrow(scratch.HIGH, total.shape)
     if low.dtype in _NARROW:
         near, margin = scratch.singles(total.shape)
         near.copy_(total)
@@ -111,7 +116,7 @@ def places_of(bits: torch.Tensor) -> torch.Tensor:
     """The indices of the integers that are not zero: few, so that whole words are looked at first. It asks for their
     number."""
     per_word = 8 // bits.element_size()
-    if len(bits) % per_word:
+    if len(bits) % per_word or bits.storage_offset() % per_word:
         return bits.nonzero().view(-1)
     words = bits.view(torch.int64).nonzero()
     places = (words * per_word + torch.arange(per_word, device=bits.device)).view(-1)

@@ -43,6 +43,24 @@ ROWS = (
         tests=(f"{CHECKPOINTS}::test_another_task_or_another_base_does_not_go_on_with_it",),
     ),
     Mutant(
+        "base_stays_in_the_cache", "checkpoints", "export/checkpoints/streams.py",
+        "_forget(self.source, self.forgotten, segment.start)", "pass",
+        "A base that is read once pushes out of the system's cache what others have there.",
+        tests=(f"{CHECKPOINTS}::test_what_is_read_and_written_goes_out_of_the_systems_cache",),
+    ),
+    Mutant(
+        "not_on_the_disk", "checkpoints", "export/checkpoints/streams.py",
+        "os.fdatasync(self.target.fileno())", "pass",
+        "What was written waits in memory, however much it is.",
+        tests=(f"{CHECKPOINTS}::test_what_is_read_and_written_goes_out_of_the_systems_cache",),
+    ),
+    Mutant(
+        "late_errors_are_lost", "checkpoints", "export/checkpoints/streams.py",
+        "            flush.result()\n", "            pass\n",
+        "A disk that fails after the last block was written is not heard.",
+        tests=(f"{CHECKPOINTS}::test_a_disk_that_fails_late_is_an_error",),
+    ),
+    Mutant(
         "a_torn_line_counts", "checkpoints", "export/checkpoints/work.py",
         ".split(b\"\\n\")[:-1]  # what", ".split(b\"\\n\")  # what",
         "A line of the journal that a kill has cut short is read.",

@@ -150,7 +150,7 @@ ROWS = (
     ),
     Mutant(
         "fold_without_scale", "fold", "lora_fx/deltas/exact_sum.py",
-        "A, B, axes = delta.A, delta.B * delta.scale,", "A, B, axes = delta.A, delta.B,",
+        "A, B, layout = self.of.A, self.of.B * self.of.scale,", "A, B, layout = self.of.A, self.of.B,",
         "The fold forgets the scale that the branch has.",
     ),
     Mutant(
@@ -191,8 +191,7 @@ ROWS = (
     # ── rounding ─────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "fold_rounds_twice", "rounding", "lora_fx/deltas/exact_sum.py",
-        "        flat, values = rounded.view(-1), total.view(-1)\n",
-        "        return total.to(self.weight.dtype)\n",
+        "narrow = rounded.dtype != torch.float64", "narrow = False",
         "Folding converts float64 to bfloat16 as torch does, by way of float32.",
     ),
     Mutant(
@@ -221,6 +220,26 @@ ROWS = (
         "mul_(2.0**-22)", "mul_(2.0**-26)",
         "What float32 rounds away while doubtful sums are looked for is not allowed for.",
     ),
+    Mutant(
+        "doubt_of_the_first_tile", "rounding", "lora_fx/deltas/exact_sum.py",
+        "between(total, self.error, low, high[rows], scratch)",
+        "between(total, self.error, low, high[: len(low)], scratch)",
+        "Each tile of a block says where its doubtful sums are in the place of the first one's.",
+        tests=("tests/test_fold.py",),
+    ),
+    Mutant(
+        "tile_forgets_heads", "rounding", "lora_fx/deltas/exact_sum.py",
+        "some = slice(start * self.per_row, stop * self.per_row)",
+        "some = slice(start, start + (stop - start) * self.per_row)",
+        "Where the weight's first axis is one of two on its side (heads), a tile takes the factors of other rows.",
+        tests=("tests/test_fold.py",),
+    ),
+    Mutant(
+        "doubtful_not_kept", "rounding", "lora_fx/deltas/exact_sum.py",
+        "steps.keep_in_full(places)", "pass",
+        "A number whose sum was in doubt comes back by the steps from the guess of what it was not rounded to.",
+        tests=("tests/test_fold.py",),
+    ),
     # ── looking ahead ────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "gpu_asked_in_each_block", "ahead", "lora_fx/deltas/ahead.py",
@@ -239,7 +258,7 @@ ROWS = (
     ),
     Mutant(
         "settled_not_written", "ahead", "lora_fx/deltas/exact_sum.py",
-        "            flat[found.places] = found.settled.to(flat.dtype)\n", "            pass\n",
+        "            rounded[found.places] = found.settled.to(rounded.dtype)\n", "            pass\n",
         "What was summed as fractions before the fold is not what is written.",
     ),
     Mutant(
@@ -1186,5 +1205,47 @@ ROWS = (
         "if self.kind.factors is own_factors:  # without", "if False:  # without",
         "Where a weight dispatches, another alpha or rank in place compiles anew.",
         tests=("tests/test_replace.py::test_replaced_nothing_is_compiled_anew",),
+    ),
+    Mutant(
+        "kernel_rounds_twice", "fold", "lora_fx/deltas/fold_kernels.py",
+        "odd = (((bits >> 32) | lost) << 32)",
+        "odd = (bits)",
+        "The kernels round by way of float32, twice.",
+        tests=("tests/test_fold_kernels.py",),
+    ),
+    Mutant(
+        "kernel_bound_forgets_the_product", "fold", "lora_fx/deltas/fold_kernels.py",
+        "size = tl.fma(tl.abs(l2), tl.abs(r2), size)",
+        "size = size",
+        "The bound of a sum is that of W alone: what cancels or has no W is never in doubt.",
+        tests=("tests/test_fold_kernels.py",),
+    ),
+    Mutant(
+        "kernel_last_components_lost", "fold", "lora_fx/deltas/fold_kernels.py",
+        "for first in range(0, rank, RANKS):",
+        "for first in range(0, rank - RANKS + 1, RANKS):",
+        "Components beyond a whole group are left out.",
+        tests=("tests/test_fold_kernels.py",),
+    ),
+    Mutant(
+        "kernel_steps_change_places", "fold", "lora_fx/deltas/fold_kernels.py",
+        "(even | (odd << 4))",
+        "(odd | (even << 4))",
+        "The two steps of a byte are exchanged.",
+        tests=("tests/test_fold_kernels.py",),
+    ),
+    Mutant(
+        "fused_scale_in_float32", "fold", "lora_fx/deltas/fused_sum.py",
+        "struct.pack(\"<d\", self.scale)",
+        "struct.pack(\"<d\", struct.unpack(\"<f\", struct.pack(\"<f\", self.scale))[0])",
+        "The kernels get the scale as float32.",
+        tests=("tests/test_fold_kernels.py",),
+    ),
+    Mutant(
+        "fused_settled_forgotten", "fold", "lora_fx/deltas/fused_sum.py",
+        "            _put(self.weight, found.places, found.settled)",
+        "            pass",
+        "What fractions have settled is not written.",
+        tests=("tests/test_fold_kernels.py",),
     ),
 )  # fmt: skip
