@@ -279,7 +279,7 @@ def test_removed_and_refused_it_leaves_nothing(layers):
 def test_an_apply_that_its_check_refuses_leaves_nothing(monkeypatch):
     monkeypatch.setattr(behind.Behind, "of", lambda self, block, given, output: output)
     found = model()
-    assert "is not the model" in refusal(EquivalenceError, lora_fx.apply, found, [LAYERS, QV], IDS)
+    assert "(behind it block_0 in blocks.0)" in refusal(EquivalenceError, lora_fx.apply, found, [LAYERS, QV], IDS)
     for path, module in model().named_modules():
         own = found.get_submodule(path)
         assert type(own) is type(module) and own.__dict__.keys() == module.__dict__.keys(), path
