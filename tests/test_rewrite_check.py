@@ -169,8 +169,8 @@ def _with(make: Callable[..., Any], kind: Any) -> Callable[..., Any]:
 
 
 def test_apply_sees_blocks_in_another_order(monkeypatch):
-    def stand(adapter: Any, call: nn.Module, blocks: dict[str, nn.Module]) -> None:
-        behind.stand(adapter, call, dict(zip(blocks, reversed(blocks.values()), strict=True)))
+    def stand(adapter: Any, calls: list[nn.Module], blocks: dict[str, nn.Module]) -> None:
+        behind.stand(adapter, calls, dict(zip(blocks, reversed(blocks.values()), strict=True)))
 
     monkeypatch.setattr(insert, "stand", stand)
     said = refusal(EquivalenceError, lora_fx.apply, wide(), BEHIND, SOME)

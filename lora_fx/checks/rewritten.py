@@ -50,7 +50,7 @@ from lora_fx.graph.nodes import base_name, call, first_operand
 from lora_fx.graph.own_state import undisturbed
 from lora_fx.graph.places import is_away
 from lora_fx.graph.views import CASTS, COPIES, MOVES
-from lora_fx.model.behind import blocks_of, hidden, with_hidden
+from lora_fx.model.behind import blocks_of, callers, hidden, with_hidden
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Inventory, Storage, inventory
 from lora_fx.model.lookups import Lookups
@@ -107,7 +107,7 @@ def check_rewritten(model: nn.Module, inputs: Inputs, training: bool, undo: list
                 return NotRun(essence(error).partition("\n")[0])
         _refuse_transformed(model, flow)
         places = {n: marks[n.args[2]] for n in captured.graph.nodes if n.target is torch.ops.lora_fx.behind.default}
-        given = _with_tokens(flow)
+        given = _with_tokens(flow, here)
         adapted = run_adapted(model, given)
         away = any(is_away(*owner) for storage in storages for owner in storage.owners)
         seen = None if away else measured(model, flow, places, given)
@@ -260,7 +260,7 @@ class _Replay(fx.Interpreter):
 # ── indices of new tokens ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _with_tokens(flow: Flow) -> Inputs:
+def _with_tokens(flow: Flow, here: Inventory) -> Inputs:
     """The inputs, with new tokens in the place of every other one where such are looked up."""
     inputs = flow.captured.inputs
     flat, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
@@ -269,13 +269,20 @@ def _with_tokens(flow: Flow) -> Inputs:
     leaves = dict(zip([n for n in state if n not in flow.captured.tensors], which, strict=True))
     for reading in flow.readings:
         adapters = [a for s in reading.acting.values() if s is not None for a in rewrites(s)]
-        counts = [count for a in adapters if (count := a.kind.new_ids(a.settings))]
+        counts = [count for a in adapters if (count := a.kind.new_ids(a.settings)) and _in_call(a, reading, here)]
         found = call_of(flow, reading.node)
         given = None if found is None or not found.form.looks_up else leaves.get(_source(found.x))
         if given is not None and counts:
             flat[given] = _mixed(flat[given], adapters[0].layout.size("i"), min(counts))
     args, kwargs = pytree.tree_unflatten(flat, spec)
     return Inputs(args, kwargs)
+
+
+def _in_call(adapter: Adapter, reading: Reading, here: Inventory) -> bool:
+    """Whether new ids may be looked up there: those of blocks, in a call of the module that these are in."""
+    calls = [path for module, paths in here.modules.items() if adapter in callers(module) for path in paths]
+    inside = any(not path or f"{reading.module}.".startswith(f"{path}.") for path in calls)
+    return adapter.kind.behind is None or inside
 
 
 def _source(node: Any) -> Any:

@@ -328,4 +328,10 @@ ROWS = (
         "Where the programs are not one, nothing is looked at.",
         tests=of_rewrite_checks("what_cannot_be_told_apart_is_checked_as_a_whole"),
     ),
+    Mutant(
+        "new_ids_for_every_stack", "rewrites", "lora_fx/checks/rewritten.py",
+        "return adapter.kind.behind is None or inside", "return True",
+        "The check gives new tokens to a stack behind whose blocks nothing stands.",
+        tests=of_prefixes("each_stack_of_an_encoder_decoder_has_the_ids_of_its_own_calls"),
+    ),
 )  # fmt: skip
