@@ -1,8 +1,9 @@
 """Which blocks a kind stands behind that rewrites what blocks give, and in whose call they and the table are.
 
 The model runs once more on its example inputs, and is watched: a block must give the activations of the ids that the
-table was read with last, (*ids.shape, d), itself or as the first of a tuple. Shapes tell which axis is which, so the
-ids of the example inputs must have no two axes of one length.
+table was read with last, (*ids.shape, d), itself or as the first of a tuple. Which reading is meant is that of the
+innermost module in whose call both are: of an encoder-decoder with one table each stack has its own. Shapes tell which
+axis is which, so the ids of the example inputs must have no two axes of one length.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class Standing:
 
     blocks: tuple[str, ...]
     """Paths."""
-    call: str | None
-    """The path of the module whose call has the table's reading and the blocks in it; None where nothing has run."""
+    calls: tuple[str, ...]
+    """The path of the innermost module whose call has a reading of the table and blocks in it, for each such; none
+    where nothing has run."""
 
     @property
     def setting(self) -> str:
@@ -64,7 +66,7 @@ def find_standing(
     if not paths:
         raise _error(weight, "no module of the model is a block that it could stand behind", _SAY)
     if program.capture is None:
-        return Standing(tuple(_chosen(paths, weight) if wanted is None else paths), None)
+        return Standing(tuple(_chosen(paths, weight) if wanted is None else paths), ())
     watch = _Watch(width)
     tables = [(model.get_submodule(path), attribute) for path, attribute in owners]
     with watch.following(model, tables, paths, callers):
@@ -79,7 +81,7 @@ def find_standing(
         able = _chosen([path for path in able if path.rpartition(".")[0] not in lists], weight)
     elif wrong := [path for path in paths if path not in able]:
         raise _error(weight, f"the block {wrong[0]} {reasons[wrong[0]]}", "leave it out of settings['blocks']")
-    return Standing(tuple(able), max(watch.read_in.intersection(*(watch.calls[path] for path in able)), key=len))
+    return Standing(tuple(able), tuple(dict.fromkeys(max(watch.calls[path], key=len) for path in able)))
 
 
 _SAY = "say which are meant: settings={'blocks': 'h.*'}, a glob over paths"
@@ -129,9 +131,23 @@ def _chosen(able: Iterable[str], weight: Weight) -> list[str]:
         if not any(parent == path or parent.startswith(f"{path}.") for path in able)
     }
     if len(outermost) != 1:
-        found = few([f"{parent or 'the model'}.*" for parent in outermost], 5) if outermost else "none"
-        raise _error(weight, f"the lists whose children could be meant are {found}", _SAY)
+        globs = [f"{parent}.*".lstrip(".") for parent in outermost]
+        both = (
+            f"say which are meant: settings={{'blocks': {' | '.join(globs[:2])!r}}}, or one of these" if globs else _SAY
+        )
+        raise _error(weight, f"the lists whose children could be meant are {few(globs, 5) if globs else 'none'}", both)
     return next(iter(outermost.values()))
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a module, while it runs."""
+
+    path: str
+    own: Calls = field(default_factory=new_calls)
+
+    def __post_init__(self) -> None:
+        self.own.enter()
 
 
 @dataclass
@@ -140,13 +156,12 @@ class _Watch:
 
     width: int
     calls: dict[str, set[str]] = field(default_factory=dict)
-    """Block → the modules in whose call it and each reading of the table before it were, each time."""
+    """Block → the modules in whose call it and one reading of the table before it were, each time."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Block → why nothing can stand behind it."""
-    read_in: set[str] = field(default_factory=set)
-    """The modules in whose call each reading of the table was."""
-    _now: Calls = field(default_factory=new_calls)
-    _running: list[str] = field(default_factory=list)
+    _read: bool = False
+    """The table has been read."""
+    _running: list[_Call] = field(default_factory=list)
 
     @contextmanager
     def following(
@@ -160,10 +175,9 @@ class _Watch:
             for path in above:
                 module = model.get_submodule(path)
                 hooks.callback(module.register_forward_pre_hook(partial(self._begins, path)).remove)
-                hooks.callback(module.register_forward_hook(partial(self._ends, path), always_call=True).remove)
+                hooks.callback(module.register_forward_hook(self._ends, always_call=True).remove)
             for path, module in blocks.items():
                 hooks.callback(module.register_forward_hook(partial(self._gives, path), prepend=True).remove)
-            hooks.callback(self._now.leave, self._now.enter())
             hooks.enter_context(Lookups(tables, self._looked_up))
             yield
 
@@ -180,33 +194,39 @@ class _Watch:
         return "" if self.calls[path] else "runs in no call of a module in which the table is read"
 
     def _begins(self, path: str, module: nn.Module, args: Any) -> None:
-        self._running.append(path)
+        self._running.append(_Call(path))
 
-    def _ends(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
-        self._running.remove(path)
+    def _ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.pop()
 
     def _looked_up(self, table: torch.Tensor, ids: torch.Tensor) -> None:
-        self.read_in = self.read_in & set(self._running) if self._now.ids is not None else set(self._running)
-        self._now.give(ids, table.shape[0])
+        self._read = True
+        for call in self._running:
+            call.own.give(ids, table.shape[0])
 
     def _gives(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
-        here = self.read_in & set(self._running)
+        read = [call for call in self._running if call.own.ids is not None]
+        told = [call for call in read if not call.own.mixed]
+        here = {call.path for call in told}
         self.calls[path] = self.calls.get(path, here) & here
-        if why := self._why_not(hidden(output)):
+        if why := self._why_not(hidden(output), read, told):
             self.reasons.setdefault(path, why)
+        for call in read:
+            call.own.asked = True
 
-    def _why_not(self, h: torch.Tensor | None) -> str:
-        ids, mixed = self._now.ids, self._now.mixed
-        self._now.asked = True
-        if ids is None:
+    def _why_not(self, h: torch.Tensor | None, read: Sequence[_Call], told: Sequence[_Call]) -> str:
+        if not self._read:
             return "runs before the table is read"
-        if mixed:
+        if read and not told:
             return (
                 "runs behind two readings of the table, with no block that is meant between: whose positions it has "
                 "is not known"
             )
         if h is None:
             return "gives no activations, itself or as the first of a tuple"
+        ids = told[-1].own.ids if told else None
+        if ids is None:
+            return ""
         if h.shape != (*ids.shape, self.width):
             return f"gives {tuple(h.shape)}, for ids of {tuple(ids.shape)} and {self.width} features of the table"
         if len(set(ids.shape)) < ids.ndim:

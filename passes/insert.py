@@ -226,14 +226,14 @@ def _insert(model: nn.Module, row: Row, name: str, owners: _Owners) -> Adapter:
 
 
 def _stand(model: nn.Module, adapter: Adapter, row: Row, standing: Standing) -> None:
-    if standing.call is None:
+    if not standing.calls:
         raise PlanError(
             f"the kind {row.kind.name!r} stands behind blocks, and none has run: in whose call they are is not known",
             place=row.name,
             remedy="pass example_inputs",
         )
     blocks = {f"block_{k}": model.get_submodule(path) for k, path in enumerate(standing.blocks)}
-    stand(adapter, model.get_submodule(standing.call), blocks)
+    stand(adapter, [model.get_submodule(path) for path in standing.calls], blocks)
 
 
 def make_adapter(row: Row, name: str, owner: nn.Module) -> Adapter:

@@ -223,7 +223,7 @@ def test_an_effect_that_rounding_could_hide_is_not_certified(monkeypatch):
             raise NotImplementedError("no kernel takes float64")
         return value
 
-    monkeypatch.setattr(uses, "_widened", narrow)
+    monkeypatch.setattr(uses, "widened", narrow)
     certificate = lora_fx.certify(model, x)
     assert 2 / 128 < certificate.rows[0].effect < 3 / 64 and certificate.rows[0].dtype == "bfloat16"
     assert not certificate and all(certificate.whole)

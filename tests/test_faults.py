@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
 from lora_fx import LoraFxError, Rule, application, changes
-from lora_fx.checks import certification, flow, uses, verification
+from lora_fx.checks import alignment, certification, flow, regions, rewritten, uses, verification
 from lora_fx.deltas import ahead, exact_sum
 from lora_fx.deltas.exact_sum import ExactSum, Tile
 from lora_fx.errors import ExportError, FileError, FoldError
@@ -217,7 +217,7 @@ FILES = {
     m.__file__
     for m in (
         application, changes, classes, marks, wiring, folding, ahead, exact_sum, insert, adapter_files, certification,
-        flow, uses, verification, own, peft_files, values, activating, replacing, behind,
+        flow, uses, verification, own, peft_files, values, activating, replacing, behind, alignment, regions, rewritten,
     )
 }  # fmt: skip
 

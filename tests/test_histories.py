@@ -62,6 +62,7 @@ def test_l15_an_adapted_model_is_its_dense_twin_after_any_history(row, lived):
 REWRITES = {
     "PreLayer": [rewrites.LAYERS, rewrites.QV],
     "PreEmbed": [rewrites.TOKENS, *rewrites.SYSTEMS["adapter L"]],
+    "Compacter": [rewrites.TOKENS, *rewrites.SYSTEMS["compacter"], rewrites.QV],
 }
 
 
@@ -96,6 +97,30 @@ def test_a_history_of_what_stands_behind_blocks():
         state.lives[0].model.words.weight_lora_default.block_1.mul_(1 + 2**-20)
     with pytest.raises(AssertionError, match="differs"):
         state.call(inputs=1, gradients="on")
+    state.teardown()
+
+
+def test_a_history_of_what_adapters_have_in_common():
+    state = histories(rewrites.model, [rewrites.IDS, rewrites.WITH_TOKENS], rules=REWRITES["Compacter"])()
+    state.apply(check=False, training=True, seed=1)
+    state.train_step(inputs=1)
+    state.apply_a_second(kind="compacter", check=True, seed=2, then=1)
+    state.train_two_steps(inputs=1)
+    state.freeze(tensor="shared", frozen=True, then=1)
+    state.train_step(inputs=0)
+    state.activate(names=["second"], strength=1.0, then=0)
+    state.freeze(tensor="shared", frozen=False, then=1)
+    state.go_on_with_a_copy(how="pickle", then=0)
+    state.activate(names=["default", "second"], strength=1.0, then=1)
+    state.cast_and_back(dtype=torch.bfloat16, then=1)
+    state.load_state_dict(share=0.5, theta=True, assign=True, then=1)
+    state.train_step(inputs=1)
+    state.remove(name="default", then=0)
+    state.train_step(inputs=0)
+    with torch.no_grad():
+        state.lives[0].model.blocks[0].o.weight_lora_second.shared.mul_(1 + 2**-20)
+    with pytest.raises(AssertionError, match="differs"):
+        state.call(inputs=0, gradients="on")
     state.teardown()
 
 

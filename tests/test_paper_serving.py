@@ -149,7 +149,17 @@ def test_what_does_not_hold_is_said(first, wrong):
     assert [says for says, holds in found.items() if not holds] == ([wrong] if wrong else [])
 
 
-@pytest.mark.parametrize(("ratio", "slower"), [(0.9, False), (1.0, None), (1.005, None), (1.02, True)])
+def test_openings_that_scatter_are_paired_with_both_sessions_of_the_base():
+    base = [0.97, 0.98, 0.985, 0.99, 1.0, 1.01, 1.015, 1.02, 1.03]  # of its first session, in each opening
+    made = []
+    for n, own in enumerate(base):
+        ratio = {s: (1.026 if s in (ADAPTER_H, ADAPTER_L) else 1.0) / (1.0 if s == BASE else own) for s in SYSTEMS}
+        made.append(Opening(f"{n}", {s: 10 * ratio[s] for s in SYSTEMS}, ratio, 7, 0.1))
+    found = judged(made, made)
+    assert found["1×128: Adapter H is slower than the base"] and found["32×512: Adapter L is slower than the base"]
+
+
+@pytest.mark.parametrize(("ratio", "slower"), [(0.9, False), (1.0, None), (1.002, None), (1.02, True)])
 def test_an_adapter_that_is_not_told_apart_is_not_slower(ratio, slower):
     found = judged(openings(H=ratio, L=1.2), openings(H=0.8, L=1.2))
     assert (

@@ -279,7 +279,7 @@ def test_removed_and_refused_it_leaves_nothing(layers):
 def test_an_apply_that_its_check_refuses_leaves_nothing(monkeypatch):
     monkeypatch.setattr(behind.Behind, "of", lambda self, block, given, output: output)
     found = model()
-    assert "is not the model" in refusal(EquivalenceError, lora_fx.apply, found, [LAYERS, QV], IDS)
+    assert "(behind it block_0 in blocks.0)" in refusal(EquivalenceError, lora_fx.apply, found, [LAYERS, QV], IDS)
     for path, module in model().named_modules():
         own = found.get_submodule(path)
         assert type(own) is type(module) and own.__dict__.keys() == module.__dict__.keys(), path
@@ -332,6 +332,92 @@ def test_generation_with_a_cache_and_gradient_checkpointing_of_transformers():
         loss.backward()
         each.append([p.grad for p in found.parameters() if p.requires_grad])
     assert near(each[1], each[0]) and near(each[2], each[0]) and all(bool(g.any()) for g in each[0])
+
+
+PAIRS = {
+    "input_ids": torch.tensor([[3, 4, 5, 6, 7], [8, 9, 2, 1, 3]]),
+    "decoder_input_ids": torch.tensor([[0, 4, 5], [0, 8, 1]]),
+}
+LONGER = {name: lora_fx.with_tokens(ids, 2, 1, vocabulary=20, at=1) for name, ids in PAIRS.items()}
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+
+def _t5() -> nn.Module:
+    """An encoder-decoder, both stacks with one table."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": None, "tie_word_embeddings": False}
+    return (
+        transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=20, **sizes, **ends)).double().eval()
+    )
+
+
+def same_generation(found: nn.Module, wanted: nn.Module, batch: dict) -> bool:
+    """Tokens and logits, which transformers rounds to float32, each with a cache and without one."""
+    runs = [
+        model.generate(**batch, **GREEDY, use_cache=cached) for model in (found, wanted) for cached in (True, False)
+    ]
+    logits, right = [torch.stack(run.logits) for run in runs], runs[-1].sequences
+    close = all(bool(compare(own, logits[-1], logits[-1], 2.0**-24, own.dtype)) for own in logits)
+    return close and all(torch.equal(run.sequences, right) for run in runs)
+
+
+def test_tokens_of_an_encoder_decoder_are_generated_from():
+    rule = Rule(where="shared*", role="embedding", kind="tokens", settings={"prefix": 2, "infix": 1})
+    found, plain = fill(lora_fx.apply(_t5(), rule, PAIRS)), _t5()
+    theta = inventory(found).adapters[0].tokens.detach()
+    plain.set_input_embeddings(nn.Embedding.from_pretrained(torch.cat([plain.shared.weight.detach(), theta])))
+    assert same_generation(found, plain, LONGER)
+    assert same_generation(found, plain, {"input_ids": LONGER["input_ids"]})
+    with torch.no_grad():
+        inventory(found).adapters[0].tokens.mul_(2)
+    assert not same_generation(found, plain, LONGER)
+
+
+def test_which_stack_is_meant_has_to_be_said():
+    rule = Rule(where="shared*", role="embedding", kind="prefix_layer", settings={"prefix": 2})
+    said = refusal(PlanError, lora_fx.plan, _t5(), rule, PAIRS)
+    assert "settings={'blocks': 'encoder.block.* | decoder.block.*'}, or one of these" in said
+
+
+@pytest.mark.parametrize("stacks", [("encoder",), ("decoder",), ("encoder", "decoder")], ids="+".join)
+def test_each_stack_of_an_encoder_decoder_has_the_ids_of_its_own_calls(stacks, tmp_path):
+    blocks = " | ".join(f"{stack}.block.*" for stack in stacks)
+    settings = {"prefix": 2, "infix": 1, "blocks": blocks}
+    rule = Rule(where="shared*", role="embedding", kind="prefix_layer", settings=settings)
+    found, plain = fill(lora_fx.apply(_t5(), rule, PAIRS)), _t5()
+    assert [name for name, m in found.named_modules() if behind.callers(m)] == [*stacks]
+    certificate = lora_fx.certify(found, PAIRS)
+    assert certificate and {row.dtype for row in certificate.rows} == {"float64"}
+    assert len(certificate.rows) == 2 + 2 * len(stacks)
+    lora_fx.save_adapter(found, tmp_path, peft=False)
+    found = lora_fx.load_adapter(_t5(), tmp_path, PAIRS)
+    names = {"encoder": "input_ids", "decoder": "decoder_input_ids"}
+    batch = PAIRS | {names[stack]: LONGER[names[stack]] for stack in stacks}
+    theta, ids = inventory(found).adapters[0], {}
+
+    def read(stack: str, module: nn.Module, args: object, kwargs: dict) -> tuple:
+        ids[stack] = kwargs["input_ids"]
+        return args, {**kwargs, "input_ids": torch.where(ids[stack] < 20, ids[stack], ids[stack] % 20)}
+
+    def put(stack: str, k: int, module: nn.Module, args: object, output: tuple) -> tuple:
+        h = output[0].clone()
+        for row, column in (ids[stack] >= 20).nonzero():
+            h[row, column] = getattr(theta, f"block_{k}")[ids[stack][row, column] - 20]
+        return h, *output[1:]
+
+    for n, stack in enumerate(stacks):
+        own = plain.get_submodule(stack)
+        own.register_forward_pre_hook(partial(read, stack), with_kwargs=True)
+        for k, block in enumerate(own.block):
+            block.register_forward_hook(partial(put, stack, 2 * n + k))
+    with torch.no_grad():
+        assert near([found(**batch).logits], [plain(**batch).logits])
+        assert same_generation(found, plain, batch)
+        other = {names[stack]: LONGER[names[stack]] for stack in names if stack not in stacks}
+        if other:
+            assert "outside of a call of the model" in refusal(LoraFxError, found, **(PAIRS | other))
 
 
 # ── compiled, exported ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -499,3 +585,19 @@ def test_without_example_inputs_it_is_planned_by_name_and_not_applied():
     found = model()
     assert "pass example_inputs" in refusal(PlanError, lora_fx.apply, found, rule)
     assert_bits(found, bits(model()))
+
+
+# ── ONNX ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_unfolded_with_lora_it_runs_in_onnx_runtime(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    found = adapted([LAYERS, QV]).eval()
+    assert lora_fx.export_onnx(found, IDS, tmp_path / "m.onnx", adapters="unfolded").comparisons
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for ids in (WITH_TOKENS[:, :4], OTHERS[:, :4], IDS):
+        (out,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+        with torch.no_grad():
+            own, wanted = found.float()(ids), found.double()(ids)
+        noise = (own - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+        assert compare(torch.from_numpy(out), wanted, wanted, float(noise), torch.float32)

@@ -16,7 +16,6 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraFxError, Rule
-from lora_fx.checks import rewritten
 from lora_fx.checks.verification import compare, scatter
 from lora_fx.deltas import adapted_weight
 from lora_fx.deltas.kinds import REWRITES
@@ -458,9 +457,10 @@ def test_memory_that_is_short_in_train_mode_is_no_mode_that_the_model_lacks():
 def test_a_certificate_has_a_row_for_each_use(system):
     certificate = lora_fx.certify(adapted(SYSTEMS[system]), IDS)
     rules = SYSTEMS[system]
-    uses = {"adapter H": 4, "adapter L": 2, "adapter P": 2, "adapter D": 2, "compacter": 4}.get(
-        system, 1 if "Pre" in system else 5
-    )
+    uses = {
+        "adapter H": 4, "adapter L": 2, "adapter P": 2, "adapter D": 2, "compacter": 4,
+        "PreEmbed": 1, "LoRA + PE": 5, "PreLayer": 3, "LoRA + PL": 7,
+    }[system]  # fmt: skip
     assert certificate and len(certificate.rows) == uses and len(certificate.whole) == 2, (rules, str(certificate))
     assert all(row.effect > 100 * row.bound for row in certificate.rows)
 
@@ -607,5 +607,4 @@ def test_ids_that_no_input_holds_are_left_alone():
 
     found, x = Derived(), torch.randn(2, 3)
     lora_fx.apply(found, Rule(where="*", kind="tokens", settings={"prefix": 1}), x)
-    assert not lora_fx.certify(found, x)  # nothing is known of new ones there
-    assert rewritten.is_rewrite(found.words.weight_lora_default)
+    assert lora_fx.certify(found, x)  # what has reached the table is another thing than what its use does

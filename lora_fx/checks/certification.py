@@ -167,7 +167,8 @@ def _by_use_and_sums(model: nn.Module, inputs: Inputs, here: Inventory, whole: b
     rows, rounding, lowered = _by_each_use(model, inputs, here, deltas, undo) if deltas else ((), {}, False)
     if rewrites_of(here.storages()):
         checked = [check_rewritten(model, inputs, training, undo) for training in modes or (False,)]
-        around = (row for own in checked[:1] if isinstance(own, Checked) for row in own.rows)
+        seen = [own.rows for own in checked if isinstance(own, Checked)]
+        around = next((own for own in seen if any(row.problem for row in own)), seen[0])
         return _Seen((*rows, *around), tuple(map(_report, checked)) if whole else (), lowered)
     reports = [check_once(model, inputs, training, rounding, undo) for training in modes]
     return _Seen(rows, tuple(reports), lowered)
@@ -197,9 +198,12 @@ def _report(checked: Checked | NotRun) -> Report | NotRun:
 def _checked_once(
     model: nn.Module, inputs: Inputs, training: bool, rounding: Mapping[int, float], undo: list[Undo]
 ) -> Report | NotRun:
-    """`check_once`, of whichever adapters act."""
+    """`check_once`, of whichever adapters act; of rewrites each use and block by itself, too."""
     if rewrites_of(inventory(model).storages()):
-        return _report(check_rewritten(model, inputs, training, undo))
+        checked = check_rewritten(model, inputs, training, undo)
+        if isinstance(checked, Checked) and checked.apart:
+            _refuse_wrong(checked.rows, "what its kind makes of it")
+        return _report(checked)
     return check_once(model, inputs, training, rounding, undo)
 
 
@@ -366,17 +370,19 @@ def _measure_uses(
 
 def _refuse_wrong_uses(model: nn.Module, inputs: Inputs, adapters: Sequence[Adapter], undo: list[Undo]) -> None:
     """Look at each use by itself, in float64: what rounding does to the outputs of the whole could hide one of them."""
+    if not deltas_of(inventory(model).storages()):
+        return
     with filled(model, adapters, 0, undo, whole=True):
         captured, here = capture_graph(model, inputs), inventory(model)
         if not captured.transformed:
             _refuse_wrong(measured(model, Flow(captured, deltas_of(here.storages()), here.modules))[0])
 
 
-def _refuse_wrong(rows: Sequence[Coverage]) -> None:
+def _refuse_wrong(rows: Sequence[Coverage], wanted: str = "the use of W + δ") -> None:
     for row in rows:
         if row.error > row.bound:
             raise EquivalenceError(
-                f"a use of the weight ({row.form} in {row.module or 'the model'}) is not the use of W + δ: error "
+                f"a use of the weight ({row.form} in {row.module or 'the model'}) is not {wanted}: error "
                 f"{row.error:.3g} against a bound of {row.bound:.3g}, in {row.dtype}",
                 place=row.weight,
                 remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",

@@ -64,7 +64,7 @@ class Flow:
         """node made of θ alone → the ids of their adapters."""
         self.mixed: dict[fx.Node, frozenset[int]] = {}
         """node made of weights and θ alone, as δ(W, θ) is → the ids of the adapters."""
-        self._pure: set[fx.Node] = set(captured.tensors)
+        self.pure: set[fx.Node] = set(captured.tensors)
         self._inside: dict[Reading, frozenset[fx.Node]] = {}
         self._find_roots(storages)
         consumers = [n for n in captured.graph.nodes if n.op == "call_function" and self._consumes(n)]
@@ -157,12 +157,12 @@ class Flow:
     def _consumes(self, node: fx.Node) -> bool:
         """Whether the node makes an activation from a weight; notes what it carries where it does not."""
         inputs = node.all_input_nodes
-        pure = all(n in self._pure for n in inputs)
+        pure = all(n in self.pure for n in inputs)
         carried = [n for n in inputs if n in self.carriers]
         made_of = [own for n in inputs if (own := self.factors.get(n) or self.mixed.get(n))]
         used = pure and bool(carried) and self._multiplies(node)
         if pure and not used:
-            self._pure.add(node)
+            self.pure.add(node)
         else:
             self._write(node)
         if used:
@@ -204,7 +204,7 @@ class Flow:
         for target in written_by(node):
             below: fx.Node | None = target
             while below is not None:
-                self._pure.discard(below)
+                self.pure.discard(below)
                 below = looked_into(below)
 
     def _roots(self, node: fx.Node) -> tuple[fx.Node, ...]:

@@ -7,16 +7,14 @@ folded[k]  =  round(W[k] + Σ δ[k])             with an error bound, as fractio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
 
 import torch
 
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.deltas.kinds import ActivationRewrite, Theta
-from lora_fx.deltas.rewrites import Using
+from lora_fx.deltas.kinds import Theta
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNIT = 2.0**-53
@@ -37,16 +35,8 @@ def _delta(weight: torch.Tensor, adapter: Adapter) -> torch.Tensor:
         return _Product.of(adapter).delta()
     assert adapter.kind.delta is not None
     with torch.no_grad():
-        own = adapter.kind.delta(adapter.matrix(weight.detach().to(torch.float64)), _wide(adapter))
+        own = adapter.kind.delta(adapter.matrix(weight.detach().to(torch.float64)), wide(adapter))
         return adapter.layout.to_weight(adapter.embedded(own)) * adapter.strength
-
-
-def rewritten(adapter: Adapter, use: Callable[[Any], torch.Tensor], x: Any) -> torch.Tensor:
-    """What a kind that is no delta makes of a use, in float64: by what its row says."""
-    assert isinstance(adapter.kind, ActivationRewrite)
-    with torch.no_grad():
-        using = Using(x, lambda own: use(own).to(torch.float64), adapter.space)
-        return adapter.kind.around(using, _wide(adapter))
 
 
 def moved_by(x: torch.Tensor, *adapters: Adapter) -> torch.Tensor:
@@ -61,12 +51,12 @@ def delta_size(weight: torch.Tensor, adapter: Adapter) -> float:
         own = delta(weight, adapter)
         return float(own.square().mean().sqrt()) if own.numel() else 0.0
     assert adapter.kind.factors is not None
-    A, B = (factor.detach() for factor in adapter.kind.factors(_wide(adapter)))
+    A, B = (factor.detach() for factor in adapter.kind.factors(wide(adapter)))
     squares = ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0)
     return abs(adapter.scale * adapter.strength) * math.sqrt(float(squares) / max(weight.numel(), 1))
 
 
-def _wide(adapter: Adapter) -> Theta:
+def wide(adapter: Adapter) -> Theta:
     """θ in float64."""
     return adapter.theta_of({name: getattr(adapter, name).detach().to(torch.float64) for name in adapter.tensors})
 
@@ -169,7 +159,7 @@ class _Product:
             return split.permute(*(order.index(k) for k in range(len(order))), len(order))
 
         assert adapter.kind.factors is not None
-        A, B = (factor.detach() for factor in adapter.kind.factors(_wide(adapter)))
+        A, B = (factor.detach() for factor in adapter.kind.factors(wide(adapter)))
         if adapter.rows is not None:
             whole = B.new_zeros(*B.shape[:-2], math.prod(size["o"]), rank)
             whole[..., list(adapter.rows), :] = B

@@ -1,15 +1,19 @@
-"""Activation rewrites, checked: the recorded program of the model itself, with each rewrite done at the uses of its
-weight, is what the adapted model must give.
+"""Activation rewrites, checked: what the recorded program of the adapted model does at each use, and behind each block,
+is what the kind's paper says (`lora_fx.checks.regions`), and all else in it is the model itself.
 
-    y' = around(use, x, θ)        in float64, at the nodes that consume the weight
+Where the two programs are not one but for that (a forward that looks at numbers may take another path), the recorded
+program of the model itself is run with each rewrite done at its place, in the dtype that the model has:
 
-Nothing is shared with what stands in forwards: not the reading of weights, nor the order or the dtype of θ's sums. The
-indices of new tokens are put into the inputs where these are what looks up the table, since no base model runs on them.
+    y' = rewritten(use, x, θ)     at the nodes that consume the weight
+    h' = put_behind(h, ids, θ)      at the marks behind blocks
+
+Nothing is shared with what stands in forwards: neither the reading of weights nor the formulas. New ids are put into
+the inputs where these are what looks up the table, since no base model runs on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +24,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.changes import Undo, safe_point
+from lora_fx.checks.definitions import put_behind, rewritten
 from lora_fx.checks.flow import Flow, Reading
-from lora_fx.checks.oracles import rewritten
+from lora_fx.checks.regions import Mark, call_of, measured, rewrites
 from lora_fx.checks.uses import Coverage, names_of
 from lora_fx.checks.verification import (
     Draws,
@@ -37,13 +42,15 @@ from lora_fx.checks.verification import (
 )
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.realisation import Realisation
+from lora_fx.deltas.rewrites import SEPARATOR
 from lora_fx.errors import CaptureError, essence
 from lora_fx.graph.capture import Inputs, capture_graph
-from lora_fx.graph.forms import Call, find
-from lora_fx.graph.nodes import base_name, call, first_operand, shape_of
+from lora_fx.graph.forms import Call
+from lora_fx.graph.nodes import base_name, call, first_operand
 from lora_fx.graph.own_state import undisturbed
+from lora_fx.graph.places import is_away
 from lora_fx.graph.views import CASTS, COPIES, MOVES
-from lora_fx.model.behind import blocks_of, hidden, with_hidden
+from lora_fx.model.behind import blocks_of, callers, hidden, with_hidden
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Inventory, Storage, inventory
 from lora_fx.model.lookups import Lookups
@@ -61,8 +68,7 @@ def deltas_of(storages: Sequence[Storage]) -> list[Storage]:
 
 def rewrites_of(storages: Sequence[Storage]) -> list[Storage]:
     """The same of what rewrites the results of their uses."""
-    own = [replace(s, adapters=tuple(a for a in s.adapters if is_rewrite(a))) for s in storages]
-    return [storage for storage in own if storage.adapters]
+    return [replace(s, adapters=tuple(own)) for s in storages if (own := rewrites(s))]
 
 
 @dataclass(frozen=True)
@@ -70,40 +76,49 @@ class Checked:
     """What was measured in one mode."""
 
     report: Report
+    """Of the whole model as it runs: against its recorded program where that was measured part by part, and else
+    against the model itself with the rewrites done."""
     rows: tuple[Coverage, ...]
-    """For each use that is rewritten, and for each weight whose uses were not seen."""
+    """For each use that is rewritten, each block that something stands behind, and each weight whose uses were not
+    seen."""
+    apart: bool
+    """Each of them was measured by itself, in float64."""
 
 
 def check_rewritten(model: nn.Module, inputs: Inputs, training: bool, undo: list[Undo]) -> Checked | NotRun:
-    """The adapted model, with the θ it has, against the recorded one with its deltas in the weights and the rewrites
-    at their uses; see `check_once`, whose arguments these are.
+    """The adapted model, with the θ it has, against the model itself with its deltas in the weights and the rewrites at
+    their places; see `check_once`, whose arguments these are.
 
     Raises:
         NotServed: the adapted model does not run.
         CaptureError: the model itself does not, or cannot be recorded.
     """
     here = inventory(model)
-    storages = rewrites_of(here.storages())
+    storages, marks = here.storages(), list[Mark]()
     with in_mode(model, training):
         with unwired(model), with_dense_weights(model, undo):
             try:
-                with _behind_blocks(here, storages):
+                with _marked(here, storages, marks):
                     captured = capture_graph(model, inputs, as_is=True)
                 flow = Flow(captured, storages, here.modules)
             except CaptureError as error:
                 if not training or isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):
                     raise
                 return NotRun(essence(error).partition("\n")[0])
-            _refuse_transformed(model, flow)
-            given = _with_tokens(flow)
-            plain, moved = (_Replay(flow, shaken) for shaken in (False, True))
-            wanted, noise = (replay.outputs(model, given) for replay in (plain, moved))
+        _refuse_transformed(model, flow)
+        places = {n: marks[n.args[2]] for n in captured.graph.nodes if n.target is torch.ops.lora_fx.behind.default}
+        given = _with_tokens(flow, here)
         adapted = run_adapted(model, given)
-    report = compare_all(adapted, wanted, noise)
-    rows = [row for reading in flow.readings for row in _rows(reading, report, plain.effects[reading.node])]
-    seen = {storage for reading in flow.readings for storage in reading.acting.values()}
-    unseen = (_row(s, "", "", Realisation.UNSEEN, problem=_UNSEEN) for s in storages if s not in seen)
-    return Checked(report, (*rows, *unseen))
+        away = any(is_away(*owner) for storage in storages for owner in storage.owners)
+        seen = None if away else measured(model, flow, places, given)
+        if seen is not None:
+            report, rows = compare_all(adapted, seen.outputs, seen.moved), seen.rows
+        else:
+            with unwired(model), with_dense_weights(model, undo):
+                report, rows = _by_replay(model, flow, places, given, adapted)
+    read = {storage for reading in flow.readings for storage in reading.acting.values()}
+    unread = (_row(s, "", "", Realisation.UNSEEN, problem=_UNSEEN) for s in storages if rewrites(s) and s not in read)
+    return Checked(report, (*rows, *unread), seen is not None)
 
 
 _UNSEEN = "the example inputs do not reach it"
@@ -118,34 +133,29 @@ def _refuse_transformed(model: nn.Module, flow: Flow) -> None:
         )
 
 
-def _rows(reading: Reading, report: Report, effect: float) -> list[Coverage]:
-    problem = "" if report else "the whole model is not the one with this rewrite in it"
-    if report and effect <= report.bound:
-        problem = "nothing to measure: on these inputs its output does not depend on the adapters"
-    numbers = effect, report.error, report.bound
-    return [
-        _row(s, reading.module, reading.form, s.adapters[0].realised, *numbers, dtype=report.dtype, problem=problem)
-        for s in reading.acting.values()
-        if s is not None
-    ]
-
-
 def _row(storage: Storage, *rest: Any, **more: Any) -> Coverage:
-    return Coverage(names_of(storage), tuple(a.name for a in storage.adapters), *rest, **more)
+    return Coverage(names_of(storage), tuple(a.name for a in rewrites(storage)), *rest, **more)
+
+
+# ── marks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.library.custom_op("lora_fx::behind", mutates_args=())
+def behind(h: torch.Tensor, ids: torch.Tensor, mark: int) -> torch.Tensor:
+    """h, in a recorded program: there, at the positions of these ids, an adapter stands behind a block."""
+    return h.clone()
 
 
 @contextmanager
-def _behind_blocks(here: Inventory, storages: Sequence[Storage]) -> Iterator[None]:
-    """Inside, the model itself has what stands behind its blocks, by hooks: a program that is recorded has it in it."""
+def _marked(here: Inventory, storages: Sequence[Storage], marks: list[Mark]) -> Iterator[None]:
+    """Inside, a program that is recorded of the model itself has a mark wherever something stands behind a block."""
     ids: dict[Adapter, torch.Tensor] = {}
 
-    def rewrite(adapter: Adapter, tensor: str, block: nn.Module, args: Any, output: Any) -> Any:
-        h, own = hidden(output), ids.get(adapter)
-        if own is None:
+    def mark(own: Mark, block: nn.Module, args: Any, output: Any) -> Any:
+        if own.adapter not in ids:
             return output
-        n, theta = adapter.layout.size("i"), adapter.get_parameter(tensor)
-        rows = theta[(own - n).clamp(min=0, max=len(theta) - 1)].to(h.dtype)
-        return with_hidden(output, torch.where((own < n)[..., None], h, rows))
+        marks.append(own)
+        return with_hidden(output, behind(hidden(output), ids[own.adapter], len(marks) - 1))
 
     def read(adapter: Adapter, table: torch.Tensor, own: torch.Tensor) -> None:
         ids[adapter] = own
@@ -154,10 +164,45 @@ def _behind_blocks(here: Inventory, storages: Sequence[Storage]) -> Iterator[Non
         for storage in storages:
             for adapter in (a for a in storage.adapters if a.kind.behind is not None):
                 for tensor, block in blocks_of(adapter, here.modules).items():
-                    hook = block.register_forward_hook(partial(rewrite, adapter, tensor), prepend=True)
-                    hooks.callback(hook.remove)
+                    paths = here.modules[block]
+                    own = Mark(storage, adapter, _tensor(adapter, paths, tensor), paths[0])
+                    hooks.callback(block.register_forward_hook(partial(mark, own), prepend=True).remove)
                 hooks.enter_context(Lookups(storage.owners, partial(read, adapter)))
         yield
+
+
+def _tensor(adapter: Adapter, paths: Sequence[str], otherwise: str) -> str:
+    """Of θ, that of the block with these paths, as the settings count them.
+
+    Args:
+        otherwise: where the paths are others: of the model as a part of another, or of a part of it.
+    """
+    counted = enumerate(adapter.settings["blocks"].split(SEPARATOR))
+    return next((f"block_{k}" for k, path in counted if path in paths), otherwise)
+
+
+# ── the program of the model itself, with the rewrites done ──────────────────────────────────────────────────────────
+
+
+def _by_replay(
+    model: nn.Module, flow: Flow, marks: Mapping[fx.Node, Mark], given: Inputs, adapted: list[torch.Tensor]
+) -> tuple[Report, tuple[Coverage, ...]]:
+    plain, moved = (_Replay(flow, marks, shaken) for shaken in (False, True))
+    report = compare_all(adapted, *(replay.outputs(model, given) for replay in (plain, moved)))
+    rows = [row for reading in flow.readings for row in _rows(reading, report, plain.effects.get(reading.node, 0.0))]
+    return report, tuple(rows)
+
+
+def _rows(reading: Reading, report: Report, effect: float) -> list[Coverage]:
+    problem = "" if report else "the whole model is not the one with this rewrite in it"
+    if report and effect <= report.bound:
+        problem = "nothing to measure: on these inputs its output does not depend on the adapters"
+    numbers = effect, report.error, report.bound
+    return [
+        _row(s, reading.module, reading.form, s.adapters[0].realised, *numbers, dtype=report.dtype, problem=problem)
+        for s in reading.acting.values()
+        if s is not None and rewrites(s)
+    ]
 
 
 class _Replay(fx.Interpreter):
@@ -167,9 +212,9 @@ class _Replay(fx.Interpreter):
         shaken: round what they give once more, to see what rounding does.
     """
 
-    def __init__(self, flow: Flow, shaken: bool) -> None:
+    def __init__(self, flow: Flow, marks: Mapping[fx.Node, Mark], shaken: bool) -> None:
         super().__init__(flow.captured.module)
-        self.flow, self.draws = flow, Draws(0) if shaken else None
+        self.flow, self.marks, self.draws = flow, marks, Draws(0) if shaken else None
         self.effects: dict[fx.Node, float] = {}
         self._readings = {reading.node: reading for reading in flow.readings}
 
@@ -181,46 +226,41 @@ class _Replay(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         safe_point()
+        if (mark := self.marks.get(node)) is not None:
+            h, ids = (self.env[n] for n in node.args[:2])  # type: ignore[index]
+            return self._rounded(node, put_behind(mark.adapter, mark.tensor, h, ids))
         reading = self._readings.get(node)
-        adapters = [a for s in reading.acting.values() if s is not None for a in s.adapters] if reading else []
+        adapters = [a for s in reading.acting.values() if s is not None for a in rewrites(s)] if reading else []
         if not adapters:
-            if reading is not None:
-                self.effects[node] = 0.0
             return super().run_node(node)
-        found = _call(self.flow, node)
+        found = call_of(self.flow, node)
         assert found is not None, "the plan has refused what is no product"
-        x, plain = self.env[found.x], self._of(node, found, None)
-        use = partial(self._of, node, found)
-        for adapter in sorted(adapters, key=lambda own: own.kind.behind is None):  # it hides new ids from the table
+        use, x = partial(self._of, node, found), self.env[found.x]
+        new = any(a.kind.new_ids(a.settings) for a in adapters)
+        plain = use(x.clamp(max=adapters[0].layout.size("i") - 1) if new else x)
+        for adapter in adapters:
             use = partial(rewritten, adapter, use)
         exact = use(x)
-        self.effects[node] = relative_error(plain, exact, exact) if plain is not None else 1.0
+        self.effects[node] = relative_error(plain, exact, exact)
+        return self._rounded(node, exact)
+
+    def _rounded(self, node: fx.Node, exact: torch.Tensor) -> torch.Tensor:
+        dtype = node.meta["val"].dtype
         if self.draws is not None:
-            exact = exact * dither(exact, torch.finfo(node.meta["val"].dtype).eps / 2, self.draws)
-        return exact.to(node.meta["val"].dtype)
+            exact = exact * dither(exact, torch.finfo(dtype).eps / 2, self.draws)
+        return exact.to(dtype)
 
-    def _of(self, node: fx.Node, found: Call, x: Any) -> Any:
-        """What the op makes of this operand; of None, of the one that has reached it, where it can."""
-        env = {n: self.env[n] for n in node.all_input_nodes}
-        if x is not None:
-            env[found.x] = x
+    def _of(self, node: fx.Node, found: Call, x: Any) -> torch.Tensor:
+        """What the op makes of this operand."""
+        env = {n: self.env[n] for n in node.all_input_nodes} | {found.x: x}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-        try:
-            return call(node, args, kwargs)
-        except IndexError:
-            if x is None:
-                return None  # an index that the table does not have
-            raise
-
-
-def _call(flow: Flow, node: fx.Node) -> Call | None:
-    return find(node.target, node.args, dict(node.kwargs), lambda n: len(shape_of(n)) if n in flow.carriers else None)
+        return call(node, args, kwargs).to(torch.float64)
 
 
 # ── indices of new tokens ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _with_tokens(flow: Flow) -> Inputs:
+def _with_tokens(flow: Flow, here: Inventory) -> Inputs:
     """The inputs, with new tokens in the place of every other one where such are looked up."""
     inputs = flow.captured.inputs
     flat, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
@@ -228,14 +268,21 @@ def _with_tokens(flow: Flow) -> Inputs:
     state = [n for n in flow.captured.graph.nodes if n.op == "placeholder"]
     leaves = dict(zip([n for n in state if n not in flow.captured.tensors], which, strict=True))
     for reading in flow.readings:
-        adapters = [a for s in reading.acting.values() if s is not None for a in s.adapters]
-        counts = [count for a in adapters if (count := a.kind.new_ids(a.settings))]
-        found = _call(flow, reading.node)
+        adapters = [a for s in reading.acting.values() if s is not None for a in rewrites(s)]
+        counts = [count for a in adapters if (count := a.kind.new_ids(a.settings)) and _in_call(a, reading, here)]
+        found = call_of(flow, reading.node)
         given = None if found is None or not found.form.looks_up else leaves.get(_source(found.x))
         if given is not None and counts:
             flat[given] = _mixed(flat[given], adapters[0].layout.size("i"), min(counts))
     args, kwargs = pytree.tree_unflatten(flat, spec)
     return Inputs(args, kwargs)
+
+
+def _in_call(adapter: Adapter, reading: Reading, here: Inventory) -> bool:
+    """Whether new ids may be looked up there: those of blocks, in a call of the module that these are in."""
+    calls = [path for module, paths in here.modules.items() if adapter in callers(module) for path in paths]
+    inside = any(not path or f"{reading.module}.".startswith(f"{path}.") for path in calls)
+    return adapter.kind.behind is None or inside
 
 
 def _source(node: Any) -> Any:

@@ -288,27 +288,36 @@ class _Use:
         if node in self.drawn:
             return self.drawn[node]
         value = tensor if (tensor := self.flow.captured.tensors.get(node)) is not None else self.env[node]
-        return pytree.tree_map_only(torch.Tensor, _widened, value) if self.wide else value
+        return pytree.tree_map_only(torch.Tensor, widened, value) if self.wide else value
 
     def _run(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-        """One op; what it writes is a copy, since the model itself has yet to write there."""
-        if self.wide and base_name(node) == "view" and any(isinstance(a, torch.dtype) for a in node.args):
-            raise TypeError("the bits of a float64 are not those of the narrower number")
-        written = written_by(node)
-
-        def given(argument: Any) -> Any:
-            if isinstance(argument, fx.Node):
-                own = value(argument)
-                return own.clone() if argument in written else own
-            return _widened(argument) if self.wide else argument
-
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), given)  # type: ignore[misc]
-        if self.wide and base_name(node) == "_grouped_mm":
-            return grouped_mm(*args, **kwargs)  # type: ignore[arg-type]  # as the schema has them
-        return call(node, args, kwargs)
+        return run_apart(node, value, self.wide)
 
 
-def _widened(value: Any) -> Any:
+def run_apart(node: fx.Node, value: Callable[[fx.Node], Any], wide: bool = True) -> Any:
+    """One op, apart from the model; what it writes is a copy, since the model itself has yet to write there.
+
+    Args:
+        value: its operands.
+        wide: in float64, with what asks for a narrower dtype left out.
+    """
+    if wide and base_name(node) == "view" and any(isinstance(a, torch.dtype) for a in node.args):
+        raise TypeError("the bits of a float64 are not those of the narrower number")
+    written = written_by(node)
+
+    def given(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            own = value(argument)
+            return own.clone() if argument in written else own
+        return widened(argument) if wide else argument
+
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), given)  # type: ignore[misc]
+    if wide and base_name(node) == "_grouped_mm":
+        return grouped_mm(*args, **kwargs)  # type: ignore[arg-type]  # as the schema has them
+    return call(node, args, kwargs)
+
+
+def widened(value: Any) -> Any:
     """A tensor, or a dtype that is asked for: in float64, or complex128, where it is no integer."""
     if isinstance(value, torch.dtype):
         return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value

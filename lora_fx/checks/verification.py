@@ -525,6 +525,8 @@ def with_dense_weights(
     draws = Draws(1)
     with undone(undo):
         for storage in inventory(model).storages():
+            if not any(adapter.kind.is_delta for adapter in storage.adapters):  # the weight stays what it is
+                continue
             parameter = storage.parameter
             least = torch.finfo(parameter.dtype).eps / 2
             step = None if rounding is None else max(rounding.get(storage_of(parameter), 0.0), least)

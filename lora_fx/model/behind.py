@@ -1,6 +1,6 @@
 """Code around the forwards of whole modules, for what stands behind blocks.
 
-    call:    a call of it begins and ends       the least module in which the table is read and the blocks run
+    call:    a call of it begins and ends       the least module in which the table is read and blocks run
     block:   h  →  h' = behind(h, ids, θ)       h is what it gives, or the first of that
 
 What is around them is kept on the modules; a class of ours runs it (`lora_fx.model.classes`).
@@ -82,10 +82,11 @@ def with_hidden(output: Any, h: Any) -> Any:
 # ── on modules ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def stand(adapter: Adapter, call: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
-    """Have an adapter behind these blocks: tensor of θ → block."""
+def stand(adapter: Adapter, calls: Iterable[nn.Module], blocks: Mapping[str, nn.Module]) -> None:
+    """Have an adapter behind these blocks, tensor of θ → block, in calls of these modules."""
     words = adapter.layout.size("i")
-    call.__dict__[_CALL] = (*callers(call), adapter)
+    for call in calls:
+        call.__dict__[_CALL] = (*callers(call), adapter)
     for tensor, block in blocks.items():
         block.__dict__[_BEHIND] = (*behind(block), Behind(adapter, tensor, words))
 

@@ -308,7 +308,7 @@ class Histories(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.isfolded and "second" not in self.names)
     @rule(
-        kind=st.sampled_from(["lora", "dora", "full", "bias", "bottleneck"]),
+        kind=st.sampled_from(["lora", "dora", "full", "bias", "bottleneck", "compacter"]),
         check=st.booleans(),
         seed=_SEED,
         then=_THEN,
@@ -316,6 +316,7 @@ class Histories(RuleBasedStateMachine):
     def apply_a_second(self, kind: str, check: bool, seed: int, then: int | None) -> None:
         settings: dict[str, Any] = {"rank": 1} if "rank" in kind_named(kind).settings else {}
         settings |= {} if kind_named(kind).is_delta else {"otherwise": "skip"}  # not every use can have a rewrite
+        settings |= {"settings": {"n": 1}} if kind == "compacter" else {}  # which divides every number of features
         try:
             self._insert("second", Rule(when=EVERYTHING.when, kind=kind, **settings), check)
         except LoraFxError as error:
@@ -326,7 +327,7 @@ class Histories(RuleBasedStateMachine):
         self._then(then)
 
     @precondition(lambda self: not self.isfolded and self.names)
-    @rule(tensor=st.sampled_from(["A", "B"]), frozen=st.booleans(), then=_THEN)
+    @rule(tensor=st.sampled_from(["A", "B", "shared"]), frozen=st.booleans(), then=_THEN)
     def freeze(self, tensor: str, frozen: bool, then: int | None) -> None:
         self._live(lambda life: life.freeze(tensor, frozen))
         self._then(then)

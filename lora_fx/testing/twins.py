@@ -17,7 +17,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -193,6 +193,8 @@ class _Record:
     """Of a kind that is no product of factors: a copy, asked for what its kind says δ is."""
     blocks: list[tuple[nn.Module, str]]
     """Behind which it stands, with the tensor of θ for each."""
+    lent: dict[str, _Record] = field(default_factory=dict)
+    """Tensors of θ that another one of its name has, for both."""
     active: bool = True
     strength: float = 1.0
     trained: tuple[str, ...] = ()
@@ -220,6 +222,9 @@ class _Record:
     def rewrites(self) -> bool:
         """It is no delta of the weight."""
         return self.other is not None and not self.other.kind.is_delta
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.lent[name].tensors[name] if name in self.lent else self.tensors[name]
 
     def act(self, strength: float) -> None:
         """θ of what does not act, at strength 0, does not train; of what acts again it trains as it did."""
@@ -282,12 +287,14 @@ class Dense(Life):
         for place in here.places:
             if place.adapter.name == name:
                 owners.setdefault(place.adapter, []).append((self.model.get_submodule(place.path), place.attribute))
-        new = []
+        new = dict[Adapter, _Record]()
         for adapter, own in owners.items():
             found = blocks_of(adapter, here.modules).items()
             blocks = [(self.model.get_submodule(here.modules[block][0]), tensor) for tensor, block in found]
-            new.append(_Record.of(adapter, own, blocks))
-        self.model.__dict__[_RECORDS] = [*self.records, *new]
+            new[adapter] = _Record.of(adapter, own, blocks)
+        for adapter, record in new.items():
+            record.lent |= {t: new[adapter.owner(t)] for t in adapter.tensors if adapter.owner(t) is not adapter}
+        self.model.__dict__[_RECORDS] = [*self.records, *new.values()]
 
     def activate(self, strengths: Mapping[str, float]) -> None:
         for record in self.records:
@@ -478,11 +485,11 @@ class _Rewriting(TorchFunctionMode):
 
     def _around(self, record: _Record, use: Callable[[Any], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         other: Any = record.other
-        dtypes = {name: self._own(record, name, other.dtype) for name in record.tensors}
+        dtypes = {name: self._own(record, name, other.dtype) for name in other.tensors}
         return other.kind.around(Using(x, use, other.space), other.theta_of(dtypes))
 
     def _own(self, record: _Record, tensor: str, dtype: torch.dtype) -> torch.Tensor:
-        return self.moved(record.tensors[tensor], dtype)
+        return self.moved(record.tensor(tensor), dtype)
 
     def _behind(self, record: _Record, tensor: str, block: nn.Module, args: Any, output: Any) -> Any:
         ids, h = self.ids.get(id(record)), hidden(output)

@@ -85,6 +85,11 @@ def of_rewrites(name: str) -> tuple[str, ...]:
     return (f"{REWRITES}::test_{name}",)
 
 
+def of_rewrite_checks(name: str) -> tuple[str, ...]:
+    """This test of the check of rewrites, without its ``test_``."""
+    return (f"tests/test_rewrite_check.py::test_{name}",)
+
+
 COMBINE = "tests/test_combine.py"
 
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, GRADIENTS, MEMORY, Mutant, of_kinds, of_rewrites, of_sites
+from tests.mutants.table import (
+    GAPS,
+    GRADIENTS,
+    MEMORY,
+    Mutant,
+    of_kinds,
+    of_prefixes,
+    of_rewrite_checks,
+    of_rewrites,
+    of_sites,
+)
 
 ROWS = (
     # ── verification ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -226,19 +236,19 @@ ROWS = (
         'flat[given] = _mixed(flat[given], adapters[0].layout.size("i"), min(counts))',
         "pass",
         "The self-check never looks a new token up.",
-        tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
+        tests=of_rewrite_checks("what_cannot_be_told_apart_is_checked_as_a_whole"),
     ),
     Mutant(
         "check_rewrites_nothing", "rewrites", "lora_fx/checks/rewritten.py",
         "use = partial(rewritten, adapter, use)",
         "pass",
         "A model is held against the one without its rewrites.",
-        tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
+        tests=of_rewrite_checks("what_cannot_be_told_apart_is_checked_as_a_whole"),
     ),
     Mutant(
         "nothing_behind_blocks_is_checked", "rewrites", "lora_fx/checks/rewritten.py",
-        '                for tensor, block in blocks_of(adapter, here.modules).items():',
-        '                for tensor, block in ():',
+        "                for tensor, block in blocks_of(adapter, here.modules).items():",
+        "                for tensor, block in ():",
         "The model is held against one whose blocks give what they gave.",
         tests=of_rewrites("a_certificate_has_a_row_for_each_use"),
     ),
@@ -248,5 +258,80 @@ ROWS = (
         "if not training:",
         "Where memory is short in train mode, the check says that the model has none, and lets the adapter pass.",
         tests=of_rewrites("memory_that_is_short_in_train_mode_is_no_mode_that_the_model_lacks"),
+    ),
+    Mutant(
+        "rewrites_unchecked_by_themselves", "rewrites", "lora_fx/checks/certification.py",
+        "if isinstance(checked, Checked) and checked.apart:", "if False:",
+        "Only the whole model is looked at, where rounding in bfloat16 hides a small fault.",
+        tests=of_rewrite_checks("apply_sees_a_small_fault_of_a_rewrite_in_bfloat16"),
+    ),
+    Mutant(
+        "some_new_ids_are_looked_up", "rewrites", "lora_fx/checks/regions.py",
+        "new = torch.arange(words, words + count, device=like.device)",
+        "new = torch.arange(words, words + min(count, 2), device=like.device)",
+        "Of many new tokens the first two are looked up by the check.",
+        tests=of_rewrite_checks("apply_sees_a_small_fault_of_a_rewrite_in_bfloat16"),
+    ),
+    Mutant(
+        "blocks_as_they_stand", "rewrites", "lora_fx/checks/rewritten.py",
+        'return next((f"block_{k}" for k, path in counted if path in paths), otherwise)', "return otherwise",
+        "Which θ belongs behind a block is asked of the block itself.",
+        tests=of_rewrite_checks("apply_sees_blocks_in_another_order"),
+    ),
+    Mutant(
+        "regions_compute_with_anything", "rewrites", "lora_fx/checks/alignment.py",
+        "set(map(seen, own.all_input_nodes)) - self.adapted.pure <= known", "True",
+        "What stands behind a block is taken for a part of the use that follows.",
+        tests=of_prefixes("a_block_that_a_graph_calls_stays_a_call"),
+    ),
+    Mutant(
+        "regions_read_any_theta", "rewrites", "lora_fx/checks/alignment.py",
+        "self._theta(own) <= theta", "self._theta(own) is not None",
+        "A rewrite is taken for a part of the next use.",
+        tests=of_rewrite_checks("of_two_rewrites_behind_each_other_each_is_seen"),
+    ),
+    Mutant(
+        "casts_to_the_same_are_steps", "rewrites", "lora_fx/checks/alignment.py",
+        "(value.dtype, value.device, value.shape, value.stride()) !=", "None !=",
+        "Where ids are cast to what they are, the programs are not found to be one.",
+        tests=of_rewrite_checks("what_is_right_is_seen_to_be_in_float64"),
+    ),
+    Mutant(
+        "deltas_left_out_of_a_rewritten_use", "rewrites", "lora_fx/checks/regions.py",
+        "return not self.sums and self.aligned.same(self.reading.node, self.use)",
+        "return self.aligned.same(self.reading.node, self.use)",
+        "A rewrite around a weight with deltas is held against that of the plain weight.",
+        tests=of_rewrites("it_stands_around_the_deltas_and_a_later_one_around_an_earlier_one"),
+    ),
+    Mutant(
+        "tables_are_widened", "rewrites", "lora_fx/checks/regions.py",
+        "        wide = not self.as_stored\n", "        wide = True\n",
+        "A table as large as a vocabulary is looked up as a float64 copy.",
+        tests=of_rewrite_checks("a_table_is_looked_up_as_it_is"),
+    ),
+    Mutant(
+        "ids_are_gone", "rewrites", "lora_fx/checks/regions.py",
+        "[node for node in freed if node not in kept]", "freed",
+        "What a table was read with is freed before the blocks behind which something stands run.",
+        tests=of_rewrite_checks("what_is_right_is_seen_to_be_in_float64"),
+    ),
+    Mutant(
+        "norm_of_the_definition", "rewrites", "lora_fx/checks/definitions.py",
+        "_EPSILON = 1e-5", "_EPSILON = 1e-6",
+        "The check has another ε than torch's LayerNorm.",
+        tests=of_rewrite_checks("what_is_right_is_seen_to_be_in_float64"),
+    ),
+    Mutant(
+        "what_is_unlike_passes", "rewrites", "lora_fx/checks/rewritten.py",
+        "report, rows = _by_replay(model, flow, places, given, adapted)",
+        "report, rows = compare_all(adapted, adapted, adapted), ()",
+        "Where the programs are not one, nothing is looked at.",
+        tests=of_rewrite_checks("what_cannot_be_told_apart_is_checked_as_a_whole"),
+    ),
+    Mutant(
+        "new_ids_for_every_stack", "rewrites", "lora_fx/checks/rewritten.py",
+        "return adapter.kind.behind is None or inside", "return True",
+        "The check gives new tokens to a stack behind whose blocks nothing stands.",
+        tests=of_prefixes("each_stack_of_an_encoder_decoder_has_the_ids_of_its_own_calls"),
     ),
 )  # fmt: skip

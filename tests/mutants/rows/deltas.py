@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import CHECKPOINTS, GAPS, Mutant, of_combine, of_kinds, of_prefixes, of_principal, of_rewrites
+from tests.mutants.table import (
+    CHECKPOINTS,
+    GAPS,
+    HISTORIES,
+    Mutant,
+    of_combine,
+    of_kinds,
+    of_prefixes,
+    of_principal,
+    of_rewrites,
+)
 
 ROWS = (
     # ── the algebra: factors, scale, forms ───────────────────────────────────────────────────────────────────────────
@@ -1039,6 +1049,13 @@ ROWS = (
         "if False:",
         "A bottleneck behind a convolution narrows positions.",
         tests=of_rewrites("what_has_no_such_use_is_refused_by_name"),
+    ),
+    Mutant(
+        "shared_trains_in_its_owner_alone", "rewrites", "lora_fx/deltas/adapter.py",
+        "return getattr(owners[name], name) if name in owners",
+        "return getattr(owners[name], name).detach() if name in owners",
+        "What adapters have in common gets its gradient from one of them.",
+        tests=(f"{HISTORIES}::test_a_history_of_what_adapters_have_in_common",),
     ),
     Mutant(
         "shared_starts_again", "rewrites", "lora_fx/deltas/adapter.py",

@@ -35,9 +35,15 @@ ROWS = (
     ),
     Mutant(
         "slower_without_an_interval", "paper", "lora_fx/paper/latency.py",
-        "slower than the base\", own.above(again), seen", "slower than the base\", own.median > 1 or None, seen",
+        "slower = True if own.low > 1 else False", "slower = True if own.median > 1 else False",
         "An adapter counts as slower though it is not told apart from the base.",
         tests=(f"{SERVING}::test_an_adapter_that_is_not_told_apart_is_not_slower",),
+    ),
+    Mutant(
+        "one_session_of_the_base", "paper", "lora_fx/paper/latency.py",
+        "o.ratio[system] / math.sqrt(o.ratio[AGAIN])", "o.ratio[system]",
+        "An adapter is held against one session of the base, whose place in memory counts in full.",
+        tests=(f"{SERVING}::test_openings_that_scatter_are_paired_with_both_sessions_of_the_base",),
     ),
     Mutant(
         "most_of_any", "paper", "lora_fx/paper/latency.py",

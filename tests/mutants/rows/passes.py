@@ -469,8 +469,22 @@ ROWS = (
         tests=of_prefixes("axes_that_cannot_be_told_apart_are_refused"),
     ),
     Mutant(
+        "one_call_for_all_stacks", "rewrites", "passes/blocks.py",
+        "tuple(dict.fromkeys(max(watch.calls[path], key=len) for path in able))",
+        "tuple(dict.fromkeys(min(watch.calls[path], key=len) for path in able))",
+        "An encoder that is called by itself, as generate() does, knows no ids.",
+        tests=of_prefixes("each_stack_of_an_encoder_decoder_has_the_ids_of_its_own_calls"),
+    ),
+    Mutant(
+        "readings_of_all_calls", "rewrites", "passes/blocks.py",
+        "told = [call for call in read if not call.own.mixed]",
+        "told = [call for call in read if not read[0].own.mixed]",
+        "What an encoder reads stands in the way of its decoder's blocks.",
+        tests=of_prefixes("each_stack_of_an_encoder_decoder_has_the_ids_of_its_own_calls"),
+    ),
+    Mutant(
         "two_readings_planned", "rewrites", "passes/blocks.py",
-        '        if mixed:',
+        "        if read and not told:",
         '        if False:',
         "The plan takes a block whose positions are of either of two readings.",
         tests=of_prefixes("two_readings_before_a_block_are_refused"),
