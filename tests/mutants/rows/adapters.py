@@ -354,4 +354,16 @@ ROWS = (
         "A config that says pissa starts with B = 0 at random directions.",
         tests=("tests/test_peft_configs.py::test_starts_in_what_a_weight_is_made_of",),
     ),
+    Mutant(
+        "a_resized_row_that_was_trained_counts_twice", "files", "export/adapters/beside.py",
+        "        return more_rows((base", "        own = set()\n        return more_rows((base",
+        "A row of a resized vocabulary that was trained as a token's is added twice.",
+        tests=("tests/test_peft_beside.py::test_a_resized_vocabulary",),
+    ),
+    Mutant(
+        "a_resized_base_lies_beside_its_trained_rows", "files", "export/adapters/beside.py",
+        "UNDER_TOKENS if alike else \".\"", "\".\"",
+        "A resized base weight is written where PEFT, which trains rows of it, does not look.",
+        tests=("tests/test_peft_beside.py::test_a_resized_vocabulary",),
+    ),
 )  # fmt: skip
