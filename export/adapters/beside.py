@@ -243,8 +243,8 @@ def shift_key(layer: Layer) -> str:
     return f"{PREFIX}{layer.path}.lora_B.bias"
 
 
-def shift(folder: Folder, layer: Layer, bias: nn.Parameter | None, scale: float) -> Saved:
-    """Of `lora_bias`: what a layer's branch adds to the bias of its base."""
+def shift(folder: Folder, layer: Layer, bias: tuple[int, ...] | None, scale: float) -> Saved:
+    """Of `lora_bias`: what a layer's branch adds to the bias of its base, which has this shape."""
     key = shift_key(layer)
     value, place = folder.tensors.get(key), folder.tensor(key)
     if value is None:
@@ -252,16 +252,16 @@ def shift(folder: Folder, layer: Layer, bias: nn.Parameter | None, scale: float)
     if bias is None:
         reason = f"lora_bias: the branch has a bias, and {layer.target} has none for it to be added to"
         refuse(place, reason, "give the layer one, of zeros, before you load")
-    if tuple(value.shape) != tuple(bias.shape):
+    if tuple(value.shape) != bias:
         refuse(
             place,
-            f"its shape is {tuple(value.shape)}, and the bias of {layer.target} wants {tuple(bias.shape)}",
+            f"its shape is {tuple(value.shape)}, and the bias of {layer.target} wants {bias}",
             ITS_BASE,
         )
     theta = {
         "shift": (value.double() * scale).to(value.dtype if value.dtype.itemsize >= 4 else torch.float32).reshape(-1, 1)
     }
-    layout = Layout("o", tuple(bias.shape))
+    layout = Layout("o", bias)
     part = "" if folder.config.get("bias") in (None, "none") else "branch"  # beside that of the base
     return Saved((f"{layer.target}.bias",), kind_named("bias"), theta, layout, None, {}, place, part=part)
 

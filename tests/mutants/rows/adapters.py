@@ -127,7 +127,7 @@ ROWS = (
     ),
     Mutant(
         "another_embedding_accepted", "files", "export/adapters/beside.py",
-        "return first if first and bool(other[first:].all()) else None", "return first",
+        "return rows if rows == last and rows[0] > 0 else None", "return rows",
         "An embedding of another base is taken for one whose vocabulary was resized.",
         tests=("tests/test_peft_beside.py",),
     ),
