@@ -255,7 +255,8 @@ def load_adapter(
 
     Where `name` is that of an adapter in the model, its numbers are replaced: in the same parameters, so that nothing
     is traced or compiled anew. Of a lower rank the rest is zeros; alpha follows the file, strength and schedule stay,
-    and so does what an optimizer remembers of the old numbers. The file must be for the same weights.
+    and so does what an optimizer remembers of the old numbers. On weights that the file has nothing for the adapter
+    begins anew, δ = 0; for a further weight it is refused.
 
     What `save_adapter` wrote comes back bit for bit: factors, scale, rows, roles, dropout. What PEFT wrote means here
     what it means there: an adapter on a module acts where that module reads its weight, and nowhere else. Factors are
@@ -278,7 +279,7 @@ def load_adapter(
 
     Raises:
         FileError: a file is missing, damaged, made for another model, or uses what lora_fx does not compute; or it
-            cannot replace the adapter: other weights, another kind, a rank for which there is no room.
+            cannot replace the adapter: further weights, another kind, a rank for which there is no room.
         LoraFxError: the model cannot be adapted there. The model is bitwise what it was, each time.
     """
     if name is not None and name in inventory(model).names:

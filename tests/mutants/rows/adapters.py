@@ -338,9 +338,27 @@ ROWS = (
     ),
     Mutant(
         "replaced_in_part", "files", "export/adapters/replace.py",
-        "        if not there.intersection(place.weights):\n", "        if False:\n",
+        "            _begin_anew(place)\n", "            pass\n",
         "A file that has nothing for some of the weights leaves the old numbers there.",
+        tests=("tests/test_replace.py::test_where_a_file_has_nothing_the_adapter_adds_nothing",),
+    ),
+    Mutant(
+        "replaced_for_one_of_two_modules", "files", "export/adapters/replace.py",
+        "if there and not there.intersection(place.weights):", "if False:",
+        "What PEFT trained for one of two modules that share a weight acts in both.",
         tests=("tests/test_replace.py::test_what_does_not_fit_is_refused_and_the_model_is_what_it_was",),
+    ),
+    Mutant(
+        "begun_anew_in_all_its_room", "files", "export/adapters/replace.py",
+        "    adapter.put({name: own[name][tuple(map(slice, shape))].clone() for name, shape in shapes.items()})\n", "",
+        "What begins anew has numbers behind its ranks, which no file can hold.",
+        tests=("tests/test_replace.py::test_where_a_file_has_nothing_the_adapter_adds_nothing",),
+    ),
+    Mutant(
+        "a_swap_draws_random_numbers", "files", "export/adapters/replace.py",
+        "with torch.no_grad(), torch.random.fork_rng(devices):", "with torch.no_grad():",
+        "Other numbers in place change what the next dropout draws.",
+        tests=("tests/test_replace.py::test_where_a_file_has_nothing_the_adapter_adds_nothing",),
     ),
     Mutant(
         "replaced_for_good", "files", "export/adapters/replace.py",
