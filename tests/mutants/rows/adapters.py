@@ -384,4 +384,16 @@ ROWS = (
         "A resized base weight is written where PEFT, which trains rows of it, does not look.",
         tests=("tests/test_peft_beside.py::test_a_resized_vocabulary",),
     ),
+    Mutant(
+        "scales_are_not_baked_for_dialects", "files", "export/adapters/files.py",
+        "files = as_peft(model, held, name, one_rank=bake_scales)", "files = as_peft(model, held, name)",
+        "A baked file of kohya's has an alpha for each rank, of which diffusers reads one.",
+        tests=("tests/test_adapter_dialects.py::test_a_file_of_several_alphas_says_who_misreads_it",),
+    ),
+    Mutant(
+        "several_alphas_unsaid", "files", "export/adapters/files.py",
+        "    if len(alphas) > 1:\n", "    if False:\n",
+        "A kohya file that diffusers reads wrongly is written without a word.",
+        tests=("tests/test_adapter_dialects.py::test_a_file_of_several_alphas_says_who_misreads_it",),
+    ),
 )  # fmt: skip
