@@ -396,4 +396,10 @@ ROWS = (
         "A kohya file that diffusers reads wrongly is written without a word.",
         tests=("tests/test_adapter_dialects.py::test_a_file_of_several_alphas_says_who_misreads_it",),
     ),
+    Mutant(
+        "classes_of_a_program", "files", "export/adapters/dialects.py",
+        "        _refuse_classless(model, folder)\n", "        pass\n",
+        "A file of PEFT's for an exported program is said to be damaged.",
+        tests=("tests/test_graph_module.py::test_an_adapter_goes_into_a_program_in_our_own_format",),
+    ),
 )  # fmt: skip
