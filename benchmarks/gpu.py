@@ -45,7 +45,7 @@ class Part:
 
     def command(self, table: Path, dry: bool) -> list[str]:
         if not self.script:
-            return [sys.executable, "-m", "pytest", "-q", "-n", "0", str(TESTS)]
+            return [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:benchmark", str(TESTS)]
         own = [*self.dry, "--tiny", "--rounds", "1"] if dry else self.options
         return [sys.executable, "-W", "ignore", str(HERE / self.script), "--json", str(table), *own]
 
@@ -56,10 +56,9 @@ LLAMA = ("--only", "llama.*")
 PARTS = (
     Part("tests", "", (), 60),
     Part(
-        "apply and certify 7B", "real_size.py",
-        (*CUDA, "--layers", "32", "--width", "4096", "--inner", "11008"), 110,
+        "apply, certify and fold 7B", "real_size.py",
+        (*CUDA, "--layers", "32", "--width", "4096", "--inner", "11008"), 120,
     ),
-    Part("fold 7B", "folding.py", (*CUDA, "--rounds", "1", "--gib", "13"), 80),
     Part(
         "training, large", "training.py",
         (*BF16, *LLAMA, "--hidden", "4096", "--layers", "8", "--tokens", "2048", "--rounds", "5"), 75, LLAMA,
@@ -73,6 +72,7 @@ PARTS = (
         (*BF16, *LLAMA, "--compile", "--hidden", "4096", "--layers", "2", "--tokens", "2048", "--rounds", "5"),
         60, LLAMA,
     ),
+    Part("products", "products.py", ("--rounds", "8"), 60),
     Part("experts", "experts.py", (*BF16, "--sizes", "64", "2048", "1408", "--tokens", "128", "--rounds", "5"), 25),
     Part("ONNX Runtime", "onnx_graphs.py", ("--part", "latency", *CUDA, "--rounds", "20"), 30, ("--part", "latency")),
 )  # fmt: skip

@@ -1,9 +1,10 @@
-"""apply, load_adapter and certify at real size: a Llama of 1.1 billion parameters in bfloat16, all projections adapted.
+"""apply, load_adapter, certify and fold at real size: a Llama of 1.1 billion parameters in bfloat16, all projections.
 
     python benchmarks/real_size.py [--device cuda] [--layers 16] [--width 2048] [--rounds 1]
 
-Every measurement in a process of its own. Needs transformers (the `test` extra). 7 billion parameters on a GPU:
-``--device cuda --layers 32 --width 4096 --inner 11008``.
+On a CPU every measurement is in a process of its own. PEFT's merge is that of adapters in float32, as it makes them,
+and in bfloat16. Needs peft and transformers (the `test` extra). 7 billion parameters on a GPU: ``--device cuda --layers
+32 --width 4096 --inner 11008``.
 """
 
 from __future__ import annotations
@@ -79,15 +80,35 @@ class Peak:
         return (self.most - self.first) / 2**20
 
 
+def fill(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.02)
+
+
 def action(what: str, model: torch.nn.Module, inputs: dict, folder: str) -> Callable[[], Any]:
     """What is timed; what it needs is made before."""
     if what == "forward":
         return lambda: model(**inputs)
     if what.startswith("apply"):
         return lambda: lora_fx.apply(model, RULE, inputs, check=what == "apply")
+    if what.startswith("merge"):
+        import peft
+
+        config = peft.LoraConfig(r=RULE.rank, lora_alpha=16, target_modules=r".*_proj")
+        theirs = peft.get_peft_model(model, config, autocast_adapter_dtype=what == "merge")
+        fill(theirs)
+        return theirs.merge_and_unload
     lora_fx.apply(model, RULE, inputs, check=False)
+    fill(model)
     if what == "certify":
         return lambda: lora_fx.certify(model, inputs)
+    if what.startswith("fold"):
+        return lambda: lora_fx.fold(model, final=what == "fold for good")
+    if what == "unfold":
+        lora_fx.fold(model)
+        return lambda: lora_fx.unfold(model)
     lora_fx.save_adapter(model, folder)
     lora_fx.remove(model, "default")
     return lambda: lora_fx.load_adapter(model, folder, inputs, check=what == "load_adapter")
@@ -101,6 +122,8 @@ def run(what: str, options: argparse.Namespace) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         measured = action(what, model, inputs, folder)
         with Peak(options.device) as peak:
+            if options.device == "cuda":
+                torch.cuda.synchronize()
             start = time.perf_counter()
             result = measured()
             if options.device == "cuda":
@@ -121,6 +144,8 @@ def in_a_process(what: str, options: argparse.Namespace) -> tuple[float, float]:
 WHAT = {
     "forward": "forward", "apply(check=False)": "apply unchecked", "apply": "apply",
     "load_adapter(check=False)": "load_adapter unchecked", "load_adapter": "load_adapter", "certify": "certify",
+    "fold": "fold", "unfold": "unfold", "fold(final=True)": "fold for good", "PEFT's merge": "merge",
+    "PEFT's merge, bfloat16": "merge bfloat16",
 }  # fmt: skip
 
 
@@ -138,7 +163,7 @@ def main() -> None:
     if options.run:
         print(*run(options.run, options))
         return
-    measured = run if options.tiny else in_a_process
+    measured = run if options.tiny or options.device == "cuda" else in_a_process
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in WHAT}
     for _ in range(options.rounds):
         for name, what in WHAT.items():
@@ -146,7 +171,7 @@ def main() -> None:
     seconds = {name: statistics.median(s for s, _ in values) for name, values in found.items()}
     unchecked = seconds["apply(check=False)"]
     rows = [
-        (name, f"{seconds[name]:.1f}", f"{seconds[name] / unchecked:.2f}", f"{max(m for _, m in found[name]):.0f}")
+        (name, f"{seconds[name]:.3g}", f"{seconds[name] / unchecked:.2f}", f"{max(m for _, m in found[name]):.0f}")
         for name in WHAT
     ]
     title = f"Real size: Llama, {options.layers} layers, {options.width} wide, bfloat16, 16 tokens"

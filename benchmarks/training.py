@@ -5,7 +5,8 @@
 With one thread (`OMP_NUM_THREADS=1`) it is the time that this thread computes, whatever else the machine does.
 
 The floor computes every gradient that a step must pass through, and no adapter: nothing that trains adapters in the
-first layer can be faster. Needs peft and transformers (the `test` extra).
+first layer can be faster. Beside a base of lower precision PEFT keeps adapters in float32, and computes in that, too;
+"PEFT, cast" has them in the base's dtype, which is faster. Needs peft and transformers (the `test` extra).
 """
 
 from __future__ import annotations
@@ -117,11 +118,15 @@ def with_lora_fx(base: nn.Module, inputs: dict[str, Any], case: Case, **settings
     return lora_fx.apply(copy.deepcopy(base), rule, short, check=False)
 
 
-def with_peft(base: nn.Module, case: Case) -> nn.Module:
+def with_peft(base: nn.Module, case: Case, cast: bool = False) -> nn.Module:
+    """
+    Args:
+        cast: the adapters are of the base's dtype.
+    """
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=case.targets, lora_dropout=case.dropout, use_dora=case.kind == "dora"
     )
-    return peft.get_peft_model(copy.deepcopy(base), config)
+    return peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=not cast)
 
 
 def floor(base: nn.Module) -> nn.Module:
@@ -144,6 +149,17 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> None:
     loss(model, inputs).backward()
     for parameter in model.parameters():
         parameter.grad = None
+
+
+def peak_bytes(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """The most memory that a step takes on a GPU, above what was taken before."""
+    step(model, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(model, inputs)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def saved_bytes(model: nn.Module, inputs: dict[str, Any]) -> int:
@@ -198,7 +214,10 @@ def main() -> None:
         title += " by schedule"
         header = ("", "auto, ms", "branch / auto", "in_place / auto", "fused / auto", "dense / auto")
     else:
-        header = ("", "lora_fx, ms", "/ PEFT", "/ floor", "PEFT / floor", "full / PEFT", "saved for backward / PEFT")
+        header = (
+            "", "lora_fx, ms", "/ PEFT", "/ PEFT, cast", "/ floor", "PEFT / floor", "full / PEFT",
+            "saved for backward / PEFT", "a step's memory, GiB: lora_fx, PEFT, cast, floor",
+        )  # fmt: skip
     report(f"{title}: {', '.join(names)}, rank {RANK}", header, rows, options)
 
 
@@ -225,7 +244,12 @@ def _row(case: Case, size: Size, options: Any) -> tuple[str, ...]:
             "floor": floor(base),
             "full": copy.deepcopy(base),
         }
+        if options.dtype != "float32":
+            models["PEFT, cast"] = with_peft(base, case, cast=True)
         saved = saved_bytes(models["lora_fx"], inputs) / saved_bytes(models["PEFT"], inputs)
+        of = [name for name in ("lora_fx", "PEFT", "PEFT, cast", "floor") if name in models]
+        on_gpu = options.device == "cuda"
+        memory = ", ".join(f"{peak_bytes(models[name], inputs) / 2**30:.2f}" for name in of) if on_gpu else ""
     if options.compile:
         for model in models.values():
             model.compile()
@@ -234,10 +258,11 @@ def _row(case: Case, size: Size, options: Any) -> tuple[str, ...]:
     if options.schedules:
         return (case.name, f"{1e3 * times.median('auto'):.0f}",
                 *(shown(times.ratio(n, "auto")) for n in ("branch", "in_place", "fused", "dense")))  # fmt: skip
+    cast = shown(times.ratio("lora_fx", "PEFT, cast")) if "PEFT, cast" in models else ""
     return (
-        case.name, f"{1e3 * times.median('lora_fx'):.0f}", shown(times.ratio("lora_fx", "PEFT")),
+        case.name, f"{1e3 * times.median('lora_fx'):.0f}", shown(times.ratio("lora_fx", "PEFT")), cast,
         shown(times.ratio("lora_fx", "floor")), shown(times.ratio("PEFT", "floor")),
-        shown(times.ratio("full", "PEFT")), f"{saved:.2f}",
+        shown(times.ratio("full", "PEFT")), f"{saved:.2f}", memory,
     )  # fmt: skip
 
 

@@ -67,8 +67,14 @@ def test_call_overhead_runs(run):
 
 
 REAL_SIZE = [
-    "forward", "apply(check=False)", "apply", "load_adapter(check=False)", "load_adapter", "certify",
+    "forward", "apply(check=False)", "apply", "load_adapter(check=False)", "load_adapter", "certify", "fold", "unfold",
+    "fold(final=True)", "PEFT's merge", "PEFT's merge, bfloat16",
 ]  # fmt: skip
+
+
+def test_the_kernels_of_products_compute_what_they_say():
+    pytest.importorskip("triton")
+    assert command("products.py", "--tiny", "--rounds", "1").count("16×16, 32, 4 warps") == 9
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import run
-from lora_fx.deltas import exact_sum
+from lora_fx.deltas import exact_sum, one_pass, triton_route
 from lora_fx.graph.capture import Inputs, no_fast_paths, normalize_inputs
 from lora_fx.passes import fold as folding
 from tests import reference
@@ -95,6 +95,32 @@ def test_a_fold_and_an_unfold_wait_for_the_device_twice_each(monkeypatch, dtype,
             finally:
                 torch.cuda.set_sync_debug_mode(before)
         assert len([w for w in caught if "synchronizing" in str(w.message)]) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_kernels_of_one_pass_are_the_branch_and_its_gradients(monkeypatch, dtype, dropout):
+    """As large as they are taken, beside torch's ops on the same numbers, with the same elements dropped."""
+    assert triton_route.available(torch.device("cuda", torch.cuda.current_device()))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 1536), torch.nn.Linear(1536, 1024)).to("cuda", dtype)
+    x = torch.randn(4, 2048, 1024, device="cuda", dtype=dtype).requires_grad_()
+    lora_fx.apply(model, Rule(where="*", rank=8, dropout=dropout), x.detach()[:1, :8])
+    reference.fill(model)
+    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+    taken, honest = [], one_pass.matmul
+    monkeypatch.setattr(one_pass, "matmul", lambda *args: taken.append(1) or honest(*args))
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        y = model.train()(x)
+        return [y.detach(), *torch.autograd.grad(y.float().square().mean(), trained)]
+
+    ours = gradients()
+    assert taken == [1, 1] and all(map(torch.equal, ours, gradients()))
+    monkeypatch.setattr(one_pass, "takes", lambda *args: False)
+    for own, plain in zip(ours, gradients(), strict=True):  # some roundings of the dtype on each way
+        assert float((own - plain).norm() / plain.norm()) <= 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.deltas import rematerialization, schedules
+from lora_fx.deltas import dropping, rematerialization, schedules
 from tests import reference
 
 
@@ -103,6 +103,45 @@ def test_gradients_are_the_bits_they_were(monkeypatch, schedule, dropout, dtype)
     for a, b in zip(found, gradients(model, x), strict=True):
         assert torch.equal(a, b)
     assert any(recipe is not None for recipe in made)
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """Dropout as torch takes it on a GPU: one op, which keeps its mask."""
+    monkeypatch.setattr(dropping, "_draws", lambda x: False)
+    monkeypatch.setattr(F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0])
+
+
+def test_of_dropout_on_a_gpu_its_mask_is_kept_and_nothing_else(native):
+    model, x = adapted("fused", 0.25)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = sorted(size for place, size in kept(model(x)).items() if place not in own)
+    lora_fx.deactivate(model)
+    base = sorted(size for place, size in kept(model(x)).items() if place not in own)
+    masks, down = [6 * width for width in (16, 16, 24)], [6 * 2 * 8] * 3  # bytes: of the sites' inputs; x·Aᵀ, of rank 2
+    assert sorted([*base, *masks, *down]) == sizes
+
+
+def test_what_dropout_on_a_gpu_made_is_made_again(native, monkeypatch):
+    model, x = adapted("fused", 0.25)
+    found = gradients(model, x)
+    monkeypatch.setattr(rematerialization, "_masked", lambda *args: None)
+    for a, b in zip(found, gradients(model, x), strict=True):
+        assert torch.equal(a, b)
+    _, *factors = found
+    assert all(bool(factor.any()) for factor in factors)
+
+
+def test_second_derivatives_reach_through_the_dropout_of_a_gpu(native):
+    model, x = adapted("fused", 0.25)
+
+    def function(x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return model(x)
+
+    reads = (x, *trained(model)[:2])
+    assert torch.autograd.gradcheck(function, reads)
+    assert torch.autograd.gradgradcheck(function, reads)
 
 
 @pytest.mark.parametrize("schedule", ["fused", "dense"])

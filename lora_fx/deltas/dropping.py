@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 
+from lora_fx.deltas import one_pass
 from lora_fx.deltas.compiled_schedules import ORDINARY
 from lora_fx.graph.capture import recording
 
@@ -32,9 +33,11 @@ class BranchDropout(nn.Dropout):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name for it
         p = self.p
-        if torch.compiler.is_compiling() or not (self.training and _LEAST <= p <= 1 - _LEAST and _draws(input)):
+        if torch.compiler.is_compiling() or not (self.training and _LEAST <= p <= 1 - _LEAST):
             return F.dropout(input, p, self.training, self.inplace)
-        return input * kept(input, p)
+        if _draws(input):
+            return input * kept(input, p)
+        return one_pass.Dropped.of(input, p) if one_pass.may_drop(input) else F.dropout(input, p, True, self.inplace)
 
 
 def _draws(x: Any) -> bool:

@@ -1,18 +1,25 @@
 """What autograd keeps anyway is not kept a second time.
 
 The input of an adapted matmul is often a product: of a norm's weight and what it normalised, of a gate and what it lets
-through. The multiplication keeps its operands for a backward of its own. So the branch keeps those, which takes no
-memory, and multiplies them again in its backward: to the same bits, because it is the same operation on them.
+through; or dropout made it, of its mask and of what the branch reads beside. The multiplication keeps its operands for
+a backward of its own. So the branch keeps those, which takes no memory, and multiplies them again in its backward: to
+the same bits, because it is the same operation on them. (Of torch's own dropout on a GPU but for the last bit of the
+number that it scales with, which it takes once from the probability in float32, once in float64.)
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 import torch
+
+from lora_fx.deltas import triton_route
 
 _DEPTH = 4  # operations: deeper ones cost more time than they are worth memory
 _SHARED = "lora_fx: the product, made again"
@@ -43,7 +50,8 @@ class Recipe:
             return self.make(operands).reshape(self.shape)
         shared = self.shared
         if shared.value is None:
-            shared.value, shared.left = self.make(operands), shared.users
+            value = _in_one_pass(self.make, operands)
+            shared.value, shared.left = self.make(operands) if value is None else value, shared.users
         value = shared.value.reshape(self.shape)
         shared.left -= 1
         if shared.left == 0:
@@ -57,7 +65,7 @@ def recipe(tensor: torch.Tensor, source: torch.Tensor | None = None) -> Recipe |
     A node that was freed, or whose operands or result were written to since, gives None, too.
 
     Args:
-        source: a tensor that may be kept besides: the one that a dropout mask was multiplied with.
+        source: what dropout may have made it of: a tensor that is kept besides, unless it can be made again itself.
     """
     node = tensor.grad_fn
     if node is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -82,7 +90,7 @@ def pack(tensors: Sequence[Any], source: torch.Tensor) -> tuple[list[Any], list[
     """What to save in the place of these tensors (or None), and how `unpack` makes them again from that.
 
     Args:
-        source: what dropout made all of them of but the first, which is kept in any case.
+        source: what dropout made all of them of but the first.
     """
     recipes = [None if t is None else recipe(t, source if k else None) for k, t in enumerate(tensors)]
     saved: list[Any] = []
@@ -97,13 +105,50 @@ def unpack(saved: Iterator[Any], recipes: Sequence[Recipe | None]) -> list[Any]:
 
 
 def _masked(node: Any, operands: list[torch.Tensor], source: torch.Tensor | None) -> _Make | None:
-    """`source` times a tensor without a gradient, as dropout multiplies."""
-    if source is None or source.grad_fn is None or node is None or node.name() != "MulBackward0":
+    """`source` times a tensor without a gradient, as dropout multiplies; or with the mask of torch's own on a GPU."""
+    if source is None or source.grad_fn is None or node is None or not node.next_functions:
         return None
-    if node.next_functions[0][0] is not source.grad_fn or node._saved_self is not None:
+    if node.next_functions[0][0] is not source.grad_fn:
         return None
-    operands += source, node._saved_other
-    return lambda kept: kept[0] * kept[1]
+    if node.name() == "NativeDropoutBackward0":
+        mask, scale = node._saved_result1, 1 / (1 - node._saved_p) if node._saved_p < 1 else 0.0
+        drop = partial(torch.ops.aten.native_dropout_backward, scale=scale)
+    elif node.name() == "MulBackward0" and node._saved_self is None:
+        mask, drop = node._saved_other, operator.mul
+    else:
+        return None
+    before = recipe(source)
+    operands += [source, mask] if before is None else [*before.operands, mask]
+    again = itemgetter(0) if before is None else before.again
+    return lambda kept: drop(again(kept[:-1]), kept[-1])
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An operand that autograd keeps."""
+
+    at: int
+
+    def __call__(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        return kept[self.at]
+
+
+@dataclass(frozen=True)
+class _Times:
+    left: _Make
+    right: _Make
+
+    def __call__(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.left(kept) * self.right(kept)
+
+
+@dataclass(frozen=True)
+class _Cast:
+    value: _Make
+    dtype: torch.dtype
+
+    def __call__(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.value(kept).to(self.dtype)
 
 
 def _product(node: Any, operands: list[torch.Tensor], depth: int) -> _Make | None:
@@ -112,15 +157,39 @@ def _product(node: Any, operands: list[torch.Tensor], depth: int) -> _Make | Non
         return None
     if node.name() == "ToCopyBackward0":
         cast, dtype = _product(node.next_functions[0][0], operands, depth - 1), node._input_metadata[0].dtype
-        return None if cast is None else lambda kept: cast(kept).to(dtype)
+        return None if cast is None else _Cast(cast, dtype)
     if node.name() != "MulBackward0":
         return None
     sides: list[_Make] = []
     for kept, (before, _) in zip((node._saved_self, node._saved_other), node.next_functions, strict=True):
-        side = itemgetter(len(operands)) if kept is not None else _product(before, operands, depth - 1)
+        side = _Kept(len(operands)) if kept is not None else _product(before, operands, depth - 1)
         if side is None:
             return None
         operands += [] if kept is None else [kept]
         sides.append(side)
-    left, right = sides
-    return lambda kept: left(kept) * right(kept)
+    return _Times(*sides)
+
+
+def _in_one_pass(make: _Make, kept: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """What a norm's weight and a cast make of what it normalised, on a GPU where a kernel takes one pass for the three
+    of torch's ops; None for anything else."""
+    match make:
+        case _Times(_Kept() as weight, _Cast(_Times(_Kept() as left, _Kept() as right), dtype)):
+            pass
+        case _Times(_Cast(_Times(_Kept() as left, _Kept() as right), dtype), _Kept() as weight):
+            pass
+        case _:
+            return None
+    w, a, b = weight(kept), left(kept), right(kept)
+    if w.dtype is not dtype or dtype not in triton_route.HALF or not a.dtype is b.dtype is torch.float32:
+        return None
+    shape = torch.broadcast_shapes(w.shape, a.shape, b.shape)
+    if math.prod(shape) < triton_route.LARGE or len(shape) < 2 or not triton_route.available(w.device):
+        return None
+    try:
+        flat = [t.detach().expand(shape).view(-1, shape[-1]) for t in (w, a, b)]
+    except RuntimeError:  # its rows do not lie evenly
+        return None
+    from lora_fx.deltas import gpu_kernels
+
+    return gpu_kernels.multiplied(*flat).view(shape)

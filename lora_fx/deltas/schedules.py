@@ -25,7 +25,7 @@ import torch
 from torch import fx
 from torch.autograd import forward_ad
 
-from lora_fx.deltas import costs, kernels, rematerialization
+from lora_fx.deltas import costs, kernels, one_pass, rematerialization
 from lora_fx.deltas.compiled_schedules import ORDINARY, compiled, may_compile
 from lora_fx.deltas.kernels import Terms, loses_nothing
 from lora_fx.graph.capture import recording
@@ -60,6 +60,10 @@ def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Terms, schedule: str)
         return weight.tracer.create_proxy("call_function", matmul, (op, x, weight, bias, terms, schedule), {})
     if schedule == BRANCH or not may_schedule(x, weight, bias, terms):
         return kernels.branch(op, x, weight, bias, terms)
+    if weight.is_cuda:
+        if schedule in (AUTO, FUSED) and one_pass.takes(x, weight, terms):
+            return one_pass.matmul(op, x, weight, bias, terms)
+        terms = one_pass.made(terms)
     if schedule == AUTO and x.numel() <= TINY and weight.dim() == 2:
         return kernels.in_place(op, x, weight, bias, terms)
     needed = False
