@@ -154,9 +154,13 @@ class Pipeline:
             The model, the facts, and what each pass did.
 
         Raises:
-            PipelineError: a condition does not hold between two passes.
+            PipelineError: the model is no module, or a condition does not hold between two passes.
             LoraFxError: a pass refuses; the model is bitwise what it was.
         """
+        if not isinstance(model, nn.Module):
+            program = isinstance(model, torch.export.ExportedProgram)
+            remedy = "pass copy.deepcopy(program.module())" if program else "pass the model itself"
+            raise PipelineError(f"{type(model).__name__} is no torch.nn.Module", place=self.name, remedy=remedy)
         steps: list[Step] = []
         with ExitStack() as outside, changing(model, self.name) as undo, ExitStack() as inside:
             facts = Facts(undo, inside, outside)

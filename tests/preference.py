@@ -1,22 +1,25 @@
-"""TRL's trainers on an adapted model: SFT, then DPO and GRPO with the model itself as their reference. Run by hand:
+"""TRL's trainers on an adapted model: SFT, and those that want a reference with the model itself for it. By hand:
 
     pip install trl && python -m tests.preference
 
-A small Llama with a tokenizer made here, on Python's own documentation; nothing is downloaded. DPO and GRPO run twice,
-with `lora_fx.reference(model)` and with a second model, and must end in the same bits; the bytes of all tensors that
-are alive are counted in both, and for TRL with PEFT.
+A small Llama with a tokenizer made here, on Python's own documentation; nothing is downloaded. Each runs with a second
+model and with `lora_fx.reference(model)`, given to it or as a block around its construction, and must end in the same
+bits; the bytes of all tensors that are alive are counted in all, and for TRL with PEFT.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import importlib
 import itertools
 import os
 import random
 import sys
 import tempfile
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -99,8 +102,9 @@ def losses(trainer: Any, what: str = "loss") -> tuple[float, float]:
     return sum(found[:5]) / 5, sum(found[-5:]) / 5
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items())
+def same(model: nn.Module, wanted: dict[str, torch.Tensor]) -> bool:
+    found = model.state_dict()
+    return found.keys() == wanted.keys() and all(torch.equal(t, wanted[name]) for name, t in found.items())
 
 
 def sft(folder: Path, tokenizer: Any) -> list[str]:
@@ -116,70 +120,103 @@ def sft(folder: Path, tokenizer: Any) -> list[str]:
     return ["SFT", "{:.3f} → {:.3f}".format(*losses(trainer)), f"checkpoint {size:,} bytes, the base {whole:,}"]
 
 
-def dpo(folder: Path, tokenizer: Any) -> list[list[str]]:
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
-
+def pairs() -> list[dict[str, str]]:
     rng = random.Random(0)
-    rows = [
+    return [
         {"prompt": " ".join(s[:6]), "chosen": " " + " ".join(s[6:]), "rejected": " " + " ".join(rng.sample(s[6:], 6))}
         for s in sentences()
     ]
 
-    def run(model: nn.Module, name: str, **more: Any) -> tuple[Any, int]:
-        arguments = settings(DPOConfig, folder / name, max_length=24)
-        data = Dataset.from_list(rows)
-        trainer = DPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, **more)
+
+def labelled() -> list[dict[str, Any]]:
+    names = ("chosen", "rejected")
+    return [
+        {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
+        for pair in pairs()
+        for name in names
+    ]
+
+
+def reward(completions: list[str], **rest: Any) -> list[float]:
+    return [sum(len(word) < 5 for word in own.split()) / 8 for own in completions]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A trainer of TRL's that wants a reference, and what it is given."""
+
+    name: str
+    module: str
+    rows: list[dict[str, Any]]
+    settings: dict[str, Any]
+    others: dict[str, Any] = field(default_factory=dict)
+    given: bool = False
+    """It takes `ref_model`; others load it by themselves."""
+    copies: bool = False
+    """It copies the model for want of one."""
+    what: str = "loss"
+
+    def run(self, folder: Path, tokenizer: Any, model: nn.Module, block: Any = None, **more: Any) -> tuple[Any, int]:
+        """The trainer after its steps, and the bytes alive before the first one."""
+        from datasets import Dataset
+
+        module = importlib.import_module(self.module)
+        arguments = settings(getattr(module, f"{self.name}Config"), folder / self.name, **self.settings)
+        data = Dataset.from_list(self.rows)
+        with block or contextlib.nullcontext():
+            trainer = getattr(module, f"{self.name}Trainer")(
+                model, args=arguments, train_dataset=data, processing_class=tokenizer, **self.others, **more
+            )
         held = alive()
+        torch.manual_seed(2)
         return train(trainer), held
 
-    before = alive()
-    model = adapted(folder)
-    one, mine = run(model, "dpo", ref_model=lora_fx.reference(model))
-    mine -= before
-    found, kept = losses(one), copy.deepcopy(model)
-    del one, model
-    before = alive()
-    two, theirs = run(adapted(folder), "dpo2", ref_model=loaded(folder))
-    theirs -= before
-    bits = same(kept, two.model)
-    del two, kept
+
+def methods() -> list[Method]:
+    prompts = [{"prompt": " ".join(s[:4])} for s in sentences()]
+    online = dict(num_generations=4, max_completion_length=8)
+    rewarded: dict[str, Any] = dict(others={"reward_funcs": reward}, what="reward")
+    return [
+        Method("DPO", "trl", pairs(), dict(max_length=24), given=True),
+        Method("KTO", "trl", labelled(), dict(max_length=24), given=True),
+        Method("GRPO", "trl", prompts, dict(online, beta=0.04), **rewarded),
+        Method("RLOO", "trl", prompts, dict(online, beta=0.04), **rewarded),
+        Method("GMPO", "trl.experimental.gmpo", prompts, dict(online, beta=0.04), **rewarded),
+        Method(
+            "OnlineDPO", "trl.experimental.online_dpo", prompts, dict(max_new_tokens=8, max_length=24),
+            others={"reward_funcs": reward}, given=True, copies=True,
+        ),
+    ]  # fmt: skip
+
+
+def compared(method: Method, folder: Path, tokenizer: Any) -> list[list[str]]:
+    """With the model as its own reference, in each way that there is; and with a second model."""
+    from peft import LoraConfig
+
+    def started(block: bool = False, given: bool = False) -> tuple[Any, int]:
+        gc.collect()
+        before, model = alive(), adapted(folder)
+        own = lora_fx.reference(model)
+        more = {"ref_model": own} if given else {}
+        trainer, held = method.run(folder, tokenizer, model, own if block else None, **more)
+        return trainer, held - before
+
+    second, theirs = started()
+    kept, found = copy.deepcopy(second.model.state_dict()), losses(second, method.what)
+    del second
+    rows = [[f"{method.name}, a second model", "{:.3f} → {:.3f}".format(*found), f"{theirs:,}"]]
+    ways = {"reference(model)": dict(given=True)} if method.given else {}
+    ways |= {} if method.copies else {"with reference(model):": dict(block=True)}
+    for way, how in ways.items():
+        one, mine = started(**how)
+        rows.append([f"{method.name}, {way}", f"the same bits: {same(one.model, kept)}", f"{mine:,}"])
+        del one
+    gc.collect()
     before = alive()
     config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
-    third, pefts = run(loaded(folder), "dpo3", peft_config=config)
-    return [
-        ["DPO, reference(model)", "{:.3f} → {:.3f}".format(*found), f"{mine:,} bytes alive before the first step"],
-        ["DPO, a second model", f"the same bits: {bits}", f"{theirs:,}"],
-        ["DPO, PEFT", "{:.3f} → {:.3f}".format(*losses(third)), f"{pefts - before:,}"],
-    ]
-
-
-def grpo(folder: Path, tokenizer: Any) -> list[list[str]]:
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-    from trl.trainer.utils import add_fused_lm_head
-
-    def reward(completions: list[str], **rest: Any) -> list[float]:
-        return [sum(len(word) < 5 for word in own.split()) / 8 for own in completions]
-
-    data = Dataset.from_list([{"prompt": " ".join(s[:4])} for s in sentences()])
-    trained = []
-    for beta in (0.0, 0.04):
-        model = adapted(folder)
-        more = dict(num_generations=4, max_completion_length=8, beta=beta)
-        arguments = settings(GRPOConfig, folder / f"grpo{beta}", **more)
-        trainer = GRPOTrainer(model, reward, args=arguments, train_dataset=data, processing_class=tokenizer)
-        if not beta:  # with one model in memory: TRL loads a second where beta is set when the trainer is made
-            trainer.ref_model, trainer.beta = lora_fx.reference(model), 0.04
-            add_fused_lm_head(trainer.ref_model, temperature=trainer.temperature)
-        torch.manual_seed(2)
-        trained.append(train(trainer))
-    one, two = trained
-    return [
-        ["GRPO, reference(model)", "reward {:.3f} → {:.3f}".format(*losses(one, "reward")), f"β = {one.beta}"],
-        ["GRPO, a second model", f"the same bits: {same(one.model, two.model)}", f"β = {two.beta}"],
-    ]
+    third, pefts = method.run(folder, tokenizer, loaded(folder), peft_config=config)
+    rows.append([f"{method.name}, PEFT", "{:.3f} → {:.3f}".format(*losses(third, method.what)), f"{pefts - before:,}"])
+    return rows
 
 
 def main() -> int:
@@ -187,8 +224,10 @@ def main() -> int:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = made(Path(folder))
-        rows = [sft(Path(folder), tokenizer), *dpo(Path(folder), tokenizer), *grpo(Path(folder), tokenizer)]
-    print(table(["trainer", "result", ""], rows))
+        rows = [sft(Path(folder), tokenizer)]
+        for method in methods():
+            rows += compared(method, Path(folder), tokenizer)
+    print(table(["trainer", "result", "bytes alive before the first step"], rows))
     return int(any("False" in cell for cell in itertools.chain(*rows)))
 
 

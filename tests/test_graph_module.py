@@ -15,6 +15,7 @@ import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.checks.verification import compare, run
 from lora_fx.graph.capture import normalize_inputs
+from lora_fx.model.inventory import inventory
 from tests import reference
 
 RULE = Rule(where="*", rank=2, alpha=3)
@@ -314,3 +315,22 @@ def test_without_example_inputs_the_branch_acts_too():
     reference.fill(gm)
     dense = reference.run_dense(base, reference.dense_weights(gm), normalize_inputs(base, X))[0]
     assert_equal_up_to_rounding(output(gm), dense)
+
+
+def test_an_adapter_goes_into_a_program_in_our_own_format(tmp_path):
+    """PEFT's says what a layer is by its class, and an exported program has none; the remedy is what is done here."""
+    x = torch.randn(3, 6, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double().eval()
+    program = torch.export.export(model, (x,))
+    lora_fx.apply(model, Rule(where="0", rank=2), x)
+    with torch.no_grad():
+        for adapter in inventory(model).adapters:
+            adapter.B.normal_()
+    lora_fx.save_adapter(model, tmp_path / "theirs")
+    lora_fx.save_adapter(model, tmp_path / "own", peft=False)
+    with pytest.raises(LoraFxError, match=r"ExportedProgram is no torch.nn.Module\n.*copy.deepcopy\(program.module"):
+        lora_fx.load_adapter(program, tmp_path / "own", x)
+    with pytest.raises(LoraFxError, match=r"comes from torch.export\n.*peft=False"):
+        lora_fx.load_adapter(copy.deepcopy(program.module()), tmp_path / "theirs", x)
+    loaded = lora_fx.load_adapter(copy.deepcopy(program.module()), tmp_path / "own", x)
+    assert lora_fx.verify(loaded, model, x) and lora_fx.verify(lora_fx.fold(loaded), model, x)

@@ -22,6 +22,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.model.inventory import inventory
 from lora_fx.testing import histories
 from lora_fx.testing.agreement import Comparison
 from lora_fx.testing.twins import World
@@ -144,6 +145,8 @@ def test_every_kind_of_step_in_one_history():
     state.train_two_steps(inputs=1)
     state.apply_a_second(kind="dora", check=False, seed=2, then=0)
     state.train_step(inputs=2)
+    state.replace(name="second", seed=3, part=False, then=0)
+    state.train_step(inputs=2)
     state.scale(factor=-1.25, then=0)
     state.cast_and_back(dtype=torch.bfloat16, then=0)
     state.call_a_copy_in(dtype=torch.bfloat16, inputs=1)
@@ -162,7 +165,37 @@ def test_every_kind_of_step_in_one_history():
     state.change_and_train("model.log.clear()", inputs=2)
     state.call(inputs=0, gradients="inference")
     state.teardown()
-    assert state.counts == {"steps": 24, "histories": 1}
+    assert state.counts == {"steps": 26, "histories": 1}
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
+
+
+def test_a_part_of_an_adapter_is_replaced_and_the_rest_begins_anew():
+    state = histories(two_layers, sequences())()
+    state.apply(check=False, training=True, seed=1)
+    state.train_step(inputs=0)
+    state.replace(name="default", seed=2, part=True, then=0)
+    assert [bool(place.adapter.B.any()) for place in inventory(state.lives[0].model).places] == [True, False]
+    state.train_two_steps(inputs=0)
+    state.replace(name="default", seed=3, part=False, then=1)
+    state.fold(then=0)
+    state.teardown()
+    assert state.counts == {"steps": 6, "histories": 1}
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [("_begin_anew", "2.weight, begun anew, differs"), ("_New.write", r"θ\['0.weight: default.A'\] differs")],
+)
+def test_old_numbers_that_stay_are_found(lost, says, monkeypatch):
+    monkeypatch.setattr(f"lora_fx.export.adapters.replace.{lost}", lambda *_: None)
+    state = histories(two_layers, sequences())()
+    state.apply(check=False, training=True, seed=1)
+    with pytest.raises(AssertionError, match=says):
+        state.replace(name="default", seed=2, part=True, then=None)
+    state.teardown()
 
 
 # ── power ────────────────────────────────────────────────────────────────────────────────────────────────────────────

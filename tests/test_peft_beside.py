@@ -235,8 +235,12 @@ def test_a_classifier_of_pefts_exports(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("targets", [Q, ["embed_tokens", "lm_head", *Q]], ids=["beside", "beneath"])
-def test_a_resized_vocabulary(tied, targets, tmp_path):
+@pytest.mark.parametrize(
+    ("targets", "tokens"),
+    [(Q, None), (["embed_tokens", "lm_head", *Q], None), (Q, [21, 3]), (Q, [20, 21, 22, 23])],
+    ids=["beside", "beneath", "some rows trained", "its rows trained"],
+)
+def test_a_resized_vocabulary(tied, targets, tokens, tmp_path):
     """The last rows of the base's embedding stand in the file: here they are an adapter."""
 
     def make(blank: bool = True) -> nn.Module:
@@ -246,7 +250,7 @@ def test_a_resized_vocabulary(tied, targets, tmp_path):
             table.weight.data[20:] = 0
         return model
 
-    config = dict(target_modules=targets, ensure_weight_tying=tied and len(targets) > 1)
+    config = dict(target_modules=targets, ensure_weight_tying=tied and len(targets) > 1, trainable_token_indices=tokens)
     theirs = peft.get_peft_model(fresh(lambda: make(False)), peft.LoraConfig(r=2, lora_alpha=3, **config)).eval()
     fill(theirs)
     with warnings.catch_warnings():
@@ -267,7 +271,8 @@ def test_a_resized_vocabulary(tied, targets, tmp_path):
     for model, holds in ((ours, True), (by_them, True), (lora_fx.fold(ours), True), (base, False)):
         assert bool(compare(result(model), wanted, wanted, floors[0][1], torch.float32)) == holds
     small = fresh(lambda: lm(tied))
-    reason = r"the file has 24 rows.*and the model 20[\s\S]*resize_token_embeddings" if targets is Q else "base model"
+    what = "are no rows of a table of 20" if tokens else "the file has 24 rows.*and the model 20"
+    reason = rf"{what}[\s\S]*resize_token_embeddings" if targets is Q else "base model"
     with pytest.raises(FileError, match=reason):
         load_adapter(small, tmp_path / "a", IDS)
 

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import compare, noise_floors
-from lora_fx.errors import FileError, LoraFxError
+from lora_fx.errors import AdapterError, FileError, LoraFxError
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
 from lora_fx.export.adapters.pretrained import MARK
 from lora_fx.graph.capture import Inputs
@@ -272,6 +284,81 @@ def test_the_reference_is_the_base_to_the_bit_without_memory(base):
     assert torch.equal(logits_of(model), before) and not torch.equal(before, logits(plain))
     for module in ref.modules():
         assert module is ref  # nobody who walks over it finds the model
+
+
+def as_trainers_load(model, **options):
+    """What TRL's trainers do for want of a reference."""
+    config = AutoConfig.from_pretrained(model.config._name_or_path)
+    wanted = dict(dtype=model.dtype, attn_implementation=model.config._attn_implementation, device_map=None)
+    return getattr(transformers, config.architectures[0]).from_pretrained(
+        model.config._name_or_path, **{**wanted, "trust_remote_code": False, **options}
+    )
+
+
+def test_inside_its_block_who_loads_the_base_gets_the_reference(base, tmp_path):
+    model, plain = adapted(base), AutoModelForCausalLM.from_pretrained(base).eval()
+    plain.save_pretrained(tmp_path)
+    before = PreTrainedModel.__dict__["from_pretrained"]
+    with lora_fx.reference(model) as ref:
+        assert as_trainers_load(model) is ref and AutoModelForCausalLM.from_pretrained(base) is ref
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM  # another folder
+        assert type(AutoModel.from_pretrained(base)) is LlamaModel  # another class
+        with ThreadPoolExecutor(1) as other:
+            assert type(other.submit(as_trainers_load, model).result()) is LlamaForCausalLM
+        second = adapted(tmp_path)
+        with lora_fx.reference(second) as inner:
+            assert as_trainers_load(second) is inner and as_trainers_load(model) is ref
+    assert PreTrainedModel.__dict__["from_pretrained"] is before
+    assert type(as_trainers_load(model)) is LlamaForCausalLM
+    with torch.no_grad():
+        model.model.norm.weight.copy_(plain.model.norm.weight)
+    assert torch.equal(logits_of(ref), logits(plain))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(dtype=torch.float16), dict(dtype="bfloat16"), dict(attn_implementation="eager"), dict(num_labels=3)],
+    ids=str,
+)
+def test_a_block_refuses_another_model_than_its_own(base, options):
+    model = adapted(base)
+    with pytest.raises(LoraFxError, match=f"{next(iter(options))}=.* asks for another model"), lora_fx.reference(model):
+        as_trainers_load(model, **options)
+    assert type(as_trainers_load(model, **options)) is LlamaForCausalLM
+
+
+def test_a_block_that_makes_no_reference_says_so(base):
+    with pytest.warns(UserWarning, match="nothing inside the block has loaded"), lora_fx.reference(adapted(base)):
+        pass
+    with pytest.raises(KeyError), lora_fx.reference(adapted(base)):  # of its own, without the warning
+        raise KeyError
+    made = lora_fx.apply(LlamaForCausalLM(LlamaConfig(**SIZE)), RULES, {"input_ids": IDS}, check=False)
+    with pytest.raises(LoraFxError, match="was not loaded by from_pretrained"), lora_fx.reference(made):
+        pass
+
+
+def test_a_reference_of_no_adapter_and_modules_of_its_own_are_refused(base):
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(LoraFxError, match="its base is the model that trains"):
+        lora_fx.reference(plain)(input_ids=IDS)
+    with pytest.raises(LoraFxError, match="no modules and parameters of its own"):  # TRL's cast_lm_head_to_fp32
+        lora_fx.reference(adapted(base)).lm_head = plain.lm_head
+
+
+def test_adapters_that_are_named_act_in_the_reference(base):
+    model = adapted(base, name="sft")
+    before = logits(model)
+    known = {key: t.clone() for key, t in lora_fx.reference(model, "sft").state_dict().items()}
+    lora_fx.apply(model, RULES, {"input_ids": IDS}, name="dpo", check=False)
+    reference.fill(model, seed=5)
+    with torch.no_grad():
+        for key, value in known.items():
+            model.state_dict()[key].copy_(value)
+    ref = lora_fx.reference(model, "sft")
+    assert not torch.equal(logits(model), before) and ref.state_dict().keys() == known.keys()
+    assert torch.equal(logits_of(ref), before)
+    with pytest.raises(AdapterError, match="there is no adapter 'other'"):
+        lora_fx.reference(model, "other")
 
 
 @torch.no_grad()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
@@ -205,8 +207,25 @@ def test_strength_and_activity_stay_unless_asked(tmp_path):
     assert torch.equal(model(X), loaded(second)(X))
 
 
-def _other_weights(folder):
-    return saved(folder, seed=3, where="0"), "nothing for 2.weight"
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "pissa", "full", "bottleneck"])
+def test_where_a_file_has_nothing_the_adapter_adds_nothing(tmp_path, kind):
+    """And it may be trained, and replaced, and saved from there."""
+    settings = {"pissa": {"rank": 2}, "bottleneck": {"rank": 2}}.get(kind, {})
+    whole, part = (saved(tmp_path / where, 1, kind, where, **settings) for where in ("[02]", "0"))
+    model = loaded(whole, name="a", max_rank=3) if kind in ("lora", "dora") else loaded(whole, name="a")
+    parameters, before = [*model.parameters()], torch.get_rng_state()
+    lora_fx.load_adapter(model, part, name="a")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
+    wanted = loaded(part, name="a")
+    assert torch.equal(model(X), wanted(X)) and not torch.equal(model(X), loaded(whole, name="a")(X))
+    assert (acting(model), lora_fx.adapters(model)) == ({"a": True}, {"a": ["0.weight", "2.weight"]})
+    model(X).square().sum().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in model[2].parameters())
+    lora_fx.save_adapter(model, tmp_path / "again", name="a", peft=kind == "lora")
+    assert torch.equal(loaded(tmp_path / "again", name="a")(X), wanted(X))
+    lora_fx.load_adapter(model, whole, name="a")
+    assert torch.equal(model(X), loaded(whole, name="a")(X))
 
 
 def _further_weights(folder):
@@ -214,6 +233,18 @@ def _further_weights(folder):
     lora_fx.apply(model, Rule(where="0", kind="bias"), X)
     lora_fx.save_adapter(model, folder / "further", peft=False)
     return folder / "further", "is not on 0.bias"
+
+
+def _one_of_two(folder):
+    """Two layers share a weight, and PEFT's file is for one of them."""
+    path = saved(folder, seed=7)
+    file = path / "adapter_model.safetensors"
+    save_file({key: t for key, t in load_file(file).items() if key.split(".")[2] in "04"}, file)
+    said = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(
+        json.dumps({**said, "target_modules": ["0", "4"], "target_parameters": None})
+    )
+    return path, r"nothing for 3.weight, which is one weight with 4.weight here"
 
 
 def _higher_rank(folder):
@@ -226,7 +257,6 @@ def _other_kind(folder):
 
 def _nan(folder):
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
 
     path = saved(folder, seed=6)
     file = path / "adapter_model.safetensors"
@@ -242,7 +272,7 @@ def _nowhere(folder):
     return folder / "nowhere", "nowhere"
 
 
-@pytest.mark.parametrize("broken", [_other_weights, _further_weights, _higher_rank, _other_kind, _nan, _nowhere])
+@pytest.mark.parametrize("broken", [_further_weights, _one_of_two, _higher_rank, _other_kind, _nan, _nowhere])
 def test_what_does_not_fit_is_refused_and_the_model_is_what_it_was(tmp_path, broken):
     model = loaded(saved(tmp_path), max_rank=3)
     path, says = broken(tmp_path)

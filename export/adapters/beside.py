@@ -32,6 +32,8 @@ from lora_fx.reading import refuse
 
 KINDS = ("full", "bias")
 TOKENS = "token_adapter.trainable_tokens_delta"
+UNDER_TOKENS = ".token_adapter.base_layer."
+"""In the key of a base weight whose rows are trained."""
 RESIZED = "resized"
 """The part of an adapter on the rows that a resized vocabulary has more."""
 
@@ -68,7 +70,9 @@ def read(modules: Modules, folder: Folder, layers: Sequence[Layer], rest: dict[s
         FileError: a tensor that the config speaks of is missing, or is of another model.
     """
     reader = _Reader(modules, folder, layers, rest)
-    return [*reader.whole(), *reader.tokens(), *reader.biases(), *reader.resized()]
+    whole, tokens, biases = [*reader.whole()], [*reader.tokens()], [*reader.biases()]
+    trained = {name: {*(one.rows or ())} for one in tokens for name in one.weights}
+    return [*whole, *tokens, *biases, *reader.resized(trained)]
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,11 @@ class _Reader:
                 name = f"{path}.weight"
                 if name in ties[1:] and wanted.keys() != {end}:  # it reads what the embedding reads
                     continue
-                yield self._rows(
-                    ties if name == own and ties else (name,), rows, self._taken(f"{PREFIX}{path}.{TOKENS}")
-                )
+                value, names = self._taken(f"{PREFIX}{path}.{TOKENS}"), ties if name == own and ties else (name,)
+                for other in names[1:]:
+                    if (key := f"{PREFIX}{other.rpartition('.')[0]}.{TOKENS}") in self.rest:
+                        self._refuse_other(self.folder.tensor(key), value, self._taken(key))
+                yield self._rows(names, rows, value)
 
     def biases(self) -> Iterator[Saved]:
         """Biases of the base."""
@@ -135,8 +141,13 @@ class _Reader:
                 continue
             yield self._full((name,), self._taken(key), self.folder.tensor(key))
 
-    def resized(self) -> Iterator[Saved]:
-        """Base weights in the file: the model's own, but for the rows that a larger vocabulary has more."""
+    def resized(self, trained: Mapping[str, set[int]]) -> Iterator[Saved]:
+        """Base weights in the file: the model's own, but for the rows that a larger vocabulary has more.
+
+        Args:
+            trained: rows that stand in the file as they were trained, of which the base's are of no use.
+        """
+        once: dict[str, torch.Tensor] = {}
         for key in list(self.rest):
             if _ORIGINAL in key:  # which nothing reads while its copy acts
                 name: str | None = self._base_name(key.replace(_ORIGINAL, "."))
@@ -151,31 +162,34 @@ class _Reader:
                 refuse(self.folder.tensor(key), reason, _RESIZE)
             if value.shape == base.shape and torch.equal(base.detach().cpu().to(value.dtype), value):
                 continue
-            first = self._first_of_more(name, base, value)
-            if first is None:
+            own = trained.get(name, set())
+            rows = self._more_rows(name, base, value, own)
+            if rows is None:
                 reason = "the file carries a base weight, and the model's is another"
                 refuse(self.folder.tensor(key), reason, "load that base weight into the model first")
             names = names_of(self.modules, name)
+            if (before := once.setdefault(names[0], value)) is not value:  # one weight, under another of its names
+                self._refuse_other(self.folder.tensor(key), before, value)
+                continue
             under = {n.rpartition(".")[0] for n in names} & {layer.target for layer in self.layers}
             if under and self.folder.config.get("use_dora"):
                 reason = f"its vocabulary was resized, and DoRA turns the weight of {', '.join(under)} as it was then"
                 refuse(self.folder.tensor(key), reason, "load that base weight into the model first")
-            yield self._rows(names, list(range(first, len(base))), value[first:], RESIZED)
+            if rows:
+                yield self._rows(names, rows, value[rows], RESIZED)
 
-    def _first_of_more(self, name: str, base: torch.Tensor, value: torch.Tensor) -> int | None:
-        """The first of the last rows of an embedding, which alone are others; None where it is something else."""
+    def _more_rows(self, name: str, base: torch.Tensor, value: torch.Tensor, own: set[int]) -> list[int] | None:
+        """Of an embedding the last rows, which alone are others, without its own; None where it is something else."""
         if name not in self._embeddings() or value.shape != base.shape:
             return None
-        other = (base.detach().cpu().to(value.dtype) != value).any(dim=1)
-        first = int(other.int().argmax())
-        return first if first and bool(other[first:].all()) else None
+        return more_rows((base.detach().cpu().to(value.dtype) != value).any(dim=1), own)
 
     def _embeddings(self) -> tuple[str, ...]:
         return tuple(filter(None, (embedding(self.modules), head(self.modules))))
 
     def _base_name(self, key: str) -> str | None:
         """Of the parameter that PEFT loads the key into."""
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        name = key.removeprefix(PREFIX).replace(UNDER_TOKENS, ".").replace(".base_layer.", ".")
         return name if key.startswith(PREFIX) and self.modules.parameter(name) is not None else None
 
     def _taken(self, key: str) -> torch.Tensor:
@@ -201,7 +215,8 @@ class _Reader:
             refuse(place, f"{names[0]} is no table of rows", ITS_BASE)
         if len(set(rows)) != len(rows) or not all(0 <= row < len(base) for row in rows):
             reason = f"its rows {rows[:20]} are no rows of a table of {len(base)}, each once"
-            refuse(self.folder.option("trainable_token_indices"), reason, ITS_BASE)
+            more = _RESIZE if max(rows) >= len(base) else ITS_BASE
+            refuse(self.folder.option("trainable_token_indices"), reason, more)
         self._refuse_shape(f"{place}.{TOKENS}", value, (len(rows), base.shape[1]), names[0])
         order = sorted(range(len(rows)), key=rows.__getitem__)
         theta, layout = {"weight": value[order]}, Layout("oi", tuple(base.shape))
@@ -214,12 +229,22 @@ class _Reader:
             refuse(place, f"it is {value.dtype} {tuple(value.shape)}, and {name} wants {wanted}", ITS_BASE)
 
 
+def more_rows(other: torch.Tensor, own: set[int]) -> list[int] | None:
+    """The rows that a vocabulary was given more, by which of a table are others: the last ones, and those that were
+    trained for themselves, its `own`, which are left out. None where others are, or none is the base's."""
+    rows = [row for row in torch.nonzero(other).flatten().tolist() if row not in own]
+    if not rows:
+        return []
+    last = [row for row in range(rows[0], len(other)) if row not in own]
+    return rows if rows == last and rows[0] > 0 else None
+
+
 def shift_key(layer: Layer) -> str:
     return f"{PREFIX}{layer.path}.lora_B.bias"
 
 
-def shift(folder: Folder, layer: Layer, bias: nn.Parameter | None, scale: float) -> Saved:
-    """Of `lora_bias`: what a layer's branch adds to the bias of its base."""
+def shift(folder: Folder, layer: Layer, bias: tuple[int, ...] | None, scale: float) -> Saved:
+    """Of `lora_bias`: what a layer's branch adds to the bias of its base, which has this shape."""
     key = shift_key(layer)
     value, place = folder.tensors.get(key), folder.tensor(key)
     if value is None:
@@ -227,16 +252,16 @@ def shift(folder: Folder, layer: Layer, bias: nn.Parameter | None, scale: float)
     if bias is None:
         reason = f"lora_bias: the branch has a bias, and {layer.target} has none for it to be added to"
         refuse(place, reason, "give the layer one, of zeros, before you load")
-    if tuple(value.shape) != tuple(bias.shape):
+    if tuple(value.shape) != bias:
         refuse(
             place,
-            f"its shape is {tuple(value.shape)}, and the bias of {layer.target} wants {tuple(bias.shape)}",
+            f"its shape is {tuple(value.shape)}, and the bias of {layer.target} wants {bias}",
             ITS_BASE,
         )
     theta = {
         "shift": (value.double() * scale).to(value.dtype if value.dtype.itemsize >= 4 else torch.float32).reshape(-1, 1)
     }
-    layout = Layout("o", tuple(bias.shape))
+    layout = Layout("o", bias)
     part = "" if folder.config.get("bias") in (None, "none") else "branch"  # beside that of the base
     return Saved((f"{layer.target}.bias",), kind_named("bias"), theta, layout, None, {}, place, part=part)
 
@@ -315,8 +340,9 @@ class _Writer:
                 continue
             self._refuse_ties(h, ties)
             if h.part == RESIZED:
+                alike = any(o.part != RESIZED and o.adapter.rows and o.weights == h.weights for o in held)
                 for name in h.weights:
-                    self._put(name, self._sum(name, [h]))
+                    self._put(name, self._sum(name, [h]), UNDER_TOKENS if alike else ".")
                 self._keep(h)
                 continue
             layered = next((t for t in self.layers if inside(t, path)), None)
@@ -372,15 +398,15 @@ class _Writer:
             if tie:
                 self.written.options["ensure_weight_tying"] = True
 
-    def _put(self, name: str, value: torch.Tensor) -> None:
+    def _put(self, name: str, value: torch.Tensor, between: str = ".") -> None:
         """In the place of a parameter of the base."""
         owner, _, attribute = name.rpartition(".")
         layer = self.layers.get(owner)
         around = next((t for t in self.layers if owner != t and inside(owner, t)), None)
         if around is not None or (layer is not None and layer.kind in ("attention", "parameter")):
             refuse(name, f"PEFT's layer around {around or owner} has no word for it", OWN_FORMAT)
-        under = ".base_layer" if layer is not None else ""
-        self.written.tensors[f"{PREFIX}{owner}{under}.{attribute}"] = value
+        between = ".base_layer." if layer is not None else between
+        self.written.tensors[f"{PREFIX}{owner}{between}{attribute}"] = value
 
     def _keep(self, h: Held, name: str = "") -> None:
         """θ itself, unless it stands in PEFT's tensor of this name."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from lora_fx.export.adapters import diffusion, loralib
 from lora_fx.export.adapters.entries import Entry, Single, in_pefts_words
@@ -118,9 +118,20 @@ def read(model: nn.Module, folder: Folder, part: str | None, config: Mapping[str
     """
     modules = Modules(model)
     dialect = _dialect(modules, folder, part, config)
+    if folder.config.get("peft_type") != OWN:
+        _refuse_classless(model, folder)
     if dialect.read is not None:
         return dialect.read(model, folder, part, config)
     return read_lora(model, folder if dialect.into is None else dialect.into(modules, folder, part, config))
+
+
+def _refuse_classless(model: nn.Module, folder: Folder) -> None:
+    """Modules of an exported program hold the parameters, and are of no class that files could speak of."""
+    bare = (path for path, own in model.named_modules() if type(own) is nn.Module and own._parameters)
+    if isinstance(model, fx.GraphModule) and (path := next(bare, None)) is not None:
+        reason = f"it speaks of layers by their classes, and {path} has none: the model comes from torch.export"
+        how = "load it into the model before it is exported, save_adapter(…, peft=False), and load that folder here"
+        refuse(str(folder.path), reason, f"{how}, into copy.deepcopy(exported.module())")
 
 
 def in_words_of_pefts(names: Names, folder: Folder, part: str | None, config: Mapping[str, Any]) -> Folder:

@@ -92,14 +92,16 @@ def save_adapter(
         part: of a pipeline, which the model is, where the dialect is one of these: ``"unet"``, ``"text_encoder"``, ….
         task_type: PEFT's word for the task, as ``"CAUSAL_LM"``, which its Auto classes want; None for what the class of
             a transformers model says.
-        bake_scales: for readers that ignore `rank_pattern` and `alpha_pattern`, as vLLM: one rank for all, with zeros
-            behind the factors, and one scale, 1; the scale of each goes into its B. What is loaded again is that. A
-            scale that is a power of two costs no bit; another rounds each element of B once.
+        bake_scales: for readers that ignore `rank_pattern` and `alpha_pattern`, as vLLM, or alphas, as diffusers in
+            kohya's files: one rank for all, with zeros behind the factors, and one scale, 1; the scale of each goes
+            into its B. What is loaded again is that. A scale that is a power of two costs no bit; another rounds each
+            element of B once.
         beside: what to do about parameters of the model's own that have ``requires_grad``: ``"save"`` them too, as
             adapters of the kind `full`; ``"refuse"`` to save, naming them; or ``"ignore"`` them.
 
     Warns:
-        UserWarning: PEFT would read the file, and merge it wrongly: an adapter on a weight that modules share.
+        UserWarning: PEFT would read the file, and merge it wrongly: an adapter on a weight that modules share; or
+            diffusers would read kohya's file wrongly: several alphas.
 
     Raises:
         AdapterError: there is no such adapter.
@@ -120,12 +122,16 @@ def save_adapter(
         if any(why := why_not_alone(model, beside, (SAVE, REFUSE, IGNORE))):
             refuse(*why)
         held += trained_of(model, name) if beside == SAVE else []
-        if dialect is not None:
-            write_single(_single(path, dialect), *dialects.written(dialect, model, as_peft(model, held, name), part))
-            return
         if bake_scales and not peft:
             refuse("bake_scales", "it is for readers of PEFT's format", "leave it out, or peft=False")
         held = [baked(h.plain()) for h in held] if bake_scales else held
+        if dialect is not None:
+            files = as_peft(model, held, name, one_rank=bake_scales)
+            file, single = _single(path, dialect), dialects.written(dialect, model, files, part)
+            if dialect == "kohya":
+                _say_alphas(single[0])
+            write_single(file, *single)
+            return
         config, tensors, entries = as_peft(model, held, name, task_type, bake_scales) if peft else as_own(held)
         if peft:
             _say_ties(model, held)
@@ -175,6 +181,15 @@ def _say_ties(model: nn.Module, held: list[Held]) -> None:
             reason = f"{' = '.join(own)} is one weight, with an adapter on {', '.join(h.weights)}"
             remedy = "fold it with lora_fx.fold or lora-fx fold"
             warnings.warn(f"{reason}: PEFT reads the file, and its merge would be wrong; {remedy}", stacklevel=3)
+
+
+def _say_alphas(tensors: Mapping[str, torch.Tensor]) -> None:
+    """diffusers 0.42 looks for the alphas of attention's projections under names that it gives no module, and takes the
+    most frequent alpha of the file for them."""
+    alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
+    if len(alphas) > 1:
+        reason = f"it has {len(alphas)} alphas, and diffusers reads the projections of attention with one of them"
+        warnings.warn(f'{reason}: for diffusers, save with dialect="diffusers" or bake_scales=True', stacklevel=3)
 
 
 def _standing(adapter: Adapter, here: Inventory, place: str) -> dict[str, str]:
@@ -255,7 +270,8 @@ def load_adapter(
 
     Where `name` is that of an adapter in the model, its numbers are replaced: in the same parameters, so that nothing
     is traced or compiled anew. Of a lower rank the rest is zeros; alpha follows the file, strength and schedule stay,
-    and so does what an optimizer remembers of the old numbers. The file must be for the same weights.
+    and so does what an optimizer remembers of the old numbers. On weights that the file has nothing for the adapter
+    begins anew, δ = 0; for a further weight it is refused.
 
     What `save_adapter` wrote comes back bit for bit: factors, scale, rows, roles, dropout. What PEFT wrote means here
     what it means there: an adapter on a module acts where that module reads its weight, and nowhere else. Factors are
@@ -278,7 +294,7 @@ def load_adapter(
 
     Raises:
         FileError: a file is missing, damaged, made for another model, or uses what lora_fx does not compute; or it
-            cannot replace the adapter: other weights, another kind, a rank for which there is no room.
+            cannot replace the adapter: further weights, another kind, a rank for which there is no room.
         LoraFxError: the model cannot be adapted there. The model is bitwise what it was, each time.
     """
     if name is not None and name in inventory(model).names:

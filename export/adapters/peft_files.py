@@ -306,7 +306,7 @@ def _lora(modules: Modules, folder: Folder, targeted: _Layers) -> Iterator[_Take
         saved = [Saved((name,), kind, theta, layer.layout, None, settings, folder.tensor(layer.keys[0]))]
         if config.get("lora_bias"):
             bias, scale = modules.parameter(f"{layer.target}.bias"), Theta(**settings).scale
-            saved.append(beside.shift(folder, layer, bias, scale))
+            saved.append(beside.shift(folder, layer, None if bias is None else tuple(bias.shape), scale))
             keys.append(beside.shift_key(layer))
         yield _Taken(saved, keys)
 

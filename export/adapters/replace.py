@@ -1,7 +1,8 @@
 """Other numbers for an adapter that is in a model:   θ ← θ of a file,   in the same parameters.
 
 Forwards, classes and compiled programs stay: a rank is filled with zeros up to the room that the adapter has, and alpha
-is a number that forwards read. What the file adapts and how must be what the adapter does already.
+is a number that forwards read. How the file adapts a weight must be how the adapter does already. Where the file has
+nothing for one of its weights θ begins anew, so that δ = 0 there: as in PEFT, what acts is what the file says, no more.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class Replace(Pass):
                 facts.undo.append(partial(parameter.detach().copy_, parameter.detach().clone()))
         for one in new:
             one.write()
+        for place in _left_out(mine, new):
+            _begin_anew(place)
         for place in mine:
             refuse_infinite(place.adapter, loaded(place.owner, place.attribute), place.weight)
             if self.active is not None:
@@ -95,7 +98,7 @@ def _fitted(mine: Sequence[Place], saved: Sequence[Saved], folder: str) -> Itera
     """Each adapter with what the file has for it.
 
     Raises:
-        FileError: the file adapts other weights, other parts or owners of them, by another kind or with more ranks.
+        FileError: the file adapts further weights, other parts or owners of them, by another kind or with more ranks.
     """
     by_name = {(name, place.adapter.rows): place.adapter for place in mine for name in place.weights}
     found: dict[Adapter, list[Saved]] = {}
@@ -106,13 +109,33 @@ def _fitted(mine: Sequence[Place], saved: Sequence[Saved], folder: str) -> Itera
         found.setdefault(adapters.pop(), []).append(s)  # type: ignore[arg-type]
     for place in mine:
         there = {name for s in found.get(place.adapter, ()) for name in s.weights}
-        if not there.intersection(place.weights):
-            refuse(folder, f"it has nothing for {place.weight}, which the adapter is on", _INSTEAD)
+        if there and not there.intersection(place.weights):
+            reason = f"it has nothing for {place.weight}, which is one weight with {', '.join(sorted(there))} here"
+            refuse(folder, reason, _INSTEAD)
     for adapter, own in found.items():
         first, *others = own
         if not all(first.equals(s) for s in others):
             refuse(others[0].place, f"it is another one than that of {first.weights[0]}, which is tied", _INSTEAD)
         yield _New(adapter, first, _turned(adapter, first))
+
+
+def _left_out(mine: Sequence[Place], new: Sequence[_New]) -> list[Place]:
+    """One place of each adapter that the file has nothing for."""
+    places = {place.adapter: place for place in mine}
+    for one in new:
+        places.pop(one.adapter)
+    return [*places.values()]
+
+
+def _begin_anew(place: Place) -> None:
+    """θ as it starts, δ = 0, with zeros behind its ranks. The random numbers that come next are what they would be."""
+    adapter, weight = place.adapter, loaded(place.owner, place.attribute)
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        adapter.start(weight)
+    shapes = adapter.shapes(adapter.settings.get("rank", 0))
+    own = {name: adapter.owner(name).get_parameter(name).detach() for name in shapes}
+    adapter.put({name: own[name][tuple(map(slice, shape))].clone() for name, shape in shapes.items()})
 
 
 def _turned(adapter: Adapter, s: Saved) -> Mapping[str, torch.Tensor]:

@@ -8,6 +8,7 @@ kind. A piece gives the same bits as the whole weight would: each element is the
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -105,7 +106,7 @@ class Piece:
     def summed(self, block: torch.Tensor) -> torch.Tensor:
         """W + Σ δ, rounded once."""
         adapters = [_rows_of(share.adapter, *self.rows) for share in self.shares]
-        return rounded_sum(block, adapters, block.dtype, self.stored.name)
+        return rounded_sum(block, [own for own in adapters if own is not None], block.dtype, self.stored.name)
 
 
 def pieces(stored: Stored, shares: Sequence[Share]) -> Iterator[Piece]:
@@ -116,10 +117,24 @@ def pieces(stored: Stored, shares: Sequence[Share]) -> Iterator[Piece]:
         return
     apart = all(s.adapter.kind.by_feature and s.adapter.layout.sides[0] == "o" for s in own)
     apart = apart and stored.dtype != "F64"  # which is not rounded: sums of other sizes have other last bits
-    apart = apart and all(s.adapter.rows is None and s.adapter.layout.sides.count("o") == 1 for s in own)
-    step = max(1, BLOCK // _width(stored)) if apart else stored.shape[0]
-    for start, stop in _ranges(stored.shape[0], step):
-        yield _piece(stored, own, None, (start, stop), stored.start, stored.shape)
+    apart = apart and all(s.adapter.layout.sides.count("o") == 1 for s in own)
+    if not apart:
+        yield _piece(stored, own, None, (0, stored.shape[0]), stored.start, stored.shape)
+        return
+    for first, last in _runs(stored, own):
+        for start, stop in _ranges(last - first, max(1, BLOCK // _width(stored))):
+            yield _piece(stored, own, None, (first + start, first + stop), stored.start, stored.shape)
+
+
+def _runs(stored: Stored, shares: Sequence[Share]) -> Iterator[tuple[int, int]]:
+    """The rows that become others: all, or those that lie side by side of the few that adapters are of."""
+    if any(share.adapter.rows is None for share in shares):
+        yield 0, stored.shape[0]
+        return
+    rows = sorted({row for share in shares for row in share.adapter.rows or ()})
+    for _, run in itertools.groupby(enumerate(rows), key=lambda at: at[1] - at[0]):
+        inside = [row for _, row in run]
+        yield inside[0], inside[-1] + 1
 
 
 def _low_rank(stored: Stored, shares: tuple[Share, ...]) -> Iterator[Piece]:
@@ -169,22 +184,28 @@ def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, count)
 
 
-def _rows_of(adapter: Adapter, start: int, stop: int) -> Adapter:
-    """The adapter of some output features, of a kind that is `by_feature`; the adapter itself for all of them."""
+def _rows_of(adapter: Adapter, start: int, stop: int) -> Adapter | None:
+    """The adapter of some output features, of a kind that is `by_feature`; the adapter itself for all of them, and None
+    where it is of others."""
     layout = adapter.layout
     if (start, stop) == (0, layout.shape[0]):
         return adapter
+    own = range(layout.shape[0]) if adapter.rows is None else adapter.rows
+    inside = [k for k, row in enumerate(own) if start <= row < stop]
+    if not inside:
+        return None
     few = Layout(layout.sides, (stop - start, *layout.shape[1:]))
+    rows = None if adapter.rows is None else tuple(adapter.rows[k] - start for k in inside)
     settings = {key: value for key, value in adapter.settings.items() if key in adapter.kind.settings}
-    own = Adapter(few, kind=adapter.kind, name=adapter.name, dtype=adapter.dtype, **settings)
-    own.adjust(adapter.strength)
+    part = Adapter(few, kind=adapter.kind, rows=rows, name=adapter.name, dtype=adapter.dtype, **settings)
+    part.adjust(adapter.strength)
     for name, value in adapter.named_parameters():
-        wanted = own.get_parameter(name).shape
+        wanted = part.get_parameter(name).shape
         for axis, size in enumerate(wanted):
             if size != value.shape[axis]:
-                value = nn.Parameter(value.narrow(axis, start, size), requires_grad=False)
-        own._parameters[name] = nn.Parameter(value.detach(), requires_grad=False)
-    return own
+                value = nn.Parameter(value.narrow(axis, inside[0], size), requires_grad=False)
+        part._parameters[name] = nn.Parameter(value.detach(), requires_grad=False)
+    return part
 
 
 # ── the way back, as bytes ───────────────────────────────────────────────────────────────────────────────────────────

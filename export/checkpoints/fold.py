@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lora_fx.errors import FoldError, few
+from lora_fx.export.adapters.beside import RESIZED
 from lora_fx.export.adapters.folder import read_folder
 from lora_fx.export.checkpoints.arithmetic import BLOCK, Arithmetic, Piece, pieces
 from lora_fx.export.checkpoints.checkpoint import MANIFEST, REMAINDER, Checkpoint, read_checkpoint
@@ -86,10 +87,12 @@ def fold_checkpoint(
     checkpoint = read_checkpoint(base, leave_out)
     given = [Given(path, strength, part, config or {}) for path, strength in _strengths(adapters)]
     shares: dict[str, list[Share]] = {}
+    said = []
     for k, one in enumerate(given):
-        for share in read_shares(one, checkpoint, f"adapter {k + 1}" if len(given) > 1 else "default"):
+        own = read_shares(one, checkpoint, f"adapter {k + 1}" if len(given) > 1 else "default")
+        said.append(_said(one, own))
+        for share in own:
             shares.setdefault(share.tensor, []).append(share)
-    said = list(map(_said, given))
     size = checkpoint.bytes + (sum(checkpoint.tensors[name].elements for name in shares) if keep else 0)
     task = {
         "verb": "fold", "version": 2, "block": BLOCK, "keep": keep, "adapters": said,
@@ -99,9 +102,9 @@ def fold_checkpoint(
         files, beside = _folded(work, checkpoint, shares, keep, _counter(checkpoint.bytes, progress))
         extra: dict[str, bytes] = {}
         if keep:
-            for k, (one, own) in enumerate(zip(given, said, strict=True)):
+            for k, (one, of) in enumerate(zip(given, said, strict=True)):
                 home = read_folder(one.path).home
-                extra |= {f"{REMAINDER}/adapter_{k}/{name}": (home / name).read_bytes() for name in own["sha256"]}
+                extra |= {f"{REMAINDER}/adapter_{k}/{name}": (home / name).read_bytes() for name in of["sha256"]}
         manifest = Manifest(checkpoint.place.resolve().name, said, files, beside, sorted(shares), keep)
         work.publish({**extra, MANIFEST: manifest.to_json()})
     return Folded(Path(out), tuple(sorted(shares)), checkpoint.bytes, sum(file.bytes for file in beside.values()))
@@ -123,11 +126,13 @@ def _strengths(adapters: Adapters) -> list[tuple[Path, float]]:
     return pairs
 
 
-def _said(given: Given) -> dict[str, Any]:
+def _said(given: Given, shares: Sequence[Share]) -> dict[str, Any]:
     """For the manifest."""
     folder = read_folder(given.path)
     digests = {name: digest(folder.home / name) for name in folder.files}
-    besides = {key: value for key, value in (("part", given.part), ("config", dict(given.config))) if value}
+    resized = {share.tensor: list(share.adapter.rows or ()) for share in shares if share.adapter.role == RESIZED}
+    of_file = {"part": given.part, "config": dict(given.config), "resized": resized}
+    besides = {key: value for key, value in of_file.items() if value}
     return {"name": given.path.resolve().name, "strength": given.strength, "sha256": digests, **besides}
 
 
@@ -175,10 +180,10 @@ def _segments(
     for stored in sorted((checkpoint.tensors[name] for name in shares), key=lambda t: t.start):
         if not stored.elements:
             continue
-        yield from copies(at, stored.start)
         for piece in pieces(stored, shares[stored.name]):
+            yield from copies(at, piece.start)
             yield Segment(piece.start, piece.stop, change(piece))
-        at = stored.stop
+            at = piece.stop
     yield from copies(at, size)
 
 

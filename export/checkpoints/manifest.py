@@ -40,7 +40,8 @@ class Manifest:
     base: str
     """The name of the base's folder."""
     adapters: Sequence[Mapping[str, Any]]
-    """name, strength and sha256 of each file of each; part and config, where they were said."""
+    """name, strength and sha256 of each file of each; part and config, where they were said, and the rows
+    that a resized vocabulary has more."""
     files: Mapping[str, File]
     beside: Mapping[str, File]
     """The ways back."""
@@ -88,7 +89,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _besides(adapter: Mapping[str, Any]) -> dict[str, Any]:
     """What was said of an adapter that its files do not say."""
-    kinds = {"part": str, "config": dict}
+    kinds = {"part": str, "config": dict, "resized": dict}
     found = {key: adapter[key] for key in kinds if key in adapter}
     assert all(isinstance(value, kinds[key]) for key, value in found.items()), f"{found} is not of an adapter"
     return found

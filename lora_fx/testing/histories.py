@@ -11,11 +11,13 @@ import copy
 import pickle
 import random
 import sys
+import tempfile
 import types
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +30,9 @@ from lora_fx.checks.verification import cast_inputs
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.kinds import kind_named
 from lora_fx.errors import LoraFxError
+from lora_fx.export.adapters.files import held_of
+from lora_fx.export.adapters.folder import VERSION, write_folder
+from lora_fx.export.adapters.own import as_own
 from lora_fx.graph.capture import Inputs, normalize_inputs
 from lora_fx.model.inventory import inventory
 from lora_fx.testing.agreement import Comparison
@@ -348,6 +353,25 @@ class Histories(RuleBasedStateMachine):
             self._twins(lambda life: life.remove(name))
         self._then(then)
 
+    @precondition(lambda self: not self.isfolded and self.names)
+    @rule(name=_drawn(lambda machine: machine.names or [""]), seed=_SEED, part=st.booleans(), then=_THEN)
+    def replace(self, name: str, seed: int, part: bool, then: int | None) -> None:
+        """Other numbers come out of a file, into the same parameters; of a part, for every second weight, and the rest
+        begins anew."""
+
+        def load_adapter(model: nn.Module) -> None:
+            lora_fx.load_adapter(model, folder, name=name)
+
+        with tempfile.TemporaryDirectory() as folder:
+            numbers = self._written(name, seed, part, Path(folder))
+            if numbers and self._verb(load_adapter):
+                self._twins(lambda life: life.take(self.lives[0].theta(), name, numbers))
+                for what, weight, delta in self.dense.started(name, numbers):
+                    self._agree(
+                        {f"{what}, begun anew,": [weight + delta, weight, self.nudged.moved(weight, weight.dtype)]}
+                    )
+        self._then(then)
+
     @rule(module=_MODULE, kind=st.sampled_from(list(_HOOKS)), inputs=_WHICH)
     def call_with_a_hook(self, module: str, kind: str, inputs: int) -> None:
         handles: list[Any] = []
@@ -445,6 +469,30 @@ class Histories(RuleBasedStateMachine):
             for p, numbers in zip(others, before, strict=True):
                 p.copy_(numbers)
         self._twins(lambda life: life.adopt(model, name))
+
+    def _written(self, name: str, seed: int, part: bool, folder: Path) -> dict[str, torch.Tensor]:
+        """The numbers that a file of an adapter now holds, by the names of θ. The adapter is what it was."""
+        model, theta = self.lives[0].model, self.lives[0].theta()
+        draw = torch.Generator().manual_seed(seed)
+        before = {key: p.detach().clone() for key, p in theta.items()}
+        try:
+            held = held_of(model, name)[:: 2 if part else 1]
+            with torch.no_grad():
+                for p in theta.values():
+                    p.mul_(0.75).add_(torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p.dtype) * 0.1)
+            config, tensors, entries = as_own(held)
+            write_folder(
+                folder, config, tensors, {"version": VERSION, "name": name, "config": config, "adapters": entries}
+            )
+            own = {id(p) for h in held for p in h.adapter.parameters()}
+            return {key: p.detach().clone() for key, p in theta.items() if id(p) in own}
+        except LoraFxError as error:
+            self._refused("save_adapter", error)
+            return {}
+        finally:
+            with torch.no_grad():
+                for key, p in theta.items():
+                    p.copy_(before[key])
 
     def _verb(self, verb: Callable[..., Any], *arguments: Any) -> bool:
         """Whether lora_fx did it; where it refused, nothing may have changed."""
@@ -580,9 +628,10 @@ def histories(
     Use its ``TestCase``, or `hypothesis.stateful.run_state_machine_as_test`. What is drawn: calls with each of the
     inputs, in train and eval mode, with and without gradients, in inference mode, with hooks, with inputs of a wrong
     shape, with an interrupt; training steps; `load_state_dict`, casts, copies and pickles; `fold`, `unfold`,
-    `activate`, `remove` and a second adapter; your changes. After each step outputs, gradients, θ, buffers, attributes,
-    containers and random states must be those of the same model with W + δ written into its weights. A failure says
-    what differs where, and shows the history that leads there, as a program.
+    `activate`, `remove`, a second adapter, and other numbers out of a file in its place; your changes. After each
+    step outputs, gradients, θ, buffers, attributes, containers and random states must be those of the same model with
+    W + δ written into its weights. A failure says what differs where, and shows the history that leads there, as a
+    program.
 
     Args:
         make: a new model, equal each time. It is cast to float64, and so are the inputs.

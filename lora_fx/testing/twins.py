@@ -296,6 +296,29 @@ class Dense(Life):
             record.lent |= {t: new[adapter.owner(t)] for t in adapter.tensors if adapter.owner(t) is not adapter}
         self.model.__dict__[_RECORDS] = [*self.records, *new.values()]
 
+    def take(self, theirs: Mapping[str, torch.Tensor], name: str, numbers: Mapping[str, torch.Tensor]) -> None:
+        """The numbers of θ that a file had for an adapter; what it had none for, as it is there."""
+        own = {id(tensor): key for key, tensor in self.theta().items()}
+        for record in (record for record in self.records if record.name == name):
+            keys = {n: own[id(tensor)] for n, tensor in record.tensors.items()}
+            record.tensors = {
+                n: numbers.get(keys[n], theirs[keys[n]]).detach().clone().requires_grad_(tensor.requires_grad)
+                for n, tensor in record.tensors.items()
+            }
+
+    def started(
+        self, name: str, numbers: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Of the deltas that a file had no numbers for: the weight's name, W and δ, which is zero but for rounding."""
+        own = {id(tensor): key for key, tensor in self.theta().items()}
+        for record in (record for record in self.records if record.name == name and not record.rewrites):
+            keys = [own[id(tensor)] for tensor in record.tensors.values()]
+            if not any(key in numbers for key in keys):
+                owner, attribute = record.owners[0]
+                weight = owner._parameters[attribute]
+                assert weight is not None
+                yield keys[0].partition(":")[0], weight.detach(), record.delta(weight.detach()).detach()
+
     def activate(self, strengths: Mapping[str, float]) -> None:
         for record in self.records:
             record.act(strengths.get(record.name, 0.0))
@@ -333,9 +356,9 @@ class Dense(Life):
             total = base.to(torch.float64)
             for record in acting:
                 total = total + record.delta(base).to(torch.float64)
-            return self._moved(total, base.dtype).to(base.dtype)
+            return self.moved(total, base.dtype).to(base.dtype)
 
-    def _moved(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def moved(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if not self.nudge:
             return values
         step = torch.finfo(dtype).eps * (self.nudge / 2 if dtype == torch.float64 else 1.0)
@@ -354,7 +377,7 @@ class Dense(Life):
                 self._bases.append((parameter, base))
                 parameter.data.copy_(self._sum(base, acting))
                 parameter.requires_grad_(trains)
-        rewriting = _Rewriting([r for r in self.records if r.rewrites and r.active], self._moved)
+        rewriting = _Rewriting([r for r in self.records if r.rewrites and r.active], self.moved)
         try:
             with rewriting.behind_blocks(), rewriting if rewriting.records else contextlib.nullcontext():
                 yield
@@ -367,7 +390,7 @@ class Dense(Life):
     def inputs(self, inputs: Inputs) -> Inputs:
         def moved(value: Any) -> Any:
             floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-            return self._moved(value, value.dtype) if floats else value
+            return self.moved(value, value.dtype) if floats else value
 
         return mapped(inputs, moved)
 

@@ -127,7 +127,7 @@ ROWS = (
     ),
     Mutant(
         "another_embedding_accepted", "files", "export/adapters/beside.py",
-        "return first if first and bool(other[first:].all()) else None", "return first",
+        "return rows if rows == last and rows[0] > 0 else None", "return rows",
         "An embedding of another base is taken for one whose vocabulary was resized.",
         tests=("tests/test_peft_beside.py",),
     ),
@@ -338,9 +338,27 @@ ROWS = (
     ),
     Mutant(
         "replaced_in_part", "files", "export/adapters/replace.py",
-        "        if not there.intersection(place.weights):\n", "        if False:\n",
+        "            _begin_anew(place)\n", "            pass\n",
         "A file that has nothing for some of the weights leaves the old numbers there.",
+        tests=("tests/test_replace.py::test_where_a_file_has_nothing_the_adapter_adds_nothing",),
+    ),
+    Mutant(
+        "replaced_for_one_of_two_modules", "files", "export/adapters/replace.py",
+        "if there and not there.intersection(place.weights):", "if False:",
+        "What PEFT trained for one of two modules that share a weight acts in both.",
         tests=("tests/test_replace.py::test_what_does_not_fit_is_refused_and_the_model_is_what_it_was",),
+    ),
+    Mutant(
+        "begun_anew_in_all_its_room", "files", "export/adapters/replace.py",
+        "    adapter.put({name: own[name][tuple(map(slice, shape))].clone() for name, shape in shapes.items()})\n", "",
+        "What begins anew has numbers behind its ranks, which no file can hold.",
+        tests=("tests/test_replace.py::test_where_a_file_has_nothing_the_adapter_adds_nothing",),
+    ),
+    Mutant(
+        "a_swap_draws_random_numbers", "files", "export/adapters/replace.py",
+        "with torch.no_grad(), torch.random.fork_rng(devices):", "with torch.no_grad():",
+        "Other numbers in place change what the next dropout draws.",
+        tests=("tests/test_replace.py::test_where_a_file_has_nothing_the_adapter_adds_nothing",),
     ),
     Mutant(
         "replaced_for_good", "files", "export/adapters/replace.py",
@@ -353,5 +371,35 @@ ROWS = (
         'own = s.kind if kind == "lora" else kind_named(kind)', "own = s.kind",
         "A config that says pissa starts with B = 0 at random directions.",
         tests=("tests/test_peft_configs.py::test_starts_in_what_a_weight_is_made_of",),
+    ),
+    Mutant(
+        "a_resized_row_that_was_trained_counts_twice", "files", "export/adapters/beside.py",
+        "        return more_rows((base", "        own = set()\n        return more_rows((base",
+        "A row of a resized vocabulary that was trained as a token's is added twice.",
+        tests=("tests/test_peft_beside.py::test_a_resized_vocabulary",),
+    ),
+    Mutant(
+        "a_resized_base_lies_beside_its_trained_rows", "files", "export/adapters/beside.py",
+        "UNDER_TOKENS if alike else \".\"", "\".\"",
+        "A resized base weight is written where PEFT, which trains rows of it, does not look.",
+        tests=("tests/test_peft_beside.py::test_a_resized_vocabulary",),
+    ),
+    Mutant(
+        "scales_are_not_baked_for_dialects", "files", "export/adapters/files.py",
+        "files = as_peft(model, held, name, one_rank=bake_scales)", "files = as_peft(model, held, name)",
+        "A baked file of kohya's has an alpha for each rank, of which diffusers reads one.",
+        tests=("tests/test_adapter_dialects.py::test_a_file_of_several_alphas_says_who_misreads_it",),
+    ),
+    Mutant(
+        "several_alphas_unsaid", "files", "export/adapters/files.py",
+        "    if len(alphas) > 1:\n", "    if False:\n",
+        "A kohya file that diffusers reads wrongly is written without a word.",
+        tests=("tests/test_adapter_dialects.py::test_a_file_of_several_alphas_says_who_misreads_it",),
+    ),
+    Mutant(
+        "classes_of_a_program", "files", "export/adapters/dialects.py",
+        "        _refuse_classless(model, folder)\n", "        pass\n",
+        "A file of PEFT's for an exported program is said to be damaged.",
+        tests=("tests/test_graph_module.py::test_an_adapter_goes_into_a_program_in_our_own_format",),
     ),
 )  # fmt: skip

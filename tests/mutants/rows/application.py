@@ -91,7 +91,7 @@ ROWS = (
     ),
     Mutant(
         "the_reference_is_the_policy", "files", "lora_fx/application/reference.py",
-        "with disabled(model):", "if True:",
+        "with active(model, *self._names):", "if True:",
         "The reference of preference training is the adapted model.",
         tests=("tests/test_pretrained.py::test_the_reference_is_the_base_to_the_bit_without_memory",),
     ),
@@ -100,5 +100,42 @@ ROWS = (
         "module.training = training", "module.training = False",
         "After a call of the reference the policy is in eval mode.",
         tests=("tests/test_pretrained.py::test_the_reference_is_the_base_to_the_bit_without_memory",),
+    ),
+    Mutant(
+        "a_block_gives_itself_for_every_folder", "files", "lora_fx/application/reference.py",
+        "same = str(path) == str(model.name_or_path) and issubclass(type(model), asked)",
+        "same = issubclass(type(model), asked)",
+        "Inside a reference's block whatever is loaded is the reference.",
+        tests=("tests/test_pretrained.py::test_inside_its_block_who_loads_the_base_gets_the_reference",),
+    ),
+    Mutant(
+        "a_block_is_for_all_threads", "files", "lora_fx/application/reference.py",
+        "if same and thread == threading.get_ident():", "if same:",
+        "Other threads get the reference of a block too.",
+        tests=("tests/test_pretrained.py::test_inside_its_block_who_loads_the_base_gets_the_reference",),
+    ),
+    Mutant(
+        "a_block_leaves_transformers_patched", "files", "lora_fx/application/reference.py",
+        "self.cls.from_pretrained = self.plain  # type: ignore[attr-defined]", "pass",
+        "After its block a reference is still given for the base.",
+        tests=("tests/test_pretrained.py::test_inside_its_block_who_loads_the_base_gets_the_reference",),
+    ),
+    Mutant(
+        "a_block_gives_another_dtype", "files", "lora_fx/application/reference.py",
+        "        if name in own and value in own[name]:", "        if name in own:",
+        "A reference of another dtype or attention is asked for, and the model's own is given.",
+        tests=("tests/test_pretrained.py::test_a_block_refuses_another_model_than_its_own",),
+    ),
+    Mutant(
+        "a_reference_of_no_adapter", "files", "lora_fx/application/reference.py",
+        "if not here.adapters and not here.folded:", "if False:",
+        "The reference of a model without adapters is the model that trains.",
+        tests=("tests/test_pretrained.py::test_a_reference_of_no_adapter_and_modules_of_its_own_are_refused",),
+    ),
+    Mutant(
+        "a_reference_known_by_less_than_it_is", "files", "lora_fx/application/reference.py",
+        "if own.name not in self._names)", "if True)",
+        "What is kept of a reference with an adapter is taken for that of the base.",
+        tests=("tests/test_pretrained.py::test_adapters_that_are_named_act_in_the_reference",),
     ),
 )  # fmt: skip
