@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_fx.deltas import gpu_kernels as kernels_of_gpu
 from lora_fx.deltas import kernels, one_pass, rematerialization, schedules, triton_route
 from lora_fx.deltas.kernels import Term
+from lora_fx.errors import LoraFxError
 
 HALF = torch.float16  # what the interpreter multiplies
 SEED = 0x9E3779B97F4A7C15
@@ -191,6 +192,20 @@ def test_what_reads_a_dropped_input_otherwise_gets_the_tensor(gpu_kernels):
     assert type(made) is torch.Tensor and torch.equal(made, wide)
 
 
+def test_an_input_that_was_written_to_after_its_dropout_is_refused(monkeypatch):
+    monkeypatch.setattr(triton_route, "available", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton_route, "LARGE", 1)
+    x, weight, _, plain = site("linear", n=1)
+    x = x.detach()
+    terms, _ = with_dropout(x, plain, 0.5)
+    assert one_pass.takes(x, weight, terms)
+    x.add_(1)
+    assert not one_pass.takes(x, weight, terms)
+    with pytest.raises(LoraFxError, match="was written to between its dropout"):
+        one_pass.made(terms)
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_so_much_is_dropped_wherever_one_looks(gpu_kernels, p):
     """Of rows, of columns, of pairs of neighbours, and of two seeds beside each other: within eight deviations."""
@@ -315,6 +330,8 @@ def test_what_it_takes(monkeypatch):
         (x, weight, [(*terms[0][:4], other)]),  # of something else
         (x, weight, [(terms[0][0].double(), terms[0][1].double(), *terms[0][2:])]),
         (x, weight, [(torch.randn(65, 37), torch.randn(45, 65), *terms[0][2:])]),
+        (x, weight, [(torch.randn(0, 37), torch.randn(45, 0), *terms[0][2:])]),
+        (x[..., :0], weight[:, :0], [(torch.randn(3, 0), *terms[0][1:4], None)]),
     ):
         assert not one_pass.takes(*bad)
 

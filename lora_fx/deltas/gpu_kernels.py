@@ -182,9 +182,6 @@ class Blocks:
 #: the fastest of some on an H100, by a step of Llama 4096×8; all of them were within 1 %
 PASS, WRITE = Blocks(32, 256, 512, 4, 3), Blocks(64, 128, 0, 4, 2)
 
-RANKS = 64
-"""As many as a block has room for."""
-
 
 def _wide(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))

@@ -19,26 +19,27 @@ from torch.utils import _pytree as pytree
 from lora_fx.deltas import kernels, rematerialization, triton_route
 from lora_fx.deltas.compiled_schedules import ORDINARY
 from lora_fx.deltas.kernels import Terms
+from lora_fx.errors import LoraFxError
 from lora_fx.graph.capture import recording
+
+_RANKS = 64
+"""For more of them the blocks of the kernels have no room."""
 
 
 def takes(x: Any, weight: Any, terms: Terms) -> bool:
     """Whether a call that may be scheduled is one for the kernels."""
     if x.dtype not in triton_route.HALF or weight.dim() != 2 or x.dim() < 2:
         return False
-    if (
-        max(x.numel(), x.numel() // x.shape[-1] * max(weight.shape)) < triton_route.LARGE
-        or torch.cuda.is_current_stream_capturing()
-    ):
+    tokens = x.numel() // max(x.shape[-1], 1)
+    if tokens * max(weight.shape) < triton_route.LARGE or torch.cuda.is_current_stream_capturing():
         return False
     for A, B, scale, _, dropped in terms:
-        if not (dropped is None or dropped is x or (type(dropped) is Dropped and dropped.x is x)):
+        if not (dropped is None or dropped is x or (type(dropped) is Dropped and dropped.is_of(x))):
             return False
-        if A.dim() != 2 or len(A) > 64 or not isinstance(scale, int | float):
+        if A.dtype is not B.dtype or A.dtype is torch.float64 or not isinstance(scale, int | float):
             return False
-        if A.dtype is B.dtype is not torch.float64:
-            continue
-        return False
+        if A.dim() != 2 or not 0 < len(A) <= _RANKS:
+            return False
     return triton_route.available(x.device)
 
 
@@ -59,6 +60,7 @@ class Dropped(torch.Tensor):
 
     x: torch.Tensor
     drop: Any
+    _version_of_x: int
     _made: torch.Tensor | None
 
     @staticmethod
@@ -67,13 +69,27 @@ class Dropped(torch.Tensor):
 
         new: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
         own = new(Dropped, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device)
-        own.x, own.drop, own._made = x, Drop(_seed(x.device), p), None
+        own.x, own.drop, own._version_of_x, own._made = x, Drop(_seed(x.device), p), x._version, None
         return own
+
+    def is_of(self, x: Any) -> bool:
+        """It is what dropout made of this tensor as it is now."""
+        return self.x is x and self._version_of_x == x._version
 
     @property
     def made(self) -> torch.Tensor:
-        """The tensor: its gradient drops what it dropped."""
+        """The tensor: its gradient drops what it dropped.
+
+        Raises:
+            LoraFxError: x was written to since.
+        """
         if self._made is None:
+            if not self.is_of(self.x):
+                raise LoraFxError(
+                    "the input of a branch was written to between its dropout and the use of that",
+                    place="adapter.dropout",
+                    remedy="write into a copy, as x = x + 1 does",
+                )
             self._made = _Drop.apply(self.x, self.drop)
         return self._made
 
@@ -100,7 +116,7 @@ def may_drop(x: Any) -> bool:
         return False
     if recording.on or torch._C._is_tracing() or get_proxy_mode() is not None or not x.is_contiguous():
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or x.is_inference():
         return False
     return not torch.cuda.is_current_stream_capturing() and triton_route.available(x.device)
 

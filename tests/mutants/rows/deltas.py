@@ -370,7 +370,7 @@ ROWS = (
     ),
     Mutant(
         "one_pass_drops_another_input", "schedules", "lora_fx/deltas/one_pass.py",
-        'type(dropped) is Dropped and dropped.x is x',
+        'type(dropped) is Dropped and dropped.is_of(x)',
         'type(dropped) is Dropped',
         "On a GPU a branch whose dropout read something else reads x.",
         tests=("tests/test_one_pass.py",),
