@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx import Rule
@@ -233,6 +234,37 @@ def test_an_output_of_padding_alone_gives_theta_no_gradient():
     reference.fill(model)
     model(torch.full((2, 3), 2)).sum().backward()
     assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "bottleneck"])
+@pytest.mark.parametrize("width", [6, 256])
+def test_a_checkpoint_that_runs_again_in_backward_finds_what_it_found_before(width, kind):
+    """There it is seen op by op, and a call that is seen takes another way than one that is not."""
+    torch.manual_seed(0)
+    model = Blocks(width)
+    lora_fx.apply(model, Rule(where="*", rank=2, kind=kind), torch.randn(16, width))  # the check runs here
+    reference.fill(model)
+    x = torch.randn(16, width)
+    found = []
+    for again in (True, False):
+        model.again = again
+        factors = [p for p in model.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(model(x).square().sum(), factors))
+    assert all(map(torch.equal, *found))
+
+
+class Blocks(nn.Module):
+    again = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.block, x, use_reentrant=False) if self.again else self.block(x)
+
+    def block(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).tanh())
 
 
 def test_products_by_way_of_float32():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointError
 
 from lora_fx.changes import Undo, onednn_has, safe_point
 from lora_fx.checks.verification import called, in_mode, with_dense_weights
@@ -112,10 +113,28 @@ def _gradients(
     Raises:
         CaptureError: the model does not run on the inputs in this mode, or not backward.
     """
+    try:
+        return _once(model, inputs, training, of, contextlib.nullcontext())
+    except CaptureError as error:
+        if not isinstance(error.__cause__, CheckpointError):
+            raise
+    # A checkpoint runs again within backward, where `_InFloat32` sees each op, and must find what it found before: so
+    # all of it is seen.
+    return _once(model, inputs, training, of, _InFloat32())
+
+
+def _once(
+    model: nn.Module,
+    inputs: Inputs,
+    training: bool,
+    of: list[nn.Parameter],
+    forward: contextlib.AbstractContextManager[Any],
+) -> Sequence[torch.Tensor | None]:
     safe_point()
     with undisturbed(model), in_mode(model, training), torch.enable_grad(), uncompiled():
         torch.manual_seed(0)
-        outputs = [t for t in output_tensors(called(model, inputs)) if t.requires_grad]
+        with forward:
+            outputs = [t for t in output_tensors(called(model, inputs)) if t.requires_grad]
         if not outputs or not of:
             return [None] * len(of)
         try:

@@ -155,6 +155,12 @@ ROWS = (
         tests=(f"{GRADIENTS}::test_who_wants_a_plain_tensor_gets_the_sum_and_theta_its_gradient",),
     ),
     Mutant(
+        "checkpoint_seen_by_halves", "gradients", "lora_fx/checks/gradients.py",
+        "if not isinstance(error.__cause__, CheckpointError):", "if error.__cause__:",
+        "A model whose checkpoint takes another way while it is looked at is refused.",
+        tests=("tests/test_gradients.py::test_a_checkpoint_that_runs_again_in_backward_finds_what_it_found_before",),
+    ),
+    Mutant(
         "lost_where_there_is_none", "gradients", "lora_fx/checks/gradients.py",
         "if adapter in apart & wanted)", "if adapter in apart)",
         "A weight that the model itself does not train is refused.",
