@@ -26,8 +26,12 @@ EXTRAS = {
     "lora_fx.demo": ("demo",),
     "lora_fx.paper": ("paper",),
 }
-#: what whoever names a model of it has
-THEIRS = {"lora_fx.cli.given": {"transformers"}}
+#: what whoever names a model of it has, or a torch with CUDA
+THEIRS = {
+    "lora_fx.cli.given": {"transformers"},
+    "lora_fx.deltas.fold_kernels": {"triton"},
+    "lora_fx.deltas.gpu_kernels": {"triton"},
+}
 #: what is imported under another name than it is installed
 IMPORTED = {"scikit-learn": "sklearn", "onnx-ir": "onnx_ir"}
 #: comes with torch, which cannot work without it
@@ -87,7 +91,7 @@ def test_the_library_imports_without_the_packages_of_its_extras():
 @pytest.mark.parametrize("extra", ["", *PROJECT["optional-dependencies"]])
 def test_every_requirement_has_a_bound_below(extra):
     for row in versions.requirements(extra):
-        assert re.fullmatch(r"[\w-]+(\[[\w,]+\])?(>=|==)[\d.]+(,<[\d.]+)?", row), row
+        assert re.fullmatch(r"[\w-]+(\[[\w,]+\])?(>=|==)[\d.]+(,<[\d.]+)?(; sys_platform == 'linux')?", row), row
 
 
 def test_a_new_torch_is_not_refused():

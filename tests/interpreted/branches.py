@@ -1,7 +1,6 @@
-"""Triton's kernels for branches, in its interpreter: the same function of x, A and B, its gradients, and its dropout.
+"""Triton's kernels for branches: the same function of x, A and B, its gradients, and its dropout.
 
-What they are on a GPU, `tests/test_gpu.py` sees. Triton asks only once whether it is to interpret, when it is imported:
-so these tests have a process of their own (`tests/test_one_pass.py`).
+What they are on a GPU, `tests/test_gpu.py` sees.
 """
 
 from __future__ import annotations
