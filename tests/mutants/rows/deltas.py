@@ -385,7 +385,7 @@ ROWS = (
     Mutant(
         "one_pass_unproven", "schedules", "lora_fx/deltas/triton_route.py",
         '        gpu_kernels.prove(device)\n',
-        '        gpu_kernels.passed  # noqa: B018\n',
+        '        pass\n',
         "Kernels are used on a device on which nobody has seen what they compute.",
         tests=("tests/test_one_pass.py",),
     ),
