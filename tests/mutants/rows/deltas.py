@@ -384,10 +384,17 @@ ROWS = (
     ),
     Mutant(
         "one_pass_unproven", "schedules", "lora_fx/deltas/triton_route.py",
-        '        gpu_kernels.prove(device)\n',
-        '        pass\n',
+        '            self.prove(device)\n',
+        '            pass\n',
         "Kernels are used on a device on which nobody has seen what they compute.",
-        tests=("tests/test_one_pass.py",),
+        tests=("tests/test_triton_route.py",),
+    ),
+    Mutant(
+        "full_device_refused", "schedules", "lora_fx/deltas/triton_route.py",
+        '            if not is_full(error):\n                self.refuse(device, error)\n            return False\n',
+        '            self.refuse(device, error)\n            return False\n',
+        "A GPU that was full when it was asked first never runs a kernel.",
+        tests=("tests/test_triton_route.py",),
     ),
     Mutant(
         "norm_of_another_product", "schedules", "lora_fx/deltas/gpu_kernels.py",
