@@ -38,8 +38,8 @@ ROWS = (
         tests=("tests/test_onnx_processes.py::test_what_a_graph_of_somebody_else_does_to_its_reader_is_an_error[hang]",),
     ),
     Mutant(
-        "reader_without_bounds", "export", "export/onnx/worker.py",
-        "    resource.setrlimit(resource.RLIMIT_AS, (wanted", "    (resource.RLIMIT_AS, (wanted",
+        "reader_without_bounds", "export", "export/onnx/processes.py",
+        '"memory": _ROOM + 8 * len(graph)}', '"memory": 2**50 + 8 * len(graph)}',
         "A graph may take all memory while its shapes are inferred.",
         tests=("tests/test_onnx_processes.py::test_what_a_graph_of_somebody_else_does_to_its_reader_is_an_error[memory]",),
     ),
