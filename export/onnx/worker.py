@@ -133,6 +133,9 @@ def _bound(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
 
 
+_PROGRAMS: dict[str, type[Runner | Shapes]] = {"runtime": Runner, "shapes": Shapes}
+
+
 def main(program: type[Runner | Shapes]) -> None:
     """Answer what comes in, until nothing more can come."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is meant for the parent, which ends this process if it wants
@@ -155,4 +158,4 @@ def main(program: type[Runner | Shapes]) -> None:
 
 if __name__ == "__main__":
     sys.path[:] = json.loads(sys.argv[1])
-    main({"runtime": Runner, "shapes": Shapes}[sys.argv[2]])
+    main(_PROGRAMS[sys.argv[2]])
