@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 from typing import ClassVar
 
 import pytest
@@ -14,11 +15,12 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.checks import certification, uses
+from lora_fx.checks import certification, flow, uses
 from lora_fx.deltas import adapted_weight
 from lora_fx.deltas.adapted_weight import AdaptedWeight
 from lora_fx.deltas.exact_sum import Tile
 from lora_fx.errors import CaptureError, EquivalenceError, PlanError
+from lora_fx.graph.capture import Inputs, capture_graph
 from lora_fx.model.inventory import inventory
 from lora_fx.passes.wiring import wire
 from tests import reference
@@ -509,3 +511,42 @@ def test_a_refused_certificate_leaves_a_folded_model_folded():
     with pytest.raises(CaptureError):
         lora_fx.certify(model, torch.randn(3))
     assert reference.same_bits(reference.bits(model), state)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_made_of_what_is_known_in_any_order_of_asking(seed):
+    """Against all ancestors, of random programs."""
+    draw, graph = random.Random(seed), fx.Graph()
+    nodes = [graph.placeholder(f"x{k}") for k in range(3)]
+    for _ in range(25):
+        nodes.append(graph.call_function(torch.add, (draw.choice(nodes), draw.choice(nodes[-4:]))))
+    firsts = draw.sample(nodes[8:], 2)
+    truth, waiting = set(), list(firsts)
+    while waiting:
+        truth.add(node := waiting.pop())
+        waiting += node.all_input_nodes
+    made = flow._Made({node: k for k, node in enumerate(nodes)}, firsts)
+    for node in draw.sample(nodes, len(nodes)):
+        assert (node in made) == (node in truth)
+
+
+def test_the_nodes_of_a_use_are_found_beside_it():
+    """However much of the program comes before it."""
+    model, x = nn.Sequential(*(nn.Linear(6, 6) for _ in range(12))), torch.randn(2, 6)
+    lora_fx.apply(model, Rule(where="*", rank=2), x, check=False)
+    reference.fill(model)
+    here = inventory(model)
+    found = flow.Flow(capture_graph(model, Inputs((x,), {}), as_is=True), here.storages(), here.modules)
+    noted: list[fx.Node] = []
+
+    class Watched(flow._Made):
+        def _note(self, nodes):
+            nodes = list(nodes)
+            noted.extend(nodes)
+            super()._note(nodes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "_Made", Watched)
+        sizes = [(len(found.inside(reading)), len(noted)) for reading in found.readings]
+    each = {(inside, after - before) for (inside, after), (_, before) in itertools.pairwise(reversed(sizes))}
+    assert len(each) == 1, "the last of them as the first"

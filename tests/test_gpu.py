@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import run
-from lora_fx.deltas import exact_sum, fused_sum, one_pass, triton_route
-from lora_fx.deltas.fused_sum import FusedWay
+from lora_fx.deltas import exact_sum, one_pass
+from lora_fx.deltas.fused_sum import FOLDS, FusedWay
+from lora_fx.deltas.triton_route import BRANCHES
 from lora_fx.graph.capture import Inputs, no_fast_paths, normalize_inputs
 from lora_fx.model.inventory import inventory
 from lora_fx.passes import fold as folding
@@ -86,7 +87,7 @@ def test_a_fold_and_an_unfold_wait_for_the_device_twice_each(monkeypatch, dtype,
     model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.Linear(1024, 64)).to("cuda", dtype)
     lora_fx.apply(model, Rule(where="*", rank=8), torch.randn(2, 1024, device="cuda", dtype=dtype))
     reference.fill(model)
-    fused_sum.runs_on(torch.device("cuda", torch.cuda.current_device()))  # looks at it, once in a process
+    FOLDS.runs_on(torch.device("cuda", torch.cuda.current_device()))  # looks at it, once in a process
     for verb in [lambda: lora_fx.fold(model, final=final), *([] if final else [lambda: lora_fx.unfold(model)])]:
         torch.cuda.synchronize()
         before = torch.cuda.get_sync_debug_mode()
@@ -104,7 +105,7 @@ def test_a_fold_and_an_unfold_wait_for_the_device_twice_each(monkeypatch, dtype,
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_kernels_of_one_pass_are_the_branch_and_its_gradients(monkeypatch, dtype, dropout):
     """As large as they are taken, beside torch's ops on the same numbers, with the same elements dropped."""
-    assert triton_route.available(torch.device("cuda", torch.cuda.current_device()))
+    assert BRANCHES.runs_on(torch.device("cuda", torch.cuda.current_device()))
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(1024, 1536), torch.nn.Linear(1536, 1024)).to("cuda", dtype)
     x = torch.randn(4, 2048, 1024, device="cuda", dtype=dtype).requires_grad_()
@@ -140,7 +141,7 @@ def test_a_fold_by_kernels_gives_the_bits_of_torchs_route(monkeypatch, dtype, si
             layer.weight[:3] = torch.tensor([[0.0], [-0.0], [float(torch.finfo(dtype).smallest_normal) / 4]])
     state, plain = reference.bits(model), copy.deepcopy(model)
     with monkeypatch.context() as patch:
-        patch.setattr(fused_sum, "runs_on", lambda device: False)
+        patch.setitem(FOLDS.decided, model[0].weight.device, False)
         lora_fx.fold(plain)
     final = lora_fx.fold(model, copy=True, final=True)
     lora_fx.fold(model)

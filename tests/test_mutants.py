@@ -36,11 +36,13 @@ def test_the_table_is_as_long_as_it_has_to_be():
     assert {row.area for row in MUTANTS} == set(AREAS)
 
 
-def test_a_row_stands_in_the_file_of_its_room():
+def test_a_row_stands_in_the_file_of_its_room_with_all_others_of_its_module():
+    stands: dict[str, str] = {}
     for path in (ROOT / "tests/mutants/rows").glob("[!_]*.py"):
         rows = import_module(f"tests.mutants.rows.{path.stem}").ROWS
         where = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("`")[1]
         assert {row.file.rpartition("/")[0].startswith(where) for row in rows} == {True}, path.name
+        assert all(stands.setdefault(row.file, path.name) == path.name for row in rows), path.name
 
 
 def test_every_suite_is_there():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -17,6 +18,7 @@ from torch import nn
 from lora_fx import export_onnx, fold_onnx
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx import processes, worker
+from lora_fx.export.onnx.loading import load_model
 
 pytestmark = pytest.mark.onnx
 onnx = pytest.importorskip("onnx")
@@ -229,3 +231,51 @@ def test_the_program_imports_nothing_of_ours():
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in nodes for alias in node.names} | {getattr(node, "module", "") for node in nodes}
     assert not {name.partition(".")[0] for name in names} & {"lora_fx", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("line", "how"),
+    [
+        ("os.abort()", "the process in which it read the graph has ended by SIGABRT"),
+        ("os.kill(os.getpid(), 9)", "the process in which it read the graph has ended by SIGKILL"),
+        ("import time; time.sleep(20)", "has ended after 2 s without an answer"),
+        ("_bound(said['memory']); bytearray(2**34)", "MemoryError"),
+    ],
+    ids=["abort", "kill", "hang", "memory"],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="there signals have these names, and memory has limits")
+def test_what_a_graph_of_somebody_else_does_to_its_reader_is_an_error(
+    tmp_path, old, tmp_path_factory, monkeypatch, fresh, line, how
+):
+    path = tmp_path_factory.mktemp("theirs") / "theirs.onnx"
+    write_file(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(processes, "_SHAPES", replace(processes._SHAPES, patience=2.0))
+    with monkeypatch.context() as patch:
+        faulty(tmp_path_factory.mktemp("program"), patch, line, "shapes")
+        with pytest.raises(ExportError, match=how) as caught:
+            fold_onnx(path, old)
+    assert caught.value.place == str(path) and untouched(old) and path.read_bytes() == before
+    monkeypatch.setattr(processes, "_SHAPES", replace(processes._SHAPES, patience=120.0))
+    assert load_model(path, "remedy").graph.outputs  # by another one
+
+
+def test_what_a_graph_may_take_grows_with_it(monkeypatch, fresh):
+    asked = []
+    monkeypatch.setattr(processes.Runner, "ask", lambda self, said, arrays: asked.append(said) or ({}, arrays))
+    for size in (10, 2**20):
+        assert processes.with_shapes(bytes(size)) == bytes(size)
+    assert asked[1]["memory"] - asked[0]["memory"] == 8 * (2**20 - 10) and asked[0]["memory"] > 2**30
+
+
+def test_shapes_are_read_elsewhere(tmp_path, monkeypatch, fresh):
+    """By one process for all files; here only where there is no interpreter for another one."""
+    path, here, real = tmp_path / "m.onnx", [], onnx.shape_inference.infer_shapes
+    write_file(path)
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", lambda *a, **k: here.append(1) or real(*a, **k))
+    load_model(path, "remedy")
+    load_model(path, "remedy")
+    assert [runner.program.name for runner in fresh] == ["shapes"] and not here
+    monkeypatch.setattr(sys, "executable", "")
+    load_model(path, "remedy")
+    assert here == [1]

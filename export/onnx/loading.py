@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lora_fx.errors import ExportError
+from lora_fx.export.onnx.processes import has_interpreter, with_shapes
 from lora_fx.export.onnx.runtimes import refuse, refusing, require
 from lora_fx.reading import RESTORE, regular
 
@@ -199,14 +201,23 @@ class _Look:
 
     def constants(self) -> None:
         """What the graph makes of constants alone, which ONNX Runtime makes as it loads."""
-        import onnx
-
-        known = onnx.shape_inference.infer_shapes(_lean(self.proto), data_prop=True)
+        known = self._with_shapes(_lean(self.proto))
         held = {t.name for t in self.proto.graph.initializer} - {v.name for v in self.proto.graph.input}
         made = _made(known.graph, held)
         if made > MADE:
             reason = f"it makes constants of {made:,} bytes, of {self.path.stat().st_size:,} that it has"
             refuse(self.place, reason, f"{self.remedy}; {MADE:,} are the most")
+
+    def _with_shapes(self, lean: Any) -> Any:
+        """Inferred in another process; in this one only where none can be started."""
+        import onnx
+
+        if not has_interpreter():
+            return onnx.shape_inference.infer_shapes(lean, data_prop=True)
+        try:
+            return onnx.ModelProto.FromString(with_shapes(lean.SerializeToString()))
+        except ExportError as error:  # of the other process, which knows no path
+            refuse(self.place, error.reason, self.remedy, error)
 
 
 def _nested(holders: Iterable[Any]) -> Iterator[Any]:

@@ -1,7 +1,9 @@
-"""ONNX Runtime in a process of its own: what crashes there, or is killed for its memory, is an error here.
+"""What native code does with a file, in a process of its own: what crashes there, or is killed, is an error here.
 
-One process serves all exports of a Python process: to start one for each takes longer than a small model. It ends with
-the Python process, and is started again where it has ended before. Nothing is shared over a fork.
+There are two: ONNX Runtime, and onnx's inference of shapes, which reads graphs that anybody may have made, and is given
+bounded memory and time. One process of a kind serves a Python process: to start one for each file takes longer than a
+small model. It ends with the Python process, and is started again where it has ended before. Nothing is shared over a
+fork.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -26,8 +29,37 @@ from lora_fx.export.onnx import worker
 from lora_fx.export.onnx.runtimes import refuse
 
 _SHOWN = 2000
-_REMEDY = "make room if it was out of memory; else make fewer axes dynamic, or export in float32, "
-_REMEDY += "and report the file that check=False writes to onnxruntime"
+_ROOM = 2**30
+"""Bytes that the inference of shapes may take, and eight times the graph: some six copies of it are made."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a process is for."""
+
+    name: str
+    """As `worker` knows it."""
+    place: str
+    does: str
+    remedy: str
+    patience: float | None = None
+    """Seconds for an answer; None waits."""
+
+
+_RUNTIME = Program(
+    "runtime",
+    "ONNX Runtime",
+    "ran the file",
+    "make room if it was out of memory; else make fewer axes dynamic, or export in float32, "
+    "and report the file that check=False writes to onnxruntime",
+)
+_SHAPES = Program(
+    "shapes",
+    "onnx.shape_inference",
+    "read the graph",
+    "load it with the program that wrote it, and export it again",
+    patience=120.0,
+)
 
 
 class Said(RuntimeError):
@@ -81,17 +113,37 @@ def checked(path: Path) -> None:
     _running().ask({"do": "check", "path": str(path.absolute())}, {})
 
 
+def with_shapes(graph: bytes) -> bytes:
+    """A message, with what onnx infers of the shapes in it.
+
+    Raises:
+        Said: what onnx says against it, or that it has not the memory.
+        ExportError: the process has ended, or has not come to an end.
+    """
+    import numpy
+
+    said = {"do": "shapes", "memory": _ROOM + 8 * len(graph)}
+    _, arrays = _running(_SHAPES).ask(said, {"graph": numpy.frombuffer(graph, numpy.uint8)})
+    return arrays["graph"].tobytes()
+
+
+def has_interpreter() -> bool:
+    """A process can be started: not in a program that was frozen, or that embeds Python."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)
+
+
 class Runner:
     """The process. One thread asks at a time."""
 
-    def __init__(self) -> None:
-        if getattr(sys, "frozen", False) or not sys.executable:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        if not has_interpreter():
             reason = "ONNX Runtime checks a file in a process of its own, for which there is no Python interpreter here"
             refuse("export_onnx", reason, "pass check=False, and check the file elsewhere")
-        self.pid, self._turn, self._said = os.getpid(), threading.Lock(), ""
+        self.pid, self._turn, self._said, self._late = os.getpid(), threading.Lock(), "", False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         # Without the program's own folder, and with our search path: it imports what we would import.
-        command = [sys.executable, "-P", worker.__file__, json.dumps([*map(str, sys.path)])]
+        command = [sys.executable, "-P", worker.__file__, json.dumps([*map(str, sys.path)]), program.name]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log)
         atexit.register(self.end, 1.0)
@@ -111,8 +163,9 @@ class Runner:
         with self._turn:
             message = worker.packed(said, arrays)
             try:
-                worker.write(self._stdin, message)
-                return self._answer()
+                with self._in_time():
+                    worker.write(self._stdin, message)
+                    return self._answer()
             except (EOFError, OSError, ValueError):  # of a pipe that is broken, or closed
                 self._ended()
             except Said:
@@ -126,6 +179,25 @@ class Runner:
         if "error" in said:
             raise type(said["error"], (Said,), {})(said["message"])
         return said, arrays
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """Whoever waits longer than the program has patience is told that the process has ended, because it has."""
+
+        def late() -> None:
+            self._late = True
+            self._process.kill()
+
+        if self.program.patience is None:
+            yield
+            return
+        clock = threading.Timer(self.program.patience, late)
+        clock.daemon = True
+        clock.start()
+        try:
+            yield
+        finally:
+            clock.cancel()
 
     @property
     def _stdin(self) -> Any:
@@ -144,8 +216,10 @@ class Runner:
             how = f"by signal {-code}"
             with suppress(ValueError):
                 how = f"by {signal.Signals(-code).name}"
-        last = f"; it said last: {self._said}" if self._said else ""
-        refuse("ONNX Runtime", f"the process in which it ran the file has ended {how}{last}", _REMEDY)
+        last, program = f"; it said last: {self._said}" if self._said else "", self.program
+        if self._late:
+            how = f"after {program.patience:g} s without an answer"
+        refuse(program.place, f"the process in which it {program.does} has ended {how}{last}", program.remedy)
 
     def end(self, patience: float = 0.0) -> None:
         """End the process, if it has not ended after this many seconds; of the process that began it alone."""
@@ -172,11 +246,14 @@ class Runner:
 _NUMBERS = count()
 _starting = threading.Lock()
 _runners: list[Runner] = []
-"""The last one is ours; one before it is the business of the process that this one was forked from."""
+"""Those of another process that this one was forked from are that one's business."""
 
 
-def _running() -> Runner:
+def _running(program: Program = _RUNTIME) -> Runner:
     with _starting:
-        if not _runners or not _runners[-1].alive:
-            _runners[:] = [*(one for one in _runners if one.pid != os.getpid()), Runner()]
-    return _runners[-1]
+        for one in _runners:
+            if one.program is program and one.alive:
+                return one
+        ours = [one for one in _runners if one.pid != os.getpid() or one.alive]
+        _runners[:] = [*ours, found := Runner(program)]
+    return found

@@ -1,4 +1,5 @@
-"""The program of the process that runs files in ONNX Runtime for us; see `lora_fx.export.onnx.processes`.
+"""The program of the processes that run files in ONNX Runtime, or read graphs, for us; see
+`lora_fx.export.onnx.processes`.
 
 It is started by its path, and imports nothing of lora_fx, which would bring torch. A message is a line of JSON, with
 types and shapes of the arrays whose bytes follow it: nothing that comes through the pipe can be code.
@@ -99,17 +100,53 @@ class Runner:
         return self.runtime.InferenceSession(said["path"], options, providers=["CPUExecutionProvider"])
 
 
-def main() -> None:
+class Shapes:
+    """The shapes in a graph that anybody may have made, in bounded memory."""
+
+    def __init__(self) -> None:
+        import onnx
+
+        self.onnx = onnx
+
+    def answer(self, said: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        import numpy
+
+        if said["do"] == "shapes":
+            _bound(said["memory"])
+            graph = self.onnx.ModelProto.FromString(arrays["graph"].tobytes())
+            known = self.onnx.shape_inference.infer_shapes(graph, data_prop=True).SerializeToString()
+            return {}, {"graph": numpy.frombuffer(known, numpy.uint8)}
+        return {}, {}
+
+
+def _bound(memory: int) -> None:
+    """So many bytes more than there are, where the system knows how."""
+    try:
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as sizes:
+            taken = int(sizes.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = taken + memory
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
+
+
+_PROGRAMS: dict[str, type[Runner | Shapes]] = {"runtime": Runner, "shapes": Shapes}
+
+
+def main(program: type[Runner | Shapes]) -> None:
     """Answer what comes in, until nothing more can come."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is meant for the parent, which ends this process if it wants
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
-    runner: Runner | None = None
+    runner: Runner | Shapes | None = None
     while True:
         try:
             if runner is None:
-                runner, message = Runner(), packed({}, {})
+                runner, message = program(), packed({}, {})
             else:
                 message = packed(*runner.answer(*read(requests)))
         except EOFError:
@@ -121,4 +158,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path[:] = json.loads(sys.argv[1])
-    main()
+    main(_PROGRAMS[sys.argv[2]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class Flow:
         self.mixed: dict[fx.Node, frozenset[int]] = {}
         """node made of weights and θ alone, as δ(W, θ) is → the ids of the adapters."""
         self.pure: set[fx.Node] = set(captured.tensors)
+        self._order = {node: k for k, node in enumerate(captured.graph.nodes)}
         self._inside: dict[Reading, frozenset[fx.Node]] = {}
         self._find_roots(storages)
         consumers = [n for n in captured.graph.nodes if n.op == "call_function" and self._consumes(n)]
@@ -96,14 +98,14 @@ class Flow:
         return self._inside[reading]
 
     def _found_inside(self, reading: Reading) -> frozenset[fx.Node]:
-        before = self._ancestors(n for n in reading.node.all_input_nodes if n not in self.carriers)
+        before = _Made(self._order, (n for n in reading.node.all_input_nodes if n not in self.carriers))
         found: dict[fx.Node, bool] = {reading.node: True}
 
         def is_inside(node: fx.Node) -> bool:
             if node not in found:
                 found[node] = False
                 alone = node in self.factors or node in self.carriers or node in self.mixed
-                if alone or node not in before:
+                if alone or (node.all_input_nodes and node not in before):
                     inputs = list(map(is_inside, node.all_input_nodes))  # all of them: each is noted
                     found[node] = alone or any(inputs)
             return found[node]
@@ -130,15 +132,6 @@ class Flow:
         """What those nodes are computed from."""
         inside = self.inside(reading)
         return frozenset(n for node in inside for n in node.all_input_nodes if n not in inside)
-
-    def _ancestors(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-        """They, and whatever they are made of."""
-        found, waiting = set[fx.Node](), list(nodes)
-        while waiting:
-            if (node := waiting.pop()) not in found:
-                found.add(node)
-                waiting += node.all_input_nodes
-        return found
 
     def _find_roots(self, storages: Sequence[Storage]) -> None:
         weights: dict[tuple, list[Storage]] = {}
@@ -279,6 +272,27 @@ class Flow:
         inputs = node.all_input_nodes
         made = frozenset().union(*(self.factors.get(n, frozenset()) for n in inputs))
         return self._made_by(inputs[0]) if not made and len(inputs) == 1 else made
+
+
+class _Made:
+    """Nodes, and whatever they are made of: found from the last one back, no further than to what is asked for, which
+    stands close to them."""
+
+    def __init__(self, order: Mapping[fx.Node, int], nodes: Iterable[fx.Node]) -> None:
+        self.order, self.known = order, set[fx.Node]()
+        self.waiting: list[tuple[int, fx.Node]] = []
+        self._note(nodes)
+
+    def __contains__(self, node: fx.Node) -> bool:
+        while self.waiting and -self.waiting[0][0] > self.order[node]:
+            self._note(heappop(self.waiting)[1].all_input_nodes)
+        return node in self.known
+
+    def _note(self, nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            if node not in self.known:
+                self.known.add(node)
+                heappush(self.waiting, (-self.order[node], node))
 
 
 def _is_tensors(value: Any) -> bool:

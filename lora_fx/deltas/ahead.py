@@ -25,10 +25,11 @@ import torch
 
 from lora_fx.deltas import fused_sum
 from lora_fx.deltas.exact_sum import _CHUNK, ExactSum, Found, Place, block_sizes, scratches, too_large
-from lora_fx.deltas.fused_sum import FusedSum, Looked, NoKernel, is_full
+from lora_fx.deltas.fused_sum import FOLDS, FusedSum, Looked, NoKernel
 from lora_fx.deltas.remainder import Steps
 from lora_fx.deltas.rounded_sum import RoundedSum
 from lora_fx.deltas.rounding import Scratch, between, first_places, read
+from lora_fx.deltas.triton_route import is_full
 from lora_fx.errors import FoldError
 
 _TIMES = 4  # the error
@@ -69,7 +70,7 @@ def foresee(sums: Sequence[Sum], undoable: Sequence[bool]) -> Foreseen:
         try:
             return _foresee(sums, undoable, sizes)
         except NoKernel as error:
-            fused_sum.refuse(error.device, error)
+            FOLDS.refuse(error.device, error)
             sums = [
                 one.plain() if isinstance(one, FusedSum) and one.weight.device == error.device else one for one in sums
             ]

@@ -2,18 +2,17 @@
 
 What `deltas.exact_sum` computes in some fifty passes over float64 copies, `deltas.fold_kernels` computes in registers:
 the same sums, rounded once, and the same way back. It is for the weights that it knows: matrices or batches of them, in
-bfloat16, float16 or float32. All others take torch's route; so does a machine without Triton, or a card for which
-Triton makes no kernel, which is said once. Where float64 cannot decide, fractions do, as ever.
+bfloat16, float16 or float32 (`FOLDS`). All others take torch's route, as do devices on which the kernels do not give
+its bits. Where float64 cannot decide, fractions do, as ever.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import pairwise
 from types import ModuleType
 
@@ -24,41 +23,13 @@ from lora_fx.deltas.exact_sum import ExactSum, Found, Way, _fold_block, _wide, b
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.remainder import Remainder
 from lora_fx.deltas.rounding import INTEGERS, Scratch, checksum, same
+from lora_fx.deltas.triton_route import Route, is_full
 from lora_fx.graph.layout import Layout
 
 _KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
-_MOST = 2**31  # elements of a weight, or of a factor: their places are int32
+_MOST = 2**31  # elements: their places are int32
 _DOUBTFUL = 64  # elements that float64 cannot decide for which there is room in each weight, and one in 2¹³
 _PUT = 1024  # numbers that one program puts to their places
-
-_known: set[torch.device] = set()  # what the kernels give there has been looked at
-_refused: set[torch.device] = set()  # Triton has made no kernel for them, or one that gives other bits
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    try:
-        from lora_fx.deltas import fold_kernels
-    except Exception as error:  # it may be there, and not fit this machine
-        _say(f"Triton does not import here: {error}")
-        return None
-    return fold_kernels
-
-
-def runs_on(device: torch.device) -> bool:
-    """A fold there is computed by kernels: they have been seen to give torch's bits on this device."""
-    if device.type != "cuda" or _kernels() is None:
-        return False
-    if device not in _known:
-        _known.add(device)
-        try:
-            prove(device)
-        except Exception as error:  # of whatever a compiler and a driver raise
-            if is_full(error):
-                _known.discard(device)
-                return False
-            refuse(device, error)
-    return device not in _refused
 
 
 def prove(device: torch.device) -> None:
@@ -67,38 +38,32 @@ def prove(device: torch.device) -> None:
     Raises:
         ArithmeticError: its bits are not those of torch's route.
     """
+    _imported()  # before all else: Triton may not be here
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device) / 16
 
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in FOLDS.dtypes:
         weight, layout = normal(66, 48).to(dtype), Layout("oi", (66, 48))
         deltas = [LowRank(layout, normal(3, 48), normal(66, 3), 1.7, 3)]
-        one = FusedSum.of(weight.clone(), deltas, True)
+        one = FusedSum.unproved(weight.clone(), deltas, True)
         assert one is not None
         looked = look([one])
         ((fused, found),) = looked.read(looked.unread.flatten().tolist())
         assert isinstance(fused, FusedSum)
-        way, exact = (
-            fused.fold(Scratch(0, dtype, device), [], [found]),
-            folded_weight(weight, deltas, dtype, "a small weight"),
-        )
+        way = fused.fold(Scratch(0, dtype, device), [], [found])
+        exact = folded_weight(weight, deltas, dtype, "a small weight")
         bits = INTEGERS[weight.element_size()]
         folds = torch.equal(fused.weight.view(bits), exact.view(bits))
-        returns = bool(way.take_back(fused.weight, [])) and torch.equal(fused.weight.view(bits), weight.view(bits))
+        way.by_kernels(one, [])
+        returns = torch.equal(fused.weight.view(bits), weight.view(bits))
         if not (folds and returns):
             raise ArithmeticError(f"it gives other bits in {dtype}")
 
 
-def refuse(device: torch.device, error: Exception) -> None:
-    """Torch's route from now on."""
-    _refused.add(device)
-    _say(f"Triton makes no kernel for {device}: {error}")
-
-
-def _say(what: str) -> None:
-    warnings.warn(f"{what}. Folds take torch's route, which is slower and gives the same bits.", stacklevel=2)
+FOLDS = Route("folds", prove, (torch.bfloat16, torch.float16, torch.float32), range(1, _MOST))
+"""Of weights."""
 
 
 # ── one weight ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -169,8 +134,18 @@ class FusedSum:
     def of(
         weight: torch.Tensor, deltas: Sequence[LowRank], undoable: bool, name: str = "", adapters: Sequence[str] = ()
     ) -> FusedSum | None:
-        """None where the kernels do not know the weight, its deltas or its device."""
-        if not _is_known(weight) or any(f.device != weight.device for d in deltas for f in (d.A, d.B)):
+        """None where the kernels do not know the weight or its deltas, or its device is not for them."""
+        known = FOLDS.runs_on(weight.device)
+        return FusedSum.unproved(weight, deltas, undoable, name, adapters) if known else None
+
+    @staticmethod
+    def unproved(
+        weight: torch.Tensor, deltas: Sequence[LowRank], undoable: bool, name: str = "", adapters: Sequence[str] = ()
+    ) -> FusedSum | None:
+        """The same wherever it lies."""
+        if not FOLDS.knows(weight.dtype, weight.numel()) or not weight.is_contiguous():
+            return None
+        if any(f.device != weight.device for d in deltas for f in (d.A, d.B)):
             return None
         if undoable and deltas[0].layout.axes[-1].size % 2:  # two steps lie in a byte, and never in two rows
             return None
@@ -182,7 +157,7 @@ class FusedSum:
     @property
     def has_kernels(self) -> bool:
         """Triton has not failed for its device in the meantime."""
-        return runs_on(self.weight.device)
+        return FOLDS.runs_on(self.weight.device)
 
     @property
     def room(self) -> int:
@@ -286,17 +261,10 @@ class FusedSum:
             )  # fmt: skip
 
 
-def _is_known(weight: torch.Tensor) -> bool:
-    """The weight is one that kernels fold, as far as it alone says."""
-    if weight.dtype not in _KINDS or weight.dtype == torch.float64 or not weight.is_contiguous():
-        return False
-    return 0 < weight.numel() < _MOST and runs_on(weight.device)
-
-
 def _imported() -> ModuleType:
-    kernels = _kernels()
-    assert kernels is not None
-    return kernels
+    from lora_fx.deltas import fold_kernels
+
+    return fold_kernels
 
 
 def _room_for(numbers: torch.Tensor, moved: int, far: int) -> tuple[int, Remainder]:
@@ -346,11 +314,15 @@ class FusedWay(Way):
         if fused is None:
             self._in_blocks(weight).take_back(weight, undo)
         else:
-            kernels, (remainder,) = _imported(), self.remainders
-            fused = replace(fused, answers=_zeros(1, weight.device)[0], magnitude=self.magnitude)
-            undo.append(partial(_fold_again, fused, remainder))
-            fused.take_back(kernels.MOVED if remainder.nibbles is None else kernels.FAR, remainder)
+            self.by_kernels(fused, undo)
         return same(checksum(weight), self.original)
+
+    def by_kernels(self, fused: FusedSum, undo: list[Undo]) -> None:
+        """The same way, without a look at what has come of it."""
+        kernels, (remainder,) = _imported(), self.remainders
+        fused = replace(fused, answers=_zeros(1, fused.weight.device)[0], magnitude=self.magnitude)
+        undo.append(partial(_fold_again, fused, remainder))
+        fused.take_back(kernels.MOVED if remainder.nibbles is None else kernels.FAR, remainder)
 
     def _in_blocks(self, weight: torch.Tensor) -> Way:
         """The same way for torch's route, an even number of rows at a time."""
@@ -394,12 +366,6 @@ def _fold_again(fused: FusedSum, remainder: Remainder) -> None:
 
 
 # ── all of them ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def is_full(error: Exception) -> bool:
-    """There is no memory. A CPU and Triton have no error of their own for that."""
-    full = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return full or any(said in str(error) for said in ("can't allocate memory", "[CUDA]: out of memory"))
 
 
 class NoKernel(Exception):

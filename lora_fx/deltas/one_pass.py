@@ -16,9 +16,10 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
-from lora_fx.deltas import kernels, rematerialization, triton_route
+from lora_fx.deltas import kernels, rematerialization
 from lora_fx.deltas.compiled_schedules import ORDINARY
 from lora_fx.deltas.kernels import Terms
+from lora_fx.deltas.triton_route import BRANCHES
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.capture import recording
 
@@ -28,10 +29,10 @@ _RANKS = 64
 
 def takes(x: Any, weight: Any, terms: Terms) -> bool:
     """Whether a call that may be scheduled is one for the kernels."""
-    if x.dtype not in triton_route.HALF or weight.dim() != 2 or x.dim() < 2:
+    if weight.dim() != 2 or x.dim() < 2:
         return False
     tokens = x.numel() // max(x.shape[-1], 1)
-    if tokens * max(weight.shape) < triton_route.LARGE or torch.cuda.is_current_stream_capturing():
+    if not BRANCHES.knows(x.dtype, tokens * max(weight.shape)) or torch.cuda.is_current_stream_capturing():
         return False
     for A, B, scale, _, dropped in terms:
         if not (dropped is None or dropped is x or (type(dropped) is Dropped and dropped.is_of(x))):
@@ -40,7 +41,7 @@ def takes(x: Any, weight: Any, terms: Terms) -> bool:
             return False
         if A.dim() != 2 or not 0 < len(A) <= _RANKS:
             return False
-    return triton_route.available(x.device)
+    return BRANCHES.runs_on(x.device)
 
 
 def matmul(op: str, x: Any, weight: Any, bias: Any, terms: Terms) -> Any:
@@ -106,19 +107,13 @@ class Dropped(torch.Tensor):
 def may_drop(x: Any) -> bool:
     """Whether dropout of x is left to the kernels. Nothing decides that could be another when a checkpoint computes it
     again."""
-    if (
-        type(x) not in ORDINARY
-        or not x.is_cuda
-        or x.dtype not in triton_route.HALF
-        or x.dim() < 2
-        or x.numel() < triton_route.LARGE
-    ):
+    if type(x) not in ORDINARY or not x.is_cuda or x.dim() < 2 or not BRANCHES.knows(x.dtype, x.numel()):
         return False
     if recording.on or torch._C._is_tracing() or get_proxy_mode() is not None or not x.is_contiguous():
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or x.is_inference():
         return False
-    return not torch.cuda.is_current_stream_capturing() and triton_route.available(x.device)
+    return not torch.cuda.is_current_stream_capturing() and BRANCHES.runs_on(x.device)
 
 
 def made(terms: Terms) -> Terms:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.deltas import triton_route
+from lora_fx.deltas.triton_route import BRANCHES
 
 _DEPTH = 4  # operations: deeper ones cost more time than they are worth memory
 _SHARED = "lora_fx: the product, made again"
@@ -182,10 +182,10 @@ def _in_one_pass(make: _Make, kept: Sequence[torch.Tensor]) -> torch.Tensor | No
         case _:
             return None
     w, a, b = weight(kept), left(kept), right(kept)
-    if w.dtype is not dtype or dtype not in triton_route.HALF or not a.dtype is b.dtype is torch.float32:
+    if w.dtype is not dtype or not a.dtype is b.dtype is torch.float32:
         return None
     shape = torch.broadcast_shapes(w.shape, a.shape, b.shape)
-    if math.prod(shape) < triton_route.LARGE or len(shape) < 2 or not triton_route.available(w.device):
+    if not BRANCHES.knows(dtype, math.prod(shape)) or len(shape) < 2 or not BRANCHES.runs_on(w.device):
         return None
     try:
         flat = [t.detach().expand(shape).view(-1, shape[-1]) for t in (w, a, b)]

@@ -6,7 +6,7 @@ What they are on a GPU, `tests/test_gpu.py` sees.
 from __future__ import annotations
 
 import math
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_fx.deltas import gpu_kernels as kernels_of_gpu
-from lora_fx.deltas import kernels, one_pass, rematerialization, schedules, triton_route
+from lora_fx.deltas import kernels, one_pass, rematerialization, schedules
 from lora_fx.deltas.kernels import Term
+from lora_fx.deltas.triton_route import BRANCHES
 from lora_fx.errors import LoraFxError
 
 HALF = torch.float16  # what the interpreter multiplies
@@ -36,6 +37,13 @@ def gpu_kernels():
 def _seeds(monkeypatch):
     """CPUs have generators of another kind."""
     monkeypatch.setattr(one_pass, "_seed", lambda device: int(torch.randint(2**62, ())))
+
+
+def route(monkeypatch, least: int) -> None:
+    """Calls of tensors of so many elements on a CPU are for the kernels, too."""
+    here = replace(BRANCHES, sizes=range(least, 2**63), decided={torch.device("cpu"): True})
+    for module in (one_pass, rematerialization):
+        monkeypatch.setattr(module, "BRANCHES", here)
 
 
 def site(op: str, rank: int = 3, part: bool = False, factors: torch.dtype = torch.float32, n: int = 2):
@@ -192,9 +200,8 @@ def test_what_reads_a_dropped_input_otherwise_gets_the_tensor(gpu_kernels):
 
 
 def test_an_input_that_was_written_to_after_its_dropout_is_refused(monkeypatch):
-    monkeypatch.setattr(triton_route, "available", lambda device: True)
+    route(monkeypatch, 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(triton_route, "LARGE", 1)
     x, weight, _, plain = site("linear", n=1)
     x = x.detach()
     terms, _ = with_dropout(x, plain, 0.5)
@@ -260,8 +267,7 @@ class Norm(torch.nn.Module):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_norm_is_made_again_in_one_pass_to_the_same_bits(first, gpu_kernels, monkeypatch):
-    monkeypatch.setattr(triton_route, "LARGE", 1)
-    monkeypatch.setattr(triton_route, "available", lambda device: True)
+    route(monkeypatch, 1)
     x, weight, bias, plain = site("linear", n=1)
     norm, asked, honest = Norm(first), [], gpu_kernels.multiplied
     monkeypatch.setattr(gpu_kernels, "multiplied", lambda *args: asked.append(1) or honest(*args))
@@ -283,40 +289,9 @@ def test_kernels_that_compute_something_else_are_not_used(gpu_kernels, monkeypat
         gpu_kernels.prove(torch.device("cpu"))
 
 
-def test_that_triton_does_not_run_is_said_once_and_torch_computes(monkeypatch, recwarn):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setitem(sys.modules, "lora_fx.deltas.gpu_kernels", None)  # it does not import
-    triton_route.available.cache_clear()
-    try:
-        assert not triton_route.available(torch.device("cuda", 0)) and not triton_route.available(
-            torch.device("cuda", 0)
-        )
-        ours = [str(w.message) for w in recwarn if "lora_fx" in str(w.message)]
-        assert len(ours) == 1 and "torch's ops, not Triton's" in ours[0]
-        assert not triton_route.available(torch.device("cpu"))
-    finally:
-        triton_route.available.cache_clear()
-
-
-def test_a_device_on_which_they_compute_something_else_has_torch_ops(gpu_kernels, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    device, asked = torch.device("cuda", 0), []
-    monkeypatch.setattr(gpu_kernels, "prove", asked.append)
-    triton_route.available.cache_clear()
-    try:
-        assert triton_route.available(device) and asked == [device]
-        triton_route.available.cache_clear()
-        monkeypatch.setattr(gpu_kernels, "prove", lambda device: gpu_kernels.passed(None))
-        with pytest.warns(UserWarning, match="not Triton's: AttributeError"):
-            assert not triton_route.available(device)
-    finally:
-        triton_route.available.cache_clear()
-
-
 def test_what_it_takes(monkeypatch):
-    monkeypatch.setattr(triton_route, "available", lambda device: True)
+    route(monkeypatch, 21 * 45)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(triton_route, "LARGE", 21 * 45)
     x, weight, _, plain = site("linear")
     terms, _ = with_dropout(x, plain, 0.5)
     assert one_pass.takes(x, weight, terms)

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.deltas import exact_sum, fused_sum
+from lora_fx.deltas import exact_sum, fold_kernels, fused_sum
 from lora_fx.deltas.exact_sum import Way
-from lora_fx.deltas.fused_sum import FusedSum, FusedWay
+from lora_fx.deltas.fused_sum import FOLDS, FusedSum, FusedWay
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.rounding import INTEGERS, nearest
 from lora_fx.errors import FoldError
@@ -30,18 +30,17 @@ from tests.waits import Waits
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # NumPy's, of numbers that overflow
 
+CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """They fold what is on a CPU, too."""
-    monkeypatch.setattr(fused_sum, "runs_on", lambda device: device not in fused_sum._refused)
-    monkeypatch.setattr(fused_sum._kernels(), "ROWS", 64)  # fewer programs: the interpreter is slow
+    monkeypatch.setitem(FOLDS.decided, CPU, True)
+    monkeypatch.setattr(fold_kernels, "ROWS", 64)  # fewer programs: the interpreter is slow
     for name in ("fold", "put"):
-        monkeypatch.setattr(fused_sum._kernels(), name, Interpreted(getattr(fused_sum._kernels(), name)))
-    yield
-    fused_sum._refused.clear()
+        monkeypatch.setattr(fold_kernels, name, Interpreted(getattr(fold_kernels, name)))
 
 
 class Interpreted:
@@ -61,7 +60,7 @@ class Interpreted:
 def without_kernels(model: nn.Module, verb, **options) -> nn.Module:
     """The same by torch's route."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_sum, "runs_on", lambda device: False)
+        patch.setitem(FOLDS.decided, CPU, False)
         return verb(model, **options)
 
 
@@ -173,7 +172,7 @@ def fold_alone(weight: torch.Tensor, *deltas) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [0.02, 1.0, 1e4], ids=["places", "steps", "numbers"])
 def test_the_way_back_is_kept_in_each_of_its_forms(monkeypatch, dtype, size):
-    monkeypatch.setattr(fused_sum._kernels(), "ROWS", 16)
+    monkeypatch.setattr(fold_kernels, "ROWS", 16)
     model = layer(dtype, 50, 150)
     with torch.no_grad():
         model.weight_lora_default.B.mul_(size)
@@ -311,7 +310,7 @@ def test_what_is_cut_short_at_any_line_is_what_it_was(size, verb):
     fused, way = ahead.sums[0], None
 
     def fold(undo):
-        fused.answers[0, fused_sum._kernels().FILLED :] = 0
+        fused.answers[0, fold_kernels.FILLED :] = 0
         return fused.fold(ahead.scratch(0), undo, ahead.founds[0])
 
     if verb == "unfold":
@@ -399,48 +398,21 @@ def test_a_card_for_which_there_is_no_kernel_takes_torchs_route_and_that_is_said
     def fail(*_, **__):
         raise RuntimeError("no such card")
 
-    monkeypatch.setattr(fused_sum._kernels(), "fold", {(n,): fail for n in range(99)})
-    with pytest.warns(UserWarning, match="makes no kernel for cpu: no such card.*torch's route") as said:
+    monkeypatch.setattr(fold_kernels, "fold", {(n,): fail for n in range(99)})
+    with pytest.warns(UserWarning, match="folds on cpu .* not Triton's: NoKernel: no such card") as said:
         folded = lora_fx.fold(model, copy=True)
         lora_fx.fold(model, copy=True)
     assert len(said) == 1 and reference.same_bits(reference.bits(folded), reference.bits(plain))
 
 
-def test_a_triton_that_does_not_import_is_said_once_and_torch_folds(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lora_fx.deltas.fold_kernels", None)
-    monkeypatch.delattr(lora_fx.deltas, "fold_kernels", raising=False)
-    monkeypatch.setattr(fused_sum, "runs_on", RUNS_ON)
-    fused_sum._kernels.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="Triton does not import here.*torch's route") as said:
-            assert not fused_sum.runs_on(torch.device("cuda"))
-            assert not fused_sum.runs_on(torch.device("cuda"))
-        assert len(said) == 1
-    finally:
-        fused_sum._kernels.cache_clear()
-
-
-RUNS_ON = fused_sum.runs_on
-
-
-def test_on_a_cpu_nobody_asks_for_triton():
-    assert not RUNS_ON(torch.device("cpu"))
-
-
-def test_a_device_on_which_the_kernels_give_other_bits_takes_torchs_route(monkeypatch):
-    fused_sum.prove(torch.device("cpu"))
-    monkeypatch.undo()  # `runs_on` is the library's own again
-    device, asked = torch.device("cuda", 0), []
-    monkeypatch.setattr(fused_sum, "_known", set())
-    monkeypatch.setattr(fused_sum, "prove", asked.append)
-    assert fused_sum.runs_on(device) and fused_sum.runs_on(device) and asked == [device]
-    fused_sum._known.clear()
-    monkeypatch.setattr(fused_sum, "prove", lambda device: fused_sum._moved(None, device))
-    with pytest.warns(UserWarning, match="torch's route"):
-        assert not fused_sum.runs_on(device)
-
-
 def test_a_kernel_that_rounds_otherwise_is_seen(monkeypatch):
+    fused_sum.prove(CPU)
     monkeypatch.setattr(fused_sum, "folded_weight", lambda weight, *args: weight * 1.0078125)
     with pytest.raises(ArithmeticError, match=r"other bits in .*bfloat16"):
-        fused_sum.prove(torch.device("cpu"))
+        fused_sum.prove(CPU)
+
+
+def test_a_kernel_that_does_not_give_the_weight_back_is_seen(monkeypatch):
+    monkeypatch.setattr(FusedSum, "take_back", lambda *args: None)
+    with pytest.raises(ArithmeticError, match=r"other bits in .*bfloat16"):
+        fused_sum.prove(CPU)

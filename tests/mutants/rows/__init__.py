@@ -1,4 +1,4 @@
-"""The rows of the table, a file for each room of the library; every file in this folder is read."""
+"""The rows of the table, a file for each room of the library, or for a part of a large one; all files here are read."""
 
 from __future__ import annotations
 

@@ -191,6 +191,18 @@ ROWS = (
         tests=("tests/test_certificate.py::test_the_branch_of_another_weight_is_no_use_of_this_one",),
     ),
     Mutant(
+        "made_of_nothing_earlier", "verification", "lora_fx/checks/flow.py",
+        "self._note(heappop(self.waiting)[1].all_input_nodes)", "heappop(self.waiting)",
+        "What made the input of a use is looked for among its operands alone.",
+        tests=("tests/test_certificate.py::test_what_is_made_of_what_is_known_in_any_order_of_asking",),
+    ),
+    Mutant(
+        "all_that_came_before_is_walked", "verification", "lora_fx/checks/flow.py",
+        "while self.waiting and -self.waiting[0][0] > self.order[node]:", "while self.waiting:",
+        "The check of each use walks the whole program before it, which is quadratic in its depth.",
+        tests=("tests/test_certificate.py::test_the_nodes_of_a_use_are_found_beside_it",),
+    ),
+    Mutant(
         "casts_unseen", "verification", "lora_fx/checks/verification.py",
         "        if rounding.step <= stored:\n            return stored\n", "        return stored\n",
         "The noise of a model that multiplies in a narrower dtype than its weights' is measured as of theirs.",

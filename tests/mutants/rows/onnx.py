@@ -27,9 +27,27 @@ ROWS = (
     ),
     Mutant(
         "the_dead_are_asked", "export", "export/onnx/processes.py",
-        "if not _runners or not _runners[-1].alive:", "if not _runners:",
+        "if one.program is program and one.alive:", "if one.program is program:",
         "Once ONNX Runtime has crashed, no export of the process is checked any more.",
         tests=("tests/test_onnx_processes.py::test_it_is_started_once_and_again_where_it_has_ended",),
+    ),
+    Mutant(
+        "hang_waited_for", "export", "export/onnx/processes.py",
+        "        clock.start()\n", "        clock.start()\n        clock.cancel()\n",
+        "A graph on which the inference of shapes does not end is waited for.",
+        tests=("tests/test_onnx_processes.py::test_what_a_graph_of_somebody_else_does_to_its_reader_is_an_error[hang]",),
+    ),
+    Mutant(
+        "reader_without_bounds", "export", "export/onnx/processes.py",
+        '"memory": _ROOM + 8 * len(graph)}', '"memory": 2**50 + 8 * len(graph)}',
+        "A graph may take all memory while its shapes are inferred.",
+        tests=("tests/test_onnx_processes.py::test_what_a_graph_of_somebody_else_does_to_its_reader_is_an_error[memory]",),
+    ),
+    Mutant(
+        "graph_read_here", "export", "export/onnx/loading.py",
+        "        if not has_interpreter():", "        if has_interpreter():",
+        "What crashes on somebody else's graph is the user's process.",
+        tests=("tests/test_onnx_processes.py::test_shapes_are_read_elsewhere",),
     ),
     Mutant(
         "other_shapes_not_run", "export", "export/onnx/runs.py",
