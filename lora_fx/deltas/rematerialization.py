@@ -62,7 +62,7 @@ class Recipe:
 def recipe(tensor: torch.Tensor, source: torch.Tensor | None = None) -> Recipe | None:
     """How autograd can make this tensor again from what it keeps; None where it is no product, or packs what it keeps.
 
-    A node that was freed, or whose operands or result were written to since, gives None, too.
+    A node that was freed, or whose operands or result were written to since, gives None, too: see `_is_still`.
 
     Args:
         source: what dropout may have made it of: a tensor that is kept besides, unless it can be made again itself.
@@ -76,14 +76,29 @@ def recipe(tensor: torch.Tensor, source: torch.Tensor | None = None) -> Recipe |
         node = node.next_functions[0][0]  # type: ignore[assignment]
     operands: list[torch.Tensor] = []
     try:
-        make = _masked(node, operands, source) or _product(node, operands, _DEPTH)
+        make = _masked(node, operands, source)
+        is_drop = make is not None  # by our own dropout, whose result nobody else has seen
+        make = make or _product(node, operands, _DEPTH)
     except RuntimeError:
         return None
     if make is None or any(t.device != tensor.device for t in operands):
         return None
     shared = node.metadata.setdefault(_SHARED, _Shared())  # type: ignore[union-attr]
+    if not (shared.users or is_drop or _is_still(tensor, make, operands)):
+        return None
     shared.users += 1
     return Recipe(tuple(operands), make, tensor.shape, shared)
+
+
+@torch.no_grad()
+def _is_still(tensor: torch.Tensor, make: _Make, operands: Sequence[torch.Tensor]) -> bool:
+    """Whether the tensor is what its operands make, to the bit. A write to its ``.data``, or one without gradients to a
+    product before it, moves no version counter that could be asked.
+
+    On a CPU alone, and by the first branch that reads it: a later write breaks every user's gradient in torch, too. A GPU
+    would have to be waited for.
+    """
+    return not tensor.is_cpu or torch.equal(make(operands).reshape(tensor.shape), tensor)
 
 
 def pack(tensors: Sequence[Any], source: torch.Tensor) -> tuple[list[Any], list[Recipe | None]]:

@@ -947,6 +947,12 @@ ROWS = (
         tests=("tests/test_rematerialization.py::test_a_product_that_was_written_to_is_kept_as_it_is",),
     ),
     Mutant(
+        "unseen_write_to_a_product", "gradients", "lora_fx/deltas/rematerialization.py",
+        "return not tensor.is_cpu or torch.equal(", "return True or torch.equal(",
+        "A product is made again as it was before a write to its .data, or to a product before it.",
+        tests=("tests/test_rematerialization.py::test_a_product_that_was_written_to_unseen_is_kept_as_it_is",),
+    ),
+    Mutant(
         "backward_autocasts", "gradients", "lora_fx/deltas/schedules.py",
         "        if _autocasts():  # it", "        if False:  # it",
         "A backward inside of autocast raises, where the forward was outside.",
