@@ -947,8 +947,14 @@ ROWS = (
         tests=("tests/test_rematerialization.py::test_a_product_that_was_written_to_is_kept_as_it_is",),
     ),
     Mutant(
+        "unseen_write_to_a_product_on_a_gpu", "gradients", "lora_fx/deltas/rematerialization.py",
+        "_found_out[reader] = torch.equal(make(operands).reshape(tensor.shape), tensor)", "_found_out[reader] = True",
+        "On a GPU a product is made again as it was before a write to its .data.",
+        tests=("tests/test_rematerialization.py::test_a_device_that_has_to_be_waited_for_is_asked_once_for_each_reader",),
+    ),
+    Mutant(
         "unseen_write_to_a_product", "gradients", "lora_fx/deltas/rematerialization.py",
-        "return not tensor.is_cpu or torch.equal(", "return True or torch.equal(",
+        "        return torch.equal(make(operands).reshape(tensor.shape), tensor)\n", "        return True\n",
         "A product is made again as it was before a write to its .data, or to a product before it.",
         tests=("tests/test_rematerialization.py::test_a_product_that_was_written_to_unseen_is_kept_as_it_is",),
     ),
