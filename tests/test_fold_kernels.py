@@ -34,4 +34,4 @@ def test_the_kernels_compile_for_a_card_that_is_not_here(kind, factors, back):
         target = GPUTarget("cuda", 90, 32)
         ptx = triton.compile(source, target=target, options={"enable_fp_fusion": True}).asm["ptx"]
         assert "ftz" not in ptx and ".approx" not in ptx, "subnormals are kept, and every operation is rounded right"
-        assert kernel is kernels.put or ptx.count("fma.rn.f64") >= 2
+        assert kernel is kernels.put or ptx.count("mma.sync.aligned.m8n8k4.row.col.f64") >= 8, "d and its bound, by 16"

@@ -60,7 +60,7 @@ class _Linear(torch.autograd.Function):
         y = kernels.no_view(F.linear(x, own.mul_(c), bias))
         if any(ctx.needs_input_grad):
             plain = y.clone() if bias is None else y - bias  # what comes after may write into y
-            saved, ctx.recipes = rematerialization.pack([x], x)
+            saved, ctx.recipes = rematerialization.pack([x], x, A)
             ctx.scale, ctx.shape = scale, x.shape
             ctx.save_for_backward(weight, bias, A, B, magnitude, c, plain, *saved)
         return y

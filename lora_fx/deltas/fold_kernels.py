@@ -26,8 +26,8 @@ ANSWERS, SLOTS = 8, 32
 other. Of `OPEN`, `FILLED` and `WRITTEN` only the first is used."""
 ROWS, COLUMNS, WARPS = 16, 64, 4
 """Of a weight that one program reads: 8 elements a thread, whose sums and bounds fit into its registers."""
-RANKS = 4
-"""So many components are loaded together."""
+RANKS = 16
+"""So many components are multiplied together: the fewest that `tl.dot` takes."""
 
 TIMES = 2.25  # the error of a sum: in another order it may be off by as much the other way
 APART = 8.0  # the same of W' − d, as `ExactSum.apart`
@@ -49,26 +49,27 @@ def _number(raw, KIND: tl.constexpr):
 
 @triton.jit
 def _rounded(value, KIND: tl.constexpr):
-    """The bits, int32, of float64 numbers rounded once to nearest-even.
+    """The bits, int32, of float64 numbers rounded once to nearest-even; of 16 bits Inf for NaN, too.
 
-    Twenty bits of the fraction are kept, of which the last is set where more was lost (rounding to odd): that fits into
-    float32, and the rounding to 16 bits sees it. Below 2⁻¹²⁶ bfloat16 has a fixed step, 2⁻¹³³: adding 1.5·2⁵² steps
-    rounds to one.
+    By the upper half of the number, of which the last bit is set where the lower half has some (rounding to odd). Below
+    the smallest normal number the step is fixed: added to 1.5·2⁵² steps, a number is rounded to one, and the lower half
+    counts them.
     """
     if KIND == "float32":
         found = value.to(tl.float32).to(tl.int32, bitcast=True)
     else:
+        DROPPED: tl.constexpr = 13 if KIND == "bfloat16" else 10  # bits of the upper half's fraction
+        BIAS: tl.constexpr = 1023 - (127 if KIND == "bfloat16" else 15)
+        NORMAL: tl.constexpr = (BIAS + 1) << 20  # the upper half of the smallest one
+        WHOLE: tl.constexpr = 1.5 * (2.0**-81 if KIND == "bfloat16" else 2.0**28)
+        INFINITE: tl.constexpr = 0x7F80 if KIND == "bfloat16" else 0x7C00
         bits = value.to(tl.int64, bitcast=True)
-        lost = ((bits & 0xFFFFFFFF) != 0).to(tl.int64)
-        odd = (((bits >> 32) | lost) << 32).to(tl.float64, bitcast=True)
-        if KIND == "bfloat16":
-            whole = 1.5 * 2.0**-81
-            small = tl.abs(value) < 2.0**-126
-            single = tl.where(small, (value + whole) - whole, odd).to(tl.float32).to(tl.int32, bitcast=True)
-            single = single | ((bits >> 63).to(tl.int32) << 31)
-            found = (single + 0x7FFF + ((single >> 16) & 1)) >> 16
-        else:
-            found = odd.to(tl.float32).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        high = (bits >> 32).to(tl.int32)
+        size = (high & 0x7FFFFFFF) | (bits.to(tl.int32) != 0).to(tl.int32)
+        half: tl.constexpr = (1 << (DROPPED - 1)) - 1
+        found = ((size + half + ((size >> DROPPED) & 1)) >> DROPPED) - (BIAS << (20 - DROPPED))
+        steps = (tl.abs(value) + WHOLE).to(tl.int64, bitcast=True).to(tl.int32)
+        found = tl.where(size < NORMAL, steps, tl.minimum(found, INFINITE)) | (high >> 31 << 15)
     return found
 
 
@@ -81,7 +82,7 @@ def _infinite(raw, KIND: tl.constexpr):
 @triton.jit
 def _append(which, flat, raw, answers, column, places, numbers, room, with_numbers):
     """The elements that `which` says to a list that all programs fill, as far as there is room, in no order."""
-    count = tl.sum(tl.sum(which, 1), 0)
+    count = tl.sum(which)
     if count > 0:
         first = tl.atomic_add(answers + column, count.to(tl.int64)).to(tl.int32)
         in_row = tl.sum(which, 1)
@@ -130,19 +131,18 @@ def fold(
     value = _number(raw, KIND)
 
     scale = ((scale_high.to(tl.int64) << 32) | (scale_low.to(tl.int64) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
-    delta = tl.zeros((ROWS, COLUMNS), tl.float64)
-    size = tl.abs(value)
-    lefts = left + batch.to(tl.int64) * left_batch + row * left_row
-    rights = right + batch.to(tl.int64) * right_batch + column * right_column
+    lefts = left + batch.to(tl.int64) * left_batch + row[:, None] * left_row
+    rights = right + batch.to(tl.int64) * right_batch + column[None, :] * right_column
+    delta, size = tl.zeros((ROWS, COLUMNS), tl.float64), tl.abs(value)
+    # As products of matrices: tensor cores have them in float64, and a factor is read and widened once in a program,
+    # where with multiply-adds each thread would do so for itself.
     for first in range(0, rank, RANKS):
-        for k in tl.static_range(RANKS):
-            r = first + k
-            l_ = _number(tl.load(lefts + r * left_rank, mask=row_in & (row * 0 + r < rank), other=0), FACTORS) * scale
-            r_ = _number(tl.load(rights + r * right_rank, mask=column_in & (column * 0 + r < rank), other=0), FACTORS)
-            l2, r2 = tl.broadcast(l_[:, None], r_[None, :])
-            delta = tl.fma(l2, r2, delta)
-            size = tl.fma(tl.abs(l2), tl.abs(r2), size)
-    error = size * (steps.to(tl.float64) * 2.0**-53)
+        r = first + tl.arange(0, RANKS)
+        l_ = tl.load(lefts + r[None, :] * left_rank, mask=row_in[:, None] & (r < rank)[None, :], other=0)
+        r_ = tl.load(rights + r[:, None] * right_rank, mask=column_in[None, :] & (r < rank)[:, None], other=0)
+        wide_l, wide_r = _number(l_, FACTORS) * scale, _number(r_, FACTORS)
+        delta = tl.dot(wide_l, wide_r, delta, out_dtype=tl.float64)
+        size = tl.dot(tl.abs(wide_l), tl.abs(wide_r), size, out_dtype=tl.float64)
 
     if mode == 2:  # BACK
         old = _rounded(value - delta, KIND)
@@ -152,16 +152,20 @@ def fold(
         tl.store(weight + flat, old.to(raw.dtype), mask=inside)
     else:
         total = value + delta
-        new = _rounded(total, KIND)
         slot = answers + (program % SLOTS) * ANSWERS
         if mode == 0:  # LOOK
-            low, high = _rounded(total - error * TIMES, KIND), _rounded(total + error * TIMES, KIND)
-            infinite = (_infinite(low, KIND) & _infinite(high, KIND)).to(tl.int32)
-            tl.atomic_add(slot + 2, tl.sum(tl.sum(infinite, 1), 0).to(tl.int64))
-            bits = size.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF  # in the order of the numbers, NaN the largest
-            tl.atomic_max(slot + 1, tl.max(tl.max(bits, 1), 0))
-            _append((low != high).to(tl.int32), flat, raw, answers, 0, places, numbers, room, False)
+            error = size * (steps.to(tl.float64) * 2.0**-53 * TIMES)
+            new, other = _rounded(total - error, KIND), _rounded(total + error, KIND)
+            upper = (size.to(tl.int64, bitcast=True) >> 32).to(tl.int32)  # in the order of the numbers, NaN the largest
+            tl.atomic_max(slot + 1, (tl.max(upper) + 1).to(tl.int64) << 32)
+            infinite = _infinite(new, KIND) & _infinite(other, KIND)
+            if tl.sum(((new != other) | infinite).to(tl.int32)) > 0:  # which is rare
+                tl.atomic_add(slot + 2, tl.sum(infinite.to(tl.int32)).to(tl.int64))
+                _append((new != other).to(tl.int32), flat, raw, answers, 0, places, numbers, room, False)
+        else:
+            new = _rounded(total, KIND)
         if UNDOABLE:
+            error = size * (steps.to(tl.float64) * 2.0**-53)
             back = _number(new.to(raw.dtype), KIND) - delta
             apart = error * tl.where(mode == 0, 2 * APART, APART)
             if KIND != "float32":  # whether the guess is rounded once, or by way of float32
@@ -171,8 +175,8 @@ def fold(
             far = ((guess != _rounded(back + apart, KIND)) | (step < 0) | (step > 15)).to(tl.int32)
             moved = ((step != 8) | (far != 0)).to(tl.int32)
             if mode == 0:
-                tl.atomic_add(slot + 3, tl.sum(tl.sum(moved, 1), 0).to(tl.int64))
-                tl.atomic_add(slot + 4, tl.sum(tl.sum(far, 1), 0).to(tl.int64))
+                tl.atomic_add(slot + 3, tl.sum(moved).to(tl.int64))
+                tl.atomic_add(slot + 4, tl.sum(far).to(tl.int64))
             else:
                 if keeps == 1:
                     _append(moved, flat, raw, answers, 5, places, numbers, room, True)

@@ -257,7 +257,7 @@ class FusedSum:
                 KIND=_KINDS[self.weight.dtype], FACTORS=product.kind, UNDOABLE=self.undoable,
                 ROWS=kernels.ROWS, COLUMNS=kernels.COLUMNS, RANKS=kernels.RANKS, SLOTS=kernels.SLOTS,
                 ANSWERS=kernels.ANSWERS, TIMES=kernels.TIMES, APART=kernels.APART,
-                num_warps=kernels.WARPS, enable_fp_fusion=True,
+                num_warps=kernels.WARPS, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
 
 

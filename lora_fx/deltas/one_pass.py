@@ -180,7 +180,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: str, spec: _Spec, x: Any, weight: Any, bias: Any, *factors: Any) -> Any:  # type: ignore[override]
         y, kept = _forward(op, spec, x, weight, bias, factors)
-        saved, ctx.recipes = rematerialization.pack([x], x)
+        saved, ctx.recipes = rematerialization.pack([x], x, factors[0])
         ctx.op, ctx.spec, ctx.shape = op, spec, x.shape
         ctx.save_for_backward(weight, *factors, *kept, *saved)
         return y

@@ -18,6 +18,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_fx.deltas.triton_route import BRANCHES
 
@@ -59,12 +60,13 @@ class Recipe:
         return value
 
 
-def recipe(tensor: torch.Tensor, source: torch.Tensor | None = None) -> Recipe | None:
+def recipe(tensor: torch.Tensor, reader: torch.Tensor, source: torch.Tensor | None = None) -> Recipe | None:
     """How autograd can make this tensor again from what it keeps; None where it is no product, or packs what it keeps.
 
-    A node that was freed, or whose operands or result were written to since, gives None, too.
+    A node that was freed, or whose operands or result were written to since, gives None, too: see `_is_still`.
 
     Args:
+        reader: a factor of the branch that reads it.
         source: what dropout may have made it of: a tensor that is kept besides, unless it can be made again itself.
     """
     node = tensor.grad_fn
@@ -76,23 +78,55 @@ def recipe(tensor: torch.Tensor, source: torch.Tensor | None = None) -> Recipe |
         node = node.next_functions[0][0]  # type: ignore[assignment]
     operands: list[torch.Tensor] = []
     try:
-        make = _masked(node, operands, source) or _product(node, operands, _DEPTH)
+        make = _masked(node, operands, reader, source)
+        is_drop = make is not None  # by our own dropout, whose result nobody else has seen
+        make = make or _product(node, operands, _DEPTH)
     except RuntimeError:
         return None
     if make is None or any(t.device != tensor.device for t in operands):
         return None
     shared = node.metadata.setdefault(_SHARED, _Shared())  # type: ignore[union-attr]
+    if not (shared.users or is_drop or _is_still(tensor, make, operands, reader)):
+        return None
     shared.users += 1
     return Recipe(tuple(operands), make, tensor.shape, shared)
 
 
-def pack(tensors: Sequence[Any], source: torch.Tensor) -> tuple[list[Any], list[Recipe | None]]:
+@torch.no_grad()
+def _is_still(tensor: torch.Tensor, make: _Make, operands: Sequence[torch.Tensor], reader: torch.Tensor) -> bool:
+    """Whether the tensor is what its operands make, to the bit. A write to its ``.data``, or one without gradients to a
+    product before it, moves no version counter that could be asked.
+
+    By the first branch that reads it: a later write breaks every user's gradient in torch, too. On a GPU, which has to
+    be waited for, that is found out once for each reader: what a forward does to its products it does each time.
+    """
+    if tensor.is_meta:
+        return True
+    if _is_at_hand(tensor.device):
+        return torch.equal(make(operands).reshape(tensor.shape), tensor)
+    if reader not in _found_out:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False
+        _found_out[reader] = torch.equal(make(operands).reshape(tensor.shape), tensor)
+    return _found_out[reader]
+
+
+def _is_at_hand(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+#: factor → what `_is_still` has found out for its branch
+_found_out: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def pack(tensors: Sequence[Any], source: torch.Tensor, reader: torch.Tensor) -> tuple[list[Any], list[Recipe | None]]:
     """What to save in the place of these tensors (or None), and how `unpack` makes them again from that.
 
     Args:
+        reader: a factor of the branches that read them.
         source: what dropout made all of them of but the first.
     """
-    recipes = [None if t is None else recipe(t, source if k else None) for k, t in enumerate(tensors)]
+    recipes = [None if t is None else recipe(t, reader, source if k else None) for k, t in enumerate(tensors)]
     saved: list[Any] = []
     for tensor, found in zip(tensors, recipes, strict=True):
         saved += [tensor] if found is None else found.operands
@@ -104,7 +138,7 @@ def unpack(saved: Iterator[Any], recipes: Sequence[Recipe | None]) -> list[Any]:
     return [next(saved) if r is None else r.again([next(saved) for _ in r.operands]) for r in recipes]
 
 
-def _masked(node: Any, operands: list[torch.Tensor], source: torch.Tensor | None) -> _Make | None:
+def _masked(node: Any, operands: list[torch.Tensor], reader: torch.Tensor, source: torch.Tensor | None) -> _Make | None:
     """`source` times a tensor without a gradient, as dropout multiplies; or with the mask of torch's own on a GPU."""
     if source is None or source.grad_fn is None or node is None or not node.next_functions:
         return None
@@ -118,7 +152,7 @@ def _masked(node: Any, operands: list[torch.Tensor], source: torch.Tensor | None
         mask, drop = node._saved_other, operator.mul
     else:
         return None
-    before = recipe(source)
+    before = recipe(source, reader)
     operands += [source, mask] if before is None else [*before.operands, mask]
     again = itemgetter(0) if before is None else before.again
     return lambda kept: drop(again(kept[:-1]), kept[-1])

@@ -183,7 +183,7 @@ class _Scheduled(torch.autograd.Function):
                 given += tensors[3 * k : 3 * k + 2]
         ctx.recipes = None
         if x.numel() >= _LARGE:
-            inputs, ctx.recipes = rematerialization.pack(inputs, x)
+            inputs, ctx.recipes = rematerialization.pack(inputs, x, tensors[0])
         ctx.op, ctx.dense, ctx.spec, ctx.shape, ctx.is_cast = op, dense, spec, x.shape, terms is not own
         ctx.save_for_backward(weight, *used, *given, *kept, *inputs)
         return y

@@ -192,6 +192,13 @@ def test_the_way_back_is_kept_in_each_of_its_forms(monkeypatch, dtype, size):
         assert reference.same_bits(reference.bits(without_kernels(moved, lora_fx.unfold)), state)
 
 
+def test_components_that_one_product_of_matrices_does_not_take_are_summed_by_several():
+    model = layer(torch.float32, 40, 50, rank=2 * fused_sum._kernels().RANKS + 3)
+    plain = without_kernels(copy.deepcopy(model), lora_fx.fold)
+    lora_fx.fold(model)
+    assert isinstance(way_of(model), FusedWay) and torch.equal(model.weight, plain.weight)
+
+
 def test_two_steps_of_odd_rows_would_share_a_byte_so_torch_folds_them_unless_nothing_is_kept(monkeypatch):
     model = layer(torch.bfloat16, 6, 33)
     plain = without_kernels(copy.deepcopy(model), lora_fx.fold)

@@ -202,6 +202,18 @@ ROWS = (
         tests=("tests/test_rematerialization.py::test_a_product_that_was_written_to_is_kept_as_it_is",),
     ),
     Mutant(
+        "unseen_write_to_a_product_on_a_gpu", "gradients", "lora_fx/deltas/rematerialization.py",
+        "_found_out[reader] = torch.equal(make(operands).reshape(tensor.shape), tensor)", "_found_out[reader] = True",
+        "On a GPU a product is made again as it was before a write to its .data.",
+        tests=("tests/test_rematerialization.py::test_a_device_that_has_to_be_waited_for_is_asked_once_for_each_reader",),
+    ),
+    Mutant(
+        "unseen_write_to_a_product", "gradients", "lora_fx/deltas/rematerialization.py",
+        "        return torch.equal(make(operands).reshape(tensor.shape), tensor)\n", "        return True\n",
+        "A product is made again as it was before a write to its .data, or to a product before it.",
+        tests=("tests/test_rematerialization.py::test_a_product_that_was_written_to_unseen_is_kept_as_it_is",),
+    ),
+    Mutant(
         "backward_autocasts", "gradients", "lora_fx/deltas/schedules.py",
         "        if _autocasts():  # it", "        if False:  # it",
         "A backward inside of autocast raises, where the forward was outside.",

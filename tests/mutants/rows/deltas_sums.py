@@ -241,16 +241,23 @@ ROWS = (
     # ── strengths, and room for ranks ────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "kernel_rounds_twice", "fold", "lora_fx/deltas/fold_kernels.py",
-        "odd = (((bits >> 32) | lost) << 32)",
-        "odd = (bits)",
-        "The kernels round by way of float32, twice.",
+        "(high & 0x7FFFFFFF) | (bits.to(tl.int32) != 0).to(tl.int32)",
+        "high & 0x7FFFFFFF",
+        "The kernels round twice: what the lower half of a number has is lost.",
         tests=("tests/test_fold_kernels.py",),
     ),
     Mutant(
         "kernel_bound_forgets_the_product", "fold", "lora_fx/deltas/fold_kernels.py",
-        "size = tl.fma(tl.abs(l2), tl.abs(r2), size)",
+        "size = tl.dot(tl.abs(wide_l), tl.abs(wide_r), size, out_dtype=tl.float64)",
         "size = size",
         "The bound of a sum is that of W alone: what cancels or has no W is never in doubt.",
+        tests=("tests/test_fold_kernels.py",),
+    ),
+    Mutant(
+        "kernel_first_components_alone", "fold", "lora_fx/deltas/fold_kernels.py",
+        "for first in range(0, rank, RANKS):",
+        "for first in range(0, RANKS, RANKS):",
+        "A sum of more components than one product of matrices takes has the first of them alone.",
         tests=("tests/test_fold_kernels.py",),
     ),
     Mutant(
