@@ -95,8 +95,8 @@ def _is_still(tensor: torch.Tensor, make: _Make, operands: Sequence[torch.Tensor
     """Whether the tensor is what its operands make, to the bit. A write to its ``.data``, or one without gradients to a
     product before it, moves no version counter that could be asked.
 
-    On a CPU alone, and by the first branch that reads it: a later write breaks every user's gradient in torch, too. A GPU
-    would have to be waited for.
+    On a CPU alone, as a GPU would have to be waited for; and by the first branch that reads it: a later write breaks
+    the gradients of this one in torch, too.
     """
     return not tensor.is_cpu or torch.equal(make(operands).reshape(tensor.shape), tensor)
 
