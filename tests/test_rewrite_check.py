@@ -16,7 +16,7 @@ from lora_fx import Rule
 from lora_fx.checks.regions import drawn_ids
 from lora_fx.deltas.kinds import REWRITES
 from lora_fx.deltas.rewrites import Using, bottleneck
-from lora_fx.errors import EquivalenceError
+from lora_fx.errors import CaptureError, EquivalenceError
 from lora_fx.model import behind
 from lora_fx.passes import insert
 from lora_fx.testing.comparing import bits
@@ -236,3 +236,56 @@ def test_a_table_is_looked_up_as_it_is(monkeypatch):
     monkeypatch.setattr(Tensor, "to", lambda self, *a, **k: widest.append(self.shape) or number(self, *a, **k))
     assert lora_fx.certify(found, SOME)
     assert widest and (WORDS, WIDE) not in widest
+
+
+class Experts(nn.Module):
+    """Each token goes to one expert, in a loop over those that some token goes to, as library models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router = nn.Linear(12, 12), nn.Linear(12, 4)
+        self.experts = nn.ModuleList(nn.Linear(12, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        share, chosen = self.router(x).softmax(-1).max(-1)
+        out = x.new_zeros(len(x), 8)
+        for k in chosen.unique().tolist():
+            (own,) = (chosen == k).nonzero(as_tuple=True)
+            out = out.index_add(0, own, self.experts[k](x[own]) * share[own, None])
+        return out
+
+
+EXPERTS = Rule(form="linear", kind="bottleneck", rank=2, settings={"norm": True}, otherwise="skip")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_other_experts_than_the_models_own_are_no_fault(seed, monkeypatch):
+    torch.manual_seed(seed)
+    x, found, wrong = torch.randn(10, 12), Experts(), Experts()
+    certificate = lora_fx.certify(lora_fx.apply(found, EXPERTS, x), x)
+    assert certificate and {row.dtype for row in certificate.rows} == {"float64"}
+    slight = replace(REWRITES["bottleneck"], around=a_hundredth_more)
+    monkeypatch.setattr(insert, "make_adapter", _with(insert.make_adapter, slight))
+    assert "is not" in refusal(EquivalenceError, lora_fx.apply, wrong, EXPERTS, x)
+
+
+class Known(nn.Module):
+    """A step for each word that is known, as no new one is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 6)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = self.words(ids)
+        return sum(place.sum() * y for place in (ids < WORDS).nonzero())
+
+
+def test_a_program_that_new_words_do_not_fit_is_refused_by_name():
+    torch.manual_seed(0)
+    model = Known()
+    before = bits(model)
+    said = refusal(CaptureError, lora_fx.apply, model, replace(PREFIXED, settings={"prefix": 4}), SOME)
+    assert "another path where something is rewritten" in said and "IndexError" in said
+    assert_bits(model, before)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError
 
 from lora_fx.changes import Undo, onednn_has, safe_point
-from lora_fx.checks.verification import called, in_mode, with_dense_weights
+from lora_fx.checks.verification import called, in_mode, quiet, with_dense_weights
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import CaptureError
 from lora_fx.graph.capture import Inputs, does_not_run, output_tensors, uncompiled
@@ -50,6 +50,14 @@ def reach(model: nn.Module, inputs: Inputs, storages: Sequence[Storage], undo: l
         storages: with the adapters to ask about; those that do not train are not.
         undo: the list of the change that this is a part of; see `check_once`.
     """
+    found = _reach(model, inputs, storages, undo)
+    if not found.lost or all(adapter.kind.is_delta for storage in storages for adapter in storage.adapters):
+        return found
+    with quiet(storages, undo):  # with other activations a router may have left an expert out
+        return _reach(model, inputs, storages, undo)
+
+
+def _reach(model: nn.Module, inputs: Inputs, storages: Sequence[Storage], undo: list[Undo]) -> Reach:
     factors = [(a, p) for s in storages for a in s.adapters for p in a.parameters() if p.requires_grad]
     adapters = tuple(dict.fromkeys(adapter for adapter, _ in factors))
     failed: CaptureError | None = None

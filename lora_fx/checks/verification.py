@@ -439,6 +439,27 @@ def silent(storages: Sequence[Storage], undo: list[Undo]) -> Iterator[None]:
         yield
 
 
+#: of the way from where θ starts to what it is: much to what is measured in float64, and next to nothing in float32
+_QUIET = 2.0**-30
+
+
+@contextmanager
+def quiet(storages: Sequence[Storage], undo: list[Undo]) -> Iterator[None]:
+    """θ of what is no delta so near to where it starts that a model which looks at numbers, as a router does, decides
+    as it does without adapters; then what it was."""
+    adapters = [(a, storage.weight) for storage in storages for a in storage.adapters if not a.kind.is_delta]
+    devices = {adapter.device for adapter, _ in adapters if adapter.device.type == "cuda"}
+    filled = [(p, p.detach().clone()) for adapter, _ in adapters for p in adapter.parameters()]
+    with undone(undo), torch.no_grad():
+        with torch.random.fork_rng(devices):
+            for adapter, weight in adapters:
+                _keep(adapter, undo)
+                adapter.start(weight)
+        for parameter, was in filled:
+            parameter.lerp_(was, _QUIET)
+        yield
+
+
 @contextmanager
 def rounded_once_more(storages: Sequence[Storage], rounding: Mapping[int, float], undo: list[Undo]) -> Iterator[None]:
     """A and B of all adapters moved by as much as the model rounds them at the weight (`Program.rounding`)."""

@@ -97,8 +97,8 @@ def _is_still(tensor: torch.Tensor, make: _Make, operands: Sequence[torch.Tensor
     """Whether the tensor is what its operands make, to the bit. A write to its ``.data``, or one without gradients to a
     product before it, moves no version counter that could be asked.
 
-    By the first branch that reads it: a later write breaks every user's gradient in torch, too. On a GPU, which has to
-    be waited for, that is found out once for each reader: what a forward does to its products it does each time.
+    By the first branch that reads it: a later write breaks the gradients of this one in torch, too. On a GPU, which has
+    to be waited for, that is found out once for each reader: what a forward does to its products it does each time.
     """
     if tensor.is_meta:
         return True

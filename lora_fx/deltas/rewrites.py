@@ -176,7 +176,9 @@ def tokens_check(settings: Mapping[str, Any]) -> str:
 
 
 def tokens_asks(form: str, space: Any) -> str:
-    return "" if form == "embedding" else f"it has rows for indices, and {form} looks nothing up"
+    if form == "embedding":
+        return ""
+    return f"it has rows for indices, and {form} looks nothing up (of a tied table, role='embedding' takes the look-up)"
 
 
 # ── activations behind blocks ────────────────────────────────────────────────────────────────────────────────────────

@@ -352,4 +352,22 @@ ROWS = (
         "The check gives new tokens to a stack behind whose blocks nothing stands.",
         tests=of_prefixes("each_stack_of_an_encoder_decoder_has_the_ids_of_its_own_calls"),
     ),
+    Mutant(
+        "other_experts_are_a_fault", "rewrites", "lora_fx/checks/rewritten.py",
+        "if seen is None and not away:", "if False:",
+        "Where a rewrite makes a router choose other experts, the check refuses what is right.",
+        tests=of_rewrite_checks("other_experts_than_the_models_own_are_no_fault"),
+    ),
+    Mutant(
+        "an_expert_left_out_is_lost", "rewrites", "lora_fx/checks/gradients.py",
+        "if not found.lost or all(", "if True or all(",
+        "An expert that no token reaches with the rewrites in place is said to have lost its gradient.",
+        tests=of_rewrite_checks("other_experts_than_the_models_own_are_no_fault"),
+    ),
+    Mutant(
+        "replay_fails_raw", "rewrites", "lora_fx/checks/rewritten.py",
+        "except Exception as error:  # of any op, with", "except ZeroDivisionError as error:  # of any op, with",
+        "A recorded program that does not run with rewrites in it ends apply with torch's own error.",
+        tests=of_rewrite_checks("a_program_that_new_words_do_not_fit_is_refused_by_name"),
+    ),
 )  # fmt: skip
