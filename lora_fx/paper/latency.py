@@ -11,8 +11,8 @@ fewer or narrower layers has a vocabulary that much smaller, so that each part's
 
 What a layer behind another one costs has two parts: a node more that is waited for, whatever it computes, and its
 products. On the paper's GPU 128 tokens of 1,024 features keep a node about as long as its launch takes; on a core of a
-CPU one or two tokens of 128 features do. So where the shape and the lengths are divided, both parts show in their turn, as in
-the paper; at whole lengths a CPU has products only.
+CPU one or two tokens of 128 features do. So where the shape and the lengths are divided, both parts show in their turn,
+as in the paper; at whole lengths a CPU has products only.
 
 Where a session's weights lie in memory makes a difference of its own, which no number of calls averages away. So all
 sessions are opened anew several times; what an opening gives is the median of the ratios within its rounds, and the
