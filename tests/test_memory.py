@@ -153,7 +153,16 @@ def test_the_report_is_a_table_and_json():
     assert [line.split()[0] for line in lines[2:9]] == [
         "weights", "adapters", "gradients", "optimizer", "state", "activations", "total"
     ]  # fmt: skip
-    assert f"{said.full.weights / 1e6:,.2f}" in lines[2] and f"{said.trainable:,} of {said.parameters:,}" in lines[-1]
+    assert said.full.total < 1e7 and "adapted, kB" in lines[0]
+    assert f"{said.full.weights / 1e3:,.2f}" in lines[2] and f"{said.trainable:,} of {said.parameters:,}" in lines[-1]
+
+
+@pytest.mark.parametrize(("width", "unit"), [(2, "bytes"), (64, "kB"), (2048, "MB"), (32768, "GB")])
+def test_a_small_model_is_no_row_of_zeros(width, unit):
+    with torch.device("meta"):
+        model, x = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False)), torch.zeros(2, width)
+    lines = str(lora_fx.memory(model, Rule(where="*", rank=1), inputs=x)).splitlines()
+    assert f"adapted, {unit}" in lines[0] and float(lines[2].split()[1].replace(",", "")) >= 1
 
 
 def test_what_cannot_be_measured_is_refused():

@@ -97,6 +97,13 @@ def test_the_adapters_have_the_papers_parameters():
     assert [size.theirs.slower[ADAPTER_L] for size in SIZES] == [20.7, 5.0, 2.2]
 
 
+@pytest.mark.parametrize("shape", [Shape(2), Shape(24, 128), Shape(2, 128)])
+def test_a_smaller_shape_keeps_the_share_of_the_vocabulary(shape):
+    """To the rounding to a whole word; at first narrow layers had all words, which were most of a call of one token."""
+    share, whole = (s.vocabulary / (12 * s.layers * s.width) for s in (shape, Shape()))
+    assert abs(share - whole) <= 0.5 / (12 * shape.layers * shape.width)
+
+
 @pytest.mark.parametrize("system", [FOLDED, ADAPTER_H, ADAPTER_L])
 def test_parameters_are_those_of_a_plan(system):
     plan = lora_fx.plan(TINY.build(), rule_of(system, 3), torch.arange(8)[None])
@@ -107,13 +114,17 @@ def test_parameters_are_those_of_a_plan(system):
 # ── verdicts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def openings(**ratio: float | list[float]) -> list[Opening]:
-    """Nine, which scatter by half a percent around these ratios; all others are 1."""
+def openings(turned: int = 0, **ratio: float | list[float]) -> list[Opening]:
+    """Nine, which scatter by half a percent around these ratios; all others are 1.
+
+    Args:
+        turned: by how many openings another size's scatter is behind.
+    """
     named = {"again": AGAIN, "folded": FOLDED, "H": ADAPTER_H, "L": ADAPTER_L}
     scatter = [0.995, 0.997, 0.998, 0.999, 1.0, 1.001, 1.002, 1.003, 1.005]
     made = []
     for n in range(9):
-        own = {s: scatter[(n + 2 * k) % 9] for k, s in enumerate(SYSTEMS)} | {BASE: 1.0}
+        own = {s: scatter[(n + 2 * k + turned) % 9] for k, s in enumerate(SYSTEMS)} | {BASE: 1.0}
         for name, value in ratio.items():
             own[named[name]] *= value
         made.append(Opening(f"{n}", {s: 10 * own[s] for s in SYSTEMS}, own, 7, 0.1))
@@ -129,7 +140,7 @@ def judged(first: list[Opening], last: list[Opening]) -> dict[str, bool]:
 
 
 def test_all_of_it_holds_where_timings_are_the_papers():
-    found = judged(openings(H=1.303, L=1.207), openings(H=1.03, L=1.022))
+    found = judged(openings(H=1.303, L=1.207), openings(4, H=1.03, L=1.022))
     assert len(found) == 8 and all(found.values())
 
 
@@ -145,7 +156,7 @@ def test_all_of_it_holds_where_timings_are_the_papers():
     ],
 )
 def test_what_does_not_hold_is_said(first, wrong):
-    found = judged(first, openings(H=1.03, L=1.022))
+    found = judged(first, openings(4, H=1.03, L=1.022))
     assert [says for says, holds in found.items() if not holds] == ([wrong] if wrong else [])
 
 
@@ -157,6 +168,14 @@ def test_openings_that_scatter_are_paired_with_both_sessions_of_the_base():
         made.append(Opening(f"{n}", {s: 10 * ratio[s] for s in SYSTEMS}, ratio, 7, 0.1))
     found = judged(made, made)
     assert found["1×128: Adapter H is slower than the base"] and found["32×512: Adapter L is slower than the base"]
+
+
+def test_sizes_are_compared_opening_by_opening():
+    """By 0.4 %, which is less than openings scatter by, where they scatter alike; and not where they do not."""
+    first = openings(H=1.026, L=1.026)
+    for turned, most in ((0, True), (4, None)):
+        found = judged(first, openings(turned, H=1.022, L=1.022))
+        assert [found[f"{system} is slowed most at 1×128"] for system in ADAPTERS] == [most] * 2
 
 
 @pytest.mark.parametrize(("ratio", "slower"), [(0.9, False), (1.0, None), (1.002, None), (1.02, True)])
@@ -204,17 +223,19 @@ def instant(monkeypatch):
     """No model and no runtime: what is exported and run is noted."""
     done: list[str] = []
 
-    def export(shape, system, rank, path, check=False):
+    def export(shape, system, rank, path, opset, check=False):
         done.append(f"export {path.stem}")
         path.touch()
 
     class Fake:
-        def __init__(self, plan, path):
-            self.name = path.stem
+        def __init__(self, plan, path, size):
+            self.name, self.shape = path.stem, (size.batch, size.length)
 
         def run(self, outputs, feeds):
+            assert feeds["input_ids"].shape == self.shape
             done.append(f"{self.name} {feeds['input_ids'].shape}")
 
+    monkeypatch.setattr(latency, "TURN", 0)
     monkeypatch.setattr(latency, "export", export)
     monkeypatch.setattr(latency, "_session", Fake)
     return done
@@ -258,6 +279,38 @@ def test_a_size_has_the_files_of_its_own_ranks(instant, tmp_path):
     assert by_size[SIZES[2]] - by_size[SIZES[0]] == {"Adapter-H-r5", "Adapter-L-r9"}
 
 
+def test_a_turn_is_as_many_calls_as_take_its_time():
+    clock = iter([0, 0.004, 0, 0.001, 0, 0.002])
+    assert latency._calls_of_a_turn(lambda: None, lambda: next(clock)) == 1000 * latency.TURN == 5
+    clock = iter([0, 0.0] * 3)  # a clock that is too coarse
+    assert latency._calls_of_a_turn(lambda: None, lambda: next(clock)) == 1e6 * latency.TURN
+    clock = iter([0, 3.0] * 3)
+    assert latency._calls_of_a_turn(lambda: None, lambda: next(clock)) == 1
+    done: list[int] = []
+    latency._repeat(lambda: done.append(1), 5)
+    assert len(done) == 5
+
+
+def test_a_time_is_one_of_a_call(instant, tmp_path, monkeypatch):
+    """Of a turn of ten calls a tenth."""
+    now = iter(range(10**6))
+    monkeypatch.setattr(latency, "_calls_of_a_turn", lambda call, clock: 10)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: float(next(now)))
+    found = measure(Plan(TINY, SMALL[:1], openings=1, seconds=0), tmp_path)
+    assert [row.ms for row in found] == [100.0] * len(SYSTEMS)
+
+
+def test_batches_and_lengths_are_divided_and_it_is_said(instant, tmp_path):
+    options = ["--width", "64", "--scale", "4", "--shorter", "100", "--openings", "1", "--seconds", "0"]
+    result = CliRunner().invoke(paper, ["latency", "-o", str(tmp_path), *options])
+    assert result.exit_code == 0, result.output
+    said = json.loads((tmp_path / "latency.json").read_text("utf-8"))
+    sizes = dict.fromkeys((row["size"], row["stands_for"]) for row in said["rows"])
+    assert list(sizes) == [("1×1", "1×128"), ("4×2", "16×256"), ("8×5", "32×512")]
+    assert "Sizes: 1×1 in the place of 1×128, 4×2 in the place of 16×256, 8×5 in the place of 32×512." in result.output
+    assert {line.split()[-1] for line in instant if not line.startswith("export")} == {"1)", "2)", "5)"}
+
+
 @pytest.mark.parametrize("line", ["{}", "3", '{"key": "a", "ms": {}, "ratio": {}, "rounds": 1, "load": 0}'])
 def test_a_note_that_is_none_is_refused_by_its_place(instant, tmp_path, line):
     (tmp_path / OPENINGS).write_text(f"{line}\n", encoding="utf-8")
@@ -271,17 +324,27 @@ def test_the_command_measures_files_that_are_what_torch_computes(tmp_path, monke
     """A file of each kind is held against torch as it is exported; all but the base's give something else than it."""
     own, given, ids = latency.export, {}, torch.arange(8).reshape(2, 4)
 
-    def checked(shape, system, rank, path):
-        own(shape, system, rank, path, check=system in (UNFOLDED, ADAPTER_L))
+    def checked(shape, system, rank, path, opset):
+        own(shape, system, rank, path, opset, check=system in (UNFOLDED, ADAPTER_L))
         given[system] = torch.from_numpy(Session(path).session.run(None, {"input_ids": ids.numpy()})[0])
 
+    session, seen = latency._session, []
+
+    def opened(plan, path, size):
+        made = session(plan, path, size)
+        seen.append(made.get_inputs()[0].shape)
+        return made
+
     monkeypatch.setattr(latency, "export", checked)
+    monkeypatch.setattr(latency, "_session", opened)
     monkeypatch.setattr(latency, "QUICK_SHAPE", TINY)
     monkeypatch.setattr(latency, "QUICK", SMALL)
     out = tmp_path / "new" / "out"
     result = CliRunner().invoke(paper, ["latency", "-o", str(out), "--quick", "--openings", "2"])
     assert result.exit_code == 0, result.output
     assert set(given) == set(SYSTEMS) - {AGAIN} and given[BASE].shape == (2, 1, TINY.vocabulary)
+
+    assert {tuple(shape) for shape in seen} == {(size.batch, size.length) for size in SMALL}  # each for its own calls
 
     def difference(one: str, other: str) -> float:
         return float((given[one] - given[other]).abs().max())

@@ -31,6 +31,14 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 }  # fmt: skip
 
 
+_UNITS = (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0.0, "bytes")
+"""The first of which full fine-tuning holds ten."""
+
+
+def _in(unit: float, value: int) -> str:
+    return f"{value / unit:,.2f}" if unit else f"{value:,}"
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Bytes, while a step stands between its forward and its backward, with gradients and optimizer state there."""
@@ -81,9 +89,9 @@ class Memory:
 
     def __str__(self) -> str:
         adapted, full = self.adapted.to_json(), self.full.to_json()
-        unit, name = (1e9, "GB") if self.full.total >= 1e10 else (1e6, "MB")
+        unit, name = next(row for row in _UNITS if self.full.total >= 10 * row[0])
         parts = ("weights", "adapters", "gradients", "optimizer", "state", "activations", "total")
-        rows = [(part, f"{adapted[part] / unit:,.2f}", f"{full[part] / unit:,.2f}") for part in parts]
+        rows = [(part, _in(unit, adapted[part]), _in(unit, full[part])) for part in parts]
         shown = table(("", f"adapted, {name}", f"full fine-tuning, {name}"), rows, right=(1, 2))
         return f"{shown}\n{self.trainable:,} of {self.parameters:,} parameters train; {self.ratio:.3f} of the memory"
 
