@@ -188,3 +188,16 @@ def test_a_weight_that_may_be_tied_is_refused(where, tmp_path):
     save_file({"embed.weight": torch.zeros(8, 4)}, base / "model.safetensors")
     if where == "head":
         refused("where it is tied to the embedding", base, adapter, tmp_path / "more")
+
+
+def test_a_parameter_without_a_module_in_its_name_is_of_the_modules_that_have_it(tmp_path):
+    """target_parameters=["gamma"], beside a plain layer, which has no gamma."""
+    numbers = {"mix.gamma": torch.randn(6, 4), "up.weight": torch.randn(6, 4)}
+    factors = pair("mix", 6, 4) | pair("up", 6, 4)
+    adapter = folder(tmp_path, factors, target_modules=["up"], target_parameters=["gamma", "delta"])
+    found = lora_fx.fold_checkpoint(plain(tmp_path, numbers), adapter, tmp_path / "out")
+    assert found.tensors == ("mix.gamma", "up.weight")
+    after = tensors(tmp_path / "out")
+    for path, name in (("mix", "mix.gamma"), ("up", "up.weight")):
+        A, B = (factors[f"{path}.lora_{factor}.weight"].double() for factor in "AB")
+        assert torch.equal(after[name], (numbers[name].double() + 4 * B @ A).float())

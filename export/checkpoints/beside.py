@@ -74,11 +74,11 @@ class Ties:
         return key.endswith(TOKENS) == other.endswith(TOKENS) and one.ndim == 2 and torch.equal(one, two)
 
     def _same_factors(self, path: str, head: str) -> bool:
-        alpha = peft_format.alphas(self.folder, [path, head])
         for one, two in (("lora_embedding_B", "lora_A.weight"), ("lora_embedding_A", "lora_B.weight")):
             table, matrix = (self.folder.tensors.get(f"{PREFIX}{at}") for at in (f"{path}.{one}", f"{head}.{two}"))
             if table is None or matrix is None or not torch.equal(table.T, matrix):
                 return False
+        alpha = peft_format.alphas(self.folder, [path, head])
         return bool(alpha[path] == alpha[head])
 
 
@@ -104,7 +104,7 @@ def shift_of(
 def is_saved_whole(folder: Folder, key: str) -> bool:
     words = key.removeprefix(PREFIX).split(".")[:-1]
     above = [".".join(words[: n + 1]) for n in range(len(words))]
-    return any(path.endswith(word) for path in above for word in folder.config.get("modules_to_save") or ())
+    return any(path[n:] in folder.saved_whole for path in above for n in range(len(path)))
 
 
 def base_tensor(

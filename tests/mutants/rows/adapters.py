@@ -60,8 +60,27 @@ ROWS = (
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
+        "each_pattern_a_budget", "files", "export/adapters/patterns.py",
+        "self.left = max(self.left - max(seconds, LEAST), LEAST)", "self.left = self.left",
+        "Each pattern of a config may take a second: a file with many takes minutes.",
+        tests=("tests/test_hostile_files.py::test_all_patterns_of_a_file_share_one_budget",),
+    ),
+    Mutant(
+        "matched_again", "files", "export/adapters/patterns.py",
+        "if key not in self._known:", "if True:",
+        "Patterns are matched anew for each question about them.",
+        tests=("tests/test_hostile_files.py::test_what_is_left_of_the_budget_is_all_that_a_pattern_gets",),
+    ),
+    Mutant(
+        "any_number_of_plain_patterns", "files", "export/adapters/patterns.py",
+        "if plain and len(patterns) * len(names) <= MOST:", "if plain:",
+        "A config of many plain names takes minutes in the process of its reader.",
+        tests=("tests/test_hostile_files.py::test_very_many_names_are_patterns_that_take_long",),
+    ),
+    Mutant(
         "target_is_any_ending", "files", "export/adapters/peft.py",
-        'path.endswith(f".{target}")', "path.endswith(target)",
+        'any(".".join(words[n:]) in targets for n in range(len(words)))',
+        "any(path[n:] in targets for n in range(len(path)))",
         "The target 'lin' takes the module 'mylin' too.",
         tests=(GAPS,),
     ),

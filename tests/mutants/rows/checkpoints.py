@@ -192,4 +192,16 @@ ROWS = (
         "A head's own factors are taken for those of the embedding that it is tied to.",
         tests=(f"{BESIDE}::test_a_tied_head_with_factors_of_its_own_is_refused",),
     ),
+    Mutant(
+        "every_module_has_the_parameter", "checkpoints", "export/checkpoints/entries.py",
+        'if not above and not is_held(f"{path}.{attribute}", checkpoint):', "if False:",
+        "target_parameters without a module in its name takes every layer that is adapted.",
+        tests=(f"{BESIDE}::test_a_parameter_without_a_module_in_its_name_is_of_the_modules_that_have_it",),
+    ),
+    Mutant(
+        "sizes_of_each_layer_alone", "checkpoints", "export/checkpoints/entries.py",
+        "sizes.ranks[target]", "peft_format.ranks(folder, [target])[target]",
+        "A process is started for each layer that a pattern of ranks is asked about.",
+        tests=("tests/test_hostile_files.py::test_all_patterns_of_a_file_share_one_budget",),
+    ),
 )  # fmt: skip
