@@ -13,7 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import lora_fx
 from lora_fx.export.adapters.folder import TENSORS
@@ -155,7 +163,6 @@ TOKENS = "embed.token_adapter.trainable_tokens_delta"
 ROWS: dict[str, tuple[list[int] | dict[str, list[int]], dict[str, Any], str]] = {
     "an unknown tie": ([1, 2], {}, r"its config does not say tie_word_embeddings\n.*config.json: true or false"),
     "two of one": ([1, 2], {"tie_word_embeddings": True}, "embed.weight and head.weight are stored as two"),
-    "an encoder": ([1, 2], {"tie_word_embeddings": True, "is_encoder_decoder": True}, "tables of its encoder"),
     "too far": ([1, 8], {"tie_word_embeddings": False}, r"\[1, 8\] are no rows of embed.weight[\s\S]*resize_token"),
     "twice": ([1, 1], {"tie_word_embeddings": False}, "each once"),
     "words": (["a", "b"], {"tie_word_embeddings": False}, "is not a list of integers"),  # type: ignore[list-item]
@@ -201,3 +208,31 @@ def test_a_parameter_without_a_module_in_its_name_is_of_the_modules_that_have_it
     for path, name in (("mix", "mix.gamma"), ("up", "up.weight")):
         A, B = (factors[f"{path}.lora_{factor}.weight"].double() for factor in "AB")
         assert torch.equal(after[name], (numbers[name].double() + 4 * B @ A).float())
+
+
+SHAPE = dict(vocab_size=32, d_model=16, decoder_start_token_id=0, pad_token_id=0)
+PAIRS = {
+    "t5": T5ForConditionalGeneration(T5Config(**SHAPE, d_kv=8, d_ff=24, num_layers=1, num_heads=2)),
+    "bart": BartForConditionalGeneration(
+        BartConfig(**SHAPE, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                   encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=16)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_rows_of_the_one_table_of_an_encoder_and_a_decoder(name, tmp_path):
+    """Encoder, decoder and head read it: its rows, as the fold in the model has them."""
+    base, inputs = saved(PAIRS[name].eval(), tmp_path / "base"), IDS | {"decoder_input_ids": IDS["input_ids"]}
+    targets = ["q", "v"] if name == "t5" else ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=2, target_modules=targets, trainable_token_indices=[3, 31])
+    with warnings.catch_warnings(action="ignore"):
+        adapted = peft.get_peft_model(type(PAIRS[name]).from_pretrained(base), config).eval()
+        trained(adapted)
+        adapted.save_pretrained(tmp_path / "adapter")
+    model = lora_fx.load_adapter(type(PAIRS[name]).from_pretrained(base), tmp_path / "adapter", inputs)
+    assert lora_fx.verify(model, adapted, inputs)
+    lora_fx.fold(model, final=True)
+    found = lora_fx.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert any("shared" in tensor for tensor in found.tensors)
+    assert not same(tensors(tmp_path / "out"), model.state_dict())

@@ -405,6 +405,9 @@ _ADALORA = frozenset({
     "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
 })  # fmt: skip
 
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""PEFT's EMBEDDING_LAYER_NAMES."""
+
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """What PEFT trains besides, by the task."""
 
@@ -446,7 +449,7 @@ def targeted_layers(modules: Modules, folder: Folder) -> Iterator[tuple[str, Lay
     given: Any = getattr(modules.model, "get_output_embeddings", None) if every else None
     head = given() if given else None
     targets, whole = set() if every else _targets(modules, folder), saved_whole(modules, folder)
-    if folder.config.get("ensure_weight_tying"):
+    if ties_under(folder) == "target_modules":
         ties = [name.rpartition(".")[0] for name in tied(modules)]
         targets |= {*ties} if {*ties[:1]} & targets else set()  # PEFT ties their adapters to the embedding's
     for module, (path, *_) in modules.modules.items():
@@ -492,6 +495,25 @@ def _targets(modules: Modules, folder: Folder) -> set[str]:
     if not isinstance(exact, str):
         found = found & ({*exact} | _in_layers(folder, paths))
     return found - taken("exclude_modules")
+
+
+def ties_under(folder: Folder) -> str:
+    """The option whose modules PEFT ties to the embedding; empty where it ties none.
+
+    `ensure_weight_tying` alone does nothing: one of the options has to name a module `embed_tokens` or `lm_head`, and
+    what is saved whole goes before what has factors.
+    """
+    if not folder.config.get("ensure_weight_tying"):
+        return ""
+    for option in ("modules_to_save", "target_modules"):
+        names = folder.config.get(option) or ()
+        if isinstance(names, str):
+            found = folder.matcher.matching([names], EMBEDDINGS, folder.option(option))[0]
+        else:
+            found = {name: "" for name in names if name.rpartition(".")[2] in EMBEDDINGS}
+        if found:
+            return option
+    return ""
 
 
 def saved_whole(modules: Modules, folder: Folder) -> set[str]:

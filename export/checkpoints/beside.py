@@ -67,7 +67,7 @@ class Ties:
 
     def _is_tied(self, key: str) -> bool:
         """PEFT keeps the two one: it says so of what it saves whole, and a base weight is what it was."""
-        return bool(self.folder.config.get("ensure_weight_tying")) or not is_saved_whole(self.folder, key)
+        return peft_format.ties_under(self.folder) == "modules_to_save" or not is_saved_whole(self.folder, key)
 
     def _equal(self, key: str, other: str) -> bool:
         one, two = self.folder.tensors[key], self.folder.tensors[other]
@@ -117,7 +117,7 @@ def base_tensor(
         refuse(place, reason, f"{ITS_BASE}, with the vocabulary that it was trained with")
     if is_saved_whole(folder, key) or (folder.config.get("bias", "none") != "none" and key.endswith(".bias")):
         layout = Layout("o" + "i" * (len(stored.shape) - 1), stored.shape)
-        if folder.config.get("ensure_weight_tying") and is_vocabulary(stored, checkpoint, "embed" in tensor):
+        if peft_format.ties_under(folder) == "modules_to_save" and is_vocabulary(stored, checkpoint, "embed" in tensor):
             refuse_two(stored, checkpoint, place)
         else:
             refuse_tied(stored, [tensor], checkpoint, "embed" in tensor, place)

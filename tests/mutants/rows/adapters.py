@@ -60,6 +60,13 @@ ROWS = (
         tests=("tests/test_adapter_files.py::test_we_read_what_peft_saves",),
     ),
     Mutant(
+        "ties_whatever_it_is_called", "files", "export/adapters/peft.py",
+        "    if not folder.config.get(\"ensure_weight_tying\"):\n        return \"\"",
+        "    return \"modules_to_save\" if folder.config.get(\"ensure_weight_tying\") else \"\"",
+        "PEFT's ensure_weight_tying is taken for a tie where PEFT makes none: GPT-2's wte.",
+        tests=("tests/test_peft_beside.py::test_peft_ties_what_it_knows_by_name",),
+    ),
+    Mutant(
         "each_pattern_a_budget", "files", "export/adapters/patterns.py",
         "self.left = max(self.left - max(seconds, LEAST), LEAST)", "self.left = self.left",
         "Each pattern of a config may take a second: a file with many takes minutes.",
