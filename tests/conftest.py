@@ -58,3 +58,12 @@ def _errors_say_where_why_and_what_to_do(monkeypatch):
     monkeypatch.setattr(LoraFxError, "__init__", checked)
     yield
     assert not bare
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Of checkpoints on disk, several rows of a tensor at a time, several blocks of every tensor."""
+    from lora_fx.export.checkpoints import arithmetic, fold, streams
+
+    for module in (arithmetic, streams, fold):
+        monkeypatch.setattr(module, "BLOCK", 600)

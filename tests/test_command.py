@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +15,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_fx
 from lora_fx import Rule
@@ -19,6 +24,8 @@ from lora_fx.cli.checkpoints import _strength
 from lora_fx.cli.given import read_model, read_rules
 from lora_fx.cli.shown import progress
 from lora_fx.errors import LoraFxError
+from lora_fx.export.checkpoints import checkpoint
+from lora_fx.export.onnx.export import ExportReport
 from tests.documentation import ROOT
 
 FACTORY = """
@@ -34,6 +41,12 @@ def alone():
 
 def number():
     return 3
+
+def wants():
+    return pair(1)
+
+def raises():
+    raise ValueError("of its own")
 """
 
 
@@ -123,7 +136,18 @@ def test_what_cannot_be_certified_ends_with_3(place, capsys, monkeypatch):
         (["plan", "small_factory.pt2", "--rule", "rank=2"], "it is no program of torch.export"),
         (["plan", "base", "--rule", "rank=2"], "transformers folder"),
         (["inspect", "small_factory.py"], "it is nothing that is known here"),
-        (["inspect", "nowhere"], "it is nothing that is known here"),
+        (["inspect", "nowhere"], "No such file"),
+        (
+            ["fold", "base", "adapter", "adapter=0.5", "-o", "out"],
+            "give it once, with the sum of its strengths: adapter=1.5",
+        ),
+        (["plan", "small_factory:pair", "--rule", "rank=2", "--rules", "rules.toml"], "it stands beside --rule"),
+        (["plan", "small_factory:wants", "--rule", "rank=2"], "small_factory.py:16: TypeError: pair() takes 0"),
+        (["plan", "small_factory:raises", "--rule", "rank=2"], "small_factory.py:19: ValueError: of its own"),
+        (["plan", "no_syntax:x", "--rule", "rank=2"], "SyntaxError: '(' was never closed"),
+        (["certify", "torn", "adapter"], "torn: SafetensorError"),
+        (["export", "torn", "-o", "out"], "torn: SafetensorError"),
+        (["extract", "base", "other", "-r", "2", "-o", "out"], "pass the base that it was tuned from"),
         (["fold", "base", "nowhere", "-o", "out"], "there is no such folder"),
         (["unfold", "base", "-o", "out"], "it has no lora_fx_fold.json"),
         (["verify", "base"], "it has no lora_fx_fold.json"),
@@ -134,9 +158,48 @@ def test_what_cannot_be_certified_ends_with_3(place, capsys, monkeypatch):
 )
 def test_what_is_refused_ends_with_2(arguments, reason, place, capsys):
     (place / "small_factory.pt2").write_text("no program")
+    (place / "no_syntax.py").write_text("x = (")
+    shutil.copytree(place / "base", place / "other")
+    save_file({"head.weight": torch.zeros(2)}, place / "other" / "model.safetensors")
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=8)).save_pretrained(place / "torn")
+    os.truncate(place / "torn" / "model.safetensors", 2000)
     assert main(arguments) == 2
     shown = capsys.readouterr()
     assert reason in shown.err and not shown.out and not (place / "out").exists()
+
+
+def test_json_is_json_and_a_reader_may_go(place, capfd, monkeypatch):
+    """NaN is null; a pipe that is closed is no error, a full disk is one."""
+    monkeypatch.setattr(ExportReport, "largest", math.nan)
+    assert main(["export", "small_factory:pair", "-o", "small.onnx", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out, parse_constant=pytest.fail)["largest_difference"] is None
+    program = f"{sys.executable} -c 'import sys; from lora_fx.cli import main; sys.exit(main())'"
+    gone = f"set -o pipefail; {program} inspect adapter | true"
+    ended = [
+        subprocess.run(["bash", "-c", c], capture_output=True, text=True)
+        for c in (gone, f"{program} inspect adapter > /dev/full")
+    ]
+    assert ended[0].returncode == 0 and not ended[0].stderr
+    assert ended[1].returncode == 2 and "stdout: what was done cannot be shown: No space" in ended[1].stderr
+
+
+def test_pefts_config_is_rules_on_the_command_line(place, capsys):
+    (place / "c.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["2"]}))
+    planned = said(capsys, "plan", "small_factory:pair", "--rules", "c.json")
+    assert [(row["weight"], row["rank"]) for row in planned["rows"]] == [("2.weight", 3)]
+    assert said(capsys, "plan", "small_factory:pair", "--rule", "where=2,rank=1,expect=1")["parameters"] == 20
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """Whoever runs this may be root, who may read everything."""
+    save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+
+    def forbidden(path, *arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "open", forbidden, raising=False)
+    with pytest.raises(LoraFxError, match="it cannot be read: PermissionError"):
+        checkpoint.read_checkpoint(tmp_path)
 
 
 def test_a_strength_comes_after_the_last_sign(tmp_path, monkeypatch):

@@ -12,12 +12,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
 from lora_fx import LoraFxError, Rule
 from lora_fx.errors import ExportError, FileError, RuleError
 from lora_fx.export import Session, onnx_digest, save_onnx_weights
+from lora_fx.export.adapters import patterns
 from lora_fx.export.onnx import loading
 from tests import damage, hostile
 
@@ -62,6 +64,79 @@ def test_a_pattern_that_repeats_is_matched_as_peft_matches_it(tmp_path):
     for pattern in (r".*_b", r"language_mode", "("):
         wrong = hostile.peft_folder(tmp_path, target_modules=pattern)
         refused(lambda wrong=wrong: hostile.load(wrong), "target_modules", pattern, kind=FileError)
+
+
+class Several(nn.Module):
+    """Eight layers, each of which a pattern may be asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(8))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+SLOWLY = {  # each repeats, none matches a layer
+    "target_modules": r"layers\.(\d|\d\d)+",
+    "exclude_modules": r"(z+)+e",
+    "rank_pattern": {r"(z+)+r": 3},
+    "alpha_pattern": {r"(z+)+a": 3},
+    "modules_to_save": [r"(z+)+s"],
+}
+CONFIGS = {
+    "load": lambda folder: lora_fx.load_adapter(Several(), folder / "a", torch.ones(2, 6)),
+    "fold": lambda folder: lora_fx.fold_checkpoint(folder / "base", folder / "a", folder / "out"),
+    "rules": lambda folder: lora_fx.plan(Several(), lora_fx.rules_from_peft(folder / "a"), torch.ones(2, 6)),
+}
+
+
+def several(folder: Path) -> Path:
+    """A base and an adapter of it, whose options are all patterns that take a process of their own."""
+    (folder / "base").mkdir()
+    save_file(Several().state_dict(), folder / "base" / "model.safetensors")
+    lora_fx.save_adapter(lora_fx.apply(Several(), Rule(where="*", rank=2), torch.ones(2, 6)), folder / "a")
+    said = json.loads((folder / "a" / "adapter_config.json").read_text())
+    (folder / "a" / "adapter_config.json").write_text(json.dumps({**said, **SLOWLY}))
+    tensors = load_file(folder / "a" / "adapter_model.safetensors")
+    save_file(tensors, folder / "a" / "adapter_model.safetensors")  # without our header
+    return folder
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_all_patterns_of_a_file_share_one_budget(verb, tmp_path, monkeypatch):
+    """Each is matched once, in a process that is given what those before it have left."""
+    given, run = [], patterns.subprocess.run
+
+    def started(*arguments, input, **options):
+        given.append(json.loads(input)[3])
+        return run(*arguments, input=input, **options)
+
+    several(tmp_path)
+    monkeypatch.setattr(patterns.subprocess, "run", started)
+    CONFIGS[verb](tmp_path)
+    assert 2 <= len(given) <= len(SLOWLY) and given[0] == patterns.SECONDS
+    assert given == sorted({*given}, reverse=True)
+
+
+def test_what_is_left_of_the_budget_is_all_that_a_pattern_gets():
+    matcher, names = patterns.Matcher(), ["a" * 24]
+    assert matcher.matching(["(a|b)+"], names, "here") == [{names[0]: "a"}] and matcher.left < patterns.SECONDS
+    matcher.left = patterns.LEAST
+    with pytest.raises(FileError, match="all patterns of the file have together"):
+        matcher.matching(["(a|aa)+(a|aa)+(a|aa)+!"], names, "here")
+    matcher.left = 0.5
+    assert matcher.matching(["(a|b)+"], names, "here") == [{names[0]: "a"}] and matcher.left == 0.5  # it is known
+
+
+def test_very_many_names_are_patterns_that_take_long(monkeypatch):
+    """Two hundred thousand plain names: matched within the budget too, or refused."""
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    matcher = patterns.Matcher(0.05)
+    with pytest.raises(FileError, match="all patterns of the file have together"):
+        matcher.matching([f"layers.{n}" for n in range(30_000)], ["layers.7"] * 100, "here")
 
 
 # ── flipped bits ─────────────────────────────────────────────────────────────────────────────────────────────────────

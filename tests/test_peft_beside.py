@@ -22,6 +22,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -438,3 +440,38 @@ def test_copies_of_one_model_can_hold_two_of_them(tmp_path):
     again = copy.deepcopy(model)
     lora_fx.remove(again, "b")
     assert torch.equal(out(again), alone)
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    shape = dict(n_embd=24, n_layer=1, n_head=2, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(GPT2Config(**shape)).eval()
+
+
+@pytest.mark.parametrize("option", ["modules_to_save", "target_modules"])
+def test_peft_ties_what_it_knows_by_name(option, tmp_path):
+    """`ensure_weight_tying` does nothing for GPT-2's `wte`: its head stays the base's, in memory; on disk it is one
+    tensor, and refused."""
+    gpt2().save_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["c_attn"], option: ["wte"]}
+    with warnings.catch_warnings(action="ignore"):
+        theirs = peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, ensure_weight_tying=True, **settings)).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+        theirs.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    inputs = {"input_ids": torch.arange(6)[None]}
+    model = lora_fx.load_adapter(gpt2(), tmp_path / "a", inputs)
+    assert lora_fx.verify(model, theirs, inputs) and not lora_fx.verify(model, gpt2(), inputs)
+    with pytest.raises(FileError, match="may be read by two modules"):
+        lora_fx.fold_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+
+
+def test_a_tie_that_peft_would_not_make_is_not_written(tmp_path):
+    inputs = {"input_ids": torch.arange(6)[None]}
+    rules = [Rule(where="*.wte*", kind="full"), Rule(where="*.c_attn*", rank=2)]
+    model = lora_fx.apply(gpt2(), rules, inputs)
+    with pytest.raises(FileError, match="PEFT ties what trains whole where it is called embed_tokens or lm_head"):
+        lora_fx.save_adapter(model, tmp_path / "a")
+    lora_fx.save_adapter(model, tmp_path / "own", peft=False)

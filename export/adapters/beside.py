@@ -24,7 +24,19 @@ from torch import nn
 
 from lora_fx.deltas.kinds import kind_named
 from lora_fx.export.adapters.folder import Folder
-from lora_fx.export.adapters.peft import ITS_BASE, PREFIX, Layer, Modules, embedding, fused, head, names_of, tied
+from lora_fx.export.adapters.peft import (
+    EMBEDDINGS,
+    ITS_BASE,
+    PREFIX,
+    Layer,
+    Modules,
+    embedding,
+    fused,
+    head,
+    names_of,
+    tied,
+    ties_under,
+)
 from lora_fx.export.adapters.values import OWN_FORMAT, Held, Saved
 from lora_fx.graph.layout import Layout
 from lora_fx.model.inventory import plain_path, weight_name
@@ -84,7 +96,7 @@ class _Reader:
 
     def whole(self) -> Iterator[Saved]:
         """Modules that are saved whole."""
-        ties, tie = tied(self.modules), bool(self.folder.config.get("ensure_weight_tying"))
+        ties, tie = tied(self.modules), ties_under(self.folder) == "modules_to_save"
         for path in whole_modules(self.modules, self.folder):
             for layer in self.layers:
                 if inside(layer.target, path):
@@ -394,7 +406,11 @@ class _Writer:
         if paths:
             tie = [h for h in held if len(h.weights) > 1]
             heads = {name.rpartition(".")[0] for h in tie for name in h.weights[1:]}
-            self.written.options["modules_to_save"] = [path for path in paths if path not in heads]
+            saved = [path for path in paths if path not in heads]
+            self.written.options["modules_to_save"] = saved
+            if tie and not any(path.rpartition(".")[2] in EMBEDDINGS for path in saved):
+                reason = f"PEFT ties what trains whole where it is called {' or '.join(EMBEDDINGS)}"
+                refuse(" = ".join(tie[0].weights), reason, OWN_FORMAT)
             if tie:
                 self.written.options["ensure_weight_tying"] = True
 

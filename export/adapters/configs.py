@@ -164,7 +164,7 @@ def _saved(model: nn.Module, rules: PeftRules) -> Iterator[Saved]:
         reason = f"{wanted} matches nothing that PEFT adapts in this {type(model).__name__}"
         near = ", ".join(name.rpartition(".")[0] for name in modules.names if name.endswith(".weight"))
         raise RuleError(reason, place=rules.place, remedy=f"its modules are {near}"[:500])
-    alone = not config.get("ensure_weight_tying")
+    alone = not peft_format.ties_under(folder)
     for s in read_lora(model, replace(folder, tensors=tensors), needed=False):
         if "rank" in s.settings:
             own = s.kind if kind == "lora" else kind_named(kind)

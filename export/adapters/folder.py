@@ -18,11 +18,13 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_fx.export.adapters.patterns import Matcher
 from lora_fx.export.adapters.pickles import unpickled
 from lora_fx.reading import boundary, contents, packed, refuse, regular, tensor_table, tensors_digest, to_json
 
@@ -54,6 +56,8 @@ class Folder:
     """What the header of the tensor file says besides."""
     spelled: Mapping[str, str] = field(default_factory=dict)
     """Key → what the file calls it, where that is another."""
+    matcher: Matcher = field(default_factory=Matcher, compare=False, repr=False)
+    """Of the patterns in its config."""
 
     @property
     def home(self) -> Path:
@@ -64,6 +68,11 @@ class Folder:
     def files(self) -> tuple[str, ...]:
         """Their names: of its tensors, and of its config, where it has one."""
         return (self.file,) if self.path.is_file() else (CONFIG, self.file)
+
+    @cached_property
+    def saved_whole(self) -> frozenset[str]:
+        """The names under `modules_to_save`."""
+        return frozenset(self.config.get("modules_to_save") or ())
 
     def option(self, key: str) -> str:
         """The place of an option of the config, for errors."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.export.adapters.folder import ADALORA, Folder
-from lora_fx.export.adapters.patterns import EVERY, matching
+from lora_fx.export.adapters.patterns import EVERY
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.program import storage_key
 from lora_fx.model.classes import spec_of
@@ -405,6 +405,9 @@ _ADALORA = frozenset({
     "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
 })  # fmt: skip
 
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""PEFT's EMBEDDING_LAYER_NAMES."""
+
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """What PEFT trains besides, by the task."""
 
@@ -446,7 +449,7 @@ def targeted_layers(modules: Modules, folder: Folder) -> Iterator[tuple[str, Lay
     given: Any = getattr(modules.model, "get_output_embeddings", None) if every else None
     head = given() if given else None
     targets, whole = set() if every else _targets(modules, folder), saved_whole(modules, folder)
-    if folder.config.get("ensure_weight_tying"):
+    if ties_under(folder) == "target_modules":
         ties = [name.rpartition(".")[0] for name in tied(modules)]
         targets |= {*ties} if {*ties[:1]} & targets else set()  # PEFT ties their adapters to the embedding's
     for module, (path, *_) in modules.modules.items():
@@ -461,7 +464,8 @@ def targeted_layers(modules: Modules, folder: Folder) -> Iterator[tuple[str, Lay
             refuse(place, taken, ITS_BASE)
         for weight in ATTENTION if attention else ("weight",):
             yield _loadable(modules, f"{path}.{weight}", (), place)
-    raw = [name for name in modules.parameters if _ends_in(name, config.get("target_parameters") or ())]
+    wanted = {*(config.get("target_parameters") or ())}
+    raw = [name for name in modules.parameters if _ends_in(name, wanted)]
     for name in raw:
         yield _loadable(modules, name, raw, folder.option("target_parameters"))
 
@@ -483,8 +487,9 @@ def _targets(modules: Modules, folder: Folder) -> set[str]:
     def taken(key: str) -> set[str]:
         given = config.get(key) or ()
         if isinstance(given, str):
-            return {*matching([given], paths, folder.option(key))[0]}
-        return {path for path in paths if _ends_in(path, given)}
+            return {*folder.matcher.matching([given], paths, folder.option(key))[0]}
+        ends = {*given}
+        return {path for path in paths if _ends_in(path, ends)}
 
     exact, found = config.get("target_modules") or (), taken("target_modules")
     if not isinstance(exact, str):
@@ -492,11 +497,30 @@ def _targets(modules: Modules, folder: Folder) -> set[str]:
     return found - taken("exclude_modules")
 
 
+def ties_under(folder: Folder) -> str:
+    """The option whose modules PEFT ties to the embedding; empty where it ties none.
+
+    `ensure_weight_tying` alone does nothing: one of the options has to name a module `embed_tokens` or `lm_head`, and
+    what is saved whole goes before what has factors.
+    """
+    if not folder.config.get("ensure_weight_tying"):
+        return ""
+    for option in ("modules_to_save", "target_modules"):
+        names = folder.config.get(option) or ()
+        if isinstance(names, str):
+            found = folder.matcher.matching([names], EMBEDDINGS, folder.option(option))[0]
+        else:
+            found = {name: "" for name in names if name.rpartition(".")[2] in EMBEDDINGS}
+        if found:
+            return option
+    return ""
+
+
 def saved_whole(modules: Modules, folder: Folder) -> set[str]:
     """The paths at which PEFT adapts nothing: in its eyes the names of what it saves whole are patterns."""
     wanted = folder.config.get("modules_to_save") or ()
     around = r"(^|.*\.)(?:", r")($|\..*)"
-    found = matching(wanted, list(modules.by_path), folder.option("modules_to_save"), around)
+    found = folder.matcher.matching(wanted, list(modules.by_path), folder.option("modules_to_save"), around)
     return {path for own in found for path in own}
 
 
@@ -507,20 +531,23 @@ def _in_layers(folder: Folder, paths: Sequence[str]) -> set[str]:
     patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or [EVERY]
     start = r".*?\." if patterns == [EVERY] else r"(?:^|.*?\.)"
     numbers: dict[str, str] = {}
-    for found in matching(patterns, paths, folder.option("layers_pattern"), (start, r"\.(\d+)\.")):
+    place, around = folder.option("layers_pattern"), (start, r"\.(\d+)\.")
+    for found in folder.matcher.matching(patterns, paths, place, around):
         numbers = found | numbers  # the first pattern decides
-    wanted = [layers] if isinstance(layers, int) else layers
+    wanted = {layers} if isinstance(layers, int) else {*layers}
     return {path for path, number in numbers.items() if int(number) in wanted}
 
 
-def _ends_in(path: str, targets: Sequence[str]) -> bool:
-    return any(path == target or path.endswith(f".{target}") for target in targets)
+def _ends_in(path: str, targets: Collection[str]) -> bool:
+    """Whether one of them is the path, or its last words."""
+    words = path.split(".")
+    return any(".".join(words[n:]) in targets for n in range(len(words)))
 
 
 def _values(folder: Folder, key: str, targets: Sequence[str], default: Any) -> dict[str, Any]:
     """For each target the value of the first pattern, in the file's order, that matches it."""
     table, values = folder.config.get(key) or {}, dict.fromkeys(targets, default)
-    found = matching([*table], targets, folder.option(key), (r"(.*\.)?(", ")$"))
+    found = folder.matcher.matching([*table], targets, folder.option(key), (r"(.*\.)?(", ")$"))
     for value, own in reversed([*zip(table.values(), found, strict=True)]):
         values |= dict.fromkeys(own, value)
     return values

@@ -67,18 +67,18 @@ class Ties:
 
     def _is_tied(self, key: str) -> bool:
         """PEFT keeps the two one: it says so of what it saves whole, and a base weight is what it was."""
-        return bool(self.folder.config.get("ensure_weight_tying")) or not is_saved_whole(self.folder, key)
+        return peft_format.ties_under(self.folder) == "modules_to_save" or not is_saved_whole(self.folder, key)
 
     def _equal(self, key: str, other: str) -> bool:
         one, two = self.folder.tensors[key], self.folder.tensors[other]
         return key.endswith(TOKENS) == other.endswith(TOKENS) and one.ndim == 2 and torch.equal(one, two)
 
     def _same_factors(self, path: str, head: str) -> bool:
-        alpha = peft_format.alphas(self.folder, [path, head])
         for one, two in (("lora_embedding_B", "lora_A.weight"), ("lora_embedding_A", "lora_B.weight")):
             table, matrix = (self.folder.tensors.get(f"{PREFIX}{at}") for at in (f"{path}.{one}", f"{head}.{two}"))
             if table is None or matrix is None or not torch.equal(table.T, matrix):
                 return False
+        alpha = peft_format.alphas(self.folder, [path, head])
         return bool(alpha[path] == alpha[head])
 
 
@@ -104,7 +104,7 @@ def shift_of(
 def is_saved_whole(folder: Folder, key: str) -> bool:
     words = key.removeprefix(PREFIX).split(".")[:-1]
     above = [".".join(words[: n + 1]) for n in range(len(words))]
-    return any(path.endswith(word) for path in above for word in folder.config.get("modules_to_save") or ())
+    return any(path[n:] in folder.saved_whole for path in above for n in range(len(path)))
 
 
 def base_tensor(
@@ -117,7 +117,7 @@ def base_tensor(
         refuse(place, reason, f"{ITS_BASE}, with the vocabulary that it was trained with")
     if is_saved_whole(folder, key) or (folder.config.get("bias", "none") != "none" and key.endswith(".bias")):
         layout = Layout("o" + "i" * (len(stored.shape) - 1), stored.shape)
-        if folder.config.get("ensure_weight_tying") and is_vocabulary(stored, checkpoint, "embed" in tensor):
+        if peft_format.ties_under(folder) == "modules_to_save" and is_vocabulary(stored, checkpoint, "embed" in tensor):
             refuse_two(stored, checkpoint, place)
         else:
             refuse_tied(stored, [tensor], checkpoint, "embed" in tensor, place)

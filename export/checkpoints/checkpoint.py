@@ -208,7 +208,8 @@ def _checkpoint(place: Path, shards: Sequence[str], others: Sequence[str]) -> Ch
 def _read_table(place: Path, shard: str) -> tuple[list[Stored], dict[str, Any], int]:
     """The tensors of a file, in the order in which they lie, its metadata, and its size."""
     path = regular(place / shard, _WHOLE)
-    with boundary("it is no safetensors file", str(path), _WHOLE), open(path, "rb") as file:
+    unread, none = (boundary(why, str(path), _WHOLE) for why in ("it cannot be read", "it is no safetensors file"))
+    with unread, open(path, "rb") as file, none:
         size = os.fstat(file.fileno()).st_size
         table = json.loads(tensor_table(file, str(path), _WHOLE))
         first = file.tell()

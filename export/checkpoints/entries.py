@@ -31,7 +31,7 @@ from lora_fx.export.adapters.beside import TOKENS, shift_key
 from lora_fx.export.adapters.folder import ADALORA, CONFIG, OWN, Folder, read_folder
 from lora_fx.export.adapters.peft import ITS_BASE, PREFIX, Layer
 from lora_fx.export.adapters.spelling import respelled
-from lora_fx.export.checkpoints.beside import FACTOR, Rows, Ties, base_tensor, is_saved_whole, shift_of
+from lora_fx.export.checkpoints.beside import FACTOR, Rows, Ties, base_tensor, is_held, is_saved_whole, shift_of
 from lora_fx.export.checkpoints.checkpoint import FLOATS, Checkpoint, Stored
 from lora_fx.export.checkpoints.orientation import Orientation
 from lora_fx.export.checkpoints.shares import IN_THE_MODEL, Share, adapter_of, plain_name, refuse_tied
@@ -116,11 +116,14 @@ def read_shares(given: Given, checkpoint: Checkpoint, name: str) -> list[Share]:
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def fitted(wanted: Sequence[str], checkpoint: Checkpoint, place: str, heads: Collection[str] = ()) -> dict[str, str]:
+def fitted(
+    wanted: Sequence[str], checkpoint: Checkpoint, place: str, heads: Collection[str] = (), remedy: str = ""
+) -> dict[str, str]:
     """Each name as the checkpoint has it. A model inside another has a prefix: one for all, more or less.
 
     Args:
         heads: names of what was trained whole, which a base without a head does not have.
+        remedy: for names that are no adapter's.
 
     Raises:
         FileError: some of them fit nowhere, or the prefix is not the only one.
@@ -137,8 +140,10 @@ def fitted(wanted: Sequence[str], checkpoint: Checkpoint, place: str, heads: Col
             refuse(place, reason, "pass the checkpoint whose names the adapter was trained with")
     lost = [name for name in wanted if name not in have]
     near = [*dict.fromkeys(itertools.chain(*(difflib.get_close_matches(name, have, 2) for name in lost[:5])))]
+    near_by, reason = f"near: {', '.join(near) or 'none'}", f"the checkpoint has no {few(lost, 5)}"
+    if remedy:
+        refuse(place, reason, f"{remedy}; {near_by}")
     tied = [name for name in lost if checkpoint.config.get("tie_word_embeddings", True) and "head" in name]
-    reason = f"the checkpoint has no {few(lost, 5)}"
     if not tied and {*lost} <= {*heads}:
         save = "AutoModelForSequenceClassification.from_pretrained(base, num_labels=…).save_pretrained(…)"
         refuse(
@@ -146,7 +151,9 @@ def fitted(wanted: Sequence[str], checkpoint: Checkpoint, place: str, heads: Col
         )
     if tied:
         reason += ": where it is tied to the embedding, adding to that would change the embedding too"
-    refuse(place, reason, f"{IN_THE_MODEL if tied else ITS_BASE}; near: {', '.join(near) or 'none'}")
+    renamed = f"; or, where transformers renames or merges what it loads, {IN_THE_MODEL}"
+    other = ITS_BASE + (renamed if checkpoint.config.get("model_type") else "")
+    refuse(place, reason, f"{IN_THE_MODEL if tied else other}; {near_by}")
 
 
 def _prefixes(name: str, have: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -175,7 +182,7 @@ def _peft(
     peft_format.check_options(replace(folder, config=plain))
     keys = {key: key.removeprefix(PREFIX) for key in folder.tensors}
     paths = sorted({m[1] for key in keys.values() if (m := _KEY.fullmatch(key))})
-    raw = _raw_parameters(folder, paths)
+    raw = _raw_parameters(folder, paths, checkpoint)
     for path in paths:
         if ".base_layer" in path or f"{path}.in_proj_weight" in checkpoint.tensors:
             reason = "it is of a MultiheadAttention, or of several parameters of one module: only the model says which"
@@ -197,6 +204,7 @@ def _peft(
     if len({*(found[name] for name in wanted.values())}) < len(wanted):
         twice = next(n for n in found.values() if [*(found[w] for w in wanted.values())].count(n) > 1)
         refuse(str(folder.path), f"it has two entries for {twice}", IN_THE_MODEL)
+    sizes = _Sizes.of(folder, [layer.target for layer in layers.values()])
     used = {*ties.again, *(key for entry in said for key in entry["keys"].values())}
     beside = [_entry(folder, entry, found[entry["weights"][0]], checkpoint, name) for entry in said]
     yield from beside
@@ -205,7 +213,7 @@ def _peft(
         entries = _entries(folder, wanted[path])
         names = entries[0]["weights"] if entries else [wanted[path], *ties.names(path)]
         refuse_tied(checkpoint.tensors[tensor], names, checkpoint, layer.kind == "embedding", folder.tensor(path))
-        made, taken = _adapters(folder, layer, entries, name)
+        made, taken = _adapters(folder, layer, sizes, entries, name)
         used |= taken
         yield from (Share(tensor, adapter) for adapter in made)
         if config.get("lora_bias"):
@@ -230,13 +238,33 @@ def _said_of_it(folder: Folder) -> list[dict[str, Any]]:
     return [] if folder.header is None else [e for e in folder.header["adapters"] if isinstance(e.get("keys"), dict)]
 
 
-def _raw_parameters(folder: Folder, paths: Sequence[str]) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Sizes:
+    """Rank and alpha of each target, by the config: all of them asked for at once, for patterns take time."""
+
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+
+    @staticmethod
+    def of(folder: Folder, targets: Sequence[str]) -> _Sizes:
+        if folder.config["peft_type"] == ADALORA:  # its rank_pattern says something else
+            return _Sizes({}, {})
+        return _Sizes(peft_format.ranks(folder, targets), peft_format.alphas(folder, targets))
+
+
+def _raw_parameters(folder: Folder, paths: Sequence[str], checkpoint: Checkpoint) -> dict[str, str]:
     """Path → the parameter that it is of, where the config has `target_parameters`: its keys do not name it."""
     found: dict[str, str] = {}
-    for path in paths:
-        for target in folder.config.get("target_parameters") or ():
-            above, _, attribute = target.rpartition(".")
-            if path == above or path.endswith(f".{above}") or not above:
+    attributes: dict[str, list[str]] = {}
+    for target in dict.fromkeys(folder.config.get("target_parameters") or ()):
+        above, _, attribute = target.rpartition(".")
+        attributes.setdefault(above, []).append(attribute)
+    for path in paths if attributes else ():
+        words = path.split(".")
+        for above in (".".join(words[n:]) for n in range(len(words) + 1)):  # "", at last: of any module that has it
+            for attribute in attributes.get(above, ()):
+                if not above and not is_held(f"{path}.{attribute}", checkpoint):
+                    continue
                 if path in found:
                     reason = f"{path} has several target_parameters, and only the model knows which is the inner one"
                     refuse(folder.option("target_parameters"), reason, IN_THE_MODEL)
@@ -303,7 +331,7 @@ def _entries(folder: Folder, name: str) -> list[dict[str, Any]]:
 
 
 def _adapters(
-    folder: Folder, layer: Layer, entries: Sequence[Mapping[str, Any]], name: str
+    folder: Folder, layer: Layer, sizes: _Sizes, entries: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[list[Adapter], set[str]]:
     """A layer's adapters, and the keys they were made of."""
     config, target = folder.config, layer.target
@@ -313,7 +341,7 @@ def _adapters(
         settings = {"rank": rank, "alpha": peft_format.adalora_scale(config) * rank}
         made = [adapter_of(layer.layout, "adalora", theta, name, settings)] if rank else []
         return made, {*layer.adalora_keys.values()}
-    whole = layer.decode(folder, peft_format.ranks(folder, [target])[target])
+    whole = layer.decode(folder, sizes.ranks[target])
     taken, extra, kind = {*layer.keys}, {}, "lora"
     if config.get("use_dora"):
         if why := layer.why_not_dora:
@@ -323,7 +351,8 @@ def _adapters(
     made = []
     for entry in entries or [_WHOLE]:
         with boundary("its header does not describe its tensors", folder.tensor(target), "save the adapter again"):
-            settings = dict(entry["settings"]) if "kind" in entry else _settings(folder, layer, whole.rank, entry)
+            alpha = sizes.alphas.get(target)
+            settings = dict(entry["settings"]) if "kind" in entry else _settings(folder, whole.rank, alpha, entry)
             start, stop = int(entry["start"]), int(entry["start"]) + int(settings["rank"])
             B = torch.ldexp(whole.B[..., start:stop], torch.tensor(-int(entry["shift"])))
             theta = {"A": whole.A[..., start:stop, :], "B": B, **extra}
@@ -333,12 +362,12 @@ def _adapters(
     return made, taken
 
 
-def _settings(folder: Folder, layer: Layer, rank: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(folder: Folder, rank: int, alpha: float | None, entry: Mapping[str, Any]) -> dict[str, Any]:
     """rank, alpha and scaling, as our header says or the config."""
     if "rank" in entry:
         return {"rank": int(entry["rank"]), "alpha": float(entry["alpha"]), "scaling": str(entry["scaling"])}
-    alpha = float(peft_format.alphas(folder, [layer.target])[layer.target])
-    return {"rank": rank, "alpha": alpha, "scaling": "rslora" if folder.config.get("use_rslora") else "standard"}
+    assert alpha is not None, "it does not say its alpha"
+    return {"rank": rank, "alpha": float(alpha), "scaling": "rslora" if folder.config.get("use_rslora") else "standard"}
 
 
 # ── our own format ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -363,7 +392,7 @@ def _entry(folder: Folder, entry: Mapping[str, Any], tensor: str, checkpoint: Ch
     refuse_tied(stored, names, checkpoint, str(entry["role"]) == "embedding", place)
     with boundary("its header does not describe its tensors", place, "save the adapter again"):
         theta = {t: folder.tensors[key] for t, key in keys.items()}
-        said = dict(entry["settings"]) if "kind" in entry else _settings(folder, _NO_LAYER, 0, entry)
+        said = dict(entry["settings"]) if "kind" in entry else _settings(folder, 0, None, entry)
         sides = str(entry["sides"])
         assert len(sides) == len(stored.shape) and {*sides} <= {*"boi"}, f"{sides!r} are no axes of {tensor}"
         layout = Layout(sides, stored.shape)
@@ -384,6 +413,3 @@ def _by_rows(theta: torch.Tensor, layout: Layout) -> torch.Tensor:
     """θ of `full`, of features or in the weight's own shape, as the rows of its first axis."""
     weight = theta if tuple(theta.shape) == layout.shape else layout.to_weight(theta)
     return weight.reshape(layout.shape[0], -1)
-
-
-_NO_LAYER = Layer("", "", Layout("o", (1,)), "")

@@ -86,7 +86,7 @@ def extract_adapter(
         refuse("rank", f"{rank!r} is no positive integer", "give it a rank, such as 16")
     refuse_taken(target)
     old, new = (read_checkpoint(path, leave_out) for path in (base, tuned))
-    names = fitted([*new.tensors], old, str(tuned))
+    names = fitted([*new.tensors], old, str(tuned), remedy="pass the base that it was tuned from")
     changed, done = [], 0
     for name, stored in new.tensors.items():
         pair = _Pair(old, new, names[name], name)

@@ -95,9 +95,6 @@ def refuse_two(stored: Stored, checkpoint: Checkpoint, place: str) -> None:
     if tied is None:
         reason = f"{stored.name} may be tied to a head, and its config does not say tie_word_embeddings"
         refuse(place, reason, "say so in the checkpoint's config.json: true or false")
-    if tied and checkpoint.config.get("is_encoder_decoder"):
-        reason = f"{stored.name} is tied to other tables of its encoder and decoder, and only the model says to which"
-        refuse(place, reason, IN_THE_MODEL)
     if tied and alike:
         reason = f"{stored.name} and {few(alike, 3)} are stored as two, and the config says that they are one"
         refuse(place, reason, "save the base once more with transformers, which stores one of them")

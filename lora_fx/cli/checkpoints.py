@@ -8,6 +8,7 @@ import click
 
 from lora_fx.cli.lazy import FAILED
 from lora_fx.cli.shown import as_json, progress, show
+from lora_fx.errors import LoraFxError
 
 _PLACE = click.Path(path_type=Path)
 _leave_out = click.option(
@@ -51,11 +52,21 @@ def fold(
     """
     from lora_fx import fold_checkpoint
 
-    config, each = None if alpha is None else {"lora_alpha": alpha}, dict(map(_strength, adapters))
+    config, each = None if alpha is None else {"lora_alpha": alpha}, _strengths(adapters)
     with progress("fold") as tell:
         done = fold_checkpoint(base, each, out, keep=keep, part=part, config=config, leave_out=leave_out, progress=tell)
     said = {"folder": str(out), "bytes": done.bytes, "kept_bytes": done.kept_bytes, "tensors": list(done.tensors)}
     show(done, said, as_json)
+
+
+def _strengths(texts: tuple[str, ...]) -> dict[str, float]:
+    each: dict[str, float] = {}
+    for path, strength in map(_strength, texts):
+        if path in each:
+            remedy = f"give it once, with the sum of its strengths: {path}={each[path] + strength:g}"
+            raise LoraFxError(f"{path} is given twice", place="ADAPTER", remedy=remedy)
+        each[path] = strength
+    return each
 
 
 def _strength(text: str) -> tuple[str, float]:

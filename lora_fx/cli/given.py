@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,12 @@ from typing import Any
 
 import click
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, essence
 
 MODEL = click.argument("model", metavar="MODEL")
 """A folder, a .pt2 file or package.module:factory."""
 
-_NUMBERS = ("rank", "alpha", "dropout")  # keys of a rule
+_NUMBERS = ("rank", "alpha", "dropout", "expect")  # keys of a rule
 _WAYS = "pass a transformers folder, a .pt2 file, or package.module:factory"
 
 
@@ -69,8 +70,8 @@ def _transformers(folder: Path, weights: bool) -> Given:
         else:
             with torch.device("meta"):
                 model = (named._from_config if hasattr(named, "_from_config") else named.from_config)(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise LoraFxError(str(error), place=str(folder), remedy=_WAYS) from error
+    except Exception as error:  # whatever it meets in files of anyone
+        raise LoraFxError(essence(error), place=str(folder), remedy=_WAYS) from error
     return Given(model.eval(), _inputs(model, config))
 
 
@@ -114,13 +115,26 @@ def _made(text: str) -> Given:
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m` has it
     try:
-        made = getattr(importlib.import_module(module), name)()
+        factory = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise LoraFxError(f"it cannot be made: {error}", place=text, remedy=_WAYS) from error
+    except Exception as error:
+        raise _theirs(error, text) from error
+    try:
+        made = factory()
+    except Exception as error:
+        raise _theirs(error, text) from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise LoraFxError(f"it returns a {type(model).__name__}, and no module", place=text, remedy=_WAYS)
     return Given(model.eval(), inputs)
+
+
+def _theirs(error: Exception, text: str) -> LoraFxError:
+    """Of a factory, with the line that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"it cannot be made: {last.filename}:{last.lineno}: {essence(error)}"
+    return LoraFxError(reason, place=text, remedy="call it in Python first: it takes no arguments, and returns a model")
 
 
 def read_rules(texts: Sequence[str], file: Path | None) -> Any:
@@ -129,6 +143,12 @@ def read_rules(texts: Sequence[str], file: Path | None) -> Any:
     Raises:
         LoraFxError: there is none, or one is no list of key=value.
     """
+    if file is not None and texts:
+        raise LoraFxError("it stands beside --rule", place="--rules", remedy="write all rules in the file, or none")
+    if file is not None and file.suffix == ".json":  # PEFT's
+        from lora_fx import rules_from_peft
+
+        return rules_from_peft(file)
     if file is not None:
         return file
     rules = []

@@ -25,6 +25,11 @@ def inspect(place: Path, as_json: bool) -> None:
     """
     from lora_fx.export.adapters.folder import CONFIG
 
+    remedy = "pass an adapter's folder, a checkpoint, a .safetensors or an .onnx file"
+    try:
+        place.stat()
+    except OSError as error:
+        raise LoraFxError(f"it cannot be read: {error.strerror}", place=str(place), remedy=remedy) from error
     if place.suffix == ".onnx":
         text, said = _onnx(place)
     elif place.is_dir() and (place / CONFIG).exists():
@@ -32,7 +37,6 @@ def inspect(place: Path, as_json: bool) -> None:
     elif place.is_dir() or place.suffix == ".safetensors":
         text, said = _checkpoint(place)
     else:
-        remedy = "pass an adapter's folder, a checkpoint, a .safetensors or an .onnx file"
         raise LoraFxError("it is nothing that is known here", place=str(place), remedy=remedy)
     show(text, said, as_json)
 

@@ -14,7 +14,7 @@ from lora_fx.cli.shown import as_json, show
 
 _PLACE = click.Path(path_type=Path)
 _rules = click.option("--rule", "rules", multiple=True, metavar="KEY=VALUE,...", help="'role=attention.*,rank=8'.")
-_file = click.option("--rules", "file", type=_PLACE, metavar="FILE", help="A TOML file of rules, in their place.")
+_file = click.option("--rules", "file", type=_PLACE, metavar="FILE", help="Instead: TOML, or an adapter_config.json.")
 
 
 @click.command()

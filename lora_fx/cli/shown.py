@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +12,29 @@ from typing import Any
 
 import click
 
+from lora_fx.errors import LoraFxError
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object in the place of the text.")
 
 
 def show(outcome: Any, said: dict[str, Any], json_wanted: bool) -> None:
-    """On stdout: the outcome as it prints, or what is said of it as JSON."""
-    click.echo(json.dumps(said, indent=1) if json_wanted else str(outcome))
+    """On stdout: the outcome as it prints, or what is said of it as JSON, which has no NaN: null."""
+    text = json.dumps(_finite(said), indent=1, allow_nan=False) if json_wanted else str(outcome)
+    try:
+        click.echo(text)
+    except BrokenPipeError:  # whoever read it has enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
+    except OSError as error:
+        reason = f"what was done cannot be shown: {error.strerror}"
+        raise LoraFxError(reason, place="stdout", remedy="make room where it goes") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

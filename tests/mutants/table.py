@@ -123,6 +123,7 @@ PAPER = "tests/test_paper.py"
 MEMORY = "tests/test_memory.py"
 
 CHECKPOINTS = "tests/test_checkpoints.py"
+BESIDE = "tests/test_checkpoints_beside.py"
 COMMAND = "tests/test_command.py"
 
 AREAS = {
@@ -156,6 +157,6 @@ AREAS = {
     "paper": Area((PAPER,)),
     "memory": Area((MEMORY,)),
     "rewrites": Area((REWRITES,)),
-    "checkpoints": Area((CHECKPOINTS,)),
+    "checkpoints": Area((CHECKPOINTS, BESIDE)),
     "command": Area((COMMAND,)),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import CHECKPOINTS, Mutant
+from tests.mutants.table import BESIDE, CHECKPOINTS, Mutant
 
 ROWS = (
     # ── checkpoints on disk ──────────────────────────────────────────────────────────────────────────────────────────
@@ -112,7 +112,7 @@ ROWS = (
         "a_tied_weight_is_folded", "checkpoints", "export/checkpoints/shares.py",
         "if twice or (vocabulary and tied is not False and len(names) < 2):", "if twice:",
         "An adapter of the embedding changes the head that is tied to it.",
-        tests=(f"{CHECKPOINTS}::test_a_weight_that_may_be_tied_is_refused",),
+        tests=(f"{BESIDE}::test_a_weight_that_may_be_tied_is_refused",),
     ),
     Mutant(
         "the_config_decides_on_squares", "checkpoints", "export/checkpoints/entries.py",
@@ -160,36 +160,48 @@ ROWS = (
         "a_bias_of_the_branch_is_not_scaled", "checkpoints", "export/checkpoints/beside.py",
         "checkpoint.tensors[own].shape, made[0].scale)", "checkpoint.tensors[own].shape, 1.0)",
         "The bias of lora_B is added without the scale of its branch.",
-        tests=(f"{CHECKPOINTS}::test_what_stands_beside_the_factors_is_folded_as_in_the_model",),
+        tests=(f"{BESIDE}::test_what_stands_beside_the_factors_is_folded_as_in_the_model",),
     ),
     Mutant(
         "rows_in_the_order_of_the_config", "checkpoints", "export/checkpoints/beside.py",
         "sorted(rows), value[order], place", "sorted(rows), value, place",
         "Trained rows go to each other's tokens where the config names them in another order.",
-        tests=(f"{CHECKPOINTS}::test_what_stands_beside_the_factors_is_folded_as_in_the_model",),
+        tests=(f"{BESIDE}::test_what_stands_beside_the_factors_is_folded_as_in_the_model",),
     ),
     Mutant(
         "two_tables_for_one_tie", "checkpoints", "export/checkpoints/shares.py",
         "    if tied and alike:", "    if False:",
         "Rows of a tied embedding are folded, and a second copy of it, which the head may read, is not.",
-        tests=(f"{CHECKPOINTS}::test_rows_of_which_too_little_is_known_are_refused",),
+        tests=(f"{BESIDE}::test_rows_of_which_too_little_is_known_are_refused",),
     ),
     Mutant(
         "the_whole_table_for_a_few_rows", "checkpoints", "export/checkpoints/arithmetic.py",
         "    if any(share.adapter.rows is None for share in shares):", "    if True:",
         "For two rows the whole table is added to, and kept.",
-        tests=(f"{CHECKPOINTS}::test_rows_have_strengths_and_cost_no_more_than_they_are",),
+        tests=(f"{BESIDE}::test_rows_have_strengths_and_cost_no_more_than_they_are",),
     ),
     Mutant(
         "resized_rows_are_looked_for_in_the_folded", "checkpoints", "export/checkpoints/entries.py",
         'said.get("resized", {})', "None",
         "An unfold asks the folded table which of its rows are the base's.",
-        tests=(f"{CHECKPOINTS}::test_what_stands_beside_the_factors_is_folded_as_in_the_model",),
+        tests=(f"{BESIDE}::test_what_stands_beside_the_factors_is_folded_as_in_the_model",),
     ),
     Mutant(
         "heads_alike_in_name", "checkpoints", "export/checkpoints/beside.py",
         "not torch.equal(table.T, matrix)", "False",
         "A head's own factors are taken for those of the embedding that it is tied to.",
-        tests=(f"{CHECKPOINTS}::test_a_tied_head_with_factors_of_its_own_is_refused",),
+        tests=(f"{BESIDE}::test_a_tied_head_with_factors_of_its_own_is_refused",),
+    ),
+    Mutant(
+        "every_module_has_the_parameter", "checkpoints", "export/checkpoints/entries.py",
+        'if not above and not is_held(f"{path}.{attribute}", checkpoint):', "if False:",
+        "target_parameters without a module in its name takes every layer that is adapted.",
+        tests=(f"{BESIDE}::test_a_parameter_without_a_module_in_its_name_is_of_the_modules_that_have_it",),
+    ),
+    Mutant(
+        "sizes_of_each_layer_alone", "checkpoints", "export/checkpoints/entries.py",
+        "sizes.ranks[target]", "peft_format.ranks(folder, [target])[target]",
+        "A process is started for each layer that a pattern of ranks is asked about.",
+        tests=("tests/test_hostile_files.py::test_all_patterns_of_a_file_share_one_budget",),
     ),
 )  # fmt: skip

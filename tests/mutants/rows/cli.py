@@ -41,4 +41,22 @@ ROWS = (
         "A command imports torch to print its help.",
         tests=(f"{COMMAND}::test_help_has_an_example_of_each_and_needs_no_torch",),
     ),
+    Mutant(
+        "the_last_strength_counts", "command", "lora_fx/cli/checkpoints.py",
+        "        if path in each:\n", "        if False:\n",
+        "An adapter that is given twice is folded once, without a word.",
+        tests=(f"{COMMAND}::test_what_is_refused_ends_with_2",),
+    ),
+    Mutant(
+        "json_with_nan", "command", "lora_fx/cli/shown.py",
+        "json.dumps(_finite(said), indent=1, allow_nan=False)", "json.dumps(said, indent=1)",
+        "--json prints NaN, which is no JSON.",
+        tests=(f"{COMMAND}::test_json_is_json_and_a_reader_may_go",),
+    ),
+    Mutant(
+        "rules_beside_a_file_are_dropped", "command", "lora_fx/cli/given.py",
+        "if file is not None and texts:", "if False:",
+        "--rule beside --rules is left out without a word.",
+        tests=(f"{COMMAND}::test_what_is_refused_ends_with_2",),
+    ),
 )  # fmt: skip
