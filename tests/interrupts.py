@@ -191,7 +191,7 @@ def world(random_state: bool) -> dict[str, Any]:
         "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
         "keys": (str(torch._C._dispatch_tls_local_include_set()), str(torch._C._dispatch_tls_local_exclude_set())),
         "tracing": (
-            _symbolic_trace._is_fx_tracing_flag, proxy_tensor._CURRENT_MAKE_FX_TRACER,
+            getattr(_symbolic_trace, "_is_fx_tracing_flag", None), proxy_tensor._CURRENT_MAKE_FX_TRACER,
             torch._guards.TracingContext.try_get(), torch.compiler.is_exporting(), torch.compiler.is_compiling(),
             torch.onnx.is_in_onnx_export(),
         ),

@@ -309,3 +309,37 @@ def test_what_code_sets_on_type_self_lands_on_the_models_own_class() -> None:
     lora_fx.remove(model, "default")
     model(X)
     assert type(model) is Metered and Metered.calls == 3
+
+
+class Wrapping(nn.Module):
+    """Its subclasses have a forward inside of another, as layers of transformers have one inside of a checkpoint."""
+
+    def __init_subclass__(cls, **words: Any) -> None:
+        super().__init_subclass__(**words)
+        forward = cls.forward
+
+        def outer(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            return 2 * forward(self, x) if type(self).forward is outer else forward(self, x)
+
+        cls.forward = outer
+
+
+class Wrapped(Wrapping):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(OUT, IN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+def test_what_init_subclass_sets_of_a_class_of_ours_is_set_of_that_class() -> None:
+    theirs, x = Wrapped.forward, X.double()
+    model = lora_fx.apply(Wrapped().double(), Rule(where="*", rank=2), x)
+    reference.fill(model)
+    assert Wrapped.forward is theirs and type(model).forward is not theirs
+    weight = model._parameters["weight"]
+    expected = 2 * F.linear(x, weight + model.weight_lora_default.delta(weight))
+    assert (model(x) - expected).norm() <= 16 * torch.finfo(torch.float64).eps * expected.norm()
+    lora_fx.remove(model, "default")
+    assert type(model) is Wrapped and Wrapped.forward is theirs

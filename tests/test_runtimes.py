@@ -16,6 +16,7 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import ExportError
 from lora_fx.export import Session
+from lora_fx.export.onnx.calls import CACHE, cache_word
 from lora_fx.export.onnx.files import move_folder
 from lora_fx.export.onnx.targets import TARGETS, step_of
 from lora_fx.graph.capture import Inputs
@@ -25,7 +26,7 @@ from tests.runtimes import ADAPTERS, FED, INPUTS, Places, Switchables
 pytestmark = pytest.mark.onnx
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
-pytest.importorskip("transformers")
+CausalLMOutputWithPast = pytest.importorskip("transformers").modeling_outputs.CausalLMOutputWithPast
 
 PLACES = Places.found()
 
@@ -107,9 +108,43 @@ def test_a_step_of_a_model_without_numbers_has_the_same_shapes(model):
     assert (step.cache, step.vocabulary, step.axes) == (there.cache, there.vocabulary, there.axes)
     assert all(
         type(t) is torch.Tensor and t.is_meta
-        for layer in step.inputs.kwargs["past_key_values"].layers
+        for layer in step.inputs.kwargs[cache_word(model)].layers
         for t in (layer.keys, layer.values)
     )
+
+
+def other_words(model: nn.Module) -> nn.Module:
+    """The same, with the other name for its cache: ``cache`` before transformers 5.24, where it is that."""
+    was, kind = cache_word(model), type(model)
+    assert was == "past_key_values", "what comes after has other words by itself"
+
+    def forward(self, input_ids, cache=None, attention_mask=None, position_ids=None, use_cache=None):
+        output = kind.forward(
+            self, input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            use_cache=use_cache,
+        )  # fmt: skip
+        return {"logits": output.logits, "cache": output.past_key_values}
+
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return model
+
+
+@pytest.mark.skipif(hasattr(CausalLMOutputWithPast, "cache"), reason="transformers' own models have these words")
+def test_a_model_that_calls_its_cache_by_another_name_gives_the_same_file(tmp_path, model):
+    plain, other = (runtimes.build("gpt2", (), n_layer=1) for _ in range(2))
+    names = []
+    for k, one in enumerate((plain, other_words(other))):
+        report = lora_fx.export_onnx(one, INPUTS, tmp_path / f"m{k}", target="transformers.js")
+        names.append(([i.name for i in report.inputs], [o.name for o in report.outputs]))
+        step = step_of(one, Inputs((), INPUTS), "transformers.js")
+        kwargs, axes = (
+            {CACHE if name == "cache" else name: value for name, value in given.items()}
+            for given in (step.inputs.kwargs, step.axes)
+        )
+        report = lora_fx.export_onnx(one, kwargs, tmp_path / f"m{k}.onnx", dynamic_shapes=axes, check=False)
+        names.append([i.name for i in report.inputs])
+    assert sorted(names[0][0]) == sorted(names[2][0]) and sorted(names[1]) == sorted(names[3])
+    assert "past_key_values.0.key" in names[2][0] and names[2][1] == names[0][1]
 
 
 def test_a_folder_that_is_there_keeps_what_else_is_in_it(tmp_path):

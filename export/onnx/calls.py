@@ -42,7 +42,9 @@ class Call:
         bound = _bind(model, inputs)
         ordered = [name for name in (*bound, *inputs.kwargs) if name in inputs.kwargs]
         inputs = Inputs(inputs.args, {name: inputs.kwargs[name] for name in ordered})
-        names = tuple(name for argument, value in bound.items() for name in _names(argument, value))
+        word = cache_word(model)
+        in_files = {argument: CACHE if argument == word else argument for argument in bound}
+        names = tuple(name for argument, value in bound.items() for name in _names(in_files[argument], value))
         if dynamic_shapes is None:
             return cls(inputs, None, {}, names)
         if hasattr(dynamic_shapes, "dynamic_shapes"):  # torch.export.ShapesCollection
@@ -202,6 +204,27 @@ def graph_inputs(program: Any, inputs: Inputs) -> list[tuple[Any, torch.Tensor]]
 
 
 # ── caches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+CACHE = "past_key_values"
+"""What files call the cache that goes in, whatever the model does."""
+
+
+def cache_word(model: nn.Module) -> str:
+    """What a forward calls its cache: ``cache`` in models of transformers from 5.24 on."""
+    known = inspect.signature(model.forward).parameters
+    theirs = any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
+    return "cache" if theirs and CACHE not in known and "cache" in known else CACHE
+
+
+def in_its_words(model: nn.Module, inputs: Inputs, shapes: Any) -> tuple[Inputs, Any]:
+    """Inputs and dynamic shapes with the cache under the name that the forward has for it, not the one it had."""
+    word = cache_word(model)
+
+    def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {word if name == CACHE else name: value for name, value in given.items()}
+
+    return Inputs(inputs.args, renamed(inputs.kwargs)), renamed(shapes) if isinstance(shapes, Mapping) else shapes
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from lora_fx.checks.certification import Certificate, certify_adapted
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx import switchable
-from lora_fx.export.onnx.calls import Call, flat_caches
+from lora_fx.export.onnx.calls import Call, flat_caches, in_its_words
 from lora_fx.export.onnx.files import (
     INLINE,
     check_file,
@@ -387,7 +387,8 @@ class Prepare(Pass):
         for context in (_quiet(), _unfolded(model, self.prove), undisturbed(model)):
             facts.enter(context)
         model.eval()
-        inputs, shapes, step = normalize_inputs(model, self.example_inputs), self.dynamic_shapes, None
+        inputs, shapes = in_its_words(model, normalize_inputs(model, self.example_inputs), self.dynamic_shapes)
+        step = None
         if target.graph:
             inputs = inputs_on_meta(inputs) if checkpoint else inputs
             step = step_of(model, inputs, self.target)

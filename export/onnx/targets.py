@@ -23,7 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_fx.errors import essence
-from lora_fx.export.onnx.calls import is_cache
+from lora_fx.export.onnx.calls import CACHE, cache_word, is_cache
 from lora_fx.export.onnx.runtimes import refuse, require
 from lora_fx.graph.capture import Inputs
 
@@ -31,7 +31,7 @@ OPTIONAL, REQUIRED = "optional", "required"
 SLOTS = (OPTIONAL, REQUIRED)
 """Whether A and B of a switchable graph have defaults, so that a call may leave them out."""
 
-TOKENS, MASK, POSITIONS, CACHE = "input_ids", "attention_mask", "position_ids", "past_key_values"
+TOKENS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 LOGITS = "logits"
 
 AXES: Mapping[str, Mapping[int, str]] = {
@@ -93,7 +93,8 @@ def step_of(model: nn.Module, inputs: Inputs, target: str) -> Step:
     """
     place, config = type(model).__name__, getattr(model, "config", None)
     known = inspect.signature(model.forward).parameters
-    missing = [name for name in (TOKENS, MASK, CACHE) if name not in known]
+    word = cache_word(model)
+    missing = [name for name in (TOKENS, MASK, word) if name not in known]
     if getattr(config, "is_encoder_decoder", False):
         missing = ["a decoder alone: it has an encoder too"]
     if missing or not hasattr(config, "get_text_config"):
@@ -109,10 +110,10 @@ def step_of(model: nn.Module, inputs: Inputs, target: str) -> Step:
         given[POSITIONS] = (mask.cumsum(-1) - 1).clamp_min(0)
     before = {name: part[:, :past] for name, part in given.items()}
     after = {name: part[:, past:] for name, part in given.items()}
-    logits, cache = _first_half(model, before, target)
-    inputs = Inputs((), {**after, MASK: mask, CACHE: cache, **({"use_cache": True} if "use_cache" in known else {})})
+    logits, cache = _first_half(model, before, word, target)
+    inputs = Inputs((), {**after, MASK: mask, word: cache, **({"use_cache": True} if "use_cache" in known else {})})
     shapes = tuple(tuple(layer.keys.shape) for layer in cache.layers)
-    axes = {name: AXES[name] for name in inputs.kwargs if name in AXES}
+    axes = {name: AXES[CACHE if name == word else name] for name in inputs.kwargs if name in (*AXES, word)}
     return Step(inputs, axes, config, getattr(model, "generation_config", None), shapes, logits.shape[-1])
 
 
@@ -129,7 +130,7 @@ def _tokens(model: nn.Module, inputs: Inputs, target: str) -> torch.Tensor:
     return tokens
 
 
-def _first_half(model: nn.Module, before: Mapping[str, Any], target: str) -> tuple[torch.Tensor, Any]:
+def _first_half(model: nn.Module, before: Mapping[str, Any], word: str, target: str) -> tuple[torch.Tensor, Any]:
     """What the model returns for the tokens before, with their cache."""
     cache = require("transformers").DynamicCache()  # without a config, its layers keep all tokens
     # Without numbers shapes count alone, and transformers looks into no mask while it is traced, as it seems to be.
@@ -137,8 +138,8 @@ def _first_half(model: nn.Module, before: Mapping[str, Any], target: str) -> tup
     try:
         with torch.no_grad(), traced or nullcontext():
             before = {name: traced.from_tensor(part) if traced else part for name, part in before.items()}
-            output = model(**before, past_key_values=cache, use_cache=True)
-        logits, cache = output[LOGITS], output[CACHE]
+            output = model(**before, **{word: cache}, use_cache=True)
+        logits, cache = output[LOGITS], output[word]
     except Exception as error:
         reason = f"the model does not give {LOGITS} and a cache for tokens, a mask and a DynamicCache: {essence(error)}"
         refuse(type(model).__name__, reason, f'target={target!r} needs them; export it with target="ort"', error)

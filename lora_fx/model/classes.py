@@ -270,9 +270,12 @@ def _delete_on_base(cls: type, name: str) -> None:
 
 
 def _base_for(cls: type, name: str) -> type | None:
-    """None for what Python sets of each class, and for a class that another tool has derived."""
+    """None for what Python sets of each class, for a class that another tool has derived, and for one that is being
+    made: what `__init_subclass__` sets is for that one."""
     spec: Spec | None = vars(cls).get("_lora_fx")
-    return None if spec is None or name.startswith(("__", "_abc_")) else spec.base
+    if spec is None or name.startswith(("__", "_abc_")) or _classes.get(spec.key) is not cls:
+        return None
+    return spec.base
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

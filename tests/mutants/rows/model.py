@@ -119,4 +119,10 @@ ROWS = (
         "A removed adapter is kept on the blocks that it stood behind.",
         tests=of_prefixes("removed_and_refused_it_leaves_nothing"),
     ),
+    Mutant(
+        "base_gets_what_init_subclass_sets", "wiring", "lora_fx/model/classes.py",
+        ' or _classes.get(spec.key) is not cls:', ':',
+        "What __init_subclass__ sets of a class of ours, a forward around its own, is set of the model's own class.",
+        tests=("tests/test_dispatch.py::test_what_init_subclass_sets_of_a_class_of_ours_is_set_of_that_class",),
+    ),
 )  # fmt: skip

@@ -123,6 +123,12 @@ ROWS = (
         tests=("tests/test_sessions.py::test_an_empty_slot_has_the_least_rank_that_the_runtime_survives",),
     ),
     Mutant(
+        "cache_by_its_old_name_alone", "export", "export/onnx/calls.py",
+        'return "cache" if theirs and', 'return "cache" if False and',
+        "The decoders of transformers 5.24 are refused: they have no past_key_values.",
+        tests=("tests/test_runtimes.py::test_a_model_that_calls_its_cache_by_another_name_gives_the_same_file",),
+    ),
+    Mutant(
         "cache_axes_of_other_names", "export", "export/onnx/targets.py",
         'TOKENS: {0: "batch_size",', 'TOKENS: {0: "batch",',
         "transformers.js makes a first cache for a batch of 0.",
