@@ -326,8 +326,7 @@ def test_layers_compiled_one_by_one_compile_once(name):
     counter = CompileCounterWithBackend("eager")
     for layer in model.model.layers:
         layer.compile(backend=counter, fullgraph=True)
-    with torch.no_grad():
-        inputs.call(model)
+    run(model, inputs)
     assert len(model.model.layers) == 2 and counter.frame_count == 1
     torch._dynamo.reset()
 
@@ -588,9 +587,7 @@ def test_two_processes_with_ddp_and_fsdp_get_one_processs_outputs_and_gradients_
 @pytest.mark.parametrize("name", ["llama", "olmoe-batched", *DISPATCHED, "native-bypassed-linear"])
 def test_two_threads_get_the_same_bits(name):
     _, model, inputs = built(name)
-    wrong = []
-    with torch.no_grad():
-        expected = output_tensors(inputs.call(model))
+    expected, wrong = run(model, inputs), []
 
     def work() -> None:
         with torch.no_grad():

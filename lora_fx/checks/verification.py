@@ -30,6 +30,7 @@ from lora_fx.graph.nodes import is_float
 from lora_fx.graph.own_state import uncompiled, undisturbed
 from lora_fx.graph.places import Instead, is_away, is_plain, loader, refuse_any_away, refuse_shards, without_numbers
 from lora_fx.graph.program import WRITE_ELSEWHERE, capture, storage_of
+from lora_fx.graph.written import is_seen
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Storage, inventory
 
@@ -214,6 +215,9 @@ def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> list[torch.Tensor]:
 def _run(model: nn.Module, inputs: Inputs, seed: int = 0) -> tuple[list[torch.Tensor], frozenset[int]]:
     """As `run`, and the storages of the parameters that it has written to."""
     safe_point()
+    if not is_seen(model):
+        with suppress(CaptureError), undisturbed(model, look=True), torch.no_grad():
+            called(model, inputs)
     with undisturbed(model) as writes, torch.no_grad():
         torch.manual_seed(seed)
         outputs = [as_real(t.detach()).clone() for t in output_tensors(called(model, inputs))]

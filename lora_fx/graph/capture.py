@@ -190,7 +190,14 @@ def _capture(model: nn.Module, inputs: Inputs, lowered: bool, as_is: bool) -> Ca
         outputs[:] = output_tensors(model(*args, **kwargs))
         return list(outputs)
 
-    with undisturbed(model) as writes, no_fast_paths(), as_python(), recorded(), torch.no_grad(), stoppable():
+    with (
+        undisturbed(model, look=True) as writes,
+        no_fast_paths(),
+        as_python(),
+        recorded(),
+        torch.no_grad(),
+        stoppable(),
+    ):
         if not as_is:
             model.eval()
         module = _make_fx(model, run, state, leaves, lowered)

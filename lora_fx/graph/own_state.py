@@ -49,19 +49,28 @@ def uncompiled() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[Writes]:
+def undisturbed(model: nn.Module, look: bool = False) -> Iterator[Writes]:
     """Whatever runs inside leaves all that the model's code keeps bitwise as it was, and its parameters; of those none
-    is copied that nothing writes to."""
+    is copied that nothing writes to.
+
+    Args:
+        look: at each op that runs, for what it writes to; see `lora_fx.graph.written`.
+    """
     kept, writes = _Kept(model), Writes(model)
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
         try:
-            with uncompiled(), writes:
+            with contextlib.ExitStack() as stack:
+                for looking in (uncompiled(), writes) if look else ():
+                    stack.enter_context(looking)
                 yield writes
         finally:
+            training = model.training
             with torch.no_grad():
                 writes.restore()
             kept.restore()
+    if look:
+        writes.remember(training)
 
 
 class _Kept:

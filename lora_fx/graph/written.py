@@ -3,14 +3,19 @@
     p.data = new       the old numbers are still there, in an alias of p that keeps their storage
     p.mul_(0.9)        an op says in its schema what it writes: what lies there is copied before it runs
 
-The second is seen through whichever alias of p is written, `p.data.mul_(0.9)` too. Out of reach is what no op of torch
-does: an array of numpy's that shares the memory, a kernel of another library's that says nothing of what it writes.
+The second is seen through whichever alias of p is written, `p.data.mul_(0.9)` too, by a dispatch mode. Below one a
+model takes other ways than it does for its user: no schedule but `branch`, nothing compiled. So each model is looked at
+once in each mode, and runs as it is from then on, with copies of what it was seen to write to.
+
+Out of reach is what no op of torch does: an array of numpy's that shares the memory, a kernel of another library's that
+says nothing of what it writes; and a write that depends on the numbers, and comes in a later run alone.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,9 +26,17 @@ from lora_fx.graph.places import away_in_memory, is_away, is_plain
 
 _Place = tuple[Any, ...]
 
+#: model → train mode or not → names of the parameters that it was seen to write to
+_seen: WeakKeyDictionary[nn.Module, dict[bool, frozenset[str]]] = WeakKeyDictionary()
+
+
+def is_seen(model: nn.Module) -> bool:
+    """It has been looked at in the mode in which it is."""
+    return model.training in _seen.get(model, {})
+
 
 class Writes(TorchDispatchMode):
-    """Entered, it sees every op before it runs."""
+    """Entered, it sees every op before it runs. Where it is not, what the model was seen to write to is put back."""
 
     supports_higher_order_operators = True  # `torch.cond` is one
 
@@ -47,6 +60,16 @@ class Writes(TorchDispatchMode):
             if not alias.is_meta:
                 self._unwritten.setdefault(_storage(alias), []).append(alias)
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._model = model
+        known = frozenset[str]().union(*_seen.get(model, {}).values())
+        for name, p in model.named_parameters() if known else ():
+            if name in known:
+                self._copy(p)
+
+    def remember(self, training: bool) -> None:
+        """What it has seen of the model in this mode, after `restore`."""
+        names = (name for name, p in self._model.named_parameters() if is_plain(p) and _storage(p) in self.written)
+        _seen.setdefault(self._model, {})[training] = frozenset(names)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
