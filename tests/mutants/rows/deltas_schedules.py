@@ -56,7 +56,7 @@ ROWS = (
     ),
     Mutant(
         "input_of_dropout_kept", "schedules", "lora_fx/deltas/rematerialization.py",
-        "before = recipe(source)", "before = None",
+        "before = recipe(source, reader)", "before = None",
         "What dropout read is kept where it can be made again.",
         tests=("tests/test_rematerialization.py::test_of_dropout_on_a_gpu_its_mask_is_kept_and_nothing_else",),
     ),
