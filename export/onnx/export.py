@@ -384,7 +384,7 @@ class Prepare(Pass):
         checkpoint = self._checkpoint(model)
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require(package)
-        for context in (_quiet(), _unfolded(model, self.prove), undisturbed(model)):
+        for context in (undisturbed(model), _quiet(), _unfolded(model, self.prove)):
             facts.enter(context)
         model.eval()
         inputs, shapes = in_its_words(model, normalize_inputs(model, self.example_inputs), self.dynamic_shapes)

@@ -31,7 +31,6 @@ from lora_fx.export.onnx.processes import Apart, Said
 from lora_fx.export.onnx.runtimes import CPU, refuse, refusing
 from lora_fx.graph.capture import Inputs, does_not_run, no_fast_paths
 from lora_fx.graph.own_state import undisturbed
-from lora_fx.graph.written import is_seen
 
 _OTHER_SHAPES = 2
 
@@ -178,7 +177,7 @@ def _step(model: nn.Module, inputs: Inputs) -> float:
 def run_torch(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     """Every tensor the model returns, in order, integers too; complex ones as pairs of reals, as ONNX has them."""
     safe_point()
-    with undisturbed(model, look=not is_seen(model)), torch.no_grad(), no_fast_paths():
+    with undisturbed(model), torch.no_grad(), no_fast_paths():
         torch.manual_seed(0)
         model.eval()
         try:

@@ -193,7 +193,7 @@ def certify(model: nn.Module, example_inputs: Any = None, *, gradients: bool = T
         A certificate, true where every use was seen and is W + δ: `print` it, or keep its `to_json()`.
 
     Raises:
-        PlanError: the model has no active adapter, its fold was final, or its forward writes to an adapted weight.
+        PlanError: the model has no active adapter, or its fold was final.
         CaptureError: the model does not run on the inputs, or is on meta.
         LoraFxError: a thread is inside a forward of the model.
     """

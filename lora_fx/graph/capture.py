@@ -74,8 +74,6 @@ class Capture:
     """What the model gave while it was recorded; of a model on meta, tensors without numbers."""
     lowered: bool = False
     """It was recorded below transforms and autograd."""
-    replaced: tuple[nn.Parameter, ...] = ()
-    """Those that the model gives other numbers while it runs, by ``p.data = …``: no node shows that."""
 
     @property
     def transformed(self) -> bool:
@@ -114,6 +112,14 @@ def _without_cache(model: nn.Module) -> dict[str, Any]:
 def no_fast_paths() -> contextlib.AbstractContextManager[None]:
     """torch's fused encoder kernels read weights that no trace shows: switch them off."""
     return FAST_PATHS.set_for_now(False)
+
+
+def uncompiled() -> contextlib.AbstractContextManager[None]:
+    """What is compiled, and `torch.cond`, which compiles itself, runs as Python. Below a dispatch mode it must: there
+    dynamo gives up on what it meets, for good, and no later `torch.cond` of the process would run."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing that takes a second
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager
@@ -169,8 +175,7 @@ def capture_graph(model: nn.Module, example_inputs: Any = None, lowered: bool = 
             made = dict(zip(map(id, _state(model)), own, strict=True))
             found = _capture(model, inputs_on_meta(inputs), lowered, as_is)
     tensors = {node: made.get(id(tensor), tensor) for node, tensor in found.tensors.items()}
-    replaced: Any = tuple(made.get(id(tensor), tensor) for tensor in found.replaced)
-    return replace(found, tensors=tensors, inputs=inputs, replaced=replaced)
+    return replace(found, tensors=tensors, inputs=inputs)
 
 
 def _state(model: nn.Module) -> list[torch.Tensor]:
@@ -190,14 +195,7 @@ def _capture(model: nn.Module, inputs: Inputs, lowered: bool, as_is: bool) -> Ca
         outputs[:] = output_tensors(model(*args, **kwargs))
         return list(outputs)
 
-    with (
-        undisturbed(model, look=True) as writes,
-        no_fast_paths(),
-        as_python(),
-        recorded(),
-        torch.no_grad(),
-        stoppable(),
-    ):
+    with undisturbed(model), no_fast_paths(), as_python(), recorded(), torch.no_grad(), stoppable():
         if not as_is:
             model.eval()
         module = _make_fx(model, run, state, leaves, lowered)
@@ -205,7 +203,7 @@ def _capture(model: nn.Module, inputs: Inputs, lowered: bool, as_is: bool) -> Ca
     for node in module.graph.find_nodes(op="get_attr"):
         if isinstance(value := getattr(module, node.target, None), torch.Tensor):
             tensors[node] = value
-    return Capture(module.graph, module, tensors, inputs, tuple(outputs), lowered, writes.replaced)
+    return Capture(module.graph, module, tensors, inputs, tuple(outputs), lowered)
 
 
 def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list, lowered: bool) -> fx.GraphModule:

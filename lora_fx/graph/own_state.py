@@ -1,9 +1,9 @@
 """What a model's own code keeps from call to call, so that a run to look at it can leave no trace.
 
-That is more than parameters (`lora_fx.graph.written`) and buffers: counters, logs and caches in attributes, lists,
-dicts and objects of the model's own; globals and class attributes that its code names; Python's, numpy's and torch's
-random state. What is found is put back in place, since others may hold the same list. Out of reach are iterators
-(`itertools.count`), files, and what other libraries keep for themselves.
+That is more than buffers: counters, logs and caches in attributes, lists, dicts and objects of the model's own; globals
+and class attributes that its code names; Python's, numpy's and torch's random state. What is found is put back in
+place, since others may hold the same list. Out of reach are iterators (`itertools.count`), files, and what other
+libraries keep for themselves.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.graph.places import away_in_memory
-from lora_fx.graph.written import Writes
+from lora_fx.graph.places import buffers_away
 
 _CODE = (type, types.ModuleType, FunctionType, types.BuiltinFunctionType, types.MethodType, property)
 _ATOMS = frozenset({
@@ -40,37 +39,16 @@ _TABLES = frozenset(vars(nn.Module())) - {"training"}
 Undo = Callable[[], Any]
 
 
-def uncompiled() -> contextlib.AbstractContextManager[None]:
-    """What is compiled, and `torch.cond`, which compiles itself, runs as Python. Below a dispatch mode it must: there
-    dynamo gives up on what it meets, for good, and no later `torch.cond` of the process would run."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing that takes a second
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
-
-
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, look: bool = False) -> Iterator[Writes]:
-    """Whatever runs inside leaves all that the model's code keeps bitwise as it was, and its parameters; of those none
-    is copied that nothing writes to.
-
-    Args:
-        look: at each op that runs, for what it writes to; see `lora_fx.graph.written`.
-    """
-    kept, writes = _Kept(model), Writes(model)
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside leaves all that the model's code keeps bitwise as it was; weights are not copied."""
+    kept = _Kept(model)
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
         try:
-            with contextlib.ExitStack() as stack:
-                for looking in (uncompiled(), writes) if look else ():
-                    stack.enter_context(looking)
-                yield writes
+            yield
         finally:
-            training = model.training
-            with torch.no_grad():
-                writes.restore()
             kept.restore()
-    if look:
-        writes.remember(training)
 
 
 class _Kept:
@@ -91,7 +69,7 @@ class _Kept:
                 self.undo.append(partial(setattr, module, "training", module.training))
             else:
                 modules.append(module)
-        self._keep_all([*modules, *away_in_memory(model, "_buffers")])
+        self._keep_all([*modules, *buffers_away(model)])
         for cls in dict.fromkeys(base for m in modules for base in type(m).__mro__ if _is_users(base)):
             self._keep_class(cls)
 

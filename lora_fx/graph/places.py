@@ -140,14 +140,10 @@ def is_parted(module: nn.Module, attribute: str) -> bool:
     return hook is not None and attribute in hook.tied_params_names and in_memory(module, attribute) is None
 
 
-def away_in_memory(model: nn.Module, table: str) -> list[torch.Tensor]:
-    """What hooks load tensors from that they have put away in memory: a forward on the same device writes there.
-
-    Args:
-        table: of a module: ``_buffers`` or ``_parameters``.
-    """
-    found = (in_memory(m, name) for m in model.modules() if loader(m) for name in getattr(m, table))
-    return [tensor for tensor in found if tensor is not None]
+def buffers_away(model: nn.Module) -> list[torch.Tensor]:
+    """What hooks load buffers from that they have put away in memory: a forward on the same device writes there."""
+    found = (in_memory(module, name) for module in model.modules() if loader(module) for name in module._buffers)
+    return [buffer for buffer in found if buffer is not None]
 
 
 class Instead(Mapping[str, torch.Tensor]):
