@@ -533,8 +533,6 @@ MIXED = {
     "dropped parameter": (Experts, numbers(4, 7), [Rule(where="*", rank=2, dropout=0.5)], "raw.w", "dropout=0.5"),
     "fused encoder": (lambda: nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)), numbers(2, 3, 6),
                       [Rule(where="*linear1", rank=2)], "0.linear1.weight", "TransformerEncoderLayer"),
-    "renormalised": (lambda: nn.Sequential(nn.Embedding(17, 5, max_norm=1.0)), None, [Rule(where="*", rank=2)],
-                     "0.weight", "max_norm"),
     "turned attention": (lambda: nn.ModuleDict({"a": Attention(), "c": Conv1D(4, 5)}), None,
                          [Rule(where="c | a.attention.in_proj*", rank=2)], "c", "fan_in_fan_out"),
 }  # fmt: skip
@@ -546,6 +544,12 @@ def test_what_peft_cannot_say_together(make: Any, x: Any, rules: Any, place: str
     refused(lambda: save_adapter(ours, tmp_path / "a"), reason, place, remedy="peft=False")
     save_adapter(ours, tmp_path / "a", peft=False)
     assert_same(ours, load_adapter(fresh(make), tmp_path / "a", x))
+
+
+def test_peft_would_renormalise_the_factors_of_a_table(tmp_path: Path) -> None:
+    ours = adapted(lambda: nn.Sequential(nn.Embedding(17, 5)), [Rule(where="*", rank=2)], None)
+    ours[0].max_norm = 1.0
+    refused(lambda: save_adapter(ours, tmp_path / "a"), "max_norm", "0.weight", remedy="peft=False")
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────

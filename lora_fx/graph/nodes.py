@@ -68,4 +68,4 @@ def written_by(node: fx.Node) -> list[fx.Node]:
         return []
     given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
     writable = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [arg for name in writable if isinstance(arg := given.get(name), fx.Node)]
+    return [arg for name in writable for arg in pytree.tree_leaves(given.get(name)) if isinstance(arg, fx.Node)]

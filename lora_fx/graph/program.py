@@ -196,12 +196,18 @@ def find_weights(model: nn.Module) -> dict[tuple, Weight]:
             own = in_memory(owner, attribute)
             made = Weight((), parameter)
             made.problem, made.remedy = _unadaptable(parameter)
+            if getattr(owner, "max_norm", None) is not None and isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+                made.refuse("is written to by each lookup, which scales its rows down to max_norm", _LIMITED)
             if is_parted(owner, attribute) and not made.problem:
                 made.problem = "is tied to another one, and accelerate has parted the two on disk"
             found[key] = made if own is None else kept.setdefault(storage_key(own), made)
         found[key].names += (name,)
     _mark_overlaps(found)
     return found
+
+
+#: what to do about a table whose rows are scaled down
+_LIMITED = "scale its rows down now, and set max_norm=None"
 
 
 class Beside(Stays):
@@ -278,7 +284,7 @@ class _Reader:
     """
 
     def __init__(self, model: nn.Module, captured: Capture) -> None:
-        self.graph = captured.graph
+        self.graph, self.tensors = captured.graph, captured.tensors
         self.found = find_weights(model)
         self.made = {weight for weight in self.found.values() if _made_by_torch(model, weight)}
         self.views: dict[fx.Node, _Seen] = {}
@@ -292,12 +298,28 @@ class _Reader:
                 self.views[node] = _Seen(weight, View.of(weight.shape))
 
     def weights(self) -> tuple[Weight, ...]:
+        self._refuse_written()
         for node in self.graph.nodes:
             if node.op == "call_function":
                 if all(n in self.fixed for n in node.all_input_nodes):
                     self.fixed.add(node)
                 self._read(node, op_name(node.target))
         return tuple(dict.fromkeys(self.found.values()))
+
+    def _refuse_written(self) -> None:
+        """Of what the model changes while it runs, W + δ is another function than W with a branch."""
+        by_storage: dict[int, list[Weight]] = {}
+        for weight in self.found.values():
+            by_storage.setdefault(storage_of(weight.parameter), []).append(weight)
+        for node in self.graph.nodes:
+            for target in written_by(node):
+                root = target
+                while (below := looked_into(root)) is not None:
+                    root = below
+                tensor = self.tensors.get(root)
+                for weight in () if tensor is None else by_storage.get(storage_of(tensor), ()):
+                    how = f"by {node.target} in {node.meta.get(MODULE, '') or 'the model'}"
+                    weight.refuse(f"is written to by the model itself while it runs ({how})", WRITE_ELSEWHERE)
 
     def _read(self, node: fx.Node, name: str) -> None:
         self._read_assembled(node, name)
@@ -440,6 +462,9 @@ class _Reader:
         place = node.meta.get(MODULE, "")
         weight.uses.append(Use(weight, node, view or View.of(weight.shape), place, None, True, sides))
 
+
+#: what to do about a weight that a forward changes
+WRITE_ELSEWHERE = "write to it between forwards, or multiply with what is computed from it: weight.clamp(-1, 1)"
 
 _BRANCHING = frozenset({"cond", "while_loop", "map_impl", "scan"})
 

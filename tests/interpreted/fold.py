@@ -193,7 +193,7 @@ def test_the_way_back_is_kept_in_each_of_its_forms(monkeypatch, dtype, size):
 
 
 def test_components_that_one_product_of_matrices_does_not_take_are_summed_by_several():
-    model = layer(torch.float32, 40, 50, rank=2 * fused_sum._kernels().RANKS + 3)
+    model = layer(torch.float32, 40, 50, rank=2 * fold_kernels.RANKS + 3)
     plain = without_kernels(copy.deepcopy(model), lora_fx.fold)
     lora_fx.fold(model)
     assert isinstance(way_of(model), FusedWay) and torch.equal(model.weight, plain.weight)

@@ -210,4 +210,17 @@ ROWS = (
         "    if storage == id(tensor):\n        return (storage,)\n", "",
         "A tensor without a storage is asked for its strides.",
     ),
+    Mutant(
+        "written_weight_adapted", "capture", "lora_fx/graph/program.py",
+        "        self._refuse_written()\n", "",
+        "A weight that the forward itself writes to is adapted, and its outputs are not those of W + δ.",
+        tests=("tests/test_written.py",),
+    ),
+    Mutant(
+        "max_norm_adapted_without_inputs", "capture", "lora_fx/graph/program.py",
+        'if getattr(owner, "max_norm", None) is not None and isinstance(owner, nn.Embedding | nn.EmbeddingBag):',
+        "if False:",
+        "A table whose lookups scale its rows down is adapted where no example input is given.",
+        tests=("tests/test_written.py",),
+    ),
 )  # fmt: skip
