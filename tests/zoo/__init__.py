@@ -29,6 +29,7 @@ class Case:
     `roles` maps globs over parameter names to roles, first match wins; None says that nothing multiplies with or looks
     up in a parameter of two or more dimensions (an added table, a token, a gathered bias, half of a computed weight).
     `may_abstain` holds globs of weights whose role a person sees, and for which `other` is acceptable all the same.
+    `earlier` are the roles under the names that versions of its package gave the parameters before those of `roles`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     build: Callable[[], tuple[nn.Module, Any]]
     roles: Mapping[str, str | Parts | None]
     may_abstain: frozenset[str] = frozenset()
+    earlier: Mapping[str, str | Parts | None] | None = None
 
 
 def fused(*blocks: tuple[str, int], times: int = 1) -> Parts:
@@ -106,12 +108,15 @@ def expected_roles(case: Case, model: nn.Module) -> dict[str, str | Parts]:
     Every glob must win somewhere, and every parameter of two or more dimensions must have a row (None if no weight).
     """
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if p.ndim >= 2]
-    winner = {name: next((g for g in case.roles if fnmatchcase(name, g)), None) for name in names}
+    roles = case.roles
+    if case.earlier is not None and not all(_any(names, glob) for glob in roles):
+        roles = case.earlier
+    winner = {name: next((g for g in roles if fnmatchcase(name, g)), None) for name in names}
     missing = [name for name in names if winner[name] is None]
     assert not missing, f"{case.name}: no role for {missing}; add a row to its roles"
-    idle = [*(set(case.roles) - set(winner.values())), *(g for g in case.may_abstain if not _any(names, g))]
+    idle = [*(set(roles) - set(winner.values())), *(g for g in case.may_abstain if not _any(names, g))]
     assert not idle, f"{case.name}: {idle} match no parameter of two or more dimensions; it has {names}"
-    return {name: role for name in names if (role := case.roles[winner[name]]) is not None}
+    return {name: role for name in names if (role := roles[winner[name]]) is not None}
 
 
 def _any(names: list[str], glob: str) -> bool:

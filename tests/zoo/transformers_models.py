@@ -62,6 +62,8 @@ MLM = {"lm_head.dense.weight": "other", "lm_head.decoder.weight": "lm_head"}
 SHARED = {"*shared.weight": "embedding"} | LM
 T5_ATTENTION = weights("q k v o relative_attention_bias", Q, K, V, OUT, "embedding")
 POSITIONS = weights("embed_positions", "embedding")
+PATCHES = weights("projection", "conv")
+DINO_QKVO = weights("query key value attention.output.dense", Q, K, V, OUT)
 NO_SITES = dict.fromkeys(["*token", "*.position_embeddings"])  # tokens and position tables that are only added
 
 STACKED = fused((Q, 32), (K, 32), (V, 32))  # all queries, all keys, all values
@@ -106,7 +108,7 @@ def pixels():
     return {"pixel_values": torch.randn(2, 3, 16, 16)}
 
 
-def row(name, family, cls, config, roles, inputs=tokens, may_abstain=()):
+def row(name, family, cls, config, roles, inputs=tokens, may_abstain=(), earlier=None):
     def make():
         import transformers
 
@@ -114,7 +116,7 @@ def row(name, family, cls, config, roles, inputs=tokens, may_abstain=()):
             model = getattr(transformers, cls)
         return model(model.config_class(**deepcopy(config))), inputs()
 
-    return Case(name, family, fresh(make), roles, frozenset(may_abstain))
+    return Case(name, family, fresh(make), roles, frozenset(may_abstain), earlier)
 
 
 DECODERS = (
@@ -224,12 +226,12 @@ VISIONS = (
         QKV_OUT | FC | weights("token_embedding position_embedding patch_embedding", "embedding", "embedding", "conv")
         | {"*_projection.weight": "lm_head"}, lambda: tokens() | pixels()),
     row("dinov2", "vision", "Dinov2ForImageClassification", VISION | dict(mlp_ratio=3),
-        weights("query key value attention.output.dense projection", Q, K, V, OUT, "conv") | FC | CLASSIFIER | NO_SITES,
-        pixels),
+        QKVO | PATCHES | FC | CLASSIFIER | NO_SITES, pixels, earlier=DINO_QKVO | PATCHES | FC | CLASSIFIER | NO_SITES),
     row("dinov2-swiglu", "vision", "Dinov2ForImageClassification",
         VISION | EAGER | dict(mlp_ratio=3, use_swiglu_ffn=True),
-        weights("query key value attention.output.dense", Q, K, V, OUT)  # `x1, x2 = .chunk(2); silu(x1) * x2`
-        | weights("weights_in weights_out projection", halves(64), DOWN, "conv") | CLASSIFIER | NO_SITES, pixels),
+        QKVO | PATCHES | GATED | CLASSIFIER | NO_SITES, pixels,
+        earlier=DINO_QKVO | PATCHES | CLASSIFIER | NO_SITES  # `x1, x2 = .chunk(2); silu(x1) * x2`
+        | weights("weights_in weights_out", halves(64), DOWN)),
     row("convnext", "vision", "ConvNextForImageClassification",
         dict(hidden_sizes=[12, 20], depths=[1, 2], num_stages=2, patch_size=2, layer_scale_init_value=1.0,
              num_labels=5),
