@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 _NAMES, _REASONS = 5, 5  # shown: places of each reason, reasons of each error
+_EACH = "mend each of them, or leave it out: a rule without a rank before, or otherwise='skip' in its rule"
 _CHARACTERS = 4000  # and of each part of a message
 _Error = TypeVar("_Error", bound="LoraFxError")
 
@@ -71,7 +72,7 @@ class PlanError(LoraFxError):
         return _restore_plan_error, (type(self), self.reason, self.place, self.remedy, own)
 
     @classmethod
-    def of(cls, refusals: Sequence[PlanError]) -> PlanError:
+    def of(cls, refusals: Sequence[PlanError], remedy: str = _EACH) -> PlanError:
         """All of them in one."""
         if len(refusals) == 1:
             return refusals[0]
@@ -81,7 +82,7 @@ class PlanError(LoraFxError):
         return cls(
             f"{len(refusals)} sites cannot be adapted{''.join([*lines, *more])}",
             place="the plan",
-            remedy="mend each of them, or leave it out: a rule without a rank before, or otherwise='skip' in its rule",
+            remedy=remedy,
             refusals=refusals,
         )
 

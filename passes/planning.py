@@ -361,6 +361,9 @@ def _tokens(row: Row) -> list[int]:
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+NOTHING_LEFT = "leave the rule out: it skips what cannot be adapted, and nothing else is left of it"
+
+
 class Refused:
     """What turned out to be impossible on the way to a plan, and whose rules leave it out.
 
@@ -394,7 +397,8 @@ class Refused:
         left = {row.rule for row in rows}
         refusals = [error for error, rule in self._errors.items() if rule.otherwise != SKIP or rule not in left]
         if refusals:
-            raise PlanError.of(refusals)
+            skipped = all(self._errors[error].otherwise == SKIP for error in refusals)
+            raise PlanError.of(refusals, *[f"mend one of them; or {NOTHING_LEFT}"] * skipped)
         return tuple(self._errors)
 
 
@@ -618,10 +622,13 @@ def _is_finite(weight: torch.Tensor) -> bool:
 def _check(row: Row, model: nn.Module, name: str, here: Inventory) -> None:
     weight, rule = row.weight, row.rule
     if weight.problem:
+        leave = "leave it out: a rule without a rank before, or otherwise='skip' in this one"
+        if rule.otherwise == SKIP:  # which comes out only where nothing else is left
+            leave = NOTHING_LEFT
         raise PlanError(
             f"the weight {weight.problem}",
             place=weight.name,
-            remedy=f"{weight.remedy}; or leave it out: a rule without a rank before, or otherwise='skip' in this one",
+            remedy="; or ".join(filter(None, (weight.remedy, leave))),
         )
     whole = [u.form for u in row.uses if is_dense(u) or not (row.kind.low_rank or _has_product(u, row.kind))]
     if rule.dropout and whole:

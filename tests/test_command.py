@@ -89,6 +89,9 @@ def test_checkpoints_by_json(place, capsys):
     assert said(capsys, "inspect", "base/model.safetensors")["dtypes"] == {"F32": 4}
     adapter = said(capsys, "inspect", "adapter")
     assert adapter["r"] == 2 and len(adapter["tensors"]) == len(load_file("adapter/adapter_model.safetensors"))
+    alone = said(capsys, "inspect", "adapter/adapter_model.safetensors")
+    assert alone["what"] == "adapter" and said(capsys, "inspect", "base")["what"] == "checkpoint"
+    assert main(["inspect", "adapter/adapter_model.safetensors"]) == 0 and "checkpoint" not in capsys.readouterr().out
     (place / "out" / "new").touch()
     wrong = said(capsys, "verify", "out", code=3)
     assert wrong["verified"] is False and "new is new" in wrong["reason"]

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora_fx
 from lora_fx import Rule
 from lora_fx.deltas.dropping import BranchDropout, decided, random_bits
+from lora_fx.errors import AdapterError
 from tests import reference
 
 EVERY = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -111,3 +112,18 @@ def test_each_adapter_is_looked_up_once_in_a_call_and_each_gives_its_own():
         del cls.__getattr__
     assert sorted(asked) == ["bias", "weight", "weight_lora_default", "weight_lora_other"]
     assert len(re.findall(r"self\.weight_lora_other\.", lora_fx.show(model))) == 3
+
+
+@pytest.mark.parametrize(
+    "mapped",
+    [lambda m: torch.vmap(m), lambda m: torch.vmap(torch.vmap(m, randomness="same")), torch.func.jacfwd],
+    ids=["vmap", "nested", "jacfwd"],
+)
+def test_a_vmap_that_may_not_draw_is_refused_with_the_way_that_works(mapped):
+    x = torch.randn(2, 3, 8)
+    model = lora_fx.apply(nn.Linear(8, 5), Rule("*", rank=2, dropout=0.3), x).train()
+    with pytest.raises(AdapterError, match=r"dropout=0\.3 draws.*'error'\n.*randomness='different'"):
+        mapped(model)(x)
+    for how in ("different", "same"):
+        assert torch.vmap(model, randomness=how)(x).shape == (2, 3, 5)
+    assert torch.equal(mapped(model.eval())(x), mapped(model)(x))

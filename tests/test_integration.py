@@ -438,6 +438,18 @@ def in_bfloat16(inputs: Inputs) -> Inputs:
     return Inputs(*pytree.tree_map(cast, (inputs.args, inputs.kwargs)))
 
 
+def test_removed_it_leaves_a_library_model_the_attributes_that_it_had():
+    model, inputs = case("llama").build()
+    model._weight_conversions = kept = []  # as of one that from_pretrained has made
+    for had in (True, False):
+        before = [set(vars(module)) for module in model.modules()]
+        lora_fx.remove(lora_fx.apply(model, Rule(where="*", rank=2), inputs, check=False), "default")
+        assert [set(vars(module)) for module in model.modules()] == before
+        assert vars(model).get("_weight_conversions") is (kept if had else None)
+        if had:
+            del model._weight_conversions
+
+
 @pytest.mark.parametrize("name, how", by_turns(COPIED[:-1], ["autocast", "cast after apply", "float32 factors"]))
 def test_bfloat16_is_as_near_the_exact_model_as_the_dense_one_is(name, how):
     base, model, inputs = built(name)

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import lora_fx
 from lora_fx import Plan, Rule
 from lora_fx.checks.verification import copied, scatter
-from lora_fx.errors import CaptureError, EquivalenceError, ExportError, FoldError, LoraFxError, PlanError
+from lora_fx.errors import AdapterError, CaptureError, EquivalenceError, ExportError, FoldError, LoraFxError, PlanError
 from lora_fx.model.inventory import inventory
 
 EVERYTHING = Rule(where="*", rank=2)
@@ -242,6 +242,38 @@ def test_what_is_sharded_is_refused_first_and_by_its_own_name(mesh, tmp_path):
     assert torch.equal(after(x), built(Two)(x))
     with pytest.raises(CaptureError, match="cannot be copied"):
         lora_fx.fold(after, copy=True)
+
+
+def test_shared_factors_that_another_block_has_sharded_are_refused_by_name(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    x, rule = torch.ones(3, 6), Rule(where="*", kind="compacter", rank=4, settings={"n": 2})
+
+    def adapted() -> nn.Module:
+        torch.manual_seed(0)
+        return lora_fx.apply(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), rule, x)
+
+    whole = fully_shard(adapted(), mesh=mesh)
+    assert torch.equal(whole(x), adapted()(x))
+    model = adapted()
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    with pytest.raises(AdapterError, match=r"(?s)'compacter': .* is sharded.*fully_shard\(model\) alone"):
+        fully_shard(model, mesh=mesh)(x)
+
+
+def test_a_walk_that_puts_each_child_back_leaves_an_adapter_as_it_is():
+    """FSDP's and activation checkpointing's wrappers set every child, also those that they do not wrap."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    x = torch.ones(3, 6)
+    model = lora_fx.apply(built(Two), Rule(where="*", rank=2, dropout=0.1), x).eval()
+    expected = model(x)
+    apply_activation_checkpointing(model, check_fn=lambda module: module in (model.up, model.down))
+    assert torch.equal(model(x), expected)
+    model.train()(x).sum().backward()
+    with pytest.raises(AdapterError, match=r"dropout.*it cannot be set"):
+        next(m for m in model.modules() if isinstance(m, lora_fx.Adapter)).dropout = nn.Dropout(0.5)
 
 
 # ── without a storage, or without a graph that can be run again ──────────────────────────────────────────────────────

@@ -150,13 +150,60 @@ def test_a_model_that_returns_no_tensor():
 
 
 def test_a_scripted_module():
-    with pytest.warns(DeprecationWarning) if torch.__version__ >= "2.10" else pytest.MonkeyPatch.context():
+    with (
+        pytest.warns((DeprecationWarning, FutureWarning), match="jit.script")
+        if torch.__version__ >= "2.10"
+        else pytest.MonkeyPatch.context()
+    ):
         scripted = torch.jit.script(nn.Linear(12, 7))
     model = nn.Sequential(scripted)
     for call in (lambda: lora_fx.apply(model, Rule(where="*", rank=2), X), lambda: lora_fx.capture(model, X)):
         with pytest.raises(CaptureError, match="ScriptModule") as caught:
             call()
         assert caught.value.place == "0" and caught.value.remedy
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_rule_that_skips_all_it_asks_for_is_not_told_to_skip(count):
+    model = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(12, 12)) for _ in range(count)))
+    rule = Rule(where="*", rank=2, otherwise="skip")
+    error = refused(
+        lambda: lora_fx.apply(model, rule, X), model, PlanError, "remove_parametrizations", "nothing else is"
+    )
+    assert "otherwise=" not in str(error) and "a rule without" not in str(error)
+
+
+def test_a_weight_for_which_nothing_can_be_done_has_a_remedy_all_the_same():
+    model = nn.Linear(12, 7, dtype=torch.complex64)
+    x = X.to(torch.complex64)
+    error = refused(lambda: lora_fx.apply(model, Rule(where="*", rank=2), x), model, PlanError, "complex")
+    assert error.remedy.startswith("leave it out")
+
+
+def test_a_model_without_weights_is_not_told_what_is_nearest():
+    model = nn.ReLU()
+    error = refused(lambda: lora_fx.apply(model, Rule(where="*", rank=2), X), model, RuleError, "there is no weight")
+    assert "nearest" not in str(error)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("where", ["*linear1", "layers.1.*"])
+def test_an_encoder_that_leaves_out_what_is_padded(where):
+    """Torch's fast path reads weights past their adapters; without it the padded positions are computed, too."""
+    layer = nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    inputs = dict(
+        src=torch.randn(2, 5, 12), src_key_padding_mask=torch.arange(5).expand(2, 5) > torch.tensor([[4], [2]])
+    )
+
+    def call():
+        return lora_fx.apply(model, Rule(where=where, rank=2), inputs)
+
+    refused(call, model, EquivalenceError, "use_nested_tensor = False on the model, if padding is masked")
+    model.use_nested_tensor = False
+    call()
+    reference.fill(model)
+    assert lora_fx.verify(model, lora_fx.fold(model, copy=True), inputs)
 
 
 def test_a_lazy_module():

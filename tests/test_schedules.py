@@ -188,6 +188,22 @@ def test_transformed_calls_are_right_too(schedule):
     assert_same(pushed, 1.5 * case.x @ tangent.T @ B.T, case.magnitudes())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("schedule", schedules.SCHEDULES)
+def test_a_nested_tensor_has_the_branch_of_its_parts(schedule):
+    """One of the strided layout, which has neither shape nor strides: torch's encoder makes it of padded batches."""
+    parts = [torch.randn(3, IN), torch.randn(5, IN)]
+    model = lora_fx.apply(nn.Linear(IN, OUT), Rule(where="*", rank=RANK, schedule=schedule), parts[0])
+    reference.fill(model)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    found = model(torch.nested.nested_tensor(parts)).unbind()
+    wanted = [model(x) for x in parts]
+    for y, own in zip(found, wanted, strict=True):
+        torch.testing.assert_close(y, own)
+    gradients = (torch.autograd.grad(sum(y.square().sum() for y in ys), factors) for ys in (found, wanted))
+    torch.testing.assert_close(*gradients)
+
+
 # ── compiled ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -217,6 +233,8 @@ def test_compiled_it_is_one_op_with_the_same_gradients(monkeypatch, op, parts, d
         assert torch.equal(a, b)
 
 
+# opcheck looks at .grad of clones it has made, and hides what is said of that from those who see warnings printed only
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("wants", ["x and factors", "factors"])
 @pytest.mark.parametrize(("op", "parts", "dropped"), [("linear", "whole", False), ("addmm", "parts", True)])
 def test_the_op_keeps_the_rules_of_custom_ops(op, parts, dropped, wants):

@@ -326,6 +326,10 @@ def _miss(rule: Rule, decided: list[Site], taken: list[Site], sites: Sequence[Si
         reason += f" ({len(taken)} more are decided by earlier rules)"
     if decided:
         return rule._error(reason, f"it matches {_listing(decided)}")
+    if not sites:
+        return rule._error(
+            f"{reason}: there is no weight in it that multiplies or is looked up in", "pass a model with such a weight"
+        )
     return rule._error(reason, f"the nearest of {len(sites)} sites: {_listing(_nearest(rule, sites))}")
 
 

@@ -38,6 +38,7 @@ from lora_fx.checks.verification import (
     culprit,
     filled,
     in_mode,
+    nested,
     refuse_unmeasurable,
     rounded_once_more,
     run_adapted,
@@ -265,7 +266,8 @@ def _by_sums(
     raise EquivalenceError(
         f"the adapted model is not the model with W + δ: {worst(reports)}",
         place=_suspect(model, inputs, adapters, rounding, undo),
-        remedy="exclude that weight with a rule without a rank; its forward reads the weight in an unseen way",
+        remedy=f"{nested(model)}exclude that weight with a rule without a rank; its forward reads the weight in an "
+        "unseen way",
     )
 
 

@@ -369,8 +369,16 @@ def run_adapted(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
         raise NotServed(
             f"the adapted model does not run where the model with W + δ does: {essence(error)}",
             place=culprit(model, error) or type(model).__name__,
-            remedy="leave out what its forward reads in another way, with a rule without a rank",
+            remedy=f"{nested(model)}leave out what its forward reads in another way, with a rule without a rank",
         ) from error
+
+
+def nested(model: nn.Module) -> str:
+    """What to do first where torch's encoder may have taken its fast path, in which positions that are padded are left
+    out: it reads weights past their adapters, so that an adapted one does not take it. Empty where there is none."""
+    found = [n for n, m in model.named_modules()
+             if isinstance(m, nn.TransformerEncoder) and getattr(m, "use_nested_tensor", False)]  # fmt: skip
+    return f"set use_nested_tensor = False on {found[0] or 'the model'}, if padding is masked; or " if found else ""
 
 
 def culprit(model: nn.Module, error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import click
 
 from lora_fx.cli.shown import as_json, show
 from lora_fx.errors import LoraFxError
+
+_FACTOR = re.compile(r"[._](lora|lokr|loha|hada|dora|oft|ia3|boft|vera)_")
+"""In the names of tensors that adapters have, whoever wrote them: PEFT, kohya, diffusers, loralib, LyCORIS."""
 
 
 @click.command()
@@ -91,6 +95,10 @@ def _checkpoint(place: Path) -> tuple[str, dict[str, Any]]:
         way = "with" if manifest.kept else "without"
         lines.append(f"folded: {len(manifest.tensors)} tensors of {manifest.base}, {names}; {way} the way back")
         said["folded"] = {"base": manifest.base, "adapters": list(manifest.adapters), "kept": manifest.kept}
+    if place.is_file() and any(_FACTOR.search(name) for name in found.tensors):
+        said["what"] = "adapter"
+        lines.append(f"adapter: {len(found.tensors)} tensors in one file; its folder, where there is one, says more")
+        return "\n".join(lines), said
     kind = ", ".join(found.config.get("architectures") or ["of a model that it does not name"])
     lines.append(f"checkpoint: {kind}, {len(found.tensors)} tensors, {len(found.others)} other files")
     return "\n".join(lines), said

@@ -27,6 +27,7 @@ from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import AdapterError
 from lora_fx.graph.layout import Layout
+from lora_fx.graph.places import is_shard
 from lora_fx.graph.program import Beside
 
 
@@ -178,6 +179,8 @@ class Adapter(Beside):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED:
+            if name in self._modules and self._modules[name] is value:
+                return  # a walk over a model puts back what it does not wrap: FSDP's, activation checkpointing's
             place = f"{name} of adapter {self.name!r}"
             raise AdapterError(f"{value!r}: it cannot be set", place=place, remedy=_FIXED[name])
         super().__setattr__(name, value)
@@ -498,4 +501,14 @@ class SharingAdapter(Adapter):
 
     def __getattr__(self, name: str) -> Any:
         owners = self.__dict__.get("_owners", {})
-        return getattr(owners[name], name) if name in owners else super().__getattr__(name)
+        if name not in owners:
+            return super().__getattr__(name)
+        shared = getattr(owners[name], name)
+        if not is_dynamo_compiling() and is_shard(shared) and not any(map(is_shard, self._parameters.values())):
+            raise AdapterError(
+                f"{name} is sharded: it belongs to another site's adapter, whose own block gathers it",
+                place=f"adapter {self.name!r} of the kind {self.kind.name!r}",
+                remedy="shard the model as a whole, fully_shard(model) alone; or give each block's sites a name of "
+                "their own",
+            )
+        return shared

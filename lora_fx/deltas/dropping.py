@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lora_fx.deltas import one_pass
 from lora_fx.deltas.compiled_schedules import ORDINARY
+from lora_fx.errors import AdapterError
 from lora_fx.graph.capture import recording
 
 _BITS = 16
@@ -33,6 +34,12 @@ class BranchDropout(nn.Dropout):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name for it
         p = self.p
+        if self.training and p and not torch.compiler.is_compiling() and _may_not_draw():
+            raise AdapterError(
+                f"dropout={p:g} draws in train mode, and vmap was not told how: its randomness is 'error'",
+                place="the dropout of a branch",
+                remedy="call vmap(…, randomness='different') or 'same', or model.eval() first",
+            )
         if torch.compiler.is_compiling() or not (self.training and _LEAST <= p <= 1 - _LEAST):
             return F.dropout(input, p, self.training, self.inplace)
         if _draws(input):
@@ -46,6 +53,18 @@ def _draws(x: Any) -> bool:
         return False
     captured = recording.on or torch._C._is_tracing() or get_proxy_mode() is not None
     return not captured and not torch._C._are_functorch_transforms_active()
+
+
+def _may_not_draw() -> bool:
+    """Whether a vmap around it refuses random numbers."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    around = [
+        torch._C._functorch.CVmapInterpreterPtr(own)
+        for own in torch._C._functorch.get_interpreter_stack() or ()
+        if own.key() == torch._C._functorch.TransformType.Vmap
+    ]
+    return any(own.randomness() == torch._C._functorch.RandomnessType.Error for own in around)
 
 
 def kept(x: torch.Tensor, p: float) -> torch.Tensor:

@@ -70,7 +70,7 @@ def branch(op: str, x: Any, weight: Any, bias: Any, terms: Terms) -> Any:
     y = OPS[op](x, weight, bias)
     for A, B, scale, first, dropped in cast(terms, weight.dtype):
         z = _linear(x if dropped is None else dropped, A)
-        after = y.shape[-1] - first - B.shape[-2]
+        after = y.size(-1) - first - B.shape[-2]  # a nested tensor has no shape
         y = y + _linear(times(scale, z), F.pad(B, (0, 0, first, after)) if first or after else B)
     return y
 

@@ -116,7 +116,7 @@ def add(total: Any, own: Any) -> Any:
     if type(total) is fx.Proxy:
         return total.tracer.create_proxy("call_function", add, (total, own), {})
     result = total + own
-    if type(total) not in ORDINARY or torch.compiler.is_compiling() or recording.on or _traces():
+    if type(total) not in ORDINARY or total.is_nested or torch.compiler.is_compiling() or recording.on or _traces():
         return result
     strides = total.stride()
     if result.stride() == strides or not _lies_alike(result, strides):
@@ -140,6 +140,7 @@ def may_schedule(x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
         or _autocasts()
         or _modes()  # what records or counts ops, or keeps what they give, as selective checkpointing does
         or weight.requires_grad
+        or x.is_nested
         or (bias is not None and bias.requires_grad)
     ):
         return False

@@ -85,14 +85,15 @@ def unmark(module: nn.Module) -> None:
 def keep_conversions(module: nn.Module) -> None:
     """Put aside how transformers would rewrite the model's keys on saving: they are saved as they are."""
     if _CONVERSIONS not in module.__dict__:
-        remember(module, _CONVERSIONS, module.__dict__.get("_weight_conversions"))
+        remember(module, _CONVERSIONS, {k: v for k, v in module.__dict__.items() if k == "_weight_conversions"})
         module.__dict__["_weight_conversions"] = []
 
 
 def give_back_conversions(module: nn.Module) -> None:
     """Undo `keep_conversions`."""
     if _CONVERSIONS in module.__dict__:
-        module.__dict__["_weight_conversions"] = forget(module, _CONVERSIONS)  # None is transformers' default
+        del module.__dict__["_weight_conversions"]
+        module.__dict__.update(forget(module, _CONVERSIONS))
 
 
 def hold_size(module: nn.Module) -> None:

@@ -103,4 +103,10 @@ ROWS = (
         "Rule(r=8) is refused without the word for it here.",
         tests=("tests/test_peft_configs.py::test_words_of_peft_are_answered_with_ours",),
     ),
+    Mutant(
+        "nearest_of_none", "rules", "lora_fx/analysis/rules.py",
+        "    if not sites:\n        return rule", "    if False:\n        return rule",
+        "In a model without weights the remedy is the nearest of 0 sites.",
+        tests=("tests/test_refusals.py::test_a_model_without_weights_is_not_told_what_is_nearest",),
+    ),
 )  # fmt: skip

@@ -370,4 +370,10 @@ ROWS = (
         "A recorded program that does not run with rewrites in it ends apply with torch's own error.",
         tests=of_rewrite_checks("a_program_that_new_words_do_not_fit_is_refused_by_name"),
     ),
+    Mutant(
+        "padded_encoder_without_remedy", "verification", "lora_fx/checks/verification.py",
+        'if isinstance(m, nn.TransformerEncoder) and', 'if False and',
+        "Torch's encoder with masked padding is refused without the way that works.",
+        tests=("tests/test_refusals.py::test_an_encoder_that_leaves_out_what_is_padded",),
+    ),
 )  # fmt: skip

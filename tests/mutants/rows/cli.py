@@ -59,4 +59,10 @@ ROWS = (
         "--rule beside --rules is left out without a word.",
         tests=(f"{COMMAND}::test_what_is_refused_ends_with_2",),
     ),
+    Mutant(
+        "adapter_file_called_checkpoint", "command", "lora_fx/cli/inspecting.py",
+        "    if place.is_file() and any", "    if False and any",
+        "inspect calls a single adapter file a checkpoint.",
+        tests=(f"{COMMAND}::test_checkpoints_by_json",),
+    ),
 )  # fmt: skip

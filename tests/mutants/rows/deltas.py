@@ -400,4 +400,22 @@ ROWS = (
         "Where a weight dispatches, another alpha or rank in place compiles anew.",
         tests=("tests/test_replace.py::test_replaced_nothing_is_compiled_anew",),
     ),
+    Mutant(
+        "vmap_draws_raw", "dropping", "lora_fx/deltas/dropping.py",
+        "    return any(own", "    return all(own",
+        "A vmap that may not draw, with one inside that may, is torch's raw error.",
+        tests=("tests/test_dropping.py::test_a_vmap_that_may_not_draw_is_refused_with_the_way_that_works",),
+    ),
+    Mutant(
+        "same_child_refused", "algebra", "lora_fx/deltas/adapter.py",
+        "            if name in self._modules and self._modules[name] is value:\n", "            if False:\n",
+        "A wrapper that puts each child back cannot walk over an adapter.",
+        tests=("tests/test_places.py::test_a_walk_that_puts_each_child_back_leaves_an_adapter_as_it_is",),
+    ),
+    Mutant(
+        "shared_factor_sharded", "algebra", "lora_fx/deltas/adapter.py",
+        "        if not is_dynamo_compiling() and is_shard(shared)", "        if False and is_shard(shared)",
+        "What another block has sharded is mixed with plain tensors: torch's raw error.",
+        tests=("tests/test_places.py::test_shared_factors_that_another_block_has_sharded_are_refused_by_name",),
+    ),
 )  # fmt: skip

@@ -225,4 +225,10 @@ ROWS = (
         "    return result.as_strided(result.shape, strides)", "    return result",
         "An axis of one element gets another stride, and torch's convolutions round in another order.",
     ),
+    Mutant(
+        "nested_tensor_scheduled", "schedules", "lora_fx/deltas/schedules.py",
+        "        or x.is_nested\n", "",
+        "A nested tensor is asked for its shape, which torch refuses.",
+        tests=("tests/test_schedules.py::test_a_nested_tensor_has_the_branch_of_its_parts",),
+    ),
 )  # fmt: skip

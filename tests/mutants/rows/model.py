@@ -125,4 +125,11 @@ ROWS = (
         "What __init_subclass__ sets of a class of ours, a forward around its own, is set of the model's own class.",
         tests=("tests/test_dispatch.py::test_what_init_subclass_sets_of_a_class_of_ours_is_set_of_that_class",),
     ),
+    Mutant(
+        "conversions_left_behind", "wiring", "lora_fx/model/marks.py",
+        '        del module.__dict__["_weight_conversions"]\n',
+        '        module.__dict__["_weight_conversions"] = None\n',
+        "remove leaves an attribute of transformers' on the model that it had not.",
+        tests=("tests/test_integration.py::test_removed_it_leaves_a_library_model_the_attributes_that_it_had",),
+    ),
 )  # fmt: skip

@@ -528,4 +528,16 @@ ROWS = (
         "A renamed adapter is found under its old name only.",
         tests=("tests/test_replace.py::test_renamed_it_is_the_same_under_another_name",),
     ),
+    Mutant(
+        "skip_told_to_skip", "plan", "passes/planning.py",
+        "            leave = NOTHING_LEFT\n", "            pass\n",
+        "A rule that skips is told to skip.",
+        tests=("tests/test_refusals.py::test_a_rule_that_skips_all_it_asks_for_is_not_told_to_skip",),
+    ),
+    Mutant(
+        "remedy_without_a_first", "plan", "passes/planning.py",
+        '"; or ".join(filter(None, (weight.remedy, leave)))', 'f"{weight.remedy}; or {leave}"',
+        "Where nothing can be done for a weight, its remedy begins with a semicolon.",
+        tests=("tests/test_refusals.py::test_a_weight_for_which_nothing_can_be_done_has_a_remedy_all_the_same",),
+    ),
 )  # fmt: skip
