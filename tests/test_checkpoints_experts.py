@@ -26,6 +26,7 @@ from transformers import (
 import lora_fx
 from lora_fx import Rule
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.errors import FileError
 from lora_fx.export.checkpoints.checkpoint import read_checkpoint
 from lora_fx.export.checkpoints.loaded import Loaded
 from lora_fx.export.checkpoints.shares import Share
@@ -133,6 +134,26 @@ def dense(adapter: Adapter) -> torch.Tensor:
     delta = torch.zeros(*layout.batch, layout.size("o"), layout.size("i"))
     delta[..., list(adapter.rows or range(layout.size("o"))), :] = adapter.scale * (adapter.B @ adapter.A)
     return delta if layout.sides.endswith("oi") else delta.mT
+
+
+def test_an_adapter_of_before_they_were_stacked(tmp_path):
+    """On disk it fits. For the model PEFT writes it anew, and the error says how."""
+    base = saved(mixtral(), tmp_path / "base")
+    entry, block = {}, "model.layers.0.block_sparse_moe.experts"
+    for e in range(3):
+        for name, out, inner in (("w1", 24, 16), ("w2", 16, 24), ("w3", 24, 16)):
+            entry |= pair(f"{block}.{e}.{name}", out, inner)
+    adapter = folder(tmp_path, entry, target_modules=["w1", "w2", "w3"])
+    lora_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    stacked = r"block_sparse_moe\.experts\.0\.w1 is stacked into model\.layers\.0\.mlp\.experts\.gate_up_proj"
+    with pytest.raises(FileError, match=rf"{stacked}[\s\S]*PeftModel\.from_pretrained"):
+        lora_fx.load_adapter(MixtralForCausalLM.from_pretrained(base), adapter, IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT says of its own converting
+        model = peft.PeftModel.from_pretrained(MixtralForCausalLM.from_pretrained(base), adapter)
+        model.save_pretrained(tmp_path / "anew")
+    twin = lora_fx.load_adapter(MixtralForCausalLM.from_pretrained(base).eval(), tmp_path / "anew", IDS)
+    assert not same(tensors(tmp_path / "out"), folded(twin, tmp_path / "wanted"))
 
 
 @pytest.mark.parametrize("sides", ["boi", "bio"])

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_fx.deltas.adapter import Adapter
+from lora_fx.export.adapters.conversions import conversions, in_the_model
 from lora_fx.export.checkpoints.checkpoint import Checkpoint, Stored
 from lora_fx.export.checkpoints.shares import IN_THE_MODEL, Share, adapter_of
 from lora_fx.graph.layout import Layout
@@ -47,11 +47,11 @@ class Loaded:
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> Loaded:
-        conversions = [*_conversions(checkpoint.config)]
+        rules = [*conversions(checkpoint.config)]
         renamed: dict[str, list[str]] = defaultdict(list)
         merged: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        for name in sorted(checkpoint.tensors, key=_natural) if conversions else ():
-            own, turn = _in_the_model(name, conversions)
+        for name in sorted(checkpoint.tensors, key=_natural) if rules else ():
+            own, turn = in_the_model(name, rules)
             if turn is None:
                 renamed[own].append(name)
             else:
@@ -88,34 +88,6 @@ class Loaded:
         for part in self.parts[share.tensor]:
             if (own := _part_of(adapter, part)) is not None:
                 yield Share(part.tensor, own)
-
-
-def _conversions(config: Mapping[str, Any]) -> Iterator[Any]:
-    """What transformers does to names and tensors that it loads, in its order: first all renamings."""
-    with suppress(ImportError):
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        said = (config, config.get("text_config"))
-        types = dict.fromkeys(own["model_type"] for own in said if isinstance(own, dict) and "model_type" in own)
-        found = [rule for name in types for rule in get_checkpoint_conversion_mapping(name) or ()]
-        for kind in (WeightRenaming, WeightConverter):
-            yield from (rule for rule in found if isinstance(rule, kind))
-
-
-def _in_the_model(name: str, conversions: Sequence[Any]) -> tuple[str, int | None]:
-    """The name that a tensor has there, and which of the sources of a merged one it is; None where it is a whole."""
-    own = name
-    for rule in conversions:
-        own, source = rule.rename_source_key(own)
-        if source is None or not hasattr(rule, "operations"):
-            continue
-        sources = [*rule.source_patterns]
-        steps = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
-        side_by_side = [("Concatenate", 1)] if len(sources) > 1 else []
-        known = steps == [("MergeModulelist", 0), *side_by_side] and len(rule.target_patterns) == 1
-        return (own, sources.index(source)) if known else (name, None)
-    return own, None
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
