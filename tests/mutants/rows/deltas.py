@@ -319,8 +319,7 @@ ROWS = (
     ),
     Mutant(
         "shared_trains_in_its_owner_alone", "rewrites", "lora_fx/deltas/adapter.py",
-        "return getattr(owners[name], name) if name in owners",
-        "return getattr(owners[name], name).detach() if name in owners",
+        "        return shared\n", "        return shared.detach()\n",
         "What adapters have in common gets its gradient from one of them.",
         tests=(f"{HISTORIES}::test_a_history_of_what_adapters_have_in_common",),
     ),
@@ -399,12 +398,6 @@ ROWS = (
         "if self.kind.factors is own_factors:  # without", "if False:  # without",
         "Where a weight dispatches, another alpha or rank in place compiles anew.",
         tests=("tests/test_replace.py::test_replaced_nothing_is_compiled_anew",),
-    ),
-    Mutant(
-        "vmap_draws_raw", "dropping", "lora_fx/deltas/dropping.py",
-        "    return any(own", "    return all(own",
-        "A vmap that may not draw, with one inside that may, is torch's raw error.",
-        tests=("tests/test_dropping.py::test_a_vmap_that_may_not_draw_is_refused_with_the_way_that_works",),
     ),
     Mutant(
         "same_child_refused", "algebra", "lora_fx/deltas/adapter.py",

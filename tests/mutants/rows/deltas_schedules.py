@@ -231,4 +231,10 @@ ROWS = (
         "A nested tensor is asked for its shape, which torch refuses.",
         tests=("tests/test_schedules.py::test_a_nested_tensor_has_the_branch_of_its_parts",),
     ),
+    Mutant(
+        "vmap_draws_raw", "dropping", "lora_fx/deltas/dropping.py",
+        "    return any(own", "    return all(own",
+        "A vmap that may not draw, with one inside that may, is torch's raw error.",
+        tests=("tests/test_dropping.py::test_a_vmap_that_may_not_draw_is_refused_with_the_way_that_works",),
+    ),
 )  # fmt: skip

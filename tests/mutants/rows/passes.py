@@ -284,7 +284,7 @@ ROWS = (
     # ── checks of other kinds ────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
         "first_refusal_alone", "sites", "passes/planning.py",
-        "raise PlanError.of(refusals)", "raise refusals[0]",
+        "raise PlanError.of(refusals, *", "raise PlanError.of(refusals[:1], *",
         "Each call names one of the weights that cannot be adapted.",
         tests=("tests/test_refusals.py::test_all_that_cannot_be_adapted_is_in_one_message",),
     ),
