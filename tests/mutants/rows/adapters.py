@@ -434,4 +434,10 @@ ROWS = (
         "An adapter of before transformers stacked its experts is refused without what to do.",
         tests=("tests/test_checkpoints_experts.py::test_an_adapter_of_before_they_were_stacked",),
     ),
+    Mutant(
+        "whatever_merges_is_a_stack", "files", "export/adapters/conversions.py",
+        "return (own, sources.index(source)) if known else (name, None)", "return own, sources.index(source)",
+        "A tensor that transformers splits, turns or permutes is taken for one that it stacks.",
+        tests=("tests/test_checkpoints_experts.py::test_another_way_of_merging_is_not_taken_for_this_one",),
+    ),
 )  # fmt: skip

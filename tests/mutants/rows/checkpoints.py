@@ -223,12 +223,6 @@ ROWS = (
         tests=(f"{EXPERTS}::test_parts_are_what_the_whole_is_there",),
     ),
     Mutant(
-        "whatever_merges_is_a_stack", "checkpoints", "export/adapters/conversions.py",
-        "return (own, sources.index(source)) if known else (name, None)", "return own, sources.index(source)",
-        "A tensor that transformers splits, turns or permutes is taken for one that it stacks.",
-        tests=(f"{EXPERTS}::test_another_way_of_merging_is_not_taken_for_this_one",),
-    ),
-    Mutant(
         "unlike_tensors_are_stacked", "checkpoints", "export/checkpoints/loaded.py",
         "if any(len(own) != experts or len({(t.shape, t.dtype) for t in own}) != 1 for own in each):", "if False:",
         "Experts one of which is missing, or has another shape, are taken for a whole.",
