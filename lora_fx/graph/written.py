@@ -67,7 +67,9 @@ def know_copy(model: nn.Module, copy: nn.Module) -> None:
 
 
 def _mode(model: nn.Module) -> _Mode:
-    return torch.is_grad_enabled(), frozenset(id(m) for m in model.modules() if m.training and not isinstance(m, Stays))
+    modules = list(model.modules())
+    beside = {id(inner) for m in modules if isinstance(m, Stays) for inner in m.modules()}  # adapters
+    return torch.is_grad_enabled(), frozenset(id(m) for m in modules if m.training and id(m) not in beside)
 
 
 class Writes:
