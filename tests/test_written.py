@@ -349,3 +349,15 @@ def test_what_only_looks_lets_each_schedule_run():
     assert named == layer(x).grad_fn.name()
     with _Largest():
         assert layer(x).grad_fn.name() != named
+
+
+def test_what_rwkv_scales_down_is_put_back():
+    """In eval mode its forward divides the weights of later layers in place, once."""
+    from transformers import RwkvConfig, RwkvModel
+
+    torch.manual_seed(0)
+    config = RwkvConfig(hidden_size=32, num_hidden_layers=4, vocab_size=50, intermediate_size=64, rescale_every=2)
+    model = RwkvModel(config)
+    state = _state(model)
+    lora_fx.apply(model, Rule(where="*.key.weight", rank=2), IDS)
+    assert _unchanged(model, state, trained=False)
