@@ -48,6 +48,16 @@ _lock = threading.RLock()
 _open: list[tuple[nn.Module, list[Undo]]] = []  # the changes in progress, outermost first, of the thread with the lock
 
 
+class _Verbs:
+    """Of the process, whichever thread they run in."""
+
+    number = 0
+    """Of the outermost one that runs."""
+
+
+_verbs = _Verbs()
+
+
 @contextmanager
 def in_turn() -> Iterator[None]:
     """Inside, no other thread's verb runs, and signals wait for a safe point."""
@@ -58,9 +68,15 @@ def in_turn() -> Iterator[None]:
         try:
             if not inner:
                 _open.clear()
+                _verbs.number += 1
             yield
         finally:
             _lock.release()
+
+
+def verb_number() -> int | None:
+    """Another one for each outermost verb of the process; None where this thread is inside of none."""
+    return _verbs.number if _lock._is_owned() else None  # type: ignore[attr-defined]
 
 
 @contextmanager

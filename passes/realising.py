@@ -16,7 +16,8 @@ from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.kinds import Kind
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.graph import layout
-from lora_fx.graph.program import Program, Use, Weight, storage_of
+from lora_fx.graph.places import storage_of
+from lora_fx.graph.program import Program, Use, Weight
 from lora_fx.model.inventory import Inventory
 from lora_fx.passes.purity import Untraceable
 from lora_fx.passes.rewriting import trace_forward

@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.export.onnx.calls import graph_inputs
-from lora_fx.graph.capture import Inputs, uncompiled
+from lora_fx.graph.capture import Inputs
+from lora_fx.graph.own_state import uncompiled
 
 
 @dataclass(frozen=True)

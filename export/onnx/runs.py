@@ -178,13 +178,14 @@ def run_torch(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     """Every tensor the model returns, in order, integers too; complex ones as pairs of reals, as ONNX has them."""
     safe_point()
     with undisturbed(model), torch.no_grad(), no_fast_paths():
-        torch.manual_seed(0)
         model.eval()
-        try:
-            output = inputs.call(model)
-        except Exception as error:
-            raise does_not_run(model, error) from error
-        return [as_real(tensor.detach()).cpu().clone() for tensor in tensors_in(output)]
+        with undisturbed(model, partial(inputs.call, model)):
+            torch.manual_seed(0)
+            try:
+                output = inputs.call(model)
+            except Exception as error:
+                raise does_not_run(model, error) from error
+            return [as_real(tensor.detach()).cpu().clone() for tensor in tensors_in(output)]
 
 
 def run_session(

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -448,7 +449,7 @@ def _evaluated(model: nn.Module, batch: Any, loss: Loss, number: int, backward: 
         LoraFxError: it is no finite scalar, or does not depend on the weights.
     """
     safe_point()
-    with undisturbed(model), torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward), undisturbed(model, partial(loss, model, batch)):
         torch.manual_seed(number)
         value = loss(model, batch)
         place, remedy = f"the loss of batch {number}", "return a finite scalar tensor that the model's outputs make"

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_fx.errors import CaptureError, LoraFxError, essence
 from lora_fx.graph.capture import Inputs, as_python, does_not_run
-from lora_fx.graph.program import storage_of
+from lora_fx.graph.places import storage_of
 from lora_fx.tables import table
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

@@ -23,8 +23,8 @@ from lora_fx.changes import Undo, onednn_has, safe_point
 from lora_fx.checks.verification import called, in_mode, quiet, with_dense_weights
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import CaptureError
-from lora_fx.graph.capture import Inputs, does_not_run, output_tensors, uncompiled
-from lora_fx.graph.own_state import undisturbed
+from lora_fx.graph.capture import Inputs, does_not_run, output_tensors
+from lora_fx.graph.own_state import uncompiled, undisturbed
 from lora_fx.graph.places import is_away
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Storage
@@ -139,7 +139,8 @@ def _once(
     forward: contextlib.AbstractContextManager[Any],
 ) -> Sequence[torch.Tensor | None]:
     safe_point()
-    with undisturbed(model), in_mode(model, training), torch.enable_grad(), uncompiled():
+    run = partial(inputs.call, model)
+    with in_mode(model, training), torch.enable_grad(), uncompiled(), undisturbed(model, run):
         torch.manual_seed(0)
         with forward:
             outputs = [t for t in output_tensors(called(model, inputs)) if t.requires_grad]

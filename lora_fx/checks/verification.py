@@ -24,12 +24,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fx.changes import Undo, in_turn, safe_point, undone
 from lora_fx.checks.oracles import delta, delta_size
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.errors import CaptureError, EquivalenceError, LoraFxError, essence
-from lora_fx.graph.capture import Inputs, does_not_run, normalize_inputs, output_tensors, uncompiled
+from lora_fx.errors import CaptureError, EquivalenceError, LoraFxError, PlanError, essence
+from lora_fx.graph.capture import Inputs, does_not_run, normalize_inputs, output_tensors
 from lora_fx.graph.nodes import is_float
-from lora_fx.graph.own_state import undisturbed
-from lora_fx.graph.places import Instead, is_away, is_plain, loader, refuse_any_away, refuse_shards, without_numbers
-from lora_fx.graph.program import capture, storage_of
+from lora_fx.graph.own_state import uncompiled, undisturbed
+from lora_fx.graph.places import (
+    Instead,
+    is_away,
+    is_plain,
+    loader,
+    refuse_any_away,
+    refuse_shards,
+    storage_of,
+    without_numbers,
+)
+from lora_fx.graph.program import WRITE_ELSEWHERE, capture
+from lora_fx.graph.written import know_copy
 from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import Storage, inventory
 
@@ -131,7 +141,9 @@ def copied(model: nn.Module) -> nn.Module:
         CaptureError: some part of the model cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        made = copy.deepcopy(model)
+        know_copy(model, made)
+        return made
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -208,10 +220,16 @@ def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> list[torch.Tensor]:
     Raises:
         CaptureError: the model does not run on these inputs in its mode, or returns no such tensor.
     """
+    return _run(model, inputs, seed)[0]
+
+
+def _run(model: nn.Module, inputs: Inputs, seed: int = 0) -> tuple[list[torch.Tensor], frozenset[int]]:
+    """As `run`, and the storages of the parameters that it is known to write to."""
     safe_point()
-    with undisturbed(model), torch.no_grad():
+    with torch.no_grad(), undisturbed(model, partial(inputs.call, model)) as writes:
         torch.manual_seed(seed)
-        return [as_real(t.detach()).clone() for t in output_tensors(called(model, inputs))]
+        outputs = [as_real(t.detach()).clone() for t in output_tensors(called(model, inputs))]
+    return outputs, writes.written
 
 
 def called(model: nn.Module, inputs: Inputs) -> Any:
@@ -362,15 +380,24 @@ def run_adapted(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
 
     Raises:
         NotServed: it does not run with them.
+        PlanError: in its mode it writes to a weight that has some: after that, W + δ is another sum.
     """
     try:
-        return run(model, inputs)
+        outputs, written = _run(model, inputs)
     except CaptureError as error:
         raise NotServed(
             f"the adapted model does not run where the model with W + δ does: {essence(error)}",
             place=culprit(model, error) or type(model).__name__,
             remedy=f"{nested(model)}leave out what its forward reads in another way, with a rule without a rank",
         ) from error
+    for storage in inventory(model).storages() if written else ():
+        if storage_of(storage.parameter) in written:
+            raise PlanError(
+                f"in {'train' if model.training else 'eval'} mode the model itself writes to the weight while it runs",
+                place=" = ".join(storage.names),
+                remedy=f"{WRITE_ELSEWHERE}; or leave it out",
+            )
+    return outputs
 
 
 def nested(model: nn.Module) -> str:

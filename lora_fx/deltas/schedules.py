@@ -29,6 +29,7 @@ from lora_fx.deltas import costs, kernels, one_pass, rematerialization
 from lora_fx.deltas.compiled_schedules import ORDINARY, compiled, may_compile
 from lora_fx.deltas.kernels import Terms, loses_nothing
 from lora_fx.graph.capture import recording
+from lora_fx.graph.written import only_looked_at
 
 AUTO, BRANCH, IN_PLACE, FUSED, DENSE = "auto", "branch", "in_place", "fused", "dense"
 SCHEDULES = (AUTO, BRANCH, IN_PLACE, FUSED, DENSE)
@@ -138,7 +139,8 @@ def may_schedule(x: Any, weight: Any, bias: Any, terms: Terms) -> bool:
         or _traces()
         or forward_ad._current_level >= 0
         or _autocasts()
-        or _modes()  # what records or counts ops, or keeps what they give, as selective checkpointing does
+        # what records or counts ops, or keeps what they give, as selective checkpointing does
+        or (_modes() and not only_looked_at())
         or weight.requires_grad
         or x.is_nested
         or (bias is not None and bias.requires_grad)

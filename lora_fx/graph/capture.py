@@ -25,8 +25,9 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, foreign, in_turn, onednn_has, safe_point
 from lora_fx.errors import CaptureError
-from lora_fx.graph.own_state import undisturbed
+from lora_fx.graph.own_state import uncompiled, undisturbed
 from lora_fx.graph.places import hooks_aside, is_torchs, refuse_preloaded, refuse_shards
+from lora_fx.graph.written import Looking, Writes, know
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
 TRANSFORMED = "lora_fx_transformed"  # node.meta key: it ran inside of a transform of torch.func (vmap, grad, jvp)
@@ -74,6 +75,8 @@ class Capture:
     """What the model gave while it was recorded; of a model on meta, tensors without numbers."""
     lowered: bool = False
     """It was recorded below transforms and autograd."""
+    replaced: tuple[nn.Parameter, ...] = ()
+    """Those that the model gives other numbers while it runs, by ``p.data = …``: no node shows that."""
 
     @property
     def transformed(self) -> bool:
@@ -112,14 +115,6 @@ def _without_cache(model: nn.Module) -> dict[str, Any]:
 def no_fast_paths() -> contextlib.AbstractContextManager[None]:
     """torch's fused encoder kernels read weights that no trace shows: switch them off."""
     return FAST_PATHS.set_for_now(False)
-
-
-def uncompiled() -> contextlib.AbstractContextManager[None]:
-    """What is compiled, and `torch.cond`, which compiles itself, runs as Python. Below a dispatch mode it must: there
-    dynamo gives up on what it meets, for good, and no later `torch.cond` of the process would run."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing that takes a second
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager
@@ -175,7 +170,8 @@ def capture_graph(model: nn.Module, example_inputs: Any = None, lowered: bool = 
             made = dict(zip(map(id, _state(model)), own, strict=True))
             found = _capture(model, inputs_on_meta(inputs), lowered, as_is)
     tensors = {node: made.get(id(tensor), tensor) for node, tensor in found.tensors.items()}
-    return replace(found, tensors=tensors, inputs=inputs)
+    replaced: Any = tuple(made.get(id(tensor), tensor) for tensor in found.replaced)
+    return replace(found, tensors=tensors, inputs=inputs, replaced=replaced)
 
 
 def _state(model: nn.Module) -> list[torch.Tensor]:
@@ -195,18 +191,19 @@ def _capture(model: nn.Module, inputs: Inputs, lowered: bool, as_is: bool) -> Ca
         outputs[:] = output_tensors(model(*args, **kwargs))
         return list(outputs)
 
-    with undisturbed(model), no_fast_paths(), as_python(), recorded(), torch.no_grad(), stoppable():
+    with undisturbed(model) as writes, no_fast_paths(), as_python(), recorded(), torch.no_grad(), stoppable():
         if not as_is:
             model.eval()
-        module = _make_fx(model, run, state, leaves, lowered)
+        module = _make_fx(model, run, state, leaves, lowered, writes)
+        know(model)
     tensors = dict(zip(module.graph.find_nodes(op="placeholder"), state, strict=False))
     for node in module.graph.find_nodes(op="get_attr"):
         if isinstance(value := getattr(module, node.target, None), torch.Tensor):
             tensors[node] = value
-    return Capture(module.graph, module, tensors, inputs, tuple(outputs), lowered)
+    return Capture(module.graph, module, tensors, inputs, tuple(outputs), lowered, writes.replaced)
 
 
-def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list, lowered: bool) -> fx.GraphModule:
+def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list, lowered: bool, writes: Writes) -> fx.GraphModule:
     # Without data, only fake tensors let a model see that it is being traced and leave its data-dependent checks out.
     mode: Literal["fake", "real"] = "fake" if any(t.is_meta for t in tensors) else "real"
     trace = proxy_tensor.make_fx(
@@ -217,13 +214,19 @@ def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list, lowered: b
         _error_on_data_dependent_ops=False,
     )
     try:
-        with _module_paths(model), _described_in_one_mode(), _kernels_of_eager_mode(tensors):
+        with _module_paths(model), _described_in_one_mode(), _kernels_of_eager_mode(tensors), _seen_by(writes):
             return trace(tensors, leaves)
     except CaptureError:
         raise
     except Exception as error:
-        runs = mode == "real" and _runs(run, tensors, leaves)
+        with Looking(writes), uncompiled():
+            runs = mode == "real" and _runs(run, tensors, leaves)
         raise (_not_recorded(model, error) if runs else does_not_run(model, error)) from error
+
+
+def _seen_by(writes: Writes) -> contextlib.AbstractContextManager[None]:
+    """Each op that is recorded, before it runs."""
+    return _set_for_now(proxy_tensor, "proxy_call", writes.recorded(proxy_tensor.proxy_call))
 
 
 def _kernels_of_eager_mode(tensors: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[None]:

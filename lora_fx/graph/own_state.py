@@ -1,9 +1,9 @@
 """What a model's own code keeps from call to call, so that a run to look at it can leave no trace.
 
-That is more than buffers: counters, logs and caches in attributes, lists, dicts and objects of the model's own; globals
-and class attributes that its code names; Python's, numpy's and torch's random state. What is found is put back in
-place, since others may hold the same list. Out of reach are iterators (`itertools.count`), files, and what other
-libraries keep for themselves.
+That is more than parameters (`lora_fx.graph.written`) and buffers: counters, logs and caches in attributes, lists,
+dicts and objects of the model's own; globals and class attributes that its code names; Python's, numpy's and torch's
+random state. What is found is put back in place, since others may hold the same list. Out of reach are iterators
+(`itertools.count`), files, and what other libraries keep for themselves.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from lora_fx.graph.places import buffers_away
+from lora_fx.graph.written import Looking, Writes, is_known, know
 
 _CODE = (type, types.ModuleType, FunctionType, types.BuiltinFunctionType, types.MethodType, property)
 _ATOMS = frozenset({
@@ -39,15 +40,50 @@ _TABLES = frozenset(vars(nn.Module())) - {"training"}
 Undo = Callable[[], Any]
 
 
+def uncompiled() -> contextlib.AbstractContextManager[None]:
+    """What is compiled, and `torch.cond`, which compiles itself, runs as Python. Below a dispatch mode it must: there
+    dynamo gives up on what it meets, for good, and no later `torch.cond` of the process would run."""
+    if not _may_be_compiled():
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _may_be_compiled() -> bool:
+    return "torch._dynamo" in sys.modules  # where nothing is compiled, importing that takes a second
+
+
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside leaves all that the model's code keeps bitwise as it was; weights are not copied."""
-    kept = _Kept(model)
+def undisturbed(model: nn.Module, look: Callable[[], Any] | None = None) -> Iterator[Writes]:
+    """Whatever runs inside leaves all that the model's code keeps bitwise as it was, and its parameters; of those none
+    is copied that nothing writes to.
+
+    Args:
+        look: runs the model as it will run inside, in the mode in which it is: where it is not known yet what is
+            written to in that, it is looked at. What is compiled cannot be: it runs once more before, as Python. None
+            where what runs inside has been recorded, or is being recorded.
+    """
+    unknown = look is not None and not is_known(model)
+    if look is not None and unknown and _may_be_compiled():
+        with contextlib.suppress(Exception), _undisturbed(model) as writes, uncompiled(), Looking(writes):
+            look()  # what it raises, the run inside raises too
+            know(model)
+        unknown = False
+    with _undisturbed(model) as writes, Looking(writes) if unknown else contextlib.nullcontext():
+        yield writes
+        if unknown:
+            know(model)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[Writes]:
+    kept, writes = _Kept(model), Writes(model)
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
         try:
-            yield
+            yield writes
         finally:
+            with torch.no_grad():
+                writes.restore()
             kept.restore()
 
 

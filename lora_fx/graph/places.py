@@ -34,6 +34,15 @@ def is_torchs(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, nn.Parameter)
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """Equal for tensors of one storage, on every device, `meta` too. What has none (sparse, or inside of a `vmap`) is
+    one with itself alone."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except RuntimeError:
+        return id(tensor)
+
+
 # ── in parts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -20,7 +20,7 @@ from lora_fx.graph.capture import MODULE, Capture, capture_graph
 from lora_fx.graph.forms import DENSE_OPS, FORMS, Call, find, op_name
 from lora_fx.graph.layout import Layout
 from lora_fx.graph.nodes import base_name, first_operand, looked_into, operands, shape_of, written_by
-from lora_fx.graph.places import Stays, in_memory, is_parted, is_plain
+from lora_fx.graph.places import Stays, in_memory, is_parted, is_plain, storage_of
 from lora_fx.graph.views import COPIES, MOVES, View, move
 
 
@@ -164,15 +164,6 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     return Program(model, captured, _Reader(model, captured).weights())
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """Equal for tensors of one storage, on every device, `meta` too. What has none (sparse, or inside of a `vmap`) is
-    one with itself alone."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except RuntimeError:
-        return id(tensor)
-
-
 def storage_key(tensor: torch.Tensor) -> tuple:
     """Equal for tensors that are the same elements of the same storage."""
     storage = storage_of(tensor)
@@ -284,7 +275,7 @@ class _Reader:
     """
 
     def __init__(self, model: nn.Module, captured: Capture) -> None:
-        self.graph, self.tensors = captured.graph, captured.tensors
+        self.graph, self.tensors, self.replaced = captured.graph, captured.tensors, captured.replaced
         self.found = find_weights(model)
         self.made = {weight for weight in self.found.values() if _made_by_torch(model, weight)}
         self.views: dict[fx.Node, _Seen] = {}
@@ -320,6 +311,10 @@ class _Reader:
                 for weight in () if tensor is None else by_storage.get(storage_of(tensor), ()):
                     how = f"by {node.target} in {node.meta.get(MODULE, '') or 'the model'}"
                     weight.refuse(f"is written to by the model itself while it runs ({how})", WRITE_ELSEWHERE)
+        for parameter in self.replaced:
+            for weight in by_storage.get(storage_of(parameter), ()):
+                how = "as by weight.data = …"
+                weight.refuse(f"is given other numbers by the model itself while it runs ({how})", WRITE_ELSEWHERE)
 
     def _read(self, node: fx.Node, name: str) -> None:
         self._read_assembled(node, name)

@@ -15,8 +15,7 @@ from torch import nn
 
 from lora_fx.deltas.adapter import Adapter
 from lora_fx.errors import AdapterError, LoraFxError
-from lora_fx.graph.places import is_shard, loaded
-from lora_fx.graph.program import storage_of
+from lora_fx.graph.places import is_shard, loaded, storage_of
 from lora_fx.model.marks import SEPARATOR, FoldRecord, attribute_of, child_name, fold_record
 from lora_fx.walking import modules_of, paths_of
 

@@ -17,6 +17,12 @@ from tests.mutants.table import (
 ROWS = (
     # ── verification ─────────────────────────────────────────────────────────────────────────────────────────────────
     Mutant(
+        "writes_in_train_mode_unseen", "verification", "lora_fx/checks/verification.py",
+        "        if storage_of(storage.parameter) in written:\n", "        if False:\n",
+        "A weight that the forward writes to in train mode, behind its use, is adapted.",
+        tests=("tests/test_written.py",),
+    ),
+    Mutant(
         "self_check_in_eval_only", "verification", "lora_fx/checks/certification.py",
         "for training in (False, True)]", "for training in (False,)]",
         "apply does not look at the path that the model takes in train mode.",

@@ -170,7 +170,7 @@ ROWS = (
     ),
     Mutant(
         "in_place_under_a_mode", "schedules", "lora_fx/deltas/schedules.py",
-        "        or _modes()", "        or False",
+        "        or (_modes() and not only_looked_at())", "        or False",
         "Selective checkpointing finds that what it kept has been written to.",
     ),
     # ── dispatch ─────────────────────────────────────────────────────────────────────────────────────────────────────
