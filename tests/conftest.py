@@ -49,6 +49,11 @@ def pytest_collection_finish():
     gc.set_threshold(20_000, 20, 10)
 
 
+def pytest_sessionfinish():
+    """What is still frozen at the end is called leaked by libraries that count."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _one_registry(request):
     """torch parses its 500 ONNX functions anew for each export, in about a second: here once for all tests."""
