@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
@@ -166,6 +166,8 @@ class Site:
 
     base: Op
     terms: tuple[Term, ...]
+    apart: bool = False
+    """Something else reads a value between the product and the sum: that stays, and the sum gets nodes of its own."""
 
     @property
     def branches(self) -> list[Branch]:
@@ -381,8 +383,15 @@ class Reader:
         for node in reversed(list(self.model.graph)):
             if op_type(node) == "Add" and node not in inside and (site := self._site(node)) is not None:
                 found.append(site)
-                inside.update(term.add for term in site.terms)
+                inside.update(self._within(site.terms))
         return found
+
+    def _within(self, terms: Sequence[Term]) -> Iterator[Any]:
+        """The Adds that are of no other sum: one that something else reads is a sum itself."""
+        for term in terms:
+            yield term.add
+            if self._shared(term.rest):
+                return
 
     def _site(self, last: Any) -> Site | None:
         """The sum that ends in this Add. A base op, constants and branches may be added in any order."""
@@ -402,8 +411,8 @@ class Reader:
             self._refuse_narrow(terms, value)
             return None
         self._refuse_quantised(site.base.constant)
-        self._refuse_tapped(site)
-        return site
+        between = (*(term.rest for term in site.terms), *site.base.path)
+        return replace(site, apart=any(self._shared(value) for value in between))
 
     def _asked(self, term: Term, base: Op | None) -> Term:
         """The term, with why its branch is an adapter's; without its branch where nothing says so: then that stays."""
@@ -534,16 +543,10 @@ class Reader:
                 remedy = "fold the float file and quantise that one, or leave the adapter beside the quantised weight"
                 refuse(f"{self.place}, {weight.name}", reason, remedy)
 
-    def _refuse_tapped(self, site: Site) -> None:
-        """Nothing else may read the product before all branches are added: it would read the folded weight's."""
-        for value in (*(term.rest for term in site.terms), *site.base.path):
-            readers = [use.node for use in value.uses() if op_type(use.node) != "Shape"]
-            if len(readers) > 1 or value.is_graph_output():
-                names = ", ".join(node.name or node.op_type for node in readers)
-                names += " and as an output of the graph" if value.is_graph_output() else ""
-                reason = f"the product with {site.base.constant.name} is read without its adapters too, by {names}"
-                remedy = "export the model without what reads it there (a disabled adapter beside an enabled one)"
-                refuse(f"{self.place}, value {value.name}", reason, remedy)
+    def _shared(self, value: Any) -> bool:
+        """More than one node reads its numbers, in a body too, or the graph gives them out."""
+        readers = [use.node for use in value.uses() if op_type(use.node) != "Shape"]
+        return len(readers) > 1 or value.is_graph_output()
 
 
 def scope_of(node: Any) -> str:

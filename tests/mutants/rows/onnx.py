@@ -208,9 +208,21 @@ ROWS = (
     ),
     Mutant(
         "onnx_product_read_elsewhere", "export", "export/onnx/branches.py",
-        "if len(readers) > 1 or value.is_graph_output():", "if not readers and not value.is_graph_output():",
+        "return len(readers) > 1 or value.is_graph_output()", "return not readers and not value.is_graph_output()",
         "What reads a product before its branches are added reads the folded one.",
-        tests=("tests/test_onnx_folding.py::test_a_product_that_is_read_without_its_branch",),
+        tests=("tests/test_onnx_folding.py::test_a_product_that_is_read_without_its_branch_stays_beside_the_folded_one",),
+    ),
+    Mutant(
+        "onnx_partial_sum_keeps_its_branch", "export", "export/onnx/branches.py",
+        "            if self._shared(term.rest):\n                return\n", "",
+        "A sum of some of the branches that something else reads keeps them.",
+        tests=("tests/test_onnx_folding.py::test_a_partial_sum_that_is_read_is_folded_too",),
+    ),
+    Mutant(
+        "onnx_sequence_inferred_as_tensor", "export", "export/onnx/graphs.py",
+        "    if False in admitted.values():\n", "    if not admitted:\n",
+        "A folded file says of a sequence that it is a tensor, and does not load.",
+        tests=("tests/test_onnx_folding.py::test_a_sequence_in_the_graph_stays_one",),
     ),
     Mutant(
         "onnx_bottleneck_folded_unasked", "export", "export/onnx/branches.py",
