@@ -313,6 +313,18 @@ def test_a_partial_sum_that_is_read_is_folded_too(tmp_path):
     assert [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node] == ["MatMul", "MatMul", "Concat"]
 
 
+@pytest.mark.parametrize("tapped", [False, True])
+def test_who_asks_for_a_shape_keeps_no_branch(tmp_path, tapped):
+    node = onnx.helper.make_node
+    more = [
+        node("Add", ["p", "d"], ["s"]), node("Shape", ["s"], ["n"]), node("MatMul", ["z", "lora_B2"], ["d2"]),
+        node("Add", ["s", "d2"], ["t"]), node("Add", ["t", "p" if tapped else "b"], ["u"]),
+        node("Expand", ["u", "n"], ["y"]),
+    ]  # fmt: skip
+    path = summed(tmp_path, *more, lora_B2=normal(2, 8), b=normal(8))
+    assert folded_right(path).sites == 2
+
+
 def test_a_model_of_pefts_that_runs_with_its_adapter_disabled_beside_itself(tmp_path):
     """As preference training and contrastive decoding do it: torch's exporter finds that the first product is one."""
     peft = pytest.importorskip("peft")

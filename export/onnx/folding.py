@@ -127,7 +127,9 @@ def fold_onnx(
         _refuse_empty(reader, left)
     found = tuple(_described(site.base, branch) for site in sites for branch in site.branches)
     alike: dict[Hashable, list[Site]] = {}
-    for site in (_apart(model, site) if site.apart else site for site in sites):
+    for site in sites:
+        _shapes(site)
+        site = _apart(model, site) if site.apart else site
         alike.setdefault(site.key, []).append(site)
     weights: Counter[str] = Counter()
     with refusing("its branches cannot be folded", str(path), REMEDY):
@@ -232,6 +234,14 @@ def _new_initializer(graph: Any, like: Any, weight: torch.Tensor) -> Any:
     value = onnx_ir.val(name, const_value=TorchTensor(weight, name))
     graph.initializers.add(value)
     return value
+
+
+def _shapes(site: Site) -> None:
+    """A sum with a branch is as large as without: who asks for its shape keeps no branch alive."""
+    for term in site.terms:
+        for use in term.add.outputs[0].uses() if term.branch is not None else ():
+            if op_type(use.node) == "Shape":
+                use.node.replace_input_with(use.idx, term.rest)
 
 
 def _apart(model: Any, site: Site) -> Site:

@@ -135,6 +135,12 @@ ROWS = (
         tests=("tests/test_runtimes.py::test_a_folder_says_the_tokens_of_torch_from_an_empty_cache_with_padding",),
     ),
     Mutant(
+        "optimum_takes_any_cache", "export", "export/onnx/targets.py",
+        "    if found != {(heads, size)}:\n", "    if not found:\n",
+        "A folder for optimum is written that optimum cannot run.",
+        tests=("tests/test_runtimes.py::test_a_cache_of_another_shape_than_optimum_makes_is_refused",),
+    ),
+    Mutant(
         "required_slots_have_defaults", "export", "export/onnx/switchable.py",
         "            if kind == OPTIONAL:\n", "            if kind:\n",
         "Runtimes in JavaScript give the base model for every adapter, without a word.",
@@ -217,6 +223,12 @@ ROWS = (
         "            if self._shared(term.rest):\n                return\n", "",
         "A sum of some of the branches that something else reads keeps them.",
         tests=("tests/test_onnx_folding.py::test_a_partial_sum_that_is_read_is_folded_too",),
+    ),
+    Mutant(
+        "onnx_shape_keeps_a_branch", "export", "export/onnx/folding.py",
+        "        _shapes(site)\n", "",
+        "Where the shape of a partial sum is asked for, its branch stays in use, and the file is refused.",
+        tests=("tests/test_onnx_folding.py::test_who_asks_for_a_shape_keeps_no_branch",),
     ),
     Mutant(
         "onnx_sequence_inferred_as_tensor", "export", "export/onnx/graphs.py",
