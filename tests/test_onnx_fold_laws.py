@@ -33,8 +33,8 @@ class Graph:
     def __init__(self, seed: int) -> None:
         self.nodes, self.held, self.outputs = [], {}, []
         self.draw, self.random = random.Random(seed).choice, numpy.random.default_rng(seed)
-        self.dynamic, self.named = self.draw([True, False]), self.draw([True] * 5 + [False])
-        self.odd = self.draw([0] * 7 + [1, 1, 9])
+        self.dynamic, self.named = self.draw([True, False]), self.draw([True] * 7 + [False])
+        self.odd = self.draw([0] * 9 + [1, 2, 9])
         """How many things it may have that a fold does not take: in most graphs none."""
 
     def node(self, op: str, *inputs: str, outputs: int = 1, **attributes) -> str:
@@ -108,6 +108,14 @@ class Graph:
         W = self.weight(inner, outer, name=name)
         if self.chosen("", rare=("turned",)):
             W = self.node("Transpose", self.hold(self.held.pop(W).T.copy(), name), perm=[1, 0])
+        how = self.chosen("", rare=("scaled", "half", "coarse"))
+        if how == "scaled":  # the numbers of a constant are computed by the graph
+            W = self.node("Mul", W, self.number(self.draw([1, outer])))
+        if how == "half":
+            W = self.node("Cast", self.node("Cast", W, to=onnx.TensorProto.FLOAT16), to=onnx.TensorProto.FLOAT)
+        if how == "coarse":
+            whole = self.node("Cast", W, to=onnx.TensorProto.INT8)
+            W = self.node("DequantizeLinear", whole, self.hold(numpy.float32(0.5)))
         return self.node("MatMul", x, W)
 
     def branch(self, x: str) -> str:
@@ -155,7 +163,7 @@ class Graph:
         total = self.through(self.node("MatMul", x, W))
         if self.chosen("", rare=("beside", "beside")):  # `disable_adapter()` beside the adapted path
             self.outputs.append(self.node("MatMul", self.chosen(x, "x"), W))
-        parts = ["branch"] * self.chosen(1, 2, 3, rare=(0,)) + ["bias"] * self.draw([0, 1])
+        parts = ["branch"] * self.draw([1, 1, 2, 2, 3]) + ["bias"] * self.draw([0, 1])
         for part in self.random.permutation(parts):
             self.tap(total)
             other = self.weight(WIDE) if part == "bias" else self.branch(x)
@@ -180,6 +188,8 @@ class Graph:
 def run(path: Path, x: numpy.ndarray) -> list[numpy.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
+    # Its own optimizer loses what the bodies of an If capture through an Identity, and says that the model is invalid.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, {"x": x})
 
 

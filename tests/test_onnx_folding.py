@@ -274,7 +274,7 @@ def folded_right(path: Path, random: int = 1, **options) -> lora_fx.export.OnnxF
     """The report of a fold whose file gives what the old one gives, to the bit: in a file of small whole numbers."""
     model = onnx.load(path)
     for held in model.graph.initializer:
-        if held.data_type == onnx.TensorProto.FLOAT:
+        if held.data_type == onnx.TensorProto.FLOAT and held.dims:
             numbers = numpy.random.default_rng(len(held.name)).integers(-2, 3, [*held.dims]).astype(numpy.float32)
             held.CopyFrom(onnx.numpy_helper.from_array(numbers, held.name))
     onnx.save(model, path)
@@ -490,6 +490,35 @@ def test_a_second_branch_with_other_names_stays_and_is_said(tmp_path):
     assert [b.factors for b in report.branches] == [("lora_A", "lora_B")] and "lora_A" in report.branches[0].why
     assert [b.factors for b in report.left] == [("low", "high")] and "LEFT IN" in str(report)
     assert len({c.shapes for c in report.comparisons}) == 2 and all(c.equivalent for c in report.comparisons)
+
+
+@pytest.mark.parametrize("how", ["scaled", "cast", "dequantised"])
+def test_factors_and_weights_that_the_graph_computes(tmp_path, how):
+    """As Olive and others write them: lora_B times alpha / r, in half precision, in whole numbers."""
+    node, half, whole = onnx.helper.make_node, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8
+    if how == "scaled":
+        first = [node("Div", ["alpha", "r"], ["s"]), node("Mul", ["B", "s"], ["lora_B"]), node("Neg", ["V"], ["W"])]
+    else:
+        to = half if how == "cast" else whole
+        back = [node("Cast", ["Bc"], ["lora_B"], to=1), node("Cast", ["Wc"], ["W"], to=1)]
+        back[:1] = [node("DequantizeLinear", ["Bc", "r"], ["lora_B"])] if how == "dequantised" else back[:1]
+        first = [node("Cast", ["B"], ["Bc"], to=to), node("Cast", ["V"], ["Wc"], to=half), *back]
+    numbers = {"B": normal(2, 8), "V": normal(6, 8), "lora_B": None, "W": None}
+    path = summed(tmp_path, base=first, alpha=numpy.float32(4), r=numpy.float32(2), **numbers)
+    report = folded_right(path)
+    assert report.sites == 1 and [*report.weights] == ["W.folded"]
+    assert "MatMul" in (ops := [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node]) and len(ops) == 1
+
+
+def test_a_convolution_whose_branch_spells_its_defaults_out(tmp_path):
+    node = onnx.helper.make_node
+    spelt = {"strides": [1, 1], "dilations": [1, 1], "group": 1, "auto_pad": "NOTSET"}
+    nodes = [
+        node("Conv", ["x", "W"], ["p"], pads=[1, 1, 1, 1]), node("Conv", ["x", "lora_A"], ["z"], pads=[1] * 4, **spelt),
+        node("Conv", ["z", "lora_B"], ["d"], pads=[0] * 4, **spelt), node("Add", ["p", "d"], ["y"]),
+    ]  # fmt: skip
+    numbers = {"W": normal(5, 4, 3, 3), "lora_A": normal(2, 4, 3, 3), "lora_B": normal(5, 2, 1, 1)}
+    assert folded_right(made(tmp_path, nodes, numbers, x=(2, 4, 9, 9))).sites == 1
 
 
 def test_a_quantised_base_is_not_made_float(tmp_path):

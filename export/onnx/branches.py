@@ -30,13 +30,12 @@ ADAPTER = re.compile(r"(?<![a-z])lora_(?:embedding_)?(?:[ab]|down|up)(?![a-z])|_
 _FLOATS = frozenset({"FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"})
 _WHOLE = frozenset({"INT32", "INT64"})
 
-#: ops that take a number of steps that their inputs and outputs bound; others are evaluated where these are small
+#: ops that are evaluated: they take a number of steps that their inputs and outputs bound
 _LINEAR = frozenset({
     "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "DequantizeLinear", "Div", "Expand", "Flatten", "Gather",
     "Mul", "Neg", "Pad", "Pow", "Range", "Reciprocal", "Reshape", "Shape", "Slice", "Split", "Sqrt", "Squeeze", "Sub",
     "Tile", "Unsqueeze", "Where",
 })  # fmt: skip
-_SMALL = 2**16  # elements
 _MADE = 2**24  # bytes that a file of any size may make of its constants
 _TIMES = 16  # how many times its own bytes it may make
 _EVALUATED = 10_000  # nodes
@@ -116,19 +115,22 @@ class Op:
 
     @property
     def window(self) -> dict[str, Any]:
-        """How a convolution moves over its input."""
-        return {name: attribute(self.node, name) for name in _WINDOW}
+        """How a convolution moves over its input; without what is so by default."""
+        found = {name: attribute(self.node, name) for name in _WINDOW}
+        plain = {"strides": 1, "dilations": 1, "pads": 0, "output_padding": 0}
+        for name in (name for name, usual in plain.items() if {*(found[name] or ())} <= {usual}):
+            found[name] = None
+        return found | {"group": found["group"] or 1, "auto_pad": found["auto_pad"] or "NOTSET"}
 
     @property
     def groups(self) -> int:
-        return self.window["group"] or 1
+        return int(self.window["group"])
 
     @property
     def stays(self) -> bool:
         """A convolution with a kernel of one element reads every position once."""
-        moved = [self.window[name] or () for name in ("strides", "dilations")]
-        plain = all({*steps} <= {1} for steps in moved) and not any(self.window["pads"] or ())
-        return plain and self.window["auto_pad"] in (None, "NOTSET", "VALID")
+        moved = [self.window[name] for name in ("strides", "dilations", "pads")]
+        return not any(moved) and self.window["auto_pad"] in ("NOTSET", "VALID")
 
     @property
     def convolves(self) -> bool:
@@ -233,6 +235,7 @@ class Reader:
         return self._constants[value]
 
     def _evaluate(self, value: Any) -> torch.Tensor | None:
+        import numpy
         import onnx
         import onnx_ir
         from onnx.reference import ReferenceEvaluator
@@ -254,20 +257,20 @@ class Reader:
         if kind in ("Transpose", "Identity"):  # numpy has no bfloat16
             (only,) = inputs.values()
             return only.permute(order(node, only.ndim))
-        if not self._affordable(node, sum(tensor.numel() for tensor in inputs.values())):
+        if kind not in _LINEAR or not self._affordable(node):
             return None
         try:
             proto = onnx_ir.to_proto(node)
             opsets = [onnx.helper.make_opsetid(*opset) for opset in self.model.opset_imports.items()]
             alone = onnx.helper.make_function("", "node", [*inputs], [*proto.output], [proto], opsets)
             evaluator: Any = ReferenceEvaluator(alone)
-            outputs = evaluator.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+            outputs = evaluator.run(None, {name: tensor.numpy() for name, tensor in inputs.items()}, {})
+            return torch.from_numpy(numpy.array(outputs[list(node.outputs).index(value)]))
         except Exception:
             return None
-        return torch.from_numpy(outputs[list(node.outputs).index(value)])
 
-    def _affordable(self, node: Any, read: int) -> bool:
-        """Its outputs are known to be of a size that can be made, and it makes them in time.
+    def _affordable(self, node: Any) -> bool:
+        """Its outputs are known to be of a size that can be made.
 
         Raises:
             ExportError: all that was made is too much.
@@ -280,8 +283,6 @@ class Reader:
             if sizes is None or not all(isinstance(size, int) for size in sizes):
                 return False
             made += math.prod(sizes) * math.ceil(value.dtype.itemsize)
-        if op_type(node) not in _LINEAR and max(read, made) > _SMALL:
-            return False
         self._bytes, self._nodes = self._bytes - made, self._nodes - 1
         if self._bytes < 0 or self._nodes < 0:
             reason = (

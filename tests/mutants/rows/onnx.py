@@ -231,6 +231,18 @@ ROWS = (
         tests=("tests/test_onnx_folding.py::test_who_asks_for_a_shape_keeps_no_branch",),
     ),
     Mutant(
+        "onnx_constants_not_computed", "export", "export/onnx/branches.py",
+        "for name, tensor in inputs.items()}, {})", "for name, tensor in inputs.items()})",
+        "Factors that the graph scales or casts are no constants, and the file is refused.",
+        tests=("tests/test_onnx_folding.py::test_factors_and_weights_that_the_graph_computes",),
+    ),
+    Mutant(
+        "onnx_defaults_are_another_window", "export", "export/onnx/branches.py",
+        "            found[name] = None\n", "            pass\n",
+        "A convolution that spells its defaults out is taken for another one than its branch.",
+        tests=("tests/test_onnx_folding.py::test_a_convolution_whose_branch_spells_its_defaults_out",),
+    ),
+    Mutant(
         "onnx_sequence_inferred_as_tensor", "export", "export/onnx/graphs.py",
         "    if False in admitted.values():\n", "    if not admitted:\n",
         "A folded file says of a sequence that it is a tensor, and does not load.",
