@@ -243,6 +243,12 @@ ROWS = (
         tests=("tests/test_onnx_folding.py::test_a_convolution_whose_branch_spells_its_defaults_out",),
     ),
     Mutant(
+        "onnx_strengths_in_silence", "export", "export/onnx/sessions.py",
+        "        if isinstance(names, Mapping):\n", "        if names is NotImplemented:\n",
+        "A strength that a call gives is dropped without a word.",
+        tests=("tests/test_sessions.py::test_what_is_no_name_and_no_array_is_refused",),
+    ),
+    Mutant(
         "onnx_sequence_inferred_as_tensor", "export", "export/onnx/graphs.py",
         "    if False in admitted.values():\n", "    if not admitted:\n",
         "A folded file says of a sequence that it is a tensor, and does not load.",
