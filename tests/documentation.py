@@ -24,17 +24,21 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import types
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lora_fx import LoraFxError
+from lora_fx.cli import main as lora_fx_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = tuple(sorted((ROOT / "docs").glob("*.md")))
@@ -154,17 +158,37 @@ def _execute(block: Block, scope: dict[str, Any], refuses: bool) -> str:
 
 
 def _transcript(block: Block) -> str:
-    """Each command of the block, and what the shell says to it."""
+    """Each command of the block, and what the shell says to it; a plain one of ours needs none, nor a new process."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "PATH": path, "PYTHONWARNINGS": "ignore", "COLUMNS": "100"}
     came = []
     for line in block.text.splitlines():
-        if line.startswith("$ "):
+        if line.startswith("$ lora-fx ") and _plain(line):
+            came.append(f"{line}\n{_answer(line).strip()}")
+        elif line.startswith("$ "):
             done = subprocess.run(
                 ["bash", "-c", line[2:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
             )
             came.append(f"{line}\n{done.stdout.strip()}")
     return "\n".join(came)
+
+
+def _plain(line: str) -> bool:
+    """Whether a shell would only split it into words."""
+    words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
+    return not any(set(word) <= set(";&|<>()") for word in words) and not set(line.removeprefix("$ ")) & set("$`*?~")
+
+
+def _answer(line: str) -> str:
+    """What a command of ours says, its error too."""
+    said = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, COLUMNS="100"))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(contextlib.redirect_stdout(said))
+        stack.enter_context(contextlib.redirect_stderr(said))
+        lora_fx_command(shlex.split(line)[2:])
+    return said.getvalue()
 
 
 def _agrees(came: str, shown: Block) -> bool:

@@ -1,10 +1,19 @@
-"""Processes that a tool has forked off."""
+"""Processes that a tool has forked off, and those of tests that end badly or set limits."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).parent.parent
 
 
 def exit_status(pid: int, kill: bool) -> int | None:
@@ -18,3 +27,18 @@ def exit_status(pid: int, kill: bool) -> int | None:
             os.killpg(pid, signal.SIGKILL)
     ended, status = os.waitpid(pid, 0 if kill else os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a test's module returns in another process, which has imported `tests.ready`.
+
+    It is forked off a server that has done nothing else, one for all such calls of a pytest worker.
+    """
+    freed = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # large blocks go back to the system, which may limit them
+    found = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ready"])
+    with mock.patch.dict(os.environ, freed, OMP_NUM_THREADS="1", PYTHONPATH=found):
+        forkserver.ensure_running()
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(function, *arguments).result(timeout=300)

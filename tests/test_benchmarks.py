@@ -55,11 +55,6 @@ def test_the_interval_of_a_median_is_that_of_the_binomial_distribution(monkeypat
     monkeypatch.delitem(sys.modules, "measuring")
 
 
-def test_it_is_a_command(tmp_path):
-    out = command("folding.py", "--tiny", "--rounds", "1", "--json", str(tmp_path / "table.json"))
-    assert json.loads((tmp_path / "table.json").read_text())["title"] in out
-
-
 def test_call_overhead_runs(run):
     out = run("call_overhead.py", "--tiny", "--rounds", "2")
     for name in ("hand-written", "lora_fx", "PEFT", "no branch"):

@@ -9,9 +9,12 @@ import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -273,13 +276,15 @@ def test_the_family_of_errors_is_what_the_command_catches(monkeypatch, capsys):
 
 
 def run_example(name: str) -> str:
-    environment = {**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", f"examples/{name}.py"],
-        cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """As ``python -W error`` runs it, but in this process, where everything is imported already."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, COLUMNS="100"))
+        stack.enter_context(torch.random.fork_rng(devices=()))
+        stack.enter_context(warnings.catch_warnings(action="error"))
+        warnings.simplefilter("ignore", DeprecationWarning)
+        printed = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    return printed.getvalue()
 
 
 def after(text: str, label: str) -> str:

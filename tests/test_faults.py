@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
 import pickle
 import resource
@@ -44,9 +43,9 @@ from lora_fx.passes import fold as folding
 from lora_fx.passes import insert, wiring
 from tests import reference
 from tests import test_rewrites as rewrites
+from tests.processes import elsewhere
 
 DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
-ROOT = Path(__file__).parent.parent
 
 
 class Small(nn.Module):
@@ -450,17 +449,7 @@ def test_an_error_that_is_not_ours_says_that_the_verb_is_undone() -> None:
 
 # ── a process of its own ─────────────────────────────────────────────────────────────────────────────────────────────
 
-
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of this module returns in another process, as JSON."""
-    code = f"from tests import test_faults as t; import json; print(json.dumps(t.{function.__name__}(*{arguments!r})))"
-    freed = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # large blocks go back to the system: the limit is about those
-    environment = {**os.environ, **freed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+ELSEWHERE = pytest.mark.xdist_group("elsewhere")  # so that one server is started
 
 
 def folds_short_of_memory() -> list[str]:
@@ -487,9 +476,10 @@ def folds_short_of_memory() -> list[str]:
     return found
 
 
+@ELSEWHERE
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is set from /proc/self/statm")
 def test_a_fold_that_really_runs_out_of_memory() -> None:
-    found = in_a_process(folds_short_of_memory)
+    found = elsewhere(folds_short_of_memory)
     assert found[0] == "folded"
     assert any("there is no room on cpu to fold one row" in error for error in found)
     assert "can't allocate memory" in found[-1]
@@ -571,13 +561,14 @@ def saves_killed(place: str, beside: bool, peft: bool) -> list[int]:
     raise AssertionError
 
 
+@ELSEWHERE
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each kill is of a fork")
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "with other files"])
 @pytest.mark.parametrize("peft", [False, True], ids=["one file differs", "both files differ"])
 def test_a_kill_at_any_moment_of_a_save_leaves_the_old_adapter_or_the_new_one(
     beside: bool, peft: bool, tmp_path: Path
 ) -> None:
-    old, new = in_a_process(saves_killed, str(tmp_path), beside, peft)
+    old, new = elsewhere(saves_killed, str(tmp_path), beside, peft)
     assert old >= 5 and new >= 3
 
 
@@ -635,12 +626,13 @@ def which_model(path: Path, models: list[nn.Module]) -> int:
     return own.index(numbers)
 
 
+@ELSEWHERE
 @pytest.mark.onnx
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each kill is of a fork")
 @pytest.mark.parametrize("external", [False, True], ids=["one file", "two files"])
 def test_a_kill_at_any_moment_of_an_export_leaves_the_old_model_or_the_new_one(external: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    old, new = in_a_process(exports_killed, str(tmp_path), external)
+    old, new = elsewhere(exports_killed, str(tmp_path), external)
     assert old >= 3 and new >= 3
 
 
@@ -682,13 +674,15 @@ def assert_no_room(found: list[list[str]], place: Path, reason: str) -> None:
         assert remedy
 
 
+@ELSEWHERE
 @pytest.mark.onnx
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="the system limits no file sizes")
 def test_files_that_may_not_grow_leave_the_old_ones(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    assert_no_room(in_a_process(writes_without_room, str(tmp_path), 20_000), tmp_path, "File too large")
+    assert_no_room(elsewhere(writes_without_room, str(tmp_path), 20_000), tmp_path, "File too large")
 
 
+@ELSEWHERE
 @pytest.mark.onnx
 def test_a_full_disk_leaves_the_old_files(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
@@ -700,7 +694,7 @@ def test_a_full_disk_leaves_the_old_files(tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
     try:
-        assert_no_room(in_a_process(writes_without_room, str(tmp_path), 0), tmp_path, "No space left")
+        assert_no_room(elsewhere(writes_without_room, str(tmp_path), 0), tmp_path, "No space left")
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -737,6 +731,31 @@ def test_loading_never_runs_what_a_pickle_says(name: str, tmp_path: Path, monkey
     assert before.same(model) and opened == [True] * (name == adapter_folder.PICKLE)
 
 
+@functools.cache
+def _listeners() -> list[list[str]]:
+    """Lists that get the paths of all files that are opened. Nothing takes such a hook off again: there is one."""
+    lists: list[list[str]] = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and lists and isinstance(arguments[0], str | bytes):
+            for paths in lists:
+                paths.append(os.fsdecode(arguments[0]))
+
+    sys.addaudithook(watch)
+    return lists
+
+
+@contextmanager
+def opened() -> Iterator[list[str]]:
+    """The paths of the files that are opened meanwhile."""
+    paths: list[str] = []
+    _listeners().append(paths)
+    try:
+        yield paths
+    finally:
+        _listeners().remove(paths)
+
+
 @pytest.mark.parametrize(
     "key", ["../../x", "/etc/passwd", "a\0b", "C:\\x", "..", "base_model.model.../../x.lora_A.weight"]
 )
@@ -744,21 +763,12 @@ def test_names_in_a_file_are_never_paths(key: str, tmp_path: Path) -> None:
     lora_fx.save_adapter(two_layers(1), tmp_path / "a")
     tensors = load_file(tmp_path / "a" / TENSORS)
     save_file({**tensors, key: torch.ones(2, 3)}, tmp_path / "a" / TENSORS)
-    model, opened, active = two_layers(), [], [True]
+    model = two_layers()
     before = Look(model)
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if active and event == "open" and isinstance(arguments[0], str | bytes):
-            opened.append(os.fsdecode(arguments[0]))
-
-    sys.addaudithook(watch)  # there is no way to take it off again: it rests when the list is empty
-    try:
-        with pytest.raises(FileError, match="no layer") as caught:
-            lora_fx.load_adapter(model, tmp_path / "a")
-    finally:
-        active.clear()
+    with opened() as paths, pytest.raises(FileError, match="no layer") as caught:
+        lora_fx.load_adapter(model, tmp_path / "a")
     assert key in caught.value.place and before.same(model)
-    assert {path for path in opened if not path.endswith((".py", ".pyc"))} <= {
+    assert {path for path in paths if not path.endswith((".py", ".pyc"))} <= {
         str(tmp_path / "a" / name) for name in (CONFIG, TENSORS)
     }
 

@@ -17,8 +17,9 @@ from torch import nn
 from lora_fx.deltas.kinds import Theta, kind_named
 from lora_fx.export.adapters import beside
 from lora_fx.export.adapters import peft as peft_format
+from lora_fx.export.adapters.conversions import conversions, in_the_model
 from lora_fx.export.adapters.folder import PEFT, Folder
-from lora_fx.export.adapters.peft import HEADS, ITS_BASE, Layer, Modules
+from lora_fx.export.adapters.peft import HEADS, ITS_BASE, PREFIX, Layer, Modules
 from lora_fx.export.adapters.spelling import respelled
 from lora_fx.export.adapters.values import OWN_FORMAT, Files, Held, Saved
 from lora_fx.model.classes import own_class
@@ -257,6 +258,7 @@ class _Taken:
 
 
 _Layers = Sequence[tuple[str, Layer]]
+_FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_A(?:\.weight)?")
 
 
 def _read(
@@ -266,6 +268,7 @@ def _read(
     modules = Modules(model)
     folder = respelled(modules, folder)
     config, rest = folder.config, dict(folder.tensors)
+    _refuse_renamed(modules, folder)
     targeted = list(peft_format.targeted_layers(modules, folder))
     if not targeted and needed:
         reason = f"{config.get('target_modules')!r} matches no module of this {type(model).__name__}"
@@ -281,6 +284,21 @@ def _read(
     saved += beside.read(modules, folder, layers, rest)
     peft_format.check_rest(modules, rest, folder)
     return saved
+
+
+def _refuse_renamed(modules: Modules, folder: Folder) -> None:
+    """Layers of before transformers renamed and stacked them: of an older release, or out of a checkpoint."""
+    paths = {key: match[1] for key in folder.tensors if (match := _FACTOR.fullmatch(key))}
+    lost = {key: path for key, path in paths.items() if path not in modules.by_path}
+    said: Any = getattr(getattr(modules.model, "config", None), "to_dict", None)
+    rules = [*conversions(said())] if lost and said is not None else []
+    for key, path in sorted(lost.items()):
+        own, turn = in_the_model(f"{path}.weight", rules)
+        if own != f"{path}.weight" and modules.parameter(own) is not None:
+            how = "stacked into" if turn is not None else "called"
+            reason = f"{path} is {how} {own.removesuffix('.weight')} by the transformers that is installed"
+            write = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
+            refuse(folder.tensor(key), reason, f"PEFT writes it for this one: {write}; then load new_folder")
 
 
 def _lora(modules: Modules, folder: Folder, targeted: _Layers) -> Iterator[_Taken]:

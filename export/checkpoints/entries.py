@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from lora_fx.deltas.adapter import Adapter
-from lora_fx.errors import KindError, few
+from lora_fx.errors import FileError, KindError, few
 from lora_fx.export.adapters import dialects
 from lora_fx.export.adapters import peft as peft_format
 from lora_fx.export.adapters.beside import TOKENS, shift_key
@@ -33,6 +34,7 @@ from lora_fx.export.adapters.peft import ITS_BASE, PREFIX, Layer
 from lora_fx.export.adapters.spelling import respelled
 from lora_fx.export.checkpoints.beside import FACTOR, Rows, Ties, base_tensor, is_held, is_saved_whole, shift_of
 from lora_fx.export.checkpoints.checkpoint import FLOATS, Checkpoint, Stored
+from lora_fx.export.checkpoints.loaded import Loaded
 from lora_fx.export.checkpoints.orientation import Orientation
 from lora_fx.export.checkpoints.shares import IN_THE_MODEL, Share, adapter_of, plain_name, refuse_tied
 from lora_fx.graph.layout import Layout
@@ -91,17 +93,18 @@ def read_shares(given: Given, checkpoint: Checkpoint, name: str) -> list[Share]:
     """
     folder = read_folder(given.path)
     with boundary("it cannot be put onto this checkpoint", str(folder.path), ITS_BASE):
-        there = _Stored(checkpoint)
-        folder = dialects.in_words_of_pefts(there, folder, given.part, given.config)
-        if folder.config["peft_type"] == OWN:
-            found = [*_own(folder, checkpoint, name)]
-        else:
-            found = [*_peft(respelled(there, folder), checkpoint, name, given.resized)]
+        try:
+            found = _shares(folder, Loaded(checkpoint), given, name)
+        except FileError:  # by the names on disk; its model may have others
+            loaded = Loaded.of(checkpoint)
+            if not loaded.names and not loaded.parts:
+                raise
+            found = _shares(folder, loaded, given, name)
     if not found:
         refuse(str(folder.path), "it adapts nothing", "pass the folder of an adapter")
-    whole = [share.tensor for share in found if share.adapter.rows is None and not share.adapter.role]
+    whole = Counter(share.tensor for share in found if share.adapter.rows is None and not share.adapter.role)
     for share in found:
-        if whole.count(share.tensor) > 1:
+        if whole[share.tensor] > 1:
             refuse(
                 str(folder.path), f"it has two entries for {share.tensor}", "restore the file from where it was saved"
             )
@@ -111,6 +114,16 @@ def read_shares(given: Given, checkpoint: Checkpoint, name: str) -> list[Share]:
             refuse(checkpoint.at(share.tensor), reason, "fold into the checkpoint it was quantised from, then quantise")
         share.adapter.adjust(given.strength)
     return found
+
+
+def _shares(folder: Folder, loaded: Loaded, given: Given, name: str) -> list[Share]:
+    there = _Stored(loaded.checkpoint)
+    folder = dialects.in_words_of_pefts(there, folder, given.part, given.config)
+    if folder.config["peft_type"] == OWN:
+        found = _own(folder, loaded.checkpoint, name)
+    else:
+        found = _peft(respelled(there, folder), loaded, name, loaded.by_its_names(given.resized))
+    return [own for share in found for own in loaded.on_disk(share, str(folder.path))]
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -174,17 +187,15 @@ def _moved(name: str, out: int, prefix: str) -> str:
 # ── PEFT's format ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _peft(
-    folder: Folder, checkpoint: Checkpoint, name: str, resized: Mapping[str, Sequence[int]] | None
-) -> Iterator[Share]:
-    config = folder.config
+def _peft(folder: Folder, loaded: Loaded, name: str, resized: Mapping[str, Sequence[int]] | None) -> Iterator[Share]:
+    checkpoint, config = loaded.checkpoint, folder.config
     plain = {key: value for key, value in config.items() if key not in ("modules_to_save", "bias")}
     peft_format.check_options(replace(folder, config=plain))
     keys = {key: key.removeprefix(PREFIX) for key in folder.tensors}
     paths = sorted({m[1] for key in keys.values() if (m := _KEY.fullmatch(key))})
     raw = _raw_parameters(folder, paths, checkpoint)
     for path in paths:
-        if ".base_layer" in path or f"{path}.in_proj_weight" in checkpoint.tensors:
+        if path not in raw and (".base_layer" in path or f"{path}.in_proj_weight" in checkpoint.tensors):
             reason = "it is of a MultiheadAttention, or of several parameters of one module: only the model says which"
             refuse(folder.tensor(path), reason, IN_THE_MODEL)
     if config.get("trainable_token_indices") and not any(key.endswith(f".{TOKENS}") for key in keys):
@@ -200,7 +211,7 @@ def _peft(
     heads = {own for key, own in others.items() if is_saved_whole(folder, key)}
     found = fitted([*wanted.values(), *firsts, *others.values()], checkpoint, str(folder.path), heads)
     layers = {path: _layer(path, checkpoint.tensors[found[wanted[path]]], path in raw, folder) for path in paths}
-    layers = _settled(layers, checkpoint, {path: found[wanted[path]] for path in paths}, folder)
+    layers = _settled(layers, loaded, {path: found[wanted[path]] for path in paths}, folder)
     if len({*(found[name] for name in wanted.values())}) < len(wanted):
         twice = next(n for n in found.values() if [*(found[w] for w in wanted.values())].count(n) > 1)
         refuse(str(folder.path), f"it has two entries for {twice}", IN_THE_MODEL)
@@ -253,23 +264,38 @@ class _Sizes:
 
 
 def _raw_parameters(folder: Folder, paths: Sequence[str], checkpoint: Checkpoint) -> dict[str, str]:
-    """Path → the parameter that it is of, where the config has `target_parameters`: its keys do not name it."""
-    found: dict[str, str] = {}
+    """Path → the parameter that it is of, where the config has `target_parameters`: its keys do not name it. Of several
+    of one module each has a wrapper of its own, and its factors' shapes tell which."""
     attributes: dict[str, list[str]] = {}
     for target in dict.fromkeys(folder.config.get("target_parameters") or ()):
         above, _, attribute = target.rpartition(".")
         attributes.setdefault(above, []).append(attribute)
+    modules: dict[str, list[str]] = {}
     for path in paths if attributes else ():
-        words = path.split(".")
-        for above in (".".join(words[n:]) for n in range(len(words) + 1)):  # "", at last: of any module that has it
-            for attribute in attributes.get(above, ()):
-                if not above and not is_held(f"{path}.{attribute}", checkpoint):
-                    continue
-                if path in found:
-                    reason = f"{path} has several target_parameters, and only the model knows which is the inner one"
-                    refuse(folder.option("target_parameters"), reason, IN_THE_MODEL)
-                found[path] = f"{path}.{attribute}"
+        modules.setdefault(re.sub(r"(\.base_layer)+$", "", path), []).append(path)
+    found: dict[str, str] = {}
+    for module, own in modules.items():
+        words = module.split(".")
+        ends = [".".join(words[n:]) for n in range(len(words) + 1)]  # "", at last: of any module that has it
+        said = {f"{module}.{attribute}": end for end in ends for attribute in attributes.get(end, ())}
+        names = [name for name, end in said.items() if end or is_held(name, checkpoint)]
+        if len(own) == len(names) == 1:
+            found[own[0]] = names[0]
+        if len(names) <= 1:
+            continue
+        fits = {path: [name for name in names if _is_of(folder, path, name, checkpoint)] for path in own}
+        if len({*itertools.chain(*fits.values())}) != len(own) or any(len(fitting) != 1 for fitting in fits.values()):
+            reason = f"{module} has several target_parameters, and the shapes of the factors do not tell which is which"
+            refuse(folder.option("target_parameters"), reason, IN_THE_MODEL)
+        found |= {path: fitting[0] for path, fitting in fits.items()}
     return found
+
+
+def _is_of(folder: Folder, path: str, name: str, checkpoint: Checkpoint) -> bool:
+    """Whether the factors of a path have the shapes that a parameter wants."""
+    A, B = (folder.tensors.get(f"{PREFIX}{path}.lora_{factor}.weight") for factor in "AB")
+    shapes = [t.shape for own, t in checkpoint.tensors.items() if f".{own}".endswith(f".{name}")]
+    return A is not None and B is not None and any({A.shape[-1], B.shape[0]} == {*s[-2:]} for s in shapes)
 
 
 def _layer(path: str, stored: Stored, raw: bool, folder: Folder) -> Layer:
@@ -295,10 +321,10 @@ def _layer(path: str, stored: Stored, raw: bool, folder: Folder) -> Layer:
 
 
 def _settled(
-    layers: Mapping[str, Layer], checkpoint: Checkpoint, tensors: Mapping[str, str], folder: Folder
+    layers: Mapping[str, Layer], loaded: Loaded, tensors: Mapping[str, str], folder: Folder
 ) -> dict[str, Layer]:
     """With what lies (in, out), as transformers' Conv1D: the factors' shapes say so, or the files of a square one."""
-    flag, orientation = bool(folder.config.get("fan_in_fan_out")), Orientation.of(checkpoint)
+    flag, orientation = bool(folder.config.get("fan_in_fan_out")), Orientation.of(loaded.checkpoint)
     settled: dict[str, Layer] = {}
     for path, layer in layers.items():
         shape = layer.layout.shape
@@ -308,7 +334,9 @@ def _settled(
         A = folder.tensors.get(layer.keys[0], folder.tensors.get(f"{PREFIX}{path}.lora_A"))
         assert A is not None
         transposed = shape[-2] == A.shape[-1] != shape[-1] and (layer.kind == "linear" or len(shape) == 3)
-        if shape[-2] == shape[-1] and (layer.kind == "linear" or len(shape) == 3):
+        if tensors[path] in loaded.parts:  # of linear layers, each of which lies (out, in)
+            transposed = False
+        elif shape[-2] == shape[-1] and (layer.kind == "linear" or len(shape) == 3):
             said = None if layer.kind == "parameter" else orientation.transposed(tensors[path])
             if said != flag:
                 how = {True: "as (in, out)", False: "as (out, in)", None: "either way"}

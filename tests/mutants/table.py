@@ -123,6 +123,7 @@ PAPER = "tests/test_paper.py"
 MEMORY = "tests/test_memory.py"
 
 CHECKPOINTS = "tests/test_checkpoints.py"
+EXPERTS = "tests/test_checkpoints_experts.py"
 BESIDE = "tests/test_checkpoints_beside.py"
 COMMAND = "tests/test_command.py"
 
@@ -157,6 +158,6 @@ AREAS = {
     "paper": Area((PAPER,)),
     "memory": Area((MEMORY,)),
     "rewrites": Area((REWRITES,)),
-    "checkpoints": Area((CHECKPOINTS, BESIDE)),
+    "checkpoints": Area((CHECKPOINTS, BESIDE, EXPERTS)),
     "command": Area((COMMAND,)),
 }

@@ -428,4 +428,16 @@ ROWS = (
         "A file of PEFT's for an exported program is said to be damaged.",
         tests=("tests/test_graph_module.py::test_an_adapter_goes_into_a_program_in_our_own_format",),
     ),
+    Mutant(
+        "stacked_layers_are_no_layers", "files", "export/adapters/peft_files.py",
+        'if own != f"{path}.weight" and modules.parameter(own) is not None:', "if False:",
+        "An adapter of before transformers stacked its experts is refused without what to do.",
+        tests=("tests/test_checkpoints_experts.py::test_an_adapter_of_before_they_were_stacked",),
+    ),
+    Mutant(
+        "whatever_merges_is_a_stack", "files", "export/adapters/conversions.py",
+        "return (own, sources.index(source)) if known else (name, None)", "return own, sources.index(source)",
+        "A tensor that transformers splits, turns or permutes is taken for one that it stacks.",
+        tests=("tests/test_checkpoints_experts.py::test_another_way_of_merging_is_not_taken_for_this_one",),
+    ),
 )  # fmt: skip

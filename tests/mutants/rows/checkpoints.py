@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import BESIDE, CHECKPOINTS, Mutant
+from tests.mutants.table import BESIDE, CHECKPOINTS, EXPERTS, Mutant
 
 ROWS = (
     # ── checkpoints on disk ──────────────────────────────────────────────────────────────────────────────────────────
@@ -194,7 +194,7 @@ ROWS = (
     ),
     Mutant(
         "every_module_has_the_parameter", "checkpoints", "export/checkpoints/entries.py",
-        'if not above and not is_held(f"{path}.{attribute}", checkpoint):', "if False:",
+        "if end or is_held(name, checkpoint)]", "]",
         "target_parameters without a module in its name takes every layer that is adapted.",
         tests=(f"{BESIDE}::test_a_parameter_without_a_module_in_its_name_is_of_the_modules_that_have_it",),
     ),
@@ -203,5 +203,41 @@ ROWS = (
         "sizes.ranks[target]", "peft_format.ranks(folder, [target])[target]",
         "A process is started for each layer that a pattern of ranks is asked about.",
         tests=("tests/test_hostile_files.py::test_all_patterns_of_a_file_share_one_budget",),
+    ),
+    Mutant(
+        "experts_in_the_order_of_their_names", "checkpoints", "export/checkpoints/loaded.py",
+        "sorted(checkpoint.tensors, key=_natural)", "sorted(checkpoint.tensors)",
+        "Of more than ten experts the tenth takes what was trained for the second.",
+        tests=(f"{EXPERTS}::test_experts_are_folded_where_they_lie",),
+    ),
+    Mutant(
+        "the_second_part_is_the_first", "checkpoints", "export/checkpoints/loaded.py",
+        "        at = stop\n", "        at = at\n",
+        "The up projection of an expert takes the rows of its gate.",
+        tests=(f"{EXPERTS}::test_parts_are_what_the_whole_is_there",),
+    ),
+    Mutant(
+        "parts_along_the_inputs_are_rows", "checkpoints", "export/checkpoints/loaded.py",
+        'if layout.sides == "boi":', "if True:",
+        "Matrices that lie side by side along what A reads are cut along what B makes.",
+        tests=(f"{EXPERTS}::test_parts_are_what_the_whole_is_there",),
+    ),
+    Mutant(
+        "unlike_tensors_are_stacked", "checkpoints", "export/checkpoints/loaded.py",
+        "if any(len(own) != experts or len({(t.shape, t.dtype) for t in own}) != 1 for own in each):", "if False:",
+        "Experts one of which is missing, or has another shape, are taken for a whole.",
+        tests=(f"{EXPERTS}::test_what_is_not_merged_so_is_refused",),
+    ),
+    Mutant(
+        "square_experts_as_the_config_says", "checkpoints", "export/checkpoints/entries.py",
+        "if tensors[path] in loaded.parts:", "if False:",
+        "A merged gate and up that is square is refused, for no file says how it lies.",
+        tests=(f"{EXPERTS}::test_experts_are_folded_where_they_lie",),
+    ),
+    Mutant(
+        "resized_rows_by_names_on_disk", "checkpoints", "export/checkpoints/entries.py",
+        "loaded.by_its_names(given.resized)", "given.resized",
+        "The way back of a table with another name in the model leaves its last rows as they were folded.",
+        tests=(f"{EXPERTS}::test_more_rows_of_a_table_under_another_name",),
     ),
 )  # fmt: skip
