@@ -5,8 +5,10 @@ All numbers are small integers, so that float32 and float16 are exact and any or
 
 from __future__ import annotations
 
+import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -28,10 +30,12 @@ WIDE, RANK = 4, 2
 class Graph:
     """Nodes that are drawn one after the other, all of them of values (rows, tokens, WIDE)."""
 
-    def __init__(self, draw) -> None:
-        self.draw, self.nodes, self.held = draw, [], {}
-        self.random = numpy.random.default_rng(draw(st.integers(0, 2**16)))
-        self.dynamic, self.outputs, self.named = draw(st.booleans()), [], draw(st.sampled_from([True, True, False]))
+    def __init__(self, seed: int) -> None:
+        self.nodes, self.held, self.outputs = [], {}, []
+        self.draw, self.random = random.Random(seed).choice, numpy.random.default_rng(seed)
+        self.dynamic, self.named = self.draw([True, False]), self.draw([True] * 7 + [False])
+        self.odd = self.draw([0] * 9 + [1, 2, 9])
+        """How many things it may have that a fold does not take: in most graphs none."""
 
     def node(self, op: str, *inputs: str, outputs: int = 1, **attributes) -> str:
         names = [f"v{len(self.nodes)}_{k}" for k in range(outputs)]
@@ -47,20 +51,25 @@ class Graph:
         return self.hold(self.random.integers(-1, 2, shape).astype(numpy.float32), name)
 
     def number(self, *shape: int) -> str:
-        value = self.draw(st.sampled_from([-1.0, 0.5, 2.0]))
+        value = self.draw([-1.0, 0.5, 2.0])
         return self.hold(numpy.full(shape, value, numpy.float32))
 
-    def chosen(self, *often: str, rare: tuple[str, ...] = ()) -> str:
-        """One of the rare ones about once in ten."""
-        return self.draw(st.sampled_from([*often] * (max(1, 9 // len(often))) + [*rare]))
+    def chosen(self, *often: Any, rare: tuple[Any, ...] = (), odd: tuple[str, ...] = ()) -> Any:
+        """A rare one about once in ten, and an odd one where the graph may have it."""
+        found = self.draw([*often] * max(1, 9 // len(often)) + [*rare, *(odd if self.odd else ())])
+        self.odd -= found in odd
+        return found
 
     def through(self, value: str) -> str:
         """What lies on the way of a product: nothing, as a rule."""
-        kind = self.chosen("", rare=("scale", "scale", "half", "half", "whole", "double", "dropout", "training", "mask",
-                                     "rows", "swap", "axes", "relu", "vector", "identity",))  # fmt: skip
+        kind = self.chosen(
+            "", rare=("scale", "scale", "half", "half", "double", "dropout", "rows", "identity"),
+            odd=("lifted", "whole", "training", "mask", "swap", "axes", "relu", "vector"),
+        )  # fmt: skip
         if kind == "scale":
-            axes = self.draw(st.sampled_from([(), (1,), (1, 1, 1, 1)]))
-            return self.node(self.draw(st.sampled_from(["Mul", "Div"])), value, self.number(*axes))
+            return self.node(self.draw(["Mul", "Div"]), value, self.number(*self.draw([(), (1,)])))
+        if kind == "lifted":
+            return self.node("Mul", value, self.number(1, 1, 1, 1))
         if kind in ("half", "double", "whole"):
             types = {
                 "half": onnx.TensorProto.FLOAT16,
@@ -99,25 +108,33 @@ class Graph:
         W = self.weight(inner, outer, name=name)
         if self.chosen("", rare=("turned",)):
             W = self.node("Transpose", self.hold(self.held.pop(W).T.copy(), name), perm=[1, 0])
+        how = self.chosen("", rare=("scaled", "half", "coarse"))
+        if how == "scaled":  # the numbers of a constant are computed by the graph
+            W = self.node("Mul", W, self.number(self.draw([1, outer])))
+        if how == "half":
+            W = self.node("Cast", self.node("Cast", W, to=onnx.TensorProto.FLOAT16), to=onnx.TensorProto.FLOAT)
+        if how == "coarse":
+            whole = self.node("Cast", W, to=onnx.TensorProto.INT8)
+            W = self.node("DequantizeLinear", whole, self.hold(numpy.float32(0.5)))
         return self.node("MatMul", x, W)
 
     def branch(self, x: str) -> str:
         """up(down(x)), as an adapter or as a bottleneck of the model's own."""
-        own = not self.named or self.chosen("", rare=("own",))
+        own = not self.named or bool(self.chosen("", rare=("own",)))
         down, up = ("own_down", "own_up") if own else ("lora_A", "lora_B")
-        x = self.chosen(x, rare=("relu x", "x"))
-        x = self.node("Relu", "x") if x == "relu x" else x
+        other = self.chosen("", odd=("relu x", "x"))
+        x = {"": x, "x": "x", "relu x": ""}[other] or self.node("Relu", "x")
         rank = self.chosen(RANK, rare=(1, WIDE))
         z = self.product(x, WIDE, rank, down)
         z = self.node("Mul", z, self.number()) if self.chosen("", rare=("scale",)) else z
-        z = self.node("Relu", z) if self.chosen("", rare=("relu",)) else z
+        z = self.node("Relu", z) if self.chosen("", odd=("relu",)) else z
         return self.through(self.product(z, rank, WIDE, up))
 
     def tap(self, value: str) -> None:
         """Someone else reads it."""
         kind = self.chosen("", "", rare=("output", "gate", "if", "shape", "twice"))
         if kind == "output":
-            self.outputs.append(self.node("Neg", value) if self.draw(st.booleans()) else value)
+            self.outputs.append(self.node("Neg", value) if self.draw([True, False]) else value)
         elif kind == "gate":
             self.outputs.append(
                 self.node(
@@ -138,7 +155,7 @@ class Graph:
             name = f"inner{len(self.nodes)}_{k}"
             inner = onnx.helper.make_node(op, [value], [name])
             bodies[branch] = onnx.helper.make_graph([inner], branch, [], [made(name, onnx.TensorProto.FLOAT, None)])
-        return self.node("If", self.hold(numpy.array(self.draw(st.booleans()))), **bodies)
+        return self.node("If", self.hold(numpy.array(self.draw([True, False]))), **bodies)
 
     def layer(self, x: str) -> str:
         """A linear op, its bias, branches in some order, and whoever looks at the values between."""
@@ -146,17 +163,17 @@ class Graph:
         total = self.through(self.node("MatMul", x, W))
         if self.chosen("", rare=("beside", "beside")):  # `disable_adapter()` beside the adapted path
             self.outputs.append(self.node("MatMul", self.chosen(x, "x"), W))
-        parts = ["branch"] * self.draw(st.integers(0, 2)) + ["bias"] * self.draw(st.integers(0, 1))
-        for part in self.draw(st.permutations(parts)):
+        parts = ["branch"] * self.draw([1, 1, 2, 2, 3]) + ["bias"] * self.draw([0, 1])
+        for part in self.random.permutation(parts):
             self.tap(total)
             other = self.weight(WIDE) if part == "bias" else self.branch(x)
-            pair = [total, other] if self.draw(st.booleans()) else [other, total]
+            pair = [total, other] if self.draw([True, False]) else [other, total]
             total = self.node("Add", *pair)
         return total
 
     def save(self, path: Path) -> None:
         x = "x"
-        for _ in range(self.draw(st.integers(1, 2))):
+        for _ in range(self.draw([1, 2])):
             x = self.layer(x)
             x = self.node("Clip", x, self.hold(numpy.float32(-8)), self.hold(numpy.float32(8)))
         shape = ["rows", "tokens", WIDE] if self.dynamic else [3, 2, WIDE]
@@ -164,36 +181,41 @@ class Graph:
         held = [onnx.numpy_helper.from_array(array, name) for name, array in self.held.items()]
         results = [made(name, float_, None) for name in dict.fromkeys([x, *self.outputs])]
         graph = onnx.helper.make_graph(self.nodes, "random", [made("x", float_, shape)], results, held)
-        opset = onnx.helper.make_opsetid("", self.draw(st.sampled_from([18, 20])))
+        opset = onnx.helper.make_opsetid("", self.draw([18, 20]))
         onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), path)
 
 
 def run(path: Path, x: numpy.ndarray) -> list[numpy.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
+    # Its own optimizer loses what the bodies of an If capture through an Identity, and says that the model is invalid.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, {"x": x})
 
 
 SEEN = {"folded": 0, "refused": 0, "invalid": 0}
 
 
-@given(st.data())
-def test_a_folded_file_is_the_file_that_was_given_or_is_refused(data):
-    """The rules alone, without the comparison in the runtime, which would hide what they do wrong."""
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_a_folded_file_is_the_file_that_was_given_or_is_refused(seed, unnamed):
+    """The rules alone, without the comparison in the runtime, which would hide what they do wrong.
+
+    Graphs are drawn by a seed: drawn by Hypothesis, many of them would be alike.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path, out = folder / "m.onnx", folder / "out.onnx"
-        Graph(data.draw).save(path)
+        Graph(seed).save(path)
         shapes = [(3, 2, WIDE), (3, 1, WIDE)] if "rows" in path.read_bytes().decode("latin1") else [(3, 2, WIDE)]
-        random = numpy.random.default_rng(0)
-        feeds = [random.integers(-2, 3, shape).astype(numpy.float32) for shape in shapes]
+        draw = numpy.random.default_rng(0).integers
+        feeds = [draw(-2, 3, shape).astype(numpy.float32) for shape in shapes]
         try:
             expected = [run(path, x) for x in feeds]
         except Exception:
             SEEN["invalid"] += 1  # a drawn Reshape or broadcast that no runtime takes
             return
         try:
-            lora_fx.fold_onnx(path, out, unnamed=data.draw(st.booleans()), check=False)
+            lora_fx.fold_onnx(path, out, unnamed=unnamed, check=False)
         except ExportError:
             SEEN["refused"] += 1
             assert not out.exists()
@@ -205,7 +227,7 @@ def test_a_folded_file_is_the_file_that_was_given_or_is_refused(data):
 
 
 def test_the_graphs_are_folded_often_enough():
-    """The law's own draws: one in ten is folded at least, and one in ten at most is no graph."""
+    """The law's own draws: half of them are folded at least, and one in ten at most is no graph."""
     SEEN.update(dict.fromkeys(SEEN, 0))
     test_a_folded_file_is_the_file_that_was_given_or_is_refused()
-    assert 10 * SEEN["folded"] >= SEEN["refused"] and 10 * SEEN["invalid"] <= sum(SEEN.values()), SEEN
+    assert SEEN["folded"] >= SEEN["refused"] and 10 * SEEN["invalid"] <= sum(SEEN.values()), SEEN

@@ -226,6 +226,17 @@ def test_a_decoder_that_returns_no_cache_is_refused(tmp_path, model, monkeypatch
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "parts"),
+    [("olmo2", {}, ("olmo2 4 × 8", "the model's is 2 × 8")), ("qwen3", {"head_dim": 16}, ("qwen3 2 × 8", "is 2 × 16"))],
+)
+def test_a_cache_of_another_shape_than_optimum_makes_is_refused(tmp_path, name, other, parts):
+    """optimum-onnx 0.1 knows the grouped heads of some architectures, and the size of a head of fewer."""
+    model = runtimes.build(name, adapters=(), **other)
+    refused(lambda: lora_fx.export_onnx(model, INPUTS, tmp_path / "m", target="optimum"), *parts, "transformers.js")
+    assert [*tmp_path.iterdir()] == []
+
+
 # ── required slots ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

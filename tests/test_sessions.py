@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -205,6 +207,22 @@ def test_what_the_runtime_would_do_in_silence_is_refused(place):
     )
     refused(lambda: session.run({"ids": IDS, "x": X[:, :2]}), "Got: 2 Expected: 3", "ids: tensor(int64)")
     refused(lambda: session.run(feeds(), outputs=["loss"]), "'loss' is no output", "returns logits")
+
+
+def test_what_is_no_name_and_no_array_is_refused(place):
+    session = place.session()
+    refused(lambda: session.run(feeds(), {"two": 0.5}), "gives strengths", "save_onnx_adapter")  # it ran at 1
+    refused(lambda: session.run(feeds(), 3), "3 is no name")
+    for wrong in (
+        None,
+        numpy.array([["a"]]),
+        torch.zeros(2, 3, dtype=torch.complex64),
+        torch.zeros(2, 3, device="meta"),
+    ):
+        refused(lambda wrong=wrong: session.run({**feeds(), "x": wrong}), "the model takes")
+    refused(lambda: Session(place.session().path, adapters=["two.onnx_adapter"]), "no mapping")
+    for copied in (pickle.dumps, copy.deepcopy):
+        refused(lambda copied=copied: copied(session), "of one process")
 
 
 def adapter_file(path: Path, factors: dict, version: int) -> Path:

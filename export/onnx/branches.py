@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
@@ -30,13 +30,12 @@ ADAPTER = re.compile(r"(?<![a-z])lora_(?:embedding_)?(?:[ab]|down|up)(?![a-z])|_
 _FLOATS = frozenset({"FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"})
 _WHOLE = frozenset({"INT32", "INT64"})
 
-#: ops that take a number of steps that their inputs and outputs bound; others are evaluated where these are small
+#: ops that are evaluated: they take a number of steps that their inputs and outputs bound
 _LINEAR = frozenset({
     "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "DequantizeLinear", "Div", "Expand", "Flatten", "Gather",
     "Mul", "Neg", "Pad", "Pow", "Range", "Reciprocal", "Reshape", "Shape", "Slice", "Split", "Sqrt", "Squeeze", "Sub",
     "Tile", "Unsqueeze", "Where",
 })  # fmt: skip
-_SMALL = 2**16  # elements
 _MADE = 2**24  # bytes that a file of any size may make of its constants
 _TIMES = 16  # how many times its own bytes it may make
 _EVALUATED = 10_000  # nodes
@@ -116,19 +115,22 @@ class Op:
 
     @property
     def window(self) -> dict[str, Any]:
-        """How a convolution moves over its input."""
-        return {name: attribute(self.node, name) for name in _WINDOW}
+        """How a convolution moves over its input; without what is so by default."""
+        found = {name: attribute(self.node, name) for name in _WINDOW}
+        plain = {"strides": 1, "dilations": 1, "pads": 0, "output_padding": 0}
+        for name in (name for name, usual in plain.items() if {*(found[name] or ())} <= {usual}):
+            found[name] = None
+        return found | {"group": found["group"] or 1, "auto_pad": found["auto_pad"] or "NOTSET"}
 
     @property
     def groups(self) -> int:
-        return self.window["group"] or 1
+        return int(self.window["group"])
 
     @property
     def stays(self) -> bool:
         """A convolution with a kernel of one element reads every position once."""
-        moved = [self.window[name] or () for name in ("strides", "dilations")]
-        plain = all({*steps} <= {1} for steps in moved) and not any(self.window["pads"] or ())
-        return plain and self.window["auto_pad"] in (None, "NOTSET", "VALID")
+        moved = [self.window[name] for name in ("strides", "dilations", "pads")]
+        return not any(moved) and self.window["auto_pad"] in ("NOTSET", "VALID")
 
     @property
     def convolves(self) -> bool:
@@ -166,6 +168,8 @@ class Site:
 
     base: Op
     terms: tuple[Term, ...]
+    apart: bool = False
+    """Something else reads a value between the product and the sum: that stays, and the sum gets nodes of its own."""
 
     @property
     def branches(self) -> list[Branch]:
@@ -231,6 +235,7 @@ class Reader:
         return self._constants[value]
 
     def _evaluate(self, value: Any) -> torch.Tensor | None:
+        import numpy
         import onnx
         import onnx_ir
         from onnx.reference import ReferenceEvaluator
@@ -252,20 +257,20 @@ class Reader:
         if kind in ("Transpose", "Identity"):  # numpy has no bfloat16
             (only,) = inputs.values()
             return only.permute(order(node, only.ndim))
-        if not self._affordable(node, sum(tensor.numel() for tensor in inputs.values())):
+        if kind not in _LINEAR or not self._affordable(node):
             return None
         try:
             proto = onnx_ir.to_proto(node)
             opsets = [onnx.helper.make_opsetid(*opset) for opset in self.model.opset_imports.items()]
             alone = onnx.helper.make_function("", "node", [*inputs], [*proto.output], [proto], opsets)
             evaluator: Any = ReferenceEvaluator(alone)
-            outputs = evaluator.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+            outputs = evaluator.run(None, {name: tensor.numpy() for name, tensor in inputs.items()}, {})
+            return torch.from_numpy(numpy.array(outputs[list(node.outputs).index(value)]))
         except Exception:
             return None
-        return torch.from_numpy(outputs[list(node.outputs).index(value)])
 
-    def _affordable(self, node: Any, read: int) -> bool:
-        """Its outputs are known to be of a size that can be made, and it makes them in time.
+    def _affordable(self, node: Any) -> bool:
+        """Its outputs are known to be of a size that can be made.
 
         Raises:
             ExportError: all that was made is too much.
@@ -278,8 +283,6 @@ class Reader:
             if sizes is None or not all(isinstance(size, int) for size in sizes):
                 return False
             made += math.prod(sizes) * math.ceil(value.dtype.itemsize)
-        if op_type(node) not in _LINEAR and max(read, made) > _SMALL:
-            return False
         self._bytes, self._nodes = self._bytes - made, self._nodes - 1
         if self._bytes < 0 or self._nodes < 0:
             reason = (
@@ -381,8 +384,15 @@ class Reader:
         for node in reversed(list(self.model.graph)):
             if op_type(node) == "Add" and node not in inside and (site := self._site(node)) is not None:
                 found.append(site)
-                inside.update(term.add for term in site.terms)
+                inside.update(self._within(site.terms))
         return found
+
+    def _within(self, terms: Sequence[Term]) -> Iterator[Any]:
+        """The Adds that are of no other sum: one that something else reads is a sum itself."""
+        for term in terms:
+            yield term.add
+            if self._shared(term.rest):
+                return
 
     def _site(self, last: Any) -> Site | None:
         """The sum that ends in this Add. A base op, constants and branches may be added in any order."""
@@ -402,8 +412,8 @@ class Reader:
             self._refuse_narrow(terms, value)
             return None
         self._refuse_quantised(site.base.constant)
-        self._refuse_tapped(site)
-        return site
+        between = (*(term.rest for term in site.terms), *site.base.path)
+        return replace(site, apart=any(self._shared(value) for value in between))
 
     def _asked(self, term: Term, base: Op | None) -> Term:
         """The term, with why its branch is an adapter's; without its branch where nothing says so: then that stays."""
@@ -534,16 +544,10 @@ class Reader:
                 remedy = "fold the float file and quantise that one, or leave the adapter beside the quantised weight"
                 refuse(f"{self.place}, {weight.name}", reason, remedy)
 
-    def _refuse_tapped(self, site: Site) -> None:
-        """Nothing else may read the product before all branches are added: it would read the folded weight's."""
-        for value in (*(term.rest for term in site.terms), *site.base.path):
-            readers = [use.node for use in value.uses() if op_type(use.node) != "Shape"]
-            if len(readers) > 1 or value.is_graph_output():
-                names = ", ".join(node.name or node.op_type for node in readers)
-                names += " and as an output of the graph" if value.is_graph_output() else ""
-                reason = f"the product with {site.base.constant.name} is read without its adapters too, by {names}"
-                remedy = "export the model without what reads it there (a disabled adapter beside an enabled one)"
-                refuse(f"{self.place}, value {value.name}", reason, remedy)
+    def _shared(self, value: Any) -> bool:
+        """More than one node reads its numbers, in a body too, or the graph gives them out."""
+        readers = [use.node for use in value.uses() if op_type(use.node) != "Shape"]
+        return len(readers) > 1 or value.is_graph_output()
 
 
 def scope_of(node: Any) -> str:

@@ -21,7 +21,7 @@ import torch
 from lora_fx.checks.verification import Draws, Report, compare, dither, noise_floor
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx.files import save_model
-from lora_fx.export.onnx.graphs import as_torch, attribute
+from lora_fx.export.onnx.graphs import as_torch, attribute, infer_shapes
 from lora_fx.export.onnx.loading import load_model
 from lora_fx.export.onnx.processes import Apart
 from lora_fx.export.onnx.runs import Comparison
@@ -169,7 +169,7 @@ def _move(model: Any, target: Path) -> Path:
     from onnx_ir.tensor_adapters import TorchTensor
 
     common.InlinePass()(model)
-    common.ShapeInferencePass()(model)
+    infer_shapes(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     held = [value for graph in model.graphs() for value in graph.initializers.values()]
     given = [v for graph in model.graphs() for v in graph.inputs]

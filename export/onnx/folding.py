@@ -2,8 +2,10 @@
 
     Add(op(x, W), Mul(up(down(x, A), B), s))     ⇒     op(x, W + s·B·A)
 
-All branches of a weight are summed before they are rounded once, by the fold of torch models. An adapter's branch that
-is there and cannot be folded is an error, never left in; a sum of the model's own is left alone. Then both files run.
+Where something else reads the product, or a sum without all of its branches, as in a model that runs with its adapter
+disabled beside itself, that stays, and the sum gets an op and a weight of its own. All branches of a weight are summed
+before they are rounded once, by the fold of torch models. An adapter's branch that is there and cannot be folded is an
+error, never left in; a sum of the model's own is left alone. Then both files run.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +26,7 @@ from lora_fx.errors import ExportError, few
 from lora_fx.export.onnx.branches import ADAPTER, REMEDY, Branch, Kind, Op, Reader, Site, op_type
 from lora_fx.export.onnx.equality import compare_files
 from lora_fx.export.onnx.files import check_file, folder_beside, move_files, save_model, writable
-from lora_fx.export.onnx.graphs import operators, order
+from lora_fx.export.onnx.graphs import infer_shapes, operators, order
 from lora_fx.export.onnx.loading import load_model
 from lora_fx.export.onnx.obstacles import obstacles
 from lora_fx.export.onnx.runs import Comparison
@@ -111,7 +113,7 @@ def fold_onnx(
     model = load_model(Path(path), "pass the path of an ONNX file")
     with refusing("its functions and shapes cannot be followed", str(path), REMEDY):
         common.InlinePass()(model)
-        common.ShapeInferencePass()(model)
+        infer_shapes(model)
     before = operators(model).total()
     reader = Reader(model, str(path), unnamed)
     with refusing("its graph cannot be followed", str(path), REMEDY):
@@ -123,10 +125,12 @@ def fold_onnx(
     left = tuple(_described(base, branch) for base, branch in reader.left.values())
     if not sites:
         _refuse_empty(reader, left)
+    found = tuple(_described(site.base, branch) for site in sites for branch in site.branches)
     alike: dict[Hashable, list[Site]] = {}
     for site in sites:
+        _shapes(site)
+        site = _apart(model, site) if site.apart else site
         alike.setdefault(site.key, []).append(site)
-    found = tuple(_described(site.base, branch) for site in sites for branch in site.branches)
     weights: Counter[str] = Counter()
     with refusing("its branches cannot be folded", str(path), REMEDY):
         for same in alike.values():
@@ -226,11 +230,62 @@ def _new_initializer(graph: Any, like: Any, weight: torch.Tensor) -> Any:
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor
 
-    names = (f"{like.name}.folded{f'_{number}' if number else ''}" for number in count())
-    name = next(name for name in names if name not in graph.initializers)
+    name = _free(like.name, _names(graph))
     value = onnx_ir.val(name, const_value=TorchTensor(weight, name))
     graph.initializers.add(value)
     return value
+
+
+def _shapes(site: Site) -> None:
+    """A sum with a branch is as large as without: who asks for its shape keeps no branch alive."""
+    for term in site.terms:
+        for use in term.add.outputs[0].uses() if term.branch is not None else ():
+            if op_type(use.node) == "Shape":
+                use.node.replace_input_with(use.idx, term.rest)
+
+
+def _apart(model: Any, site: Site) -> Site:
+    """The site on nodes of its own, before its last Add: what reads a value on the way to its sum reads the old one."""
+    import onnx_ir
+
+    way = [value.producer() for value in reversed(site.base.path)] + [term.add for term in reversed(site.terms)]
+    copies: dict[Any, Any] = {}
+    taken = _names(model.graph)
+    for node in way:
+        inputs = [copies.get(value, value) for value in node.inputs]
+        outputs = [onnx_ir.Value(name=_free(v.name, taken), shape=v.shape, type=v.type) for v in node.outputs]
+        copy = onnx_ir.Node(
+            node.domain, node.op_type, inputs, [*node.attributes.values()], outputs=outputs, version=node.version,
+            name=_free(node.name, taken), metadata_props={**node.metadata_props},
+        )  # fmt: skip
+        copies |= dict(zip(node.outputs, copy.outputs, strict=True)) | {node: copy}
+    last = site.terms[0].add
+    model.graph.insert_before(last, [copies[node] for node in way])
+    total, copied = last.outputs[0], copies[last.outputs[0]]
+    if total.is_graph_output():  # an output keeps its name
+        total.name, copied.name = copied.name, total.name
+    total.replace_all_uses_with(copied, replace_graph_outputs=True)
+    base = replace(site.base, node=copies[site.base.node], path=tuple(copies[value] for value in site.base.path))
+    terms = tuple(replace(term, add=copies[term.add], rest=copies[term.rest]) for term in site.terms)
+    return replace(site, base=base, terms=terms, apart=False)
+
+
+def _names(graph: Any) -> set[str]:
+    """Of all that is in a graph and in its bodies."""
+    nodes = [*graph.all_nodes()]
+    bodies = [graph, *(g for g in graph.subgraphs())]
+    values = [v for body in bodies for v in (*body.inputs, *body.initializers.values())]
+    values += [value for node in nodes for value in node.outputs]
+    return {thing.name for thing in (*values, *nodes) if thing.name}
+
+
+def _free(like: str | None, taken: set[str]) -> str:
+    """A name that nothing has yet, which it has from now on; none for what has none."""
+    if not like:
+        return ""
+    names = (f"{like}.folded{f'_{number}' if number else ''}" for number in count())
+    taken.add(name := next(name for name in names if name not in taken))
+    return name
 
 
 def _low_rank(reader: Reader, base: Op, branch: Branch, weight: torch.Tensor) -> LowRank:

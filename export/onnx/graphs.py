@@ -169,6 +169,35 @@ def order(node: Any, axes: int) -> tuple[int, ...]:
     return tuple(reversed(range(axes))) if given is None else given
 
 
+def infer_shapes(model: Any) -> None:
+    """Types and shapes of all values, by onnx.
+
+    onnx_ir's pass makes a tensor of a sequence that has no type in the file: that stays without one, and so does, in
+    such a graph, what may be either.
+    """
+    from onnx_ir.passes import common
+
+    untyped = [value for node in model.graph.all_nodes() for value in node.outputs if value.type is None]
+    common.ShapeInferencePass()(model)
+    admitted = {value: _tensors(value, model.opset_imports) for value in untyped}
+    if False in admitted.values():
+        for value in (value for value, tensor in admitted.items() if not tensor):
+            value.type = value.shape = None
+
+
+def _tensors(value: Any, opsets: Mapping[str, int]) -> bool | None:
+    """An op gives tensors there: always, never (False), or also something else (None)."""
+    import onnx
+
+    node = value.producer()
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opsets.get(node.domain, 1), node.domain)
+    except onnx.defs.SchemaError:  # an op that onnx does not know, and infers nothing of
+        return True
+    kinds = {kind.startswith("tensor") for kind in schema.outputs[min(value.index(), len(schema.outputs) - 1)].types}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
 def graph_lines(model: Any, renamed: Mapping[str, str] | None = None) -> list[str]:
     """All of a file but the numbers in its initializers, one line for each thing: equal texts are equal graphs.
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 import torch
@@ -62,8 +62,14 @@ class Session:
         check_sealed(self.path, digest)
         self._weights = read_weights(self.path) if shared else {}
         self._guarded(options or quiet_options())
+        if not isinstance(adapters, Mapping | None):
+            refuse("adapters", f"{adapters!r} is no mapping", 'pass {"name": "file.onnx_adapter"}')
         for name, file in (adapters or {}).items():
             self.load_adapter(file, name)
+
+    def __reduce__(self) -> NoReturn:
+        remedy = "open the file in the other process, or once more in this one"
+        refuse(str(self.path), "a session of ONNX Runtime is of one process, and is neither pickled nor copied", remedy)
 
     def _guarded(self, options: Any) -> None:
         with refusing("it is no file that export_onnx wrote", str(self.path), "export the model again"):
@@ -182,7 +188,13 @@ class Session:
 
     def _factors(self, adapters: Adapters) -> dict[str, Any]:
         """A and B of every slot."""
-        names = [adapters] if isinstance(adapters, str) else [*(adapters or ())]
+        names = [adapters] if isinstance(adapters, str) else adapters
+        if isinstance(names, Mapping):
+            remedy = "activate(model, {name: strength}), and save that with save_onnx_adapter under a name of its own"
+            refuse("adapter", f"{names!r} gives strengths, and a file is run at the strength it was saved with", remedy)
+        if not isinstance(names, Iterable | None):
+            refuse("adapter", f"{names!r} is no name", "pass the name of a loaded adapter, several, or None")
+        names = [*(names or ())]
         found: dict[str, Any] = {}
         for name in names:
             if name not in self._adapters:
@@ -210,8 +222,8 @@ class Session:
         factors = self._factors(adapter)
         if any(isinstance(value, torch.Tensor) for value in fed.values()):
             return self._run_tensors(fed, factors, names)
-        values = {name: self._value(array, host=True) for name, array in fed.items()} | factors
         with refusing("", str(self.path), f"the model takes {self._takes}"):
+            values = {name: self._value(array, host=True) for name, array in fed.items()} | factors
             found = self.session.run_with_ort_values(names, values)
         return {name: value.numpy() for name, value in zip(names, found, strict=True)}
 
@@ -248,8 +260,9 @@ class Session:
     ) -> dict[str, torch.Tensor]:
         onnxruntime = require("onnxruntime")
         binding = self.session.io_binding()
-        tensors = {name: torch.as_tensor(value).detach().contiguous() for name, value in fed.items()}
-        values = {name: onnxruntime.OrtValue.from_dlpack(tensor) for name, tensor in tensors.items()}
+        with refusing("", str(self.path), f"the model takes {self._takes}"):
+            tensors = {name: torch.as_tensor(value).detach().contiguous() for name, value in fed.items()}
+            values = {name: onnxruntime.OrtValue.from_dlpack(tensor) for name, tensor in tensors.items()}
         for name, value in {**values, **factors}.items():
             binding.bind_ortvalue_input(name, value)
         device = next(iter(tensors.values())).device

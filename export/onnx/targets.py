@@ -172,6 +172,37 @@ def _check_genai(step: Step) -> None:
         refuse(type(step.config).__name__, reason, "set model.config.max_position_embeddings")
 
 
+#: where optimum-onnx (0.1) reads the heads, and the size of one, from a field of the configuration
+_OPTIMUM_HEADS = frozenset({
+    "arcee", "cohere", "deepseek_v3", "gemma", "gemma3", "gemma3_text", "glm", "gpt_oss", "granite", "helium", "llama",
+    "mistral", "nemotron", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm",
+})  # fmt: skip
+_OPTIMUM_SIZES = frozenset({"gemma", "gemma3", "gemma3_text", "gpt_oss", "nemotron"})
+
+
+def _check_optimum(step: Step) -> None:
+    """It makes the first cache itself, of a shape that it knows by the name of the architecture."""
+    text, kind = step.text, step.config.model_type
+    heads = size = None
+    if isinstance(getattr(text, "num_attention_heads", None), int) and isinstance(text.hidden_size, int):
+        heads, size = text.num_attention_heads, text.hidden_size // text.num_attention_heads
+    if kind in _OPTIMUM_HEADS:
+        heads = text.num_key_value_heads
+    elif kind in ("falcon", "gpt_bigcode") and text.multi_query and not getattr(text, "new_decoder_architecture", 0):
+        heads = 1
+    elif kind == "falcon":
+        heads = text.num_kv_heads
+    if kind in _OPTIMUM_SIZES:
+        size = text.head_dim
+    elif kind == "deepseek_v3":  # of keys; values have another
+        size = text.qk_rope_head_dim + text.qk_nope_head_dim
+    found = {(shape[1], shape[3]) for shape in step.cache}
+    if found != {(heads, size)}:
+        said = ", ".join(f"{heads} × {size}" for heads, size in sorted(found))
+        reason = f"optimum makes the first cache of a {kind} {heads} × {size} (heads × size), and the model's is {said}"
+        refuse(type(step.config).__name__, reason, 'export it with target="ort", "genai" or "transformers.js"')
+
+
 #: of transformers' generation_config.json, what genai knows under the same name
 _SEARCH = (
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "length_penalty",
@@ -242,6 +273,6 @@ _HUB = {"config.json": _config, "generation_config.json": _generation}
 TARGETS: Mapping[str, Target] = {
     "ort": Target(slots=SLOTS),
     "genai": Target("model.onnx", configs={"genai_config.json": _genai}, slots=(OPTIONAL,), check=_check_genai),
-    "optimum": Target("model.onnx", configs=_HUB),
+    "optimum": Target("model.onnx", configs=_HUB, check=_check_optimum),
     "transformers.js": Target("onnx/model.onnx", "_data", {**_HUB, "config.json": _config_js}),
 }

@@ -135,6 +135,12 @@ ROWS = (
         tests=("tests/test_runtimes.py::test_a_folder_says_the_tokens_of_torch_from_an_empty_cache_with_padding",),
     ),
     Mutant(
+        "optimum_takes_any_cache", "export", "export/onnx/targets.py",
+        "    if found != {(heads, size)}:\n", "    if not found:\n",
+        "A folder for optimum is written that optimum cannot run.",
+        tests=("tests/test_runtimes.py::test_a_cache_of_another_shape_than_optimum_makes_is_refused",),
+    ),
+    Mutant(
         "required_slots_have_defaults", "export", "export/onnx/switchable.py",
         "            if kind == OPTIONAL:\n", "            if kind:\n",
         "Runtimes in JavaScript give the base model for every adapter, without a word.",
@@ -208,9 +214,45 @@ ROWS = (
     ),
     Mutant(
         "onnx_product_read_elsewhere", "export", "export/onnx/branches.py",
-        "if len(readers) > 1 or value.is_graph_output():", "if not readers and not value.is_graph_output():",
+        "return len(readers) > 1 or value.is_graph_output()", "return not readers and not value.is_graph_output()",
         "What reads a product before its branches are added reads the folded one.",
-        tests=("tests/test_onnx_folding.py::test_a_product_that_is_read_without_its_branch",),
+        tests=("tests/test_onnx_folding.py::test_a_product_that_is_read_without_its_branch_stays_beside_the_folded_one",),
+    ),
+    Mutant(
+        "onnx_partial_sum_keeps_its_branch", "export", "export/onnx/branches.py",
+        "            if self._shared(term.rest):\n                return\n", "",
+        "A sum of some of the branches that something else reads keeps them.",
+        tests=("tests/test_onnx_folding.py::test_a_partial_sum_that_is_read_is_folded_too",),
+    ),
+    Mutant(
+        "onnx_shape_keeps_a_branch", "export", "export/onnx/folding.py",
+        "        _shapes(site)\n", "",
+        "Where the shape of a partial sum is asked for, its branch stays in use, and the file is refused.",
+        tests=("tests/test_onnx_folding.py::test_who_asks_for_a_shape_keeps_no_branch",),
+    ),
+    Mutant(
+        "onnx_constants_not_computed", "export", "export/onnx/branches.py",
+        "for name, tensor in inputs.items()}, {})", "for name, tensor in inputs.items()})",
+        "Factors that the graph scales or casts are no constants, and the file is refused.",
+        tests=("tests/test_onnx_folding.py::test_factors_and_weights_that_the_graph_computes",),
+    ),
+    Mutant(
+        "onnx_defaults_are_another_window", "export", "export/onnx/branches.py",
+        "            found[name] = None\n", "            pass\n",
+        "A convolution that spells its defaults out is taken for another one than its branch.",
+        tests=("tests/test_onnx_folding.py::test_a_convolution_whose_branch_spells_its_defaults_out",),
+    ),
+    Mutant(
+        "onnx_strengths_in_silence", "export", "export/onnx/sessions.py",
+        "        if isinstance(names, Mapping):\n", "        if names is NotImplemented:\n",
+        "A strength that a call gives is dropped without a word.",
+        tests=("tests/test_sessions.py::test_what_is_no_name_and_no_array_is_refused",),
+    ),
+    Mutant(
+        "onnx_sequence_inferred_as_tensor", "export", "export/onnx/graphs.py",
+        "    if False in admitted.values():\n", "    if not admitted:\n",
+        "A folded file says of a sequence that it is a tensor, and does not load.",
+        tests=("tests/test_onnx_folding.py::test_a_sequence_in_the_graph_stays_one",),
     ),
     Mutant(
         "onnx_bottleneck_folded_unasked", "export", "export/onnx/branches.py",
