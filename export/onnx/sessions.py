@@ -151,7 +151,11 @@ class Session:
         Raises:
             ExportError: the file is damaged, or for another base model, graph, shape or dtype.
         """
+        if not isinstance(path, str | os.PathLike):
+            refuse("adapters", f"{path!r} is no path", 'pass {"name": "file.onnx_adapter"}')
         place, name = str(path), Path(path).stem if name is None else name
+        if not isinstance(name, str) or not name:
+            refuse("name", f"{name!r} is no name that a run could ask for", "give the adapter a word")
         factors, version = read_factors(Path(path)) if Path(path).suffix == SUFFIX else _read_adapter(place)
         base = (self._manifest or read_manifest({}, str(self.path)))["base"]
         if version != base:
