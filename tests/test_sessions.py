@@ -221,6 +221,8 @@ def test_what_is_no_name_and_no_array_is_refused(place):
     ):
         refused(lambda wrong=wrong: session.run({**feeds(), "x": wrong}), "the model takes")
     refused(lambda: Session(place.session().path, adapters=["two.onnx_adapter"]), "no mapping")
+    refused(lambda: session.load_adapter(3), "3 is no path")
+    refused(lambda: session.load_adapter(place.folder / "two.onnx_adapter", ""), "'' is no name")
     for copied in (pickle.dumps, copy.deepcopy):
         refused(lambda copied=copied: copied(session), "of one process")
 
