@@ -330,7 +330,8 @@ def test_no_memory_at_any_operation_leaves_the_model_bitwise_what_it_was(verb: s
             assert "no memory" in str(error)
             assert before.same(model), at
         else:  # a part of a weight with nothing to be lost yet was folded in halves
-            assert verb.startswith(("fold", "switch")) and reference.same_bits(reference.bits(model), new)
+            folds = verb.startswith(("fold", "switch")) or verb == "certify, folded"  # which folds once more at the end
+            assert folds and reference.same_bits(reference.bits(model), new)
             model = make()
             before = Look(model)
 

@@ -29,6 +29,7 @@ EXTRAS = {
 #: what whoever names a model of it has, or a torch with CUDA
 THEIRS = {
     "lora_fx.cli.given": {"transformers"},
+    "lora_fx.export.adapters.conversions": {"transformers"},
     "lora_fx.deltas.fold_kernels": {"triton"},
     "lora_fx.deltas.gpu_kernels": {"triton"},
 }

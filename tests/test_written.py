@@ -361,3 +361,19 @@ def test_what_rwkv_scales_down_is_put_back():
     state = _state(model)
     lora_fx.apply(model, Rule(where="*.key.weight", rank=2), IDS)
     assert _unchanged(model, state, trained=False)
+
+
+def test_a_look_that_finds_no_memory_is_not_passed_over():
+    """The run after it would find some: where dynamo is loaded, the look is a run of its own."""
+    assert torch._dynamo  # loads it
+    model, short = nn.Linear(4, 4), [True]
+
+    def forward(module: nn.Module, args: Any) -> None:
+        if short:
+            short.pop()
+            raise torch.OutOfMemoryError("no memory, says the test")
+
+    model.register_forward_pre_hook(forward)
+    with pytest.raises(torch.OutOfMemoryError, match="says the test"):
+        run(model, Inputs((torch.ones(2, 4),), {}))
+    assert not short

@@ -64,9 +64,14 @@ def undisturbed(model: nn.Module, look: Callable[[], Any] | None = None) -> Iter
     """
     unknown = look is not None and not is_known(model)
     if look is not None and unknown and _may_be_compiled():
-        with contextlib.suppress(Exception), _undisturbed(model) as writes, uncompiled(), Looking(writes):
-            look()  # what it raises, the run inside raises too
-            know(model)
+        with _undisturbed(model) as writes, uncompiled(), Looking(writes):
+            try:
+                look()
+                know(model)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:  # the run inside raises it too, and says what it is of
+                pass
         unknown = False
     with _undisturbed(model) as writes, Looking(writes) if unknown else contextlib.nullcontext():
         yield writes

@@ -314,4 +314,10 @@ ROWS = (
         "A table whose lookups scale its rows down is adapted where no example input is given.",
         tests=("tests/test_written.py",),
     ),
+    Mutant(
+        "a_look_without_memory_passed_over", "capture", "lora_fx/graph/own_state.py",
+        "            except (MemoryError, torch.OutOfMemoryError):\n                raise\n", "",
+        "Where a look at what a forward writes finds no memory, the run goes on without having looked.",
+        tests=("tests/test_written.py",),
+    ),
 )  # fmt: skip
