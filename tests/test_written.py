@@ -23,6 +23,8 @@ from lora_fx.changes import in_turn
 from lora_fx.checks.verification import run
 from lora_fx.errors import LoraFxError, PlanError
 from lora_fx.graph.capture import Inputs
+from lora_fx.graph.own_state import uncompiled, undisturbed
+from lora_fx.graph.places import storage_of
 from lora_fx.graph.written import Looking, Writes
 from lora_fx.testing.comparing import same_bits
 
@@ -377,3 +379,16 @@ def test_a_look_that_finds_no_memory_is_not_passed_over():
     with pytest.raises(torch.OutOfMemoryError, match="says the test"):
         run(model, Inputs((torch.ones(2, 4),), {}))
     assert not short
+
+
+def test_what_runs_as_python_anyway_is_looked_at_while_it_runs():
+    assert torch._dynamo  # loads it
+    model = nn.Linear(4, 4)
+    before = model.weight.detach().clone()
+
+    def look() -> None:
+        raise AssertionError("once more, for nothing")
+
+    with torch.no_grad(), uncompiled(), undisturbed(model, look) as writes:
+        model.weight.data.mul_(2)
+    assert torch.equal(model.weight, before) and writes.written == {storage_of(model.weight)}

@@ -40,16 +40,34 @@ _TABLES = frozenset(vars(nn.Module())) - {"training"}
 Undo = Callable[[], Any]
 
 
-def uncompiled() -> contextlib.AbstractContextManager[None]:
+class _Stance:
+    """Of this process, as torch's is."""
+
+    eager = False
+    """All that is compiled runs as Python."""
+
+
+_stance = _Stance()
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
     """What is compiled, and `torch.cond`, which compiles itself, runs as Python. Below a dispatch mode it must: there
     dynamo gives up on what it meets, for good, and no later `torch.cond` of the process would run."""
     if not _may_be_compiled():
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+        yield
+        return
+    was, _stance.eager = _stance.eager, True
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _stance.eager = was
 
 
 def _may_be_compiled() -> bool:
-    return "torch._dynamo" in sys.modules  # where nothing is compiled, importing that takes a second
+    """Where dynamo is not loaded nothing is, and importing it takes a second."""
+    return "torch._dynamo" in sys.modules and not _stance.eager
 
 
 @contextlib.contextmanager

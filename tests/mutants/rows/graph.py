@@ -320,4 +320,10 @@ ROWS = (
         "Where a look at what a forward writes finds no memory, the run goes on without having looked.",
         tests=("tests/test_written.py",),
     ),
+    Mutant(
+        "a_look_of_what_runs_as_python", "capture", "lora_fx/graph/own_state.py",
+        "    was, _stance.eager = _stance.eager, True\n", "    was = _stance.eager\n",
+        "Where nothing compiled can run, a model is run once more to see what it writes.",
+        tests=("tests/test_written.py",),
+    ),
 )  # fmt: skip
