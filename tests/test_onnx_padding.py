@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -116,6 +117,32 @@ def test_a_number_that_is_not_finite_gives_no_bound():
     floor = noise_floor(exact, own)
     assert math.isfinite(floor)
     assert not compare(own, own + 1, exact, floor, torch.float32) and compare(own, own, exact, floor, torch.float32)
+
+
+class Overflowing(nn.Module):
+    """As CANINE: 0 times the least number of the weights' dtype, in float32; NaN where the weights are float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.l(x) + torch.zeros(1, dtype=torch.float32) * torch.finfo(self.l.weight.dtype).min
+
+
+def test_where_float64_overflows_the_models_own_dtype_says_what_rounding_does(tmp_path):
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = lora_fx.apply(Overflowing(), lora_fx.Rule(where="l", rank=2), x)
+    nn.init.normal_(model.l.weight_lora_default.B)
+    assert export_onnx(model, x, tmp_path / "m.onnx", opset=OLD).comparisons
+    other = copy.deepcopy(model)
+    lora_fx.fold(other)
+    report = lora_fx.verify(model, other, x)
+    assert report and 0 < report.noise < 1e-5
+    with torch.no_grad():
+        other.l.bias.add_(1e-3)
+    assert not lora_fx.verify(model, other, x)
 
 
 # ── what torch says in a way of its own ──────────────────────────────────────────────────────────────────────────────

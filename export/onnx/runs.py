@@ -19,8 +19,10 @@ from lora_fx.checks.verification import (
     as_real,
     cast_inputs,
     compare,
+    copied,
     move_weights,
     noise_floor,
+    overflows,
     rounding_step,
     widened,
 )
@@ -100,10 +102,13 @@ def compare_runs(
     """
     runs = [(call.inputs, expected), *_other_shapes(model, program, call)]
     actual = [run_session(session, program, inputs, factors or {}) for inputs, _ in runs]
-    reference = widened(model)
-    wide = [run_torch(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
+    reference, given = widened(model), [cast_inputs(inputs, torch.float64) for inputs, _ in runs]
+    wide = [run_torch(reference, inputs) for inputs in given]
+    if any(any(map(overflows, exact, outputs)) for exact, (_, outputs) in zip(wide, runs, strict=True)):
+        reference, given = copied(model), [inputs for inputs, _ in runs]
+        wide = [run_torch(reference, inputs) for inputs in given]
     move_weights(reference, step := _step(model, call.inputs))
-    moved = [run_torch(reference, cast_inputs(inputs, torch.float64)) for inputs, _ in runs]
+    moved = [run_torch(reference, inputs) for inputs in given]
     comparisons = []
     for (inputs, outputs), got, exact, shifted in zip(runs, actual, wide, moved, strict=True):
         shapes = tuple(tuple(tensor.shape) for _, tensor in graph_inputs(program, inputs))

@@ -114,13 +114,24 @@ def noise_floors(model: nn.Module, inputs: Inputs, outputs: Sequence[torch.Tenso
 
 
 def in_float64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, list[torch.Tensor]]:
-    """A float64 copy, its inputs and its outputs; in the own dtype where a kernel takes no float64 (`grouped_mm`)."""
+    """A float64 copy, its inputs and its outputs; in the own dtype where a kernel takes no float64 (`grouped_mm`), or
+    where numbers of the model's own overflow in it."""
     wide, wide_inputs = widened(model), cast_inputs(inputs, torch.float64)
-    try:
-        return wide, wide_inputs, run(wide, wide_inputs)
-    except CaptureError:
-        wide = copied(model)
-        return wide, inputs, run(wide, inputs)
+    exact: list[torch.Tensor] | None = None
+    with suppress(CaptureError):
+        exact = run(wide, wide_inputs)
+        if all(bool(t.isfinite().any()) for t in exact if t.numel()):
+            return wide, wide_inputs, exact
+    own = copied(model)
+    outputs = run(own, inputs)
+    if exact is not None and not any(map(overflows, exact, outputs)):
+        return wide, wide_inputs, exact
+    return own, inputs, outputs
+
+
+def overflows(exact: torch.Tensor, own: torch.Tensor) -> bool:
+    """In float64 no number is left of an output: a mask of the least number of a dtype, times 0 in another one."""
+    return not bool(exact.isfinite().any()) and bool(own.isfinite().any())
 
 
 def noise_floor(exact: torch.Tensor, *others: torch.Tensor) -> float:
