@@ -382,4 +382,10 @@ ROWS = (
         "Torch's encoder with masked padding is refused without the way that works.",
         tests=("tests/test_refusals.py::test_an_encoder_that_leaves_out_what_is_padded",),
     ),
+    Mutant(
+        "an_overflow_is_a_difference", "verification", "lora_fx/checks/verification.py",
+        "    return not bool(exact.isfinite().any()) and bool(own.isfinite().any())", "    return False",
+        "A model that overflows in float64 is told from itself: no file of it is written.",
+        tests=("tests/test_onnx_padding.py::test_where_float64_overflows_the_models_own_dtype_says_what_rounding_does",),
+    ),
 )  # fmt: skip

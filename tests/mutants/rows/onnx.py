@@ -291,10 +291,4 @@ ROWS = (
         "DoRAs with other scales are one and the same to a folded file.",
         tests=of_kinds("a_file_knows_the_settings_of_a_dense_kind"),
     ),
-    Mutant(
-        "an_overflow_is_a_difference", "verification", "lora_fx/checks/verification.py",
-        "    return not bool(exact.isfinite().any()) and bool(own.isfinite().any())", "    return False",
-        "A model that overflows in float64 is told from itself: no file of it is written.",
-        tests=("tests/test_onnx_padding.py::test_where_float64_overflows_the_models_own_dtype_says_what_rounding_does",),
-    ),
 )  # fmt: skip
