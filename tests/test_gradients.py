@@ -19,7 +19,7 @@ from lora_fx.errors import EquivalenceError
 from lora_fx.graph.program import capture
 from lora_fx.model.inventory import inventory
 from tests import reference
-from tests.stateful_modules import Multiply
+from tests.stateful.functions import Multiply
 
 RULE = Rule(where="*", rank=2)
 

@@ -27,7 +27,7 @@ from lora_fx.testing import histories
 from lora_fx.testing.agreement import Comparison
 from lora_fx.testing.twins import World
 from tests import test_rewrites as rewrites
-from tests.stateful_modules import STATEFUL, sequences
+from tests.stateful import STATEFUL, sequences
 
 DEEP = os.environ.get("LORA_FX_PROFILE") == "deep"
 EVERYTHING = Rule(when=lambda site: min(site.in_features, site.out_features) > 1, rank=2, alpha=3)
