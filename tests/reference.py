@@ -87,13 +87,11 @@ EVERYTHING = Rule(
 
 def everything(base: torch.nn.Module, inputs, kind: str) -> Rule:
     """All that can take an adapter of the kind."""
-    if kind == "lora":
-        return EVERYTHING
+    if kind != "bias":
+        settings = {"rank": 2, "alpha": 3} if kind in ("lora", "dora", "adalora") else {}
+        return Rule(when=EVERYTHING.matches, kind=kind, **settings)
     biases = Biases(program := lora_fx.capture(base, inputs))
     owned = {use.weight.name: [biases.of(u) for u in use.weight.uses if u.multiplies] for use in program.uses}
     with_bias = {name for name, own in owned.items() if own and None not in own and len({*own}) == 1}
 
-    def takes(site) -> bool:
-        return EVERYTHING.matches(site) and (kind != "bias" or site.weight.name in with_bias)
-
-    return Rule(when=takes, kind=kind, **({"rank": 2, "alpha": 3} if kind in ("dora", "adalora") else {}))
+    return Rule(when=lambda site: EVERYTHING.matches(site) and site.weight.name in with_bias, kind=kind)

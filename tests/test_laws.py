@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import lora_fx
 from lora_fx import Rule
 from lora_fx.checks.verification import SLACK, compare, run, worst
 from lora_fx.graph.capture import no_fast_paths, normalize_inputs, output_tensors
+from lora_fx.graph.program import Program
 from lora_fx.model.inventory import inventory
 from tests import reference
 from tests.zoo import ZOO, Case
@@ -37,6 +40,15 @@ def label(chosen: tuple[Case, str]) -> str:
     return case.name if kind == "lora" else f"{case.name}-{kind}"
 
 
+@dataclass(frozen=True)
+class Dense:
+    """The outputs of the base with W + s·B·A in the place of W."""
+
+    outputs: list[torch.Tensor]
+    noise: list[float]
+    """How far one rounding step in each adapted weight, where it is read, moves them, relative to their size."""
+
+
 class Adapted:
     """One case, built once: the base, the adapted model with θ ≠ θ₀, and the inputs."""
 
@@ -57,6 +69,25 @@ class Adapted:
             pytest.skip(f"{case.name} has no bias")
         self.model = copy.deepcopy(self.fresh)
         reference.fill(self.model)
+        self._dense: dict[bool, Dense] = {}
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """W + s·B·A of every adapted parameter, in float64."""
+        return reference.dense_weights(self.model)
+
+    @cached_property
+    def program(self) -> Program:
+        """Of the base, as it was built."""
+        return lora_fx.capture(self.base, self.inputs)
+
+    def dense(self, training: bool) -> Dense:
+        """The base with these weights, in that mode."""
+        if training not in self._dense:
+            base = modes(copy.deepcopy(self.base), training)
+            program = self.program if training == self.base.training else lora_fx.capture(base, self.inputs)
+            self._dense[training] = dense(base, self.weights, self.inputs, program)
+        return self._dense[training]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=label)
@@ -91,18 +122,18 @@ def assert_same_function(a, b, noise_of) -> None:
     assert worst(reports), str(worst(reports))
 
 
-def sensitivity(base, weights, inputs) -> list[float]:
-    """How far one rounding step in each adapted weight, where it is read, moves the outputs, relative to their size."""
+def dense(base, weights, inputs, program) -> Dense:
     generator = torch.Generator().manual_seed(0)
     outputs = reference.run_dense(base, weights, inputs)
-    program, own = lora_fx.capture(base, inputs), dict(base.named_parameters(remove_duplicate=False))
+    own = dict(base.named_parameters(remove_duplicate=False))
     steps = {name: max(use.rounding for use in w.uses) for w in program.weights if w.uses for name in w.names}
     moved = {}
     for name, weight in weights.items():
         signs = torch.randint(0, 2, weight.shape, generator=generator).double() * 2 - 1
         moved[name] = weight * (1 + 2 * steps.get(name, torch.finfo(own[name].dtype).eps / 2) * signs)
     again = reference.run_dense(base, moved, inputs)
-    return [float((x - y).double().norm() / y.double().norm()) for x, y in zip(again, outputs, strict=True)]
+    noise = [float((x - y).double().norm() / y.double().norm()) for x, y in zip(again, outputs, strict=True)]
+    return Dense(outputs, noise)
 
 
 @MODES
@@ -116,28 +147,27 @@ def test_l1_with_b_zero_insert_is_bitwise_invisible(adapted, training):
 @MODES
 def test_l2_adapted_is_the_base_with_the_dense_sum(adapted, training):
     base, model = modes(copy.deepcopy(adapted.base), training), modes(copy.deepcopy(adapted.model), training)
-    weights = reference.dense_weights(model)
-    dense = reference.run_dense(base, weights, adapted.inputs)
-    plain = run(base, adapted.inputs)
-    assert any(not torch.equal(a, b) for a, b in zip(dense, plain, strict=True)), "the adapters have no effect"
-    assert_same_function(run(model, adapted.inputs), dense, sensitivity(base, weights, adapted.inputs))
+    dense, plain = adapted.dense(training), run(base, adapted.inputs)
+    assert any(not torch.equal(a, b) for a, b in zip(dense.outputs, plain, strict=True)), "the adapters have no effect"
+    assert_same_function(run(model, adapted.inputs), dense.outputs, dense.noise)
 
 
 def test_l3_l4_l5_l7_fold_is_the_same_function_the_base_graph_and_undone_bit_for_bit(adapted):
     model = copy.deepcopy(adapted.model)
     state, before = reference.bits(model), run(model, adapted.inputs)
-    noise = sensitivity(adapted.base, reference.dense_weights(model), adapted.inputs)
+    noise = adapted.dense(adapted.base.training).noise
 
     lora_fx.fold(model)
     assert_same_function(run(model, adapted.inputs), before, noise)
     assert reference.classes(model) == reference.classes(adapted.base)
     assert list(model.state_dict()) == list(adapted.base.state_dict())
     # Where a router chooses experts, other numbers take another path: then it is the base's path for these numbers.
-    base = copy.deepcopy(adapted.base)
+    program = adapted.program
     if adapted.case.family == "moe" or adapted.case.name == "native-experts":
+        base = copy.deepcopy(adapted.base)
         base.load_state_dict(model.state_dict())
-    folded_graph = reference.graph_lines(lora_fx.capture(model, adapted.inputs).graph)
-    assert folded_graph == reference.graph_lines(lora_fx.capture(base, adapted.inputs).graph)
+        program = lora_fx.capture(base, adapted.inputs)
+    assert reference.graph_lines(lora_fx.capture(model, adapted.inputs).graph) == reference.graph_lines(program.graph)
 
     once = reference.bits(model)
     assert reference.same_bits(reference.bits(lora_fx.fold(model)), once)
@@ -205,14 +235,11 @@ def test_l9_untouched_weights_are_bitwise_untouched(adapted):
 @pytest.mark.parametrize("adapted", [(case, "lora") for case in ZOO], ids=label, indirect=True)
 def test_the_slack_is_far_below_what_a_lost_branch_makes(adapted):
     """The bound would not hide a missing site: dropping any single branch is an error many times the bound."""
-    model = copy.deepcopy(adapted.model)
-    weights = reference.dense_weights(model)
-    noise = sensitivity(adapted.base, weights, adapted.inputs)
-    whole = reference.run_dense(adapted.base, weights, adapted.inputs)
+    weights, dense = adapted.weights, adapted.dense(adapted.base.training)
     smallest = min(
         max(
             float((x - y).double().norm() / y.double().norm()) / max(n, torch.finfo(y.dtype).eps / 2)
-            for x, y, n in zip(_without(adapted, weights, names), whole, noise, strict=True)
+            for x, y, n in zip(_without(adapted, weights, names), dense.outputs, dense.noise, strict=True)
         )
         for names in _storages(adapted.base, weights)
     )
