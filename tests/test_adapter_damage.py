@@ -29,7 +29,7 @@ from tests.adapters import (
     refused,
     retensor,
     saved_by_peft,
-    state,
+    whole,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's
@@ -61,7 +61,7 @@ def test_options_that_are_refused(option: str, saved: Path) -> None:
     value, why = OPTIONS[option]
     edit(saved, **{option: value})
     model = fresh(Linears)
-    before, written = state(model), files(saved)
+    before, written = whole(model), files(saved)
     refused(lambda: load_adapter(model, saved), why, f"{CONFIG}, {option}")
     assert_untouched(model, before)
     assert files(saved) == written
@@ -116,7 +116,7 @@ DAMAGE = {
 def test_damaged_folders(damage: Callable[[Path], Any], reason: str, place: str, saved: Path) -> None:
     damage(saved)
     model = fresh(Linears)
-    before, written = state(model), files(saved.parent)
+    before, written = whole(model), files(saved.parent)
     refused(lambda: load_adapter(model, saved), reason, place)
     assert_untouched(model, before)
     assert files(saved.parent) == written
@@ -163,7 +163,7 @@ def test_flipped_bits_and_cut_files(own: bool, tmp_path: Path) -> None:
     for at in [*range(0, data, 11), *range(data, len(good), 7)]:
         file.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
         model = fresh(Linears)
-        before = state(model)
+        before = whole(model)
         try:
             load_adapter(model, tmp_path / "a")
             assert at < data

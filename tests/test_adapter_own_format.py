@@ -19,21 +19,15 @@ from lora_fx.errors import FileError
 from lora_fx.export.adapters.folder import TENSORS
 from lora_fx.model.inventory import inventory
 from tests import reference
+from tests.adapters import assert_same, assert_untouched, edit, files, fresh, refused, whole
 from tests.dora import (
     IDS,
     RULES,
     TWO,
     Layers,
-    assert_same,
-    assert_untouched,
-    edit,
-    files,
-    fresh,
     move,
     out,
-    refused,
     rewrite,
-    whole,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's
@@ -44,7 +38,7 @@ def test_our_header_and_the_config_must_agree(tmp_path):
         folder = tmp_path / name
         save_adapter(move(lora_fx.apply(fresh(Layers), rules, IDS, check=False)), folder)
         edit(folder, use_dora=not says)
-        refused(lambda f=folder: load_adapter(fresh(Layers), f), f"it says {not says}", "use_dora", "both files")
+        refused(lambda f=folder: load_adapter(fresh(Layers), f), f"it says {not says}", "use_dora", remedy="both files")
         edit(folder, use_dora=says)
         assert load_adapter(fresh(Layers), folder, check=False)
 
@@ -56,7 +50,12 @@ def test_another_kind_in_our_header_of_a_file_of_peft(kind, tmp_path):
     with pytest.raises(FileError, match="needs rank" if kind == "lora" else "does not describe"):
         load_adapter(fresh(Layers), tmp_path)
     rewrite(tmp_path, lambda folder: folder.header["adapters"][0].update(kind="lora", settings={"rank": 2}))
-    refused(lambda: load_adapter(fresh(Layers), tmp_path), "was written with the kind 'lora'", "use_dora", "both files")
+    refused(
+        lambda: load_adapter(fresh(Layers), tmp_path),
+        "was written with the kind 'lora'",
+        "use_dora",
+        remedy="both files",
+    )
 
 
 def test_a_file_of_ours_from_before_there_was_dora(tmp_path):
@@ -65,7 +64,7 @@ def test_a_file_of_ours_from_before_there_was_dora(tmp_path):
     rewrite(tmp_path, lambda folder: (folder.config.pop("use_dora"), folder.header["config"].pop("use_dora")))
     assert load_adapter(fresh(Layers), tmp_path, check=False)
     edit(tmp_path, use_dora=True)
-    refused(lambda: load_adapter(fresh(Layers), tmp_path), "it says True", "use_dora", "both files")
+    refused(lambda: load_adapter(fresh(Layers), tmp_path), "it says True", "use_dora", remedy="both files")
 
 
 @pytest.mark.parametrize("kind, tensor", [("dora", "magnitude"), ("full", "weight"), ("bias", "shift")])
@@ -75,7 +74,9 @@ def test_a_tensor_that_is_not_finite_is_not_saved(kind, tensor, as_peft, tmp_pat
     (adapter,) = inventory(ours).adapters
     with torch.no_grad():
         adapter.get_parameter(tensor)[3] = math.inf
-    refused(lambda: save_adapter(ours, tmp_path / "a", peft=as_peft), "NaN or Inf", f", {tensor} of", "checkpoint")
+    refused(
+        lambda: save_adapter(ours, tmp_path / "a", peft=as_peft), "NaN or Inf", f", {tensor} of", remedy="checkpoint"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -89,6 +90,7 @@ POWER = Kind(  # δ = size·tanh(gain) ⊙ |W|^power
 OWN: dict[str, list[dict[str, Any]]] = {  # as rules are given; a rule knows the kinds that there are when it is made
     "lora": [dict(where="plain | embed", rank=2, alpha=3, scaling="rslora", dropout=0.25), dict(where="*", rank=3)],
     "dora": [dict(where="plain | conv*", dropout=0.5, **TWO), dict(where="*", kind="dora", rank=3)],
+    "adalora": [dict(where="*", kind="adalora", rank=2, alpha=3)],
     "bias": [dict(where="plain | mix | conv1 | conv2", kind="bias")],
     "full": [dict(where="*", kind="full")],
     "power": [
@@ -183,7 +185,7 @@ def test_a_header_that_says_something_else(kind, change, reason, remedy, tmp_pat
     rewrite(tmp_path / "a", change)
     model, written = fresh(Layers), files(tmp_path)
     before = whole(model)
-    refused(lambda: load_adapter(model, tmp_path / "a", IDS), reason, TENSORS, remedy)
+    refused(lambda: load_adapter(model, tmp_path / "a", IDS), reason, TENSORS, remedy=remedy)
     assert_untouched(model, before)
     assert files(tmp_path) == written
 
@@ -194,7 +196,7 @@ def test_a_kind_that_is_not_registered_here(tmp_path):
         save_adapter(move(lora_fx.apply(fresh(Layers), rule, IDS, check=False)), tmp_path, peft=False)
     model = fresh(Layers)
     before = whole(model)
-    refused(lambda: load_adapter(model, tmp_path, IDS), "there is no kind 'elsewhere'", TENSORS, "register_kind")
+    refused(lambda: load_adapter(model, tmp_path, IDS), "there is no kind 'elsewhere'", TENSORS, remedy="register_kind")
     assert_untouched(model, before)
 
 
@@ -202,5 +204,5 @@ def test_a_kind_that_is_not_registered_here(tmp_path):
 def test_a_setting_that_no_file_can_hold(value, tmp_path, power):
     rule = Rule(where="plain", kind="power", settings={"size": 0.5, "words": value})
     ours = lora_fx.apply(fresh(Layers), rule, IDS, check=False)
-    refused(lambda: save_adapter(ours, tmp_path / "a", peft=False), "words=", "plain.weight", "")
+    refused(lambda: save_adapter(ours, tmp_path / "a", peft=False), "words=", "plain.weight", remedy="")
     assert not list(tmp_path.iterdir())

@@ -17,13 +17,12 @@ from lora_fx.checks import oracles
 from lora_fx.checks.verification import compare, run, verify
 from lora_fx.deltas import kinds
 from lora_fx.deltas.kinds import KINDS
-from lora_fx.errors import EquivalenceError, FileError, FoldError, KindError, PlanError, RuleError
+from lora_fx.errors import EquivalenceError, FoldError, KindError, PlanError, RuleError
 from lora_fx.graph.capture import normalize_inputs
 from lora_fx.graph.layout import Layout
 from lora_fx.model.inventory import inventory
 from tests import reference
 from tests.kinds import IDS, SETTINGS, fill, model, out, refused, rule
-from tests.test_kinds_uses import Attention
 
 
 @pytest.fixture(params=list(SETTINGS))
@@ -425,87 +424,6 @@ def test_an_unfold_cut_short_is_undone(kind, monkeypatch):
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_saved_and_loaded_it_is_the_same_adapter(kind, tmp_path):
-    adapted = fill(lora_fx.apply(model(), rule(kind), IDS))
-    lora_fx.save_adapter(adapted, tmp_path, peft=False)
-    loaded = lora_fx.load_adapter(model(), tmp_path, IDS)
-    assert reference.same_bits(reference.bits(loaded), reference.bits(adapted)) and torch.equal(
-        out(loaded), out(adapted)
-    )
-    ours, theirs = (inventory(m).places for m in (adapted, loaded))
-    assert [(p.weight, p.adapter.kind, p.adapter.settings, p.adapter.rows) for p in ours] == [
-        (p.weight, p.adapter.kind, p.adapter.settings, p.adapter.rows) for p in theirs
-    ]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
-def test_dora_for_peft_and_back(tmp_path):
-    peft = pytest.importorskip("peft")
-    layers = [Rule(where="raw"), Rule(where="*", kind="dora", rank=2, alpha=3)]
-    adapted = fill(lora_fx.apply(model(), layers, IDS))
-    lora_fx.save_adapter(adapted, tmp_path)
-    assert verify(peft.PeftModel.from_pretrained(model(), tmp_path).eval(), adapted, IDS)
-    assert torch.equal(out(lora_fx.load_adapter(model(), tmp_path, IDS)), out(adapted))
-    config = peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["up", "embed", "conv", "twice"])
-    theirs = peft.get_peft_model(model(), config).eval()
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn_like(parameter) / 4)
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert verify(theirs, lora_fx.load_adapter(model(), tmp_path / "theirs", IDS), IDS)
-
-
-@pytest.mark.parametrize(
-    ("rules", "said"),
-    [
-        (Rule(where="twice", kind="full"), "the kind 'full' is none of a LoRA file of PEFT's"),
-        ([Rule(where="up", kind="dora", rank=2), Rule(where="twice", rank=2)], "kinds dora, lora, and PEFT keeps one"),
-    ],
-)
-def test_what_peft_has_no_kind_for_is_refused(rules, said, tmp_path):
-    adapted = lora_fx.apply(model(), rules, IDS)
-    with pytest.raises(FileError, match=said):
-        lora_fx.save_adapter(adapted, tmp_path / "a")
-    assert not (tmp_path / "a").exists()
-
-
-def test_dora_of_attention_is_refused_for_peft(tmp_path):
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-        def forward(self, x):
-            return self.attention(x, x, x, need_weights=False)[0]
-
-    adapted = lora_fx.apply(Net(), Rule(where="*in_proj*", kind="dora", rank=2), torch.randn(2, 5, 8))
-    with pytest.raises(FileError, match="PEFT has no DoRA for attention, which it adapts as attention"):
-        lora_fx.save_adapter(adapted, tmp_path / "a")
-
-
-def test_a_part_of_dora_is_refused_for_peft(tmp_path):
-    adapted = lora_fx.apply(Attention(), Rule(role="attention.key", kind="dora", rank=2), torch.randn(2, 5, 8))
-    with pytest.raises(FileError, match="it is a part of the weight, and PEFT's DoRA trains all sizes of it"):
-        lora_fx.save_adapter(adapted, tmp_path / "a")
-
-
-def test_dora_of_a_weight_that_another_module_reads_is_refused_for_peft(tmp_path):
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(6, 5)
-
-        def forward(self, x):
-            return F.linear(x, self.inner.weight, self.inner.bias)
-
-    adapted = lora_fx.apply(Reader(), Rule(where="*", kind="dora", rank=2), torch.randn(2, 6))
-    with pytest.raises(
-        FileError, match="the model reads the weight of a module inside it, and PEFT adapts only calls of that module"
-    ):
-        lora_fx.save_adapter(adapted, tmp_path / "a")
 
 
 @pytest.mark.onnx

@@ -21,7 +21,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +32,20 @@ from lora_fx.errors import FileError
 from lora_fx.export.adapters.folder import CONFIG, TENSORS
 from lora_fx.model.inventory import inventory
 from tests import reference
+from tests.adapters import (
+    Attention,
+    RawParameters,
+    Tied,
+    assert_same,
+    assert_untouched,
+    edit,
+    files,
+    fresh,
+    inner,
+    refused,
+    retensor,
+    whole,
+)
 from tests.dora import (
     CONFIGS,
     IDS,
@@ -41,18 +54,9 @@ from tests.dora import (
     RULES,
     TWO,
     Layers,
-    assert_same,
-    assert_untouched,
     by_peft,
-    edit,
-    files,
-    fresh,
-    gpt2,
     move,
     out,
-    refused,
-    strip,
-    whole,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's
@@ -158,7 +162,7 @@ def test_peft_reads_the_dora_that_we_save(rules, dtype, tmp_path):
     assert reference.same_bits(written, {key: read[key] for key in read if "lora_" in key})
     again = load_adapter(copy.deepcopy(base), tmp_path / "a", IDS)
     assert_same(ours, again)
-    strip(tmp_path / "a")  # as PEFT would have written it
+    retensor(tmp_path / "a")  # as PEFT would have written it
     assert torch.equal(out(load_adapter(copy.deepcopy(base), tmp_path / "a", IDS)), out(ours))
     assert_merges(base, tmp_path / "a", ours)
 
@@ -182,7 +186,7 @@ def test_we_read_the_dora_that_peft_saves(config, dtype, tmp_path):
 def test_a_file_of_other_dtypes_means_the_same(dtype, by_them, tmp_path):
     """PEFT saves what it trained; both keep θ in float32 beside float32 weights."""
     shutil.copytree(by_them, tmp_path / "a")
-    strip(tmp_path / "a", lambda tensors: tensors.update({key: t.to(dtype) for key, t in tensors.items()}))
+    retensor(tmp_path / "a", lambda tensors: tensors.update({key: t.to(dtype) for key, t in tensors.items()}))
     base = fresh(Layers)
     ours = load_adapter(copy.deepcopy(base), tmp_path / "a", IDS)
     assert_is(base, tmp_path / "a", ours, peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval())
@@ -206,7 +210,7 @@ def test_one_dora_of_two_layers_that_share_a_weight(tmp_path):
     assert_is(base, tmp_path / "a", ours, peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval())
     assert len([key for key in load_file(tmp_path / "a" / TENSORS) if "magnitude" in key]) == 2
     assert_same(ours, load_adapter(copy.deepcopy(base), tmp_path / "a", IDS))
-    strip(tmp_path / "a")
+    retensor(tmp_path / "a")
     again = load_adapter(copy.deepcopy(base), tmp_path / "a", IDS)
     assert len(inventory(again).adapters) == 1 and torch.equal(out(again), out(ours))
 
@@ -249,7 +253,7 @@ def put(layer: str, value: torch.Tensor | None) -> Callable[[Path], None]:
         del tensors[key]
         tensors |= {} if value is None else {key: value}
 
-    return lambda folder: strip(folder, change)
+    return lambda folder: retensor(folder, change)
 
 
 def target(**options: Any) -> Callable[[Path], None]:
@@ -298,94 +302,9 @@ def test_damaged_files_of_dora(damage, by_them, tmp_path):
     assert files(tmp_path) == written
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.out = nn.MultiheadAttention(12, 3, batch_first=True), nn.Linear(12, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.attention(x, x, x, need_weights=False)[0])
-
-
-class Raw(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w, self.experts = nn.Parameter(torch.randn(7, 6) / 3), nn.Parameter(torch.randn(3, 6, 5) / 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.bmm((x @ self.w).expand(3, -1, -1), self.experts)
-
-
-class Outside(nn.Module):
-    """The weight of `read` is multiplied with here."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read, self.called = nn.Linear(6, 7), nn.Linear(7, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.called(F.linear(x, self.read.weight, self.read.bias).tanh())
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.mix, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
-        self.head.weight = self.table.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.mix(self.table(ids)).tanh())
-
-
-def numbers(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
-def inner(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(make())
-
-
-FULL = dict(kind="full")
-UNSAID = {
-    "attention in": (Attention, numbers(2, 4, 12), [Rule(where="*in_proj*", **TWO)], "as attention", "in_proj_weight"),
-    "attention out": (Attention, numbers(2, 4, 12), [Rule(where="*out_proj*", **TWO)], "as attention", "out_proj"),
-    "a raw parameter": (inner(Raw), numbers(4, 7), [Rule(where="*w", **TWO)], "as parameter", "0.w"),
-    "experts": (inner(Raw), numbers(4, 7), [Rule(where="*experts", **TWO)], "as parameter", "0.experts"),
-    "read outside": (inner(Outside), numbers(3, 6), [Rule(where="*read", **TWO)], "reads the weight", "0.read.weight"),
-    "read at the top": (Outside, numbers(3, 6), [Rule(where="read", **TWO)], "reads the weight", "read.weight"),
-    "queries": (gpt2, IDS, [Rule(role="attention.query", **TWO)], "a part of the weight", "c_attn.weight"),
-    "a tied table": (Tied, IDS, [Rule(where="table", **TWO)], "the model reads it as", "table.weight"),
-    "two kinds": (Layers, IDS, [Rule(where="plain", **TWO), Rule(where="mix", rank=2)], "dora, lora", "plain.weight"),
-    "full": (Layers, IDS, [Rule(where="plain", **FULL)], "'full' is none of a LoRA file", "plain.weight"),
-    "biases": (Layers, IDS, [Rule(where="plain | conv*1", kind="bias")], "'bias' is none of", "plain.bias"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("make, x, rules, reason, place", UNSAID.values(), ids=UNSAID)
-def test_what_peft_cannot_say_goes_into_our_own_format(make, x, rules, reason, place, tmp_path):
-    ours = move(lora_fx.apply(fresh(make), rules, x))
-    before = whole(ours)
-    with pytest.raises(FileError) as caught:
-        save_adapter(ours, tmp_path / "a")
-    error = caught.value
-    assert any(part in error.reason for part in reason.split("|")), error
-    assert place in error.place and "peft=False" in error.remedy, error
-    assert not list(tmp_path.iterdir())
-    assert_untouched(ours, before)
-    save_adapter(ours, tmp_path / "a", peft=False)
-    again = load_adapter(fresh(make), tmp_path / "a", x)
-    assert_same(ours, again)
-    assert torch.equal(out_of(again, x), out_of(ours, x)) and not torch.equal(out_of(again, x), out_of(fresh(make), x))
-    with pytest.raises(KeyError, match="LORA_FX"):
-        peft.PeftModel.from_pretrained(fresh(make), tmp_path / "a")
-
-
-def out_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    y = out(model, x)
-    return y if isinstance(y, torch.Tensor) else y.logits
-
-
-@pytest.mark.parametrize("make, modules", [(Attention, ["attention"]), (inner(Raw), None)], ids=["attention", "raw"])
+@pytest.mark.parametrize(
+    "make, modules", [(Attention, ["attention"]), (inner(RawParameters), None)], ids=["attention", "raw"]
+)
 def test_dora_where_peft_has_none_is_no_file_of_its(make, modules, tmp_path):
     """PEFT would not have written it: a LoRA file whose config was changed."""
     more = dict(target_modules=modules) if modules else dict(target_modules=[], target_parameters=["0.w"])
@@ -393,7 +312,9 @@ def test_dora_where_peft_has_none_is_no_file_of_its(make, modules, tmp_path):
     edit(tmp_path, use_dora=True)
     model, written = fresh(make), files(tmp_path)
     before = whole(model)
-    refused(lambda: load_adapter(model, tmp_path), "PEFT has no DoRA for", "use_dora", "train it with lora_fx.apply")
+    refused(
+        lambda: load_adapter(model, tmp_path), "PEFT has no DoRA for", "use_dora", remedy="train it with lora_fx.apply"
+    )
     assert_untouched(model, before)
     assert files(tmp_path) == written
 

@@ -22,6 +22,7 @@ from lora_fx.deltas import dora, kernels
 from lora_fx.deltas.dropping import BranchDropout
 from lora_fx.export.adapters.folder import TENSORS
 from lora_fx.model.inventory import inventory
+from tests.adapters import fresh, gpt2
 from tests.dora import (
     CONFIGS,
     IDS,
@@ -30,8 +31,6 @@ from tests.dora import (
     RULES,
     TWO,
     Layers,
-    fresh,
-    gpt2,
     llama,
 )
 
@@ -54,7 +53,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TRAININGS = {
     "layers": Training(Layers, RULES["together"], CONFIGS["together"], 0.5),
     "gpt2": Training(
-        gpt2,
+        lambda: gpt2(1),
         [Rule(where="*wte", form="embedding", **TWO), Rule(where="*c_*", **TWO)],
         dict(target_modules=["wte", "c_attn", "c_fc", "c_proj"]),
         0.5,

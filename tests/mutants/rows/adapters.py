@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.table import GAPS, Mutant, of_kinds, of_prefixes, of_principal, of_rewrites
+from tests.mutants.table import GAPS, Mutant, of_prefixes, of_principal, of_rewrites
 
 CONFIGS, PRETRAINED = "tests/test_peft_configs.py", "tests/test_pretrained.py"
 
@@ -205,68 +205,68 @@ ROWS = (
         '"kind": a.kind.name, "settings": {**a.settings, **self.here}}',
         '"kind": a.kind.name, "settings": {k: v for k, v in a.settings.items() if k == "rank"}}',
         "The scale of a saved DoRA is 1 after loading.",
-        tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
+        tests=("tests/test_adapter_own_format.py::test_our_own_format_holds_every_kind",),
     ),
     Mutant(
         "kind_not_saved", "kinds", "export/adapters/values.py",
         'if a.kind.name != "lora":\n            return {**said', "if not a.settings:\n            return {**said",
         "DoRA is saved as LoRA.",
-        tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
+        tests=("tests/test_adapter_own_format.py::test_our_own_format_holds_every_kind",),
     ),
     Mutant(
         "use_dora_not_said", "kinds", "export/adapters/peft_files.py",
         '"use_dora": dora,', '"use_dora": False,',
         "PEFT is given a DoRA as a LoRA.",
-        tests=of_kinds("dora_for_peft_and_back"),
+        tests=("tests/test_peft_dora.py::test_peft_reads_the_dora_that_we_save",),
     ),
     Mutant(
         "dora_loaded_as_lora", "kinds", "export/adapters/peft_files.py",
         'kind_named("dora" if config.get("use_dora") else "lora")', 'kind_named("lora")',
         "use_dora of a PEFT adapter is ignored.",
-        tests=of_kinds("dora_for_peft_and_back"),
+        tests=("tests/test_peft_dora.py::test_we_read_the_dora_that_peft_saves",),
     ),
     Mutant(
         "magnitude_of_a_convolution_flat", "kinds", "export/adapters/peft.py",
         'return (1, out, *[1] * (len(self.layout.shape) - 2)) if self.kind == "conv" else (out,)', "return (out,)",
         "PEFT cannot load the magnitude of a convolution.",
-        tests=of_kinds("dora_for_peft_and_back"),
+        tests=("tests/test_peft_dora.py::test_peft_reads_the_dora_that_we_save",),
     ),
     Mutant(
         "dora_of_attention_for_peft", "kinds", "export/adapters/peft.py",
         'return "" if known else f"PEFT has no DoRA', 'return "" if self.path is not None else f"PEFT has no DoRA',
         "A DoRA is written for a module that PEFT has none for.",
-        tests=of_kinds("dora_of_attention_is_refused_for_peft"),
+        tests=("tests/test_adapter_unsaid.py::test_what_peft_cannot_say_goes_into_our_own_format",),
     ),
     Mutant(
         "part_of_dora_for_peft", "kinds", "export/adapters/peft_files.py",
         'if kind == "dora" and h.adapter.rows is not None:', "if False:",
         "A DoRA of a part of a weight is written as one of all of it.",
-        tests=of_kinds("a_part_of_dora_is_refused_for_peft"),
+        tests=("tests/test_adapter_unsaid.py::test_what_peft_cannot_say_goes_into_our_own_format",),
     ),
     Mutant(
         "dora_read_outside_for_peft", "kinds", "export/adapters/peft_files.py",
         'if h.adapter.read_outside and layer.kind != "attention":', "if False:",
         "A DoRA whose weight another module reads is written for PEFT, which adapts calls alone.",
-        tests=of_kinds("dora_of_a_weight_that_another_module_reads_is_refused_for_peft"),
+        tests=("tests/test_adapter_unsaid.py::test_what_peft_cannot_say_goes_into_our_own_format",),
     ),
     Mutant(
         "two_kinds_for_peft", "kinds", "export/adapters/peft_files.py",
         "        if len(kinds) > 1:\n", "        if not kinds:\n",
         "A LoRA beside a DoRA is written as one.",
-        tests=of_kinds("what_peft_has_no_kind_for_is_refused"),
+        tests=("tests/test_adapter_unsaid.py::test_what_peft_cannot_say_goes_into_our_own_format",),
     ),
     # ── rules, plans, ONNX and strategies of other kinds ─────────────────────────────────────────────────────────────
     Mutant(
         "branch_outside_of_a_forward", "settings", "export/adapters/peft.py",
         "if owner not in _KNOWN and not", "if False and not",
         "A Linear subclass with a forward of its own is saved as a module for PEFT, which adds the branch outside.",
-        tests=("tests/test_adapter_unsaid.py",),
+        tests=("tests/test_adapter_unsaid.py::test_what_peft_cannot_say_goes_into_our_own_format",),
     ),
     Mutant(
         "branch_outside_of_a_hook", "settings", "export/adapters/peft.py",
         "if foreign is not None:", "if False:",
         "A module with a hook is saved as a module for PEFT, which runs the hook around the base alone.",
-        tests=("tests/test_adapter_unsaid.py",),
+        tests=("tests/test_adapter_unsaid.py::test_what_peft_cannot_say_goes_into_our_own_format",),
     ),
     # ── where parameters live ────────────────────────────────────────────────────────────────────────────────────────
     Mutant(

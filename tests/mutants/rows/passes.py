@@ -318,7 +318,7 @@ ROWS = (
         "magnitude_kept_at_its_start", "kinds", "passes/insert.py",
         "adapter.put(stored)\n", "adapter.put(dict([*stored.items()][:2]))\n",
         "Of a saved DoRA the factors are loaded, and the magnitude is 0.",
-        tests=of_kinds("saved_and_loaded_it_is_the_same_adapter"),
+        tests=("tests/test_adapter_own_format.py::test_our_own_format_holds_every_kind",),
     ),
     # ── rules, plans, ONNX and strategies of other kinds ─────────────────────────────────────────────────────────────
     Mutant(
