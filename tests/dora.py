@@ -14,9 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_fx import Rule
-from lora_fx.checks.verification import scatter
 from lora_fx.export.adapters.folder import read_folder, write_folder
-from lora_fx.model.inventory import inventory
+from tests import reference
 
 IDS = torch.tensor([[1, 2, 3, 10], [4, 0, 5, 6]])
 PREFIX = "base_model.model."
@@ -54,13 +53,7 @@ def llama() -> nn.Module:
     return model
 
 
-def move(model: nn.Module) -> nn.Module:
-    """θ of every adapter, the magnitudes away from the norms too."""
-    generator = torch.Generator().manual_seed(0)
-    for place in inventory(model).places:
-        if place.child in place.owner._modules:
-            scatter(place.adapter, place.parameter, generator, 0.4)
-    return model
+move = reference.scattered
 
 
 def out(model: nn.Module, x: Any = IDS) -> torch.Tensor:

@@ -9,8 +9,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Rule
-from lora_fx.checks.verification import compare, scatter
-from lora_fx.model.inventory import inventory
+from lora_fx.checks.verification import compare
 from tests import reference
 
 SETTINGS = {
@@ -66,12 +65,7 @@ def rule(kind: str, where: str = "*", **more) -> list[Rule]:
     return [Rule(where=where, kind=kind, **SETTINGS.get(kind, {}), **more)]
 
 
-def fill(model: nn.Module, seed: int = 0, share: float = 0.5) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for place in inventory(model).places:
-        if place.child in place.owner._modules:
-            scatter(place.adapter, place.parameter, generator, share)
-    return model
+fill = reference.scattered
 
 
 def refused(rules, error, said: str) -> None:

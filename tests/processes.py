@@ -6,14 +6,39 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 ROOT = Path(__file__).parent.parent
+
+
+def forked(call: Callable[[], int], output: IO[Any], raised: int = 1) -> int:
+    """Fork a process that leads a group of its own and says all it says into `output`; its id.
+
+    It ends with the number that the call returns, or with `raised` where it raises.
+    """
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = raised
+    try:
+        os.setsid()
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        status = call()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def exit_status(pid: int, kill: bool) -> int | None:

@@ -34,6 +34,15 @@ def fill(model: nn.Module, seed: int = 0) -> None:
                 factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float64) * 0.5 / math.sqrt(fan))
 
 
+def scattered(model: nn.Module, seed: int = 0, share: float = 0.5) -> nn.Module:
+    """θ of every adapter, of whatever kind, away from where it starts by this share of the weight."""
+    generator = torch.Generator().manual_seed(seed)
+    for place in inventory(model).places:
+        if place.child in place.owner._modules:
+            scatter(place.adapter, place.parameter, generator, share)
+    return model
+
+
 def distinct_adapters(model: nn.Module) -> list:
     return list(dict.fromkeys(place.adapter for place in inventory(model).places))
 

@@ -24,6 +24,7 @@ from lora_fx.graph.capture import Inputs, capture_graph
 from lora_fx.model.inventory import inventory
 from lora_fx.passes.wiring import wire
 from tests import reference
+from tests.reference import EVERYTHING
 from tests.zoo import case
 
 #: each kind of realisation, tied and split weights, gathered experts, a module called three times
@@ -33,9 +34,6 @@ CERTIFIED = (
     "native-bypassed-linear", "native-deconv", "native-conv2d", "native-experts", "native-bmm", "native-addmm",
     "native-bilinear", "mixtral-eager", "olmoe-batched", "gpt-oss-grouped",
 )  # fmt: skip
-EVERYTHING = Rule(
-    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
-)
 
 
 class Chain(nn.Module):

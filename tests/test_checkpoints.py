@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -676,16 +677,21 @@ def test_a_manifest_holds_for_the_files_that_were_read_and_written(kept, tmp_pat
     assert str(tmp_path) not in (out / MANIFEST).read_text()
 
 
+def spoiled(folder: Path) -> Iterator[str]:
+    """Each file but the manifest, by turns with another last bit."""
+    for name in contents(folder):
+        if name != MANIFEST:
+            data = (folder / name).read_bytes()
+            (folder / name).write_bytes(bytes([*data[:-1], data[-1] ^ 1]) if data else b"x")
+            yield name
+            (folder / name).write_bytes(data)
+
+
 def test_every_file_that_changes_is_named(kept):
     out, base, adapter = kept
-    for name in contents(out):
-        if name == MANIFEST:
-            continue
-        data = (out / name).read_bytes()
-        (out / name).write_bytes(bytes([*data[:-1], data[-1] ^ 1]) if data else b"x")
+    for name in spoiled(out):
         with pytest.raises(FileError, match=rf"{name} is not what it was"):
             lora_fx.verify_checkpoint(out)
-        (out / name).write_bytes(data)
     (base / "config.json").write_text("{}")
     with pytest.raises(FileError, match=r"base/config.json is not what it was"):
         lora_fx.verify_checkpoint(out, base=base)
@@ -707,16 +713,11 @@ def test_every_file_that_changes_is_named(kept):
 
 def test_nothing_is_unfolded_but_what_was_written(kept, tmp_path):
     out, base, adapter = kept
-    for name in contents(out):
-        if name == MANIFEST:
-            continue
-        data = (out / name).read_bytes()
-        (out / name).write_bytes(bytes([*data[:-1], data[-1] ^ 1]) if data else b"x")
+    for _ in spoiled(out):
         with pytest.raises(FileError, match=r"it is not what the fold has written|table|index|cannot be read"):
             lora_fx.unfold_checkpoint(out, tmp_path / "back")
         assert not (tmp_path / "back").exists()
         shutil.rmtree(tmp_path / "back.partial", ignore_errors=True)
-        (out / name).write_bytes(data)
     manifest = json.loads((out / MANIFEST).read_text())
     first = next(name for name in manifest["files"] if name.endswith(".safetensors"))
     other = {**manifest["files"][first], "base_sha256": manifest["files"][first]["sha256"]}

@@ -19,6 +19,7 @@ from lora_fx.graph.capture import Inputs, no_fast_paths, normalize_inputs
 from lora_fx.model.inventory import inventory
 from lora_fx.passes import fold as folding
 from tests import reference
+from tests.reference import EVERYTHING
 from tests.zoo import case
 
 pytestmark = [
@@ -39,9 +40,6 @@ CASES = [
     "native-conv2d",
     "native-lstm",
 ]
-EVERYTHING = Rule(
-    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
-)
 
 
 def on_device(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Inputs]:

@@ -34,11 +34,9 @@ from lora_fx.export.adapters.pretrained import MARK
 from lora_fx.graph.capture import Inputs, normalize_inputs, output_tensors, recorded
 from lora_fx.model.classes import is_wired
 from tests import reference
+from tests.reference import EVERYTHING
 from tests.zoo import call, case
 
-EVERYTHING = Rule(
-    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
-)
 #: decoder, decoder with Conv1D and a tied head, encoder-decoder, MoE in a loop / as a batched product / as grouped_mm
 GENERATING = ["llama", "gpt2", "t5", "mixtral-eager", "olmoe-batched", "qwen3-moe-grouped"]
 TRANSFORMERS = [*GENERATING, "bert", "vit"]

@@ -78,15 +78,14 @@ class Adapted:
 
     @cached_property
     def program(self) -> Program:
-        """Of the base, as it was built."""
+        """Of the base, as it was built; weights are read in the same dtypes in train mode."""
         return lora_fx.capture(self.base, self.inputs)
 
     def dense(self, training: bool) -> Dense:
         """The base with these weights, in that mode."""
         if training not in self._dense:
             base = modes(copy.deepcopy(self.base), training)
-            program = self.program if training == self.base.training else lora_fx.capture(base, self.inputs)
-            self._dense[training] = dense(base, self.weights, self.inputs, program)
+            self._dense[training] = dense(base, self.weights, self.inputs, self.program)
         return self._dense[training]
 
 

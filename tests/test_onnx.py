@@ -27,16 +27,13 @@ from lora_fx.export.onnx.export import export_onnx
 from lora_fx.model.inventory import inventory
 from lora_fx.passes.base import Pass, Result, given
 from tests import reference
+from tests.reference import EVERYTHING
 from tests.zoo import case
 
 pytestmark = pytest.mark.onnx
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-
-EVERYTHING = Rule(
-    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
-)
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────

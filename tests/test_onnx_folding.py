@@ -16,16 +16,13 @@ from lora_fx import Rule
 from lora_fx.checks.verification import compare
 from lora_fx.errors import ExportError, FoldError
 from tests import reference
+from tests.reference import EVERYTHING
 from tests.zoo import case
 
 pytestmark = pytest.mark.onnx
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-
-EVERYTHING = Rule(
-    when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3
-)
 
 
 def initializers(path: Path) -> dict[str, numpy.ndarray]:

@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraFxError, Rule
-from lora_fx.checks.verification import compare, scatter
+from lora_fx.checks.verification import compare
 from lora_fx.deltas import adapted_weight
 from lora_fx.deltas.kinds import REWRITES
 from lora_fx.errors import AdapterError, CaptureError, EquivalenceError, FoldError, PlanError, RuleError
@@ -31,6 +31,7 @@ from lora_fx.passes.realising import demote
 from lora_fx.passes.wiring import wire
 from lora_fx.testing import assert_kind
 from lora_fx.testing.comparing import bits, same_bits
+from tests import reference
 
 WORDS, WIDTH = 11, 8
 IDS = torch.tensor([[1, 2, 3, 10], [4, 0, 5, 6]])
@@ -113,11 +114,7 @@ def adapted(rules, filled: bool = True, check: bool = False, **more) -> nn.Modul
 
 
 def fill(made: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    for place in inventory(made).places:
-        if place.child in place.owner._modules:
-            scatter(place.adapter, place.parameter, generator, 0.5)
-    return made
+    return reference.scattered(made, seed=1)
 
 
 def given_ids(system: str) -> torch.Tensor:

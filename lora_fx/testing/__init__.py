@@ -13,6 +13,19 @@ The assertions take any adapted model; the strategies make models that are unlik
 bounds are those of `lora_fx.verify`. Needs ``pip install "lora-fx[testing]"``.
 """
 
+from importlib import import_module
+
+from lora_fx.errors import LoraFxError
+
+try:
+    import_module("hypothesis")
+except ImportError as error:
+    raise LoraFxError(
+        f"the package hypothesis cannot be imported: {error}",
+        place="lora_fx.testing",
+        remedy='pip install "lora-fx[testing]"',
+    ) from error
+
 from lora_fx.testing.assertions import assert_equivalent, assert_folds_exactly, assert_onnx_equivalent
 from lora_fx.testing.comparing import Difference, first_difference
 from lora_fx.testing.histories import Histories, histories

@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from torch import nn
 
 import lora_fx
@@ -38,16 +40,6 @@ from lora_fx.model.inventory import inventory
 from lora_fx.testing.agreement import Comparison
 from lora_fx.testing.strategies import Filling
 from lora_fx.testing.twins import NUDGE, Dense, Life, Shared, World, mapped
-
-try:
-    from hypothesis import strategies as st
-    from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-except ImportError as error:
-    raise LoraFxError(
-        f"the package hypothesis cannot be imported: {error}",
-        place="lora_fx.testing",
-        remedy='pip install "lora-fx[testing]"',
-    ) from error
 
 EVERYTHING = Rule(
     when=lambda site: not site.weight.problem and min(site.in_features, site.out_features) > 1, rank=2, alpha=3

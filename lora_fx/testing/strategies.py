@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 from torch import nn
 
 from lora_fx.analysis.rules import Rule
@@ -21,16 +23,6 @@ from lora_fx.model.classes import unwired
 from lora_fx.model.inventory import inventory
 from lora_fx.passes.planning import read_program
 from lora_fx.testing.random_models import BLOCKS, DTYPES, GLUE, HEADS, Again, Block, Embedding, RandomModel, Tied
-
-try:
-    from hypothesis import assume
-    from hypothesis import strategies as st
-except ImportError as error:
-    raise LoraFxError(
-        f"the package hypothesis cannot be imported: {error}",
-        place="lora_fx.testing",
-        remedy='pip install "lora-fx[testing]"',
-    ) from error
 
 
 @st.composite

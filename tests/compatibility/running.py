@@ -12,10 +12,8 @@ import math
 import os
 import resource
 import signal
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO
@@ -26,7 +24,7 @@ from torch import nn
 import lora_fx
 from tests.compatibility import Model
 from tests.compatibility.checking import Row, check
-from tests.processes import exit_status
+from tests.processes import exit_status, forked
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -115,22 +113,11 @@ def _row(own: _Running, status: int, over: str, mode: Mode) -> Row:
 
 def _start(own: _Running, limits: Limits, mode: Mode) -> int:
     """Fork a process that checks the model."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        os.setsid()
+
+    def call() -> int:
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limits.seconds), math.ceil(limits.seconds) + 5))
-        for stream in (1, 2):
-            os.dup2(own.output.fileno(), stream)
         json.dump(asdict(mode.check(own.model)), own.result)
         own.result.flush()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        return 0
+
+    return forked(call, own.output)

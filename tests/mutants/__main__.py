@@ -16,14 +16,13 @@ import re
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from tests.mutants import MUTANTS, ROOT, Area, Mutant, hook, mutant
-from tests.processes import exit_status
+from tests.processes import exit_status, forked
 
 RANDOM_LAWS, ZOO_LAWS = "tests/test_random_laws.py", "tests/test_laws.py"
 LIMIT = 300.0  # seconds: a mutant that makes a test hang is caught by that, and the table says so
@@ -99,27 +98,16 @@ def _outcome(job: Job, status: int, output: IO[str], seconds: float) -> Outcome:
 
 def _start(job: Job, output: IO[str]) -> int:
     """Fork a process that runs pytest on the mutated library."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 4
-    try:
-        os.setsid()
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
+
+    def call() -> int:
         os.chdir(ROOT)
         os.environ[hook.VARIABLE] = job.name
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/mutants/startup"), str(ROOT)])
         import pytest
 
-        status = int(pytest.main(arguments(job)))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        return int(pytest.main(arguments(job)))
+
+    return forked(call, output, raised=4)
 
 
 def failed(status: int, output: str) -> tuple[str, ...]:
