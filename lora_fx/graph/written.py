@@ -162,7 +162,8 @@ class Looking(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-_READ, _SET = torch.Tensor.data.__get__, torch.Tensor.data.__set__
+_DATA: Any = torch.Tensor.data
+_READ, _SET = _DATA.__get__, _DATA.__set__
 
 
 class Detached(TorchFunctionMode):
