@@ -63,7 +63,7 @@ class Graph:
     def through(self, value: str) -> str:
         """What lies on the way of a product: nothing, as a rule."""
         kind = self.chosen(
-            "", rare=("scale", "scale", "half", "half", "double", "dropout", "rows", "identity"),
+            "", rare=("scale", "scale", "half", "half", "double", "dropout", "rows", "identity", "negative"),
             odd=("lifted", "whole", "training", "mask", "swap", "axes", "relu", "vector"),
         )  # fmt: skip
         if kind == "scale":
@@ -97,6 +97,8 @@ class Graph:
             return self.node("Mul", value, self.weight(WIDE))
         if kind == "relu":
             return self.node("Relu", value)
+        if kind == "negative":
+            return self.node("Neg", value)
         if kind == "identity":
             return self.node("Identity", value)
         return value
@@ -167,8 +169,11 @@ class Graph:
         for part in self.random.permutation(parts):
             self.tap(total)
             other = self.weight(WIDE) if part == "bias" else self.branch(x)
-            pair = [total, other] if self.draw([True, False]) else [other, total]
-            total = self.node("Add", *pair)
+            how = self.chosen("Add", rare=("Sub", "Sum"), odd=("from",))
+            terms = [total, other, *([self.branch(x)] if how == "Sum" and self.draw([True, False]) else [])]
+            if how in ("Add", "Sum"):
+                terms = [*map(str, self.random.permutation(terms))]
+            total = self.node("Sub", other, total) if how == "from" else self.node(how, *terms)
         return total
 
     def save(self, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from pathlib import Path
@@ -559,6 +560,7 @@ MET = {
         [*PLAIN, "Sub v one -> w", "Mul w p -> q", "Mul v d -> r", "Add q r -> s", "Add p s -> y"],
         {"v": WIDE, "one": numpy.ones(1, numpy.float32)}, "as DoRA does it", "merge_and_unload",
     ),
+    "a sum less": ([*PLAIN, "Relu p -> q", "Sub q d -> y"], {}, "lora_A and lora_B are two narrow", "here to Relu"),
     "not linear": ([*PLAIN[:2], "Relu z -> u", "MatMul u lora_B -> d", "Add p d -> y"], {}, "Relu u takes it", "fold"),
 }  # fmt: skip
 
@@ -568,6 +570,64 @@ def test_what_an_adapter_meets_is_named(tmp_path, name):
     rows, numbers, *parts = MET[name]
     own = {"W": normal(6, 8), "lora_A": normal(6, 2), "lora_B": normal(2, 8)}
     refused(made(tmp_path, nodes_of(*rows), {**own, **numbers}, x=("rows", 6)), *parts)
+
+
+def own(inner: int = 6, outer: int = 8) -> dict[str, numpy.ndarray]:
+    return {"W": normal(inner, outer), "lora_A": normal(inner, 2), "lora_B": normal(2, outer), "b": WIDE[:outer]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "left"),
+    [
+        (["Neg d -> e", "Add e p -> y"], ["MatMul"]),
+        (["Sub p d -> y"], ["MatMul"]),
+        (["Sub d p -> y"], ["MatMul", "Neg"]),
+        (["Sub p b -> q", "Add q d -> y"], ["MatMul", "Sub"]),
+        (["Sum p b d -> y"], ["MatMul", "Add"]),
+        (["Sum d d p -> y"], ["MatMul"]),
+    ],
+)
+def test_sums_that_are_spelled_otherwise(tmp_path, rows, left):
+    path = made(tmp_path, nodes_of(*PLAIN, *rows), own(), x=("rows", 6))
+    assert all(lora_fx.fold_onnx(path, path).comparisons)
+    assert [node.op_type for node in onnx.load(path).graph.node] == left
+
+
+def test_a_difference_of_the_models_own_stays_as_it_was(tmp_path):
+    """Narrow, and no adapter by its names."""
+    rows = [
+        "MatMul x down -> u",
+        "MatMul u up -> v",
+        "Sub p v -> q",
+        "Add q d -> r",
+        "MatMul x W2 -> p2",
+        "Sub p2 v -> s",
+    ]
+    more = {"down": normal(6, 2), "up": normal(2, 8), "W2": normal(6, 8)}
+    path = made(tmp_path, nodes_of(*PLAIN, *rows, "Mul r s -> y"), {**own(), **more}, x=("rows", 6))
+    lora_fx.fold_onnx(path, path)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds == ["MatMul", "MatMul", "MatMul", "Sub", "MatMul", "Sub", "Mul"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "parts"),
+    [
+        (["W", "lora_A", "lora_B", "b"], ["y"], ("lora_A: it is an input of the graph, too", "keep_initializers_as")),
+        (["W"], ["y"], ("W: it is an input of the graph, too",)),
+        ([], ["y", "d"], ("lora_A: d is an output of the graph", "take that out")),
+        ([], ["y", "z"], ("lora_A: z is an output of the graph", "take that out")),
+    ],
+)
+def test_what_a_graph_takes_and_gives_is_named(tmp_path, inputs, outputs, parts):
+    held = own()
+    path = made(tmp_path, nodes_of(*PLAIN, "Add p d -> y"), held, x=("rows", 6))
+    model = onnx.load(path)
+    value = functools.partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT)
+    model.graph.input.extend(value(name, shape=held[name].shape) for name in inputs)
+    model.graph.output.extend(value(name, shape=None) for name in outputs[1:])
+    onnx.save(model, path)
+    refused(path, *parts)
 
 
 @pytest.mark.parametrize("op", ["If", "Loop"])

@@ -130,10 +130,18 @@ class Overflowing(nn.Module):
         return self.l(x) + torch.zeros(1, dtype=torch.float32) * torch.finfo(self.l.weight.dtype).min
 
 
-def test_where_float64_overflows_the_models_own_dtype_says_what_rounding_does(tmp_path):
+class Full(Overflowing):
+    """As XGLM, which raises there: the least number of the weights' dtype is none of float32."""
+
+    def forward(self, x):
+        return torch.maximum(self.l(x), torch.full((), torch.finfo(self.l.weight.dtype).min))
+
+
+@pytest.mark.parametrize("kind", [Overflowing, Full])
+def test_where_float64_overflows_the_models_own_dtype_says_what_rounding_does(kind, tmp_path):
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    model = lora_fx.apply(Overflowing(), lora_fx.Rule(where="l", rank=2), x)
+    model = lora_fx.apply(kind(), lora_fx.Rule(where="l", rank=2), x)
     nn.init.normal_(model.l.weight_lora_default.B)
     assert export_onnx(model, x, tmp_path / "m.onnx", opset=OLD).comparisons
     other = copy.deepcopy(model)

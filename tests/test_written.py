@@ -21,7 +21,7 @@ import lora_fx
 from lora_fx import Rule
 from lora_fx.changes import in_turn
 from lora_fx.checks.verification import run
-from lora_fx.errors import LoraFxError, PlanError
+from lora_fx.errors import ExportError, LoraFxError, PlanError
 from lora_fx.graph.capture import Inputs
 from lora_fx.graph.own_state import uncompiled, undisturbed
 from lora_fx.graph.places import storage_of
@@ -179,9 +179,8 @@ def test_a_weight_that_is_written_to_is_refused_and_the_model_is_what_it_was(nam
     assert _unchanged(model, state)
     plan = lora_fx.plan(model, Rule(where="*.weight", rank=2, otherwise="skip"), IDS)
     assert f"{where}.weight" not in [row.name for row in plan.rows] and len(plan.rows) == 2
-    if name != "_multiplied_unseen":  # without numbers torch cannot tell whose `.data` is
-        with pytest.raises(LoraFxError):  # below fake tensors torch itself refuses to set data
-            lora_fx.plan(model.to("meta"), Rule(where=f"{where}.weight", rank=2), IDS)
+    with pytest.raises(LoraFxError):  # below fake tensors torch itself refuses to set data
+        lora_fx.plan(model.to("meta"), Rule(where=f"{where}.weight", rank=2), IDS)
 
 
 def test_a_table_with_max_norm_is_refused_without_inputs_too():
@@ -246,7 +245,56 @@ def test_a_parameter_is_copied_where_an_op_writes_to_it_alone(writes):
     assert _unchanged(layer, state)
 
 
-@pytest.mark.parametrize("name", ["_multiplied", "_followed"])
+class Reads(Model):
+    """A frozen layer, and a cut in the flow of gradients, as many write them."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.first(self)
+        return self.down(F.linear(self.table(ids), self.up.weight.data).data)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_read_as_data_is_recorded(device):
+    graph = lora_fx.capture(Reads().to(device), IDS).graph
+    ops = [node.name for node in graph.nodes if node.op == "call_function"]
+    assert ops == ["embedding", "detach", "linear", "detach_1", "linear_1"]
+    assert all(
+        any(used in node.all_input_nodes for node in graph.nodes) for used in graph.nodes if used.name in ops[:4]
+    )
+
+
+def test_a_buffer_whose_data_is_replaced_is_put_back():
+    def counted(m: Any) -> None:
+        m.seen.data = m.seen.data + 1
+        m.cache.data = torch.ones(3)
+
+    torch.manual_seed(0)
+    model = Model(counted)
+    model.register_buffer("seen", torch.zeros(2))
+    model.cache = torch.zeros(2)
+    before = [(t, t.data_ptr()) for t in (model.seen, model.cache)]
+    lora_fx.capture(model, IDS)
+    assert [(model.seen, model.seen.data_ptr()), (model.cache, model.cache.data_ptr())] == before
+    assert not model.seen.any() and model.cache.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("where", ["up.weight", "a tensor"])
+def test_an_export_of_what_sets_data_is_refused(where, tmp_path):
+    """torch's exporter ended the process, in `run_decompositions`."""
+
+    def clipped(m: Any) -> None:
+        y = torch.ones(2)
+        y.data = y.data * 2
+
+    torch.manual_seed(0)
+    model = Model(_data if where == "up.weight" else clipped)
+    state = _state(model)
+    with pytest.raises(ExportError, match=f"gives {where} another tensor by `.data =`"):
+        lora_fx.export_onnx(model, IDS, tmp_path / "model.onnx")
+    assert _unchanged(model, state) and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["_multiplied", "_multiplied_unseen", "_followed"])
 def test_an_export_leaves_parameters_alone(name, tmp_path):
     model = _adapted(name)
     state, plain = _state(model), copy.deepcopy(model)

@@ -1,6 +1,6 @@
 """Which sums of an ONNX graph are a linear op and branches beside it. They are only found here: `folding` rewrites.
 
-    Add(op(x, W), Mul(up(down(x, A), B), s))
+    Add(op(x, W), Mul(up(down(x, A), B), s))     and     Sub(op(x, W), …)
 
 Names cannot find a branch (the TorchScript exporter drops most of them): it is found by what it does, an Add of one
 linear op of x and of a chain of two of the same x. Names then say whose it is: a model may have a bottleneck of its
@@ -150,10 +150,13 @@ class Branch:
     def scale(self) -> float:
         return self.down.scale * self.up.scale
 
+    def __neg__(self) -> Branch:
+        return replace(self, up=replace(self.up, scale=-self.up.scale))
+
 
 @dataclass(frozen=True)
 class Term:
-    """One Add of a sum."""
+    """One Add or Sub of a sum."""
 
     add: Any
     rest: Any
@@ -331,6 +334,8 @@ class Reader:
         """The value that a node gives on, or None, and by what it multiplies that."""
         if self._gives_on(node):
             return node.inputs[0], 1.0
+        if op_type(node) == "Neg":
+            return node.inputs[0], -1.0
         for n, given in enumerate(node.inputs if op_type(node) == "Mul" else ()):
             if (by := self._scalar(node.inputs[1 - n], given)) is not None:
                 return given, by
@@ -382,7 +387,7 @@ class Reader:
         found: list[Site] = []
         inside: set[Any] = set()
         for node in reversed(list(self.model.graph)):
-            if op_type(node) == "Add" and node not in inside and (site := self._site(node)) is not None:
+            if op_type(node) in ("Add", "Sub") and node not in inside and (site := self._site(node)) is not None:
                 found.append(site)
                 inside.update(self._within(site.terms))
         return found
@@ -439,6 +444,14 @@ class Reader:
             return f"of rank {self.rank(branch)}, as the file's metadata says"
         return ""
 
+    def adapters_of(self, node: Any) -> set[Any]:
+        """The values that it reads that are an adapter's branches."""
+        given = [value for value in node.inputs if value is not None]
+        bases = [op for value in given if (op := self.op(value)) is not None]
+        branches = {value: branch for value in given if (branch := self._branch(value)) is not None}
+        named = {v for v, branch in branches.items() if self.unnamed or any(self._named(branch, b) for b in bases)}
+        return named if len(named) < len(given) else set()
+
     def rank(self, branch: Branch) -> int:
         """How many features there are between its two ops."""
         sizes, down = self.shape(branch.down.constant), branch.down
@@ -469,21 +482,22 @@ class Reader:
         return [*found]
 
     def _term(self, value: Any, within: bool) -> Term | None:
-        """The Add that gives this value; one of a constant only within a sum that a branch ends."""
+        """The Add or Sub that gives this value; one of a constant only within a sum that a branch ends."""
         add = value.producer()
-        if add is None or op_type(add) != "Add":
+        if add is None or op_type(add) not in ("Add", "Sub"):
             return None
         left, right = add.inputs
+        pairs = ((left, right), (right, left)) if op_type(add) == "Add" else ((left, right),)
         found = []
-        for rest, other in ((left, right), (right, left)):
+        for rest, other in pairs:
             branch = self._branch(other)
             if branch is None or self.constant(rest) is not None or not _fits(other, rest):
                 continue
             if not (branch.down.reshaped or branch.up.reshaped) or _alike(other, rest):
-                found.append(Term(add, rest, branch))
+                found.append(Term(add, rest, branch if op_type(add) == "Add" else -branch))
         if found:  # a layer after a layer looks like a branch, too
             return next((term for term in found if term.branch and self._named(term.branch, None)), found[0])
-        for rest, other in ((left, right), (right, left)):
+        for rest, other in pairs:
             if within and self.constant(other) is not None:
                 return Term(add, rest)
         return None

@@ -14,7 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,11 +26,12 @@ from lora_fx.errors import ExportError, few
 from lora_fx.export.onnx.branches import ADAPTER, REMEDY, Branch, Kind, Op, Reader, Site, op_type
 from lora_fx.export.onnx.equality import compare_files
 from lora_fx.export.onnx.files import check_file, folder_beside, move_files, save_model, writable
-from lora_fx.export.onnx.graphs import infer_shapes, operators, order
+from lora_fx.export.onnx.graphs import free_name, infer_shapes, names_in, operators, order
 from lora_fx.export.onnx.loading import load_model
 from lora_fx.export.onnx.obstacles import obstacles
 from lora_fx.export.onnx.runs import Comparison
 from lora_fx.export.onnx.runtimes import refuse, refusing, require
+from lora_fx.export.onnx.sums import spell_out
 from lora_fx.graph.layout import Layout
 
 _SHOWN = 5
@@ -117,6 +118,9 @@ def fold_onnx(
     before = operators(model).total()
     reader = Reader(model, str(path), unnamed)
     with refusing("its graph cannot be followed", str(path), REMEDY):
+        if spell_out(reader):
+            infer_shapes(model)
+            reader = Reader(model, str(path), unnamed)
         try:
             sites = reader.sites()
         except ExportError:
@@ -230,7 +234,7 @@ def _new_initializer(graph: Any, like: Any, weight: torch.Tensor) -> Any:
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor
 
-    name = _free(like.name, _names(graph))
+    name = free_name(like.name, names_in(graph))
     value = onnx_ir.val(name, const_value=TorchTensor(weight, name))
     graph.initializers.add(value)
     return value
@@ -250,13 +254,13 @@ def _apart(model: Any, site: Site) -> Site:
 
     way = [value.producer() for value in reversed(site.base.path)] + [term.add for term in reversed(site.terms)]
     copies: dict[Any, Any] = {}
-    taken = _names(model.graph)
+    taken = names_in(model.graph)
     for node in way:
         inputs = [copies.get(value, value) for value in node.inputs]
-        outputs = [onnx_ir.Value(name=_free(v.name, taken), shape=v.shape, type=v.type) for v in node.outputs]
+        outputs = [onnx_ir.Value(name=free_name(v.name, taken), shape=v.shape, type=v.type) for v in node.outputs]
         copy = onnx_ir.Node(
             node.domain, node.op_type, inputs, [*node.attributes.values()], outputs=outputs, version=node.version,
-            name=_free(node.name, taken), metadata_props={**node.metadata_props},
+            name=free_name(node.name, taken), metadata_props={**node.metadata_props},
         )  # fmt: skip
         copies |= dict(zip(node.outputs, copy.outputs, strict=True)) | {node: copy}
     last = site.terms[0].add
@@ -268,24 +272,6 @@ def _apart(model: Any, site: Site) -> Site:
     base = replace(site.base, node=copies[site.base.node], path=tuple(copies[value] for value in site.base.path))
     terms = tuple(replace(term, add=copies[term.add], rest=copies[term.rest]) for term in site.terms)
     return replace(site, base=base, terms=terms, apart=False)
-
-
-def _names(graph: Any) -> set[str]:
-    """Of all that is in a graph and in its bodies."""
-    nodes = [*graph.all_nodes()]
-    bodies = [graph, *(g for g in graph.subgraphs())]
-    values = [v for body in bodies for v in (*body.inputs, *body.initializers.values())]
-    values += [value for node in nodes for value in node.outputs]
-    return {thing.name for thing in (*values, *nodes) if thing.name}
-
-
-def _free(like: str | None, taken: set[str]) -> str:
-    """A name that nothing has yet, which it has from now on; none for what has none."""
-    if not like:
-        return ""
-    names = (f"{like}.folded{f'_{number}' if number else ''}" for number in count())
-    taken.add(name := next(name for name in names if name not in taken))
-    return name
 
 
 def _low_rank(reader: Reader, base: Op, branch: Branch, weight: torch.Tensor) -> LowRank:

@@ -8,9 +8,9 @@ import io
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from itertools import count
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.export.onnx.calls import Call, axis_names, cache_names, is_flat_cache
 from lora_fx.export.onnx.runtimes import refuse, refusing
 from lora_fx.graph.capture import no_fast_paths, stoppable
+from lora_fx.graph.written import Detached
 
 
 def translate(model: nn.Module, call: Call, opset: int) -> Any:
@@ -33,7 +34,7 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
     if hasattr(model, "set_experts_implementation"):
         remedy = 'if the model is a mixture of experts, call model.set_experts_implementation("batched_mm") before'
     ours = refusing("torch.onnx.export refuses the model", type(model).__name__, remedy)
-    with stoppable(), ours, torch.no_grad(), no_fast_paths(), redirect_stderr(shown):
+    with _data_recorded(model), stoppable(), ours, torch.no_grad(), no_fast_paths(), redirect_stderr(shown):
         program = torch.onnx.export(
             model.eval(),
             (*inputs.args, *last),
@@ -54,6 +55,34 @@ def translate(model: nn.Module, call: Call, opset: int) -> Any:
     if call.labels:
         program.rename_axes(axis_names(program, call))
     return program
+
+
+class _Set(BaseException):
+    """The ``.data`` of this tensor is to be set. torch would take an Exception for a reason to try in another way,
+    whose graph ends the process."""
+
+
+@contextmanager
+def _data_recorded(model: nn.Module) -> Iterator[None]:
+    """Inside, torch's exporter records what the model reads of ``.data``.
+
+    Raises:
+        ExportError: the model sets it, of which no way of torch's makes a graph.
+    """
+
+    def stop(tensor: torch.Tensor) -> NoReturn:
+        named = (*model.named_parameters(), *model.named_buffers())
+        raise _Set(next((name for name, own in named if own is tensor), "a tensor"))
+
+    try:
+        with Detached(stop):
+            yield
+    except _Set as found:
+        reason = (
+            f"the model gives {found} another tensor by `.data =` while it runs: torch.export records no such thing"
+        )
+        remedy = "use what is computed where it is read, or write it with copy_ below torch.no_grad()"
+        refuse(type(model).__name__, reason, remedy)
 
 
 def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
@@ -167,6 +196,24 @@ def order(node: Any, axes: int) -> tuple[int, ...]:
         return tuple(range(axes))
     given = attribute(node, "perm")
     return tuple(reversed(range(axes))) if given is None else given
+
+
+def names_in(graph: Any) -> set[str]:
+    """Of all that is in a graph and in its bodies."""
+    nodes = [*graph.all_nodes()]
+    bodies = [graph, *(g for g in graph.subgraphs())]
+    values = [v for body in bodies for v in (*body.inputs, *body.initializers.values())]
+    values += [value for node in nodes for value in node.outputs]
+    return {thing.name for thing in (*values, *nodes) if thing.name}
+
+
+def free_name(like: str | None, taken: set[str]) -> str:
+    """A name that nothing has yet, which it has from now on; none for what has none."""
+    if not like:
+        return ""
+    names = (f"{like}.folded{f'_{number}' if number else ''}" for number in count())
+    taken.add(name := next(name for name in names if name not in taken))
+    return name
 
 
 def infer_shapes(model: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_fx.export.onnx.branches import ADAPTER, REMEDY, Op, Reader, op_type, scope_of
 
+_SUMS = ("Add", "Sub", "Sum")
 _IN_TORCH = "merge it in torch before the export: PEFT's merge_and_unload, or lora_fx's export of the adapted model"
 
 
@@ -31,6 +32,8 @@ class Obstacle:
 
 def obstacles(reader: Reader) -> list[Obstacle]:
     """Of every linear op that is an adapter's, by its names or by its place beside PEFT's base_layer."""
+    if held := _held_as_inputs(reader):
+        return held
     every = [op for node in reader.model.graph.all_nodes() if (op := reader.linear(node)) is not None]
     named = [op for op in every if not reader.fixed(op.x)]  # DoRA has B·A of the unit matrix, for its norms
     bases = [scope.removesuffix("base_layer") for op in named if (scope := scope_of(op.node)).endswith(".base_layer")]
@@ -44,6 +47,19 @@ def obstacles(reader: Reader) -> list[Obstacle]:
     return [*found.values()]
 
 
+def _held_as_inputs(reader: Reader) -> list[Obstacle]:
+    """Weights that are inputs of the graph, too: an adapter's, or what else there is of some. In a switchable graph of
+    ours such are its slots."""
+    graph = reader.model.graph
+    if reader.model.metadata_props.get("lora_fx.form") == "switchable":
+        return []
+    held = [v for v in graph.inputs if v.const_value is not None and len(v.const_value.shape) > 1]
+    held = [v for v in held if ADAPTER.search(v.name)] or held
+    reason = "it is an input of the graph, too: whoever runs the file may give another in its place"
+    remedy = "export with keep_initializers_as_inputs=False, or take the weights out of the graph's inputs"
+    return [Obstacle(value.name, reason, remedy) for value in held]
+
+
 def obstacle(reader: Reader, op: Op) -> tuple[str, str] | None:
     """Reason and remedy; None where nothing is met up to a sum."""
     if (body := _body(reader, op.node)) is not None:
@@ -53,13 +69,16 @@ def obstacle(reader: Reader, op: Op) -> tuple[str, str] | None:
     if (scaled := _multiplied(reader, op.x)) is not None:
         reason = f"its input is multiplied by {scaled.name} first, and the weight's beside it is not"
         return reason, "multiply that into lora_A before the export"
+    if (given := _given_out(reader, op)) is not None:
+        reason = f"{given.name} is an output of the graph, and needs it"
+        return reason, "take that out of the graph's outputs, or fold the torch model before it is exported"
     vector = None
     for node, value in _path(reader, op):
         if op_type(node) in ("Gemm", "Conv", "ConvTranspose"):
             return _beside_product(reader, node)
         other = next((v for v in node.inputs if v is not None and v is not value), value)
         constant = reader.fixed(other)
-        if op_type(node) == "Add" and constant:
+        if op_type(node) in _SUMS and constant:
             return (
                 f"{other.name} is added to the branch, as PEFT's lora_bias is: that is no delta of a weight",
                 _IN_TORCH,
@@ -67,10 +86,10 @@ def obstacle(reader: Reader, op: Op) -> tuple[str, str] | None:
         if op_type(node) in ("Mul", "Div") and constant:
             vector = vector or other
             continue
-        if op_type(node) == "Add" and (vector is None or _multiplied(reader, other) is not None):
+        if op_type(node) in _SUMS and (vector is None or _multiplied(reader, other) is not None):
             reason = "the weight's own product is scaled too, as DoRA does it: W' is no sum of W and B·A"
             return None if vector is None else (reason, _IN_TORCH)
-        if op_type(node) != "Add":
+        if op_type(node) not in _SUMS:
             return f"{_called(node)} takes it: a branch is linear in its input", REMEDY
         break
     if vector is None:
@@ -85,7 +104,7 @@ def _path(reader: Reader, op: Op) -> Iterator[tuple[Any, Any]]:
     node, value = op.node, op.node.outputs[0]
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         yield node, op.x
-    while len(uses := value.uses()) == 1:
+    while len(uses := value.uses()) == 1 and not value.is_graph_output():
         (use,) = uses
         node = use.node
         if len(node.inputs) > 2 and reader.linear(node) is not None:
@@ -95,6 +114,20 @@ def _path(reader: Reader, op: Op) -> Iterator[tuple[Any, Any]]:
             if op_type(node) not in ("Mul", "Div"):
                 return
         value = node.outputs[0]
+
+
+def _given_out(reader: Reader, op: Op) -> Any:
+    """The branch, or a value on the way to it, that the graph gives out."""
+    node = op.node
+    while len(node.inputs) < 3 or node.inputs[2] is None:  # else it is a sum
+        value = node.outputs[0]
+        if value.is_graph_output():
+            return value
+        on = [use.node for use in value.uses() if reader.linear(use.node) or reader.passes(use.node, value)]
+        if len(on) != 1:
+            return None
+        node = on[0]
+    return None
 
 
 def _beside_product(reader: Reader, node: Any) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, foreign, in_turn, onednn
 from lora_fx.errors import CaptureError
 from lora_fx.graph.own_state import uncompiled, undisturbed
 from lora_fx.graph.places import hooks_aside, is_torchs, refuse_preloaded, refuse_shards
-from lora_fx.graph.written import Looking, Writes, know
+from lora_fx.graph.written import Detached, Looking, Writes, know
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
 TRANSFORMED = "lora_fx_transformed"  # node.meta key: it ran inside of a transform of torch.func (vmap, grad, jvp)
@@ -214,7 +214,13 @@ def _make_fx(model: nn.Module, run: Any, tensors: list, leaves: list, lowered: b
         _error_on_data_dependent_ops=False,
     )
     try:
-        with _module_paths(model), _described_in_one_mode(), _kernels_of_eager_mode(tensors), _seen_by(writes):
+        with (
+            _module_paths(model),
+            _described_in_one_mode(),
+            _kernels_of_eager_mode(tensors),
+            _seen_by(writes),
+            Detached(),
+        ):
             return trace(tensors, leaves)
     except CaptureError:
         raise

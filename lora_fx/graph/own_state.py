@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.graph.places import buffers_away
-from lora_fx.graph.written import Looking, Writes, is_known, know
+from lora_fx.graph.places import buffers_away, is_plain
+from lora_fx.graph.written import Looking, Writes, is_known, know, lies_at
 
 _CODE = (type, types.ModuleType, FunctionType, types.BuiltinFunctionType, types.MethodType, property)
 _ATOMS = frozenset({
@@ -153,7 +153,7 @@ class _Kept:
         if isinstance(value, torch.Tensor):
             if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference()):
                 # Whether it moved cannot be asked: batch norm moves its statistics without moving their version.
-                self.undo.append(partial(value.detach().copy_, value.detach().clone()))
+                self.undo.append(partial(_restore_tensor, value, value.detach(), value.detach().clone()))
             return ()
         if isinstance(value, dict):
             was = dict(dict.items(value))  # a class of its own may make something up in `__getitem__`
@@ -240,6 +240,12 @@ class _Kept:
 
 # ── how each is put back ─────────────────────────────────────────────────────────────────────────────────────────────
 # Only where it has changed: other threads may be reading the same containers.
+
+
+def _restore_tensor(value: torch.Tensor, alias: torch.Tensor, was: torch.Tensor) -> None:
+    alias.copy_(was)
+    if is_plain(value) and lies_at(value) != lies_at(alias):  # by `value.data = …`
+        value.data = alias
 
 
 def _restore_dict(value: dict, was: dict) -> None:

@@ -10,6 +10,8 @@ seen to be written to. One that has not, in the mode in which it is to run, runs
 What has been seen counts until the verb ends: the next one may meet a model that writes every hundredth step. What was
 written to once is copied ever after.
 
+Without numbers (on meta, or while torch exports) tensors are told apart by what is recorded of them alone: `Detached`.
+
 Out of reach is what no op of torch does: an array of numpy's that shares the memory, a kernel of another library's that
 says nothing of what it writes; and a write that depends on the numbers, and comes in a later run of the verb alone.
 """
@@ -23,6 +25,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
@@ -130,7 +134,7 @@ class Writes:
             for alias, numbers in copies:
                 alias.copy_(numbers)
         others = [p for m, name, p in self._held if p in self._aliases and m._parameters.get(name) is not p]
-        moved = [(p, alias) for p, alias in self._aliases.items() if _place(p) != _place(alias)]
+        moved = [(p, alias) for p, alias in self._aliases.items() if lies_at(p) != lies_at(alias)]
         self.replaced = (*others, *(p for p, alias in moved if not _same(p, alias)))
         for p, alias in moved:
             p.data = alias
@@ -158,12 +162,37 @@ class Looking(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+_DATA: Any = torch.Tensor.data
+_READ, _SET = _DATA.__get__, _DATA.__set__
+
+
+class Detached(TorchFunctionMode):
+    """Inside, ``t.data`` is ``t.detach()``: the same memory, which torch records as such. Of ``t.data`` it records
+    nothing, and takes it for a constant; without numbers not even its storage then says whose it is.
+
+    Args:
+        set: what is done with a tensor whose ``.data`` is to be set; None for what torch does.
+    """
+
+    def __init__(self, set: Callable[[torch.Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self._set = set
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _READ and type(args[0]) in (torch.Tensor, nn.Parameter, FakeTensor):
+            return args[0].detach()
+        if func == _SET and self._set is not None:
+            return self._set(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def only_looked_at() -> bool:
     """All dispatch modes that see what runs here are of this kind."""
     return all(type(mode) is Looking for mode in _get_current_dispatch_mode_stack())
 
 
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+def lies_at(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Which numbers in memory are a tensor's."""
     return storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 

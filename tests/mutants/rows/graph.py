@@ -326,4 +326,16 @@ ROWS = (
         "Where nothing compiled can run, a model is run once more to see what it writes.",
         tests=("tests/test_written.py",),
     ),
+    Mutant(
+        "data_is_a_constant", "capture", "lora_fx/graph/written.py",
+        "            return args[0].detach()\n", "            pass\n",
+        "What is read as `.data` is a constant of the recording: on meta nobody knows whose it is.",
+        tests=("tests/test_written.py::test_what_is_read_as_data_is_recorded",),
+    ),
+    Mutant(
+        "replaced_buffers_stay", "capture", "lora_fx/graph/own_state.py",
+        "    if is_plain(value) and lies_at(value) != lies_at(alias):", "    if False:",
+        "A buffer whose `.data` a forward has replaced keeps what it was given.",
+        tests=("tests/test_written.py::test_a_buffer_whose_data_is_replaced_is_put_back",),
+    ),
 )  # fmt: skip

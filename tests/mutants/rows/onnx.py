@@ -291,4 +291,47 @@ ROWS = (
         "DoRAs with other scales are one and the same to a folded file.",
         tests=of_kinds("a_file_knows_the_settings_of_a_dense_kind"),
     ),
+    Mutant(
+        "set_data_has_no_name", "export", "export/onnx/graphs.py",
+        "(name for name, own in named if own is tensor)", "(name for name, own in ())",
+        "An export that refuses `weight.data = …` does not say which.",
+        tests=("tests/test_written.py::test_an_export_of_what_sets_data_is_refused",),
+    ),
+    Mutant(
+        "float64_must_run", "export", "export/onnx/runs.py",
+        "    with suppress(CaptureError):\n        wide =", "    with suppress():\n        wide =",
+        "A model that does not run in float64 is not exported, and is said not to run on its inputs.",
+        tests=("tests/test_onnx_padding.py::test_where_float64_overflows_the_models_own_dtype_says_what_rounding_does",),
+    ),
+    Mutant(
+        "a_difference_is_a_sum", "export", "export/onnx/branches.py",
+        'found.append(Term(add, rest, branch if op_type(add) == "Add" else -branch))',
+        "found.append(Term(add, rest, branch))",
+        "What is taken off a product is folded as if it were added.",
+        tests=("tests/test_onnx_folding.py::test_sums_that_are_spelled_otherwise",),
+    ),
+    Mutant(
+        "negated_twice_over", "export", "export/onnx/branches.py",
+        "            return node.inputs[0], -1.0\n", "            return node.inputs[0], 1.0\n",
+        "A branch behind a Neg is folded with its sign lost.",
+        tests=("tests/test_onnx_folding.py::test_sums_that_are_spelled_otherwise",),
+    ),
+    Mutant(
+        "adapters_first_in_a_sum", "export", "export/onnx/sums.py",
+        "sorted(node.inputs, key=adapters.__contains__)", "node.inputs",
+        "A Sum whose adapters come first is not folded.",
+        tests=("tests/test_onnx_folding.py::test_sums_that_are_spelled_otherwise",),
+    ),
+    Mutant(
+        "inputs_of_the_graph_go_unsaid", "export", "export/onnx/obstacles.py",
+        "    if held := _held_as_inputs(reader):", "    if held := []:",
+        "A file whose weights are its inputs, too, is refused without saying so.",
+        tests=("tests/test_onnx_folding.py::test_what_a_graph_takes_and_gives_is_named",),
+    ),
+    Mutant(
+        "outputs_of_the_graph_go_unsaid", "export", "export/onnx/obstacles.py",
+        "        if value.is_graph_output():\n            return value\n", "",
+        "A branch that the graph gives out is refused without saying so.",
+        tests=("tests/test_onnx_folding.py::test_what_a_graph_takes_and_gives_is_named",),
+    ),
 )  # fmt: skip
