@@ -27,6 +27,7 @@ from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.rewrites import Using
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.capture import recording
+from lora_fx.graph.dynamo import inlined
 from lora_fx.graph.forms import FORMS, Call, Form, find, op_name, without_gradient
 from lora_fx.graph.layout import Placement, place
 from lora_fx.graph.views import CASTS, View, move
@@ -90,6 +91,7 @@ class AdaptedWeight:
         return any(a.dtype != self.root.dtype for a in self.adapters)
 
     @classmethod
+    @inlined
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = _at_once(func, args, kwargs)
@@ -272,8 +274,9 @@ def _member(name: str) -> Any:
     kind = getattr(torch.Tensor, name)
     if not callable(kind):
         getter = kind.__get__
-        return property(lambda self: dispatch(getter, (self,), {}))
+        return property(inlined(lambda self: dispatch(getter, (self,), {})))
 
+    @inlined
     def method(self: AdaptedWeight, *args: Any, **kwargs: Any) -> Any:
         return dispatch(kind, (self, *args), kwargs)
 

@@ -186,14 +186,15 @@ def _equation(equation: str) -> tuple[list[str], str]:
 # Convolutions: A carries the kernel, B is pointwise. Transposed ones have W (in, out / groups, k…), and B carries it.
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_SPATIAL = {f"conv{kind}{n}d": n for kind in ("", "_transpose") for n in (1, 2, 3)}
 
 
 def _parse_conv(form: Form, op: str, args: tuple, kwargs: dict, ndim: Callable) -> Call | None:
-    transposed = op.startswith("conv_transpose")
+    transposed = form.name == "conv_transpose"
     order = "stride padding output_padding groups dilation" if transposed else "stride padding dilation groups"
     a = _bind(f"input weight bias {order}", args, kwargs)
     n = ndim(a["weight"])
-    if n is None or n != int(op[-2]) + 2 or ndim(a["input"]) is not None:
+    if n is None or n != _SPATIAL[op] + 2 or ndim(a["input"]) is not None:
         return None
     defaults = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
     options = {k: a.get(k, v) for k, v in defaults.items()}

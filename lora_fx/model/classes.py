@@ -33,6 +33,7 @@ from lora_fx.deltas.adapter import Adapter
 from lora_fx.deltas.compiled_schedules import ORDINARY
 from lora_fx.deltas.realisation import Realisation
 from lora_fx.errors import LoraFxError
+from lora_fx.graph.dynamo import inlined, reverse_matmul
 from lora_fx.graph.places import is_moved, is_shard, refuse_shard
 from lora_fx.graph.views import View
 from lora_fx.model.behind import around, behind
@@ -332,10 +333,12 @@ def _differ(old: Any, new: Any) -> bool:
 
 
 def _adapted_property(attribute: str, children: tuple[str, ...], dense: bool) -> property:
+    @inlined
     def read_sum(self: nn.Module) -> Any:
         adapted = adapted_weight(self, attribute, children)
         return adapted.dense() if isinstance(adapted, AdaptedWeight) and self._lora_fx_reader is None else adapted
 
+    @inlined
     def read(self: nn.Module) -> Any:
         parameter: Any = self._parameters.get(attribute)
         plain = type(parameter) in ORDINARY and parameter.dim() > 1
@@ -389,6 +392,8 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     parameter = owner._parameters[attribute]
     if parameter is None or is_shard(parameter) or is_moved(owner, 2):
         return parameter  # code that shards or loads moves the parameter itself; forwards compute with what it makes
+    if is_dynamo_compiling():
+        reverse_matmul()
     adapters = [getattr(owner, child) for child in children]
     branches = [Branch(a, a.value(), a.dropout if a.drops else None) for a in adapters]
     cast = any(a.dtype != parameter.dtype for a in adapters)
@@ -396,6 +401,7 @@ def adapted_weight(owner: nn.Module, attribute: str, children: tuple[str, ...]) 
     return adapted if parameter.ndim > 1 else adapted.dense()  # nothing multiplies with a bias
 
 
+@inlined
 def _flat_weights(self: nn.RNNBase) -> list[Any]:
     return [getattr(self, name, None) for name in self._flat_weights_names]
 

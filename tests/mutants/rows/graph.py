@@ -338,4 +338,28 @@ ROWS = (
         "A buffer whose `.data` a forward has replaced keeps what it was given.",
         tests=("tests/test_written.py::test_a_buffer_whose_data_is_replaced_is_put_back",),
     ),
+    Mutant(
+        "frames_compiled_one_by_one", "dispatch", "lora_fx/graph/dynamo.py",
+        "        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))\n", "",
+        "Where Dynamo runs a forward as Python, each read of a weight in there is compiled.",
+        tests=("tests/test_compiled.py",),
+    ),
+    Mutant(
+        "a_row_for_another_operator", "dispatch", "lora_fx/graph/dynamo.py",
+        "setdefault(operator.matmul,", "setdefault(operator.imatmul,",
+        "Compiled, W @ x of a square weight is x @ W.",
+        tests=("tests/test_compiled.py",),
+    ),
+    Mutant(
+        "a_table_that_went_ends_the_trace", "dispatch", "lora_fx/graph/dynamo.py",
+        "    except (ImportError, AttributeError):  # a torch without", "    except ImportError:  # a torch without",
+        "A torch that has no table of reversed operators compiles no adapted model.",
+        tests=("tests/test_compiled.py",),
+    ),
+    Mutant(
+        "convolution_read_off_its_name", "dispatch", "lora_fx/graph/forms.py",
+        'transposed = form.name == "conv_transpose"', 'transposed = op.startswith("conv_transpose")',
+        "Dynamo knows no part of the name of a function of torch's: a convolution that dispatches breaks the graph.",
+        tests=("tests/test_compiled.py",),
+    ),
 )  # fmt: skip

@@ -132,4 +132,10 @@ ROWS = (
         "remove leaves an attribute of transformers' on the model that it had not.",
         tests=("tests/test_integration.py::test_removed_it_leaves_a_library_model_the_attributes_that_it_had",),
     ),
+    Mutant(
+        "matmul_never_reversed", "dispatch", "lora_fx/model/classes.py",
+        "    if is_dynamo_compiling():\n        reverse_matmul()\n", "",
+        "Compiled, W @ x of a square weight is x @ W: Dynamo is not told.",
+        tests=("tests/test_compiled.py",),
+    ),
 )  # fmt: skip
