@@ -153,7 +153,8 @@ class _Kept:
         if isinstance(value, torch.Tensor):
             if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference()):
                 # Whether it moved cannot be asked: batch norm moves its statistics without moving their version.
-                self.undo.append(partial(value.detach().copy_, value.detach().clone()))
+                told = _told_apart(value.detach())
+                self.undo.append(partial(told.copy_, told.clone()))
             return ()
         if isinstance(value, dict):
             was = dict(dict.items(value))  # a class of its own may make something up in `__getitem__`
@@ -166,7 +167,8 @@ class _Kept:
             self.undo.append(partial(_restore_set, value, set(value)))
             return ()
         if isinstance(value, tuple):
-            return value
+            inside = tuple.__iter__(value)  # a class of its own may refuse to be iterated, or to have a length
+            return inside if type(value) is tuple else (*inside, *self._attributes(value))
         return self._keep_object(value)
 
     def _keep_object(self, value: Any) -> Iterable[Any]:
@@ -269,6 +271,14 @@ def _restore_attribute(owner: Any, name: str, was: Any) -> None:
 def _restore_item(scope: dict, name: str, was: Any) -> None:
     if scope.get(name, _EMPTY) is not was:
         scope[name] = was
+
+
+def _told_apart(tensor: torch.Tensor) -> torch.Tensor:
+    """Each number once: what was expanded shows one under many indices, and torch writes to none of those."""
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
 
 
 def _keep_numpy(value: Any, undo: list[Undo]) -> None:

@@ -188,6 +188,18 @@ ROWS = (
         tests=("tests/test_purity.py",),
     ),
     Mutant(
+        "capture_of_what_is_expanded", "capture", "lora_fx/graph/own_state.py",
+        "if stride == 0 and size > 1:", "if False:",
+        "A tensor that is kept, and shows one number under many indices, ends a look with torch's own error.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_measures_tuples", "capture", "lora_fx/graph/own_state.py",
+        "inside = tuple.__iter__(value)", "inside = iter(value)",
+        "A tuple of a class that has no length ends a look with that class's error.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
         "capture_moves_globals", "capture", "lora_fx/graph/own_state.py",
         "self.undo.append(partial(_restore_item, scope, name, value))", "pass",
         "Looking at a model moves the globals that its code counts in.",
