@@ -166,7 +166,7 @@ ROWS = (
     ),
     Mutant(
         "capture_moves_buffers", "capture", "lora_fx/graph/own_state.py",
-        "self.undo.append(partial(value.detach().copy_, value.detach().clone()))", "pass",
+        "self.undo.append(partial(told.copy_, told.clone()))", "pass",
         "Running a model to look at it moves its batch statistics.",
         tests=("tests/test_purity.py",),
     ),
