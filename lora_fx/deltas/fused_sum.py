@@ -155,11 +155,6 @@ class FusedSum:
         return FusedSum(weight, product, tuple(deltas), undoable, name, tuple(adapters))
 
     @property
-    def has_kernels(self) -> bool:
-        """Triton has not failed for its device in the meantime."""
-        return FOLDS.runs_on(self.weight.device)
-
-    @property
     def room(self) -> int:
         """For so many elements that float64 cannot decide."""
         return min(self.weight.numel(), _DOUBTFUL + self.weight.numel() // 2**13)
