@@ -28,7 +28,7 @@ from lora_fx.deltas.ahead import foresee
 from lora_fx.deltas.exact_sum import ExactSum, Way, kept
 from lora_fx.deltas.fused_sum import FusedSum
 from lora_fx.deltas.rounded_sum import KeptWeight, RoundedSum
-from lora_fx.deltas.rounding import read
+from lora_fx.deltas.rounding import checksum, read, same
 from lora_fx.errors import FoldError
 from lora_fx.graph.places import refuse_away
 from lora_fx.model import marks
@@ -124,6 +124,7 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
         forget_classes(here.modules)
     ways: defaultdict[nn.Module, dict[str, Way | KeptWeight]] = defaultdict(dict)
     originals: defaultdict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
+    copies: defaultdict[nn.Module, dict[str, torch.Tensor]] = defaultdict(dict)
     with torch.no_grad():
         for k, storage in enumerate(storages):
             if storage.split:
@@ -137,12 +138,14 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
             for k, (storage, whole) in enumerate(zip(storages, sums, strict=True)):
                 if storage.split or for_good:
                     whole.fold_for_good(ahead.scratch(k), ahead.founds[k])
+                    for owner, attribute in () if final else storage.owners:
+                        copies[owner][attribute] = checksum(storage.parameter)
                 else:
                     owner, attribute = storage.owners[0]
                     ways[owner][attribute] = whole.fold(ahead.scratch(k), facts.undo, ahead.founds[k])
             for module in here.modules:
                 children = {c: PutAway(a, c in module._modules) for c, a in here.of(module).items()}
-                _put_away(module, FoldRecord(children, ways[module], originals[module]), final)
+                _put_away(module, FoldRecord(children, ways[module], originals[module], copies[module]), final)
             keep_keys(inventory(model))
 
 
@@ -205,7 +208,12 @@ def _take_back(model: nn.Module, undo: list[Undo]) -> None:
     """Unfold the weights; the adapters are back, but nothing reads them yet."""
     here = inventory(model)
     written = [_way(here, m, attribute) for m, record in here.records.items() for attribute in record.ways]
-    for (name, *_), (right,) in zip(written, read([way.starts_at(weight) for _, weight, way in written]), strict=True):
+    starts = {name: way.starts_at(weight) for name, weight, way in written}
+    for module, record in here.records.items():
+        for attribute, was in record.copies.items():
+            name, weight = _folded(here, module, attribute)
+            starts[name] = same(checksum(weight), was)
+    for name, (right,) in zip(starts, read([*starts.values()]), strict=True):
         if not right:
             raise _written(name)
     exact = [way.take_back(weight, undo) for _, weight, way in written]
@@ -220,12 +228,17 @@ def _take_back(model: nn.Module, undo: list[Undo]) -> None:
 
 def _way(here: Inventory, module: nn.Module, attribute: str) -> tuple[str, torch.Tensor, Way | KeptWeight]:
     """The name of a folded weight, the weight, and its way back."""
-    weight, way = module._parameters[attribute], here.records[module].ways[attribute]
+    return *_folded(here, module, attribute), here.records[module].ways[attribute]
+
+
+def _folded(here: Inventory, module: nn.Module, attribute: str) -> tuple[str, torch.Tensor]:
+    """The name of a folded weight, and the weight."""
+    weight = module._parameters.get(attribute)
     name = weight_name(here.modules[module][0], attribute)
     refuse_away(module, attribute, name, "what unfolds it would be lost with the next forward", FoldError)
     if weight is None:
         raise _written(name)
-    return name, weight.detach(), way
+    return name, weight.detach()
 
 
 def _written(name: str) -> FoldError:

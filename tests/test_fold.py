@@ -184,6 +184,22 @@ def test_unfolding_refuses_a_weight_that_was_written_to(change):
     assert reference.same_bits(reference.bits(model), state)
 
 
+@pytest.mark.parametrize("change", [lambda w: w.add_(1.0), lambda w: setattr(w, "data", w.data.double())])
+def test_unfolding_refuses_a_copy_of_a_tied_weight_that_was_written_to(change):
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9))
+    model[1].weight = model[0].weight
+    lora_fx.apply(model, Rule(role="lm_head", rank=2), torch.arange(5)[None])
+    reference.fill(model)
+    lora_fx.fold(model)
+    assert model[1].weight is not model[0].weight
+    with torch.no_grad():
+        change(model[1].weight)
+    state = reference.bits(model)
+    with pytest.raises(lora_fx.LoraFxError, match=r"1\.weight: the folded weight has been written to"):
+        lora_fx.unfold(model)
+    assert reference.same_bits(reference.bits(model), state)
+
+
 def test_training_an_adapter_that_is_put_away_changes_nothing():
     model = adapted(torch.float32)
     factor = model.head.weight_lora_default.B

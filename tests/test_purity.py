@@ -383,6 +383,15 @@ def test_a_child_of_a_graph_module_that_may_get_a_bias_stays_a_call():
     assert not torch.equal(gm(x), before)
 
 
+class NoLength(tuple):
+    """As e3nn's irreps are: it has items, and neither a length nor an iterator."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+    __iter__ = __len__
+
+
 class Keeps(nn.Module):
     """Leaves a trace of each call wherever it can."""
 
@@ -395,6 +404,9 @@ class Keeps(nn.Module):
         self.log, self.queue, self.table, self.last = [], deque(maxlen=2), Counter(), None
         self.plain, self.array, self.numpy_rng = torch.zeros(2), np.zeros(2), np.random.default_rng(0)
         self.inner = types.SimpleNamespace(seen={0}, nested=[[0]])
+        self.pair = NoLength(([0], 1))
+        self.pair.seen = [0]
+        self.shown = torch.zeros(2, 1).expand(2, 3)
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x):
@@ -406,6 +418,9 @@ class Keeps(nn.Module):
         self.last = y
         self.plain.add_(1)
         self.array += 1
+        self.pair[0][0] += 1
+        self.pair.seen[0] += 1
+        self.shown[:, :1].add_(1)
         self.inner.seen.add(len(self.inner.seen))
         self.inner.nested[0][0] += 1
         self.count += 1
@@ -420,7 +435,8 @@ class Keeps(nn.Module):
     def state(self):
         lists = [list(map(id, v)) for v in (self.log, self.queue, type(self).calls, SCALES)]
         inner = (set(self.inner.seen), self.inner.nested[0][0])
-        numbers = [t.tolist() for t in (self.plain, self.array, self.count, self.generator.get_state())]
+        kept = (self.plain, self.shown, self.array, self.count, self.generator.get_state())
+        numbers = [*(t.tolist() for t in kept), self.pair[0][0], self.pair.seen[0]]
         states = [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(), self.rng.getstate()]
         return (*lists, dict(self.table), self.last, inner, *numbers, *states, self.numpy_rng.bit_generator.state,
                 "new" in vars(self), type(self).total, SCALE)  # fmt: skip

@@ -206,6 +206,20 @@ def test_an_encoder_that_leaves_out_what_is_padded(where):
     assert lora_fx.verify(model, lora_fx.fold(model, copy=True), inputs)
 
 
+@pytest.mark.parametrize("verb", ["summary", "memory", "verify", "suggest"])
+def test_a_lazy_module_in_verbs_that_record_nothing(verb):
+    model, x = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), torch.randn(2, 4)
+    call = {
+        "summary": lambda: lora_fx.summary(model),
+        "memory": lambda: lora_fx.memory(model, Rule("*", rank=2), "adamw", torch.float32, x),
+        "verify": lambda: lora_fx.verify(model, model, x),
+        "suggest": lambda: lora_fx.suggest(model, 100, [x], lambda m, batch: m(batch).sum()),
+    }[verb]
+    with pytest.raises(CaptureError, match=r"^0\.weight: the parameter is lazy"):
+        call()
+    assert isinstance(model[0].weight, nn.UninitializedParameter)
+
+
 def test_a_lazy_module():
     model = nn.Sequential(nn.LazyLinear(7))
     with pytest.raises(CaptureError, match="lazy") as caught:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lora_fx.errors import LoraFxError
+from lora_fx.graph.places import refuse_lazy
 from lora_fx.model.inventory import inventory
 
 
@@ -35,7 +36,12 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """How many parameters of the model train, and how many there are; what adapters it has."""
+    """How many parameters of the model train, and how many there are; what adapters it has.
+
+    Raises:
+        CaptureError: a parameter or a buffer is lazy, and has no shape yet.
+    """
+    refuse_lazy(model)
     parameters = list(dict.fromkeys(model.parameters()))
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     counts: dict[str, int] = {}

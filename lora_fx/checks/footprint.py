@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_fx.errors import CaptureError, LoraFxError, essence
 from lora_fx.graph.capture import Inputs, as_python, does_not_run
-from lora_fx.graph.places import storage_of
+from lora_fx.graph.places import refuse_lazy, storage_of
 from lora_fx.tables import table
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -100,8 +100,9 @@ def on_meta(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy on meta, with floating parameters in this dtype: nothing of the model's size is there twice.
 
     Raises:
-        CaptureError: the model cannot be copied.
+        CaptureError: the model cannot be copied, or has no shapes yet.
     """
+    refuse_lazy(model)
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=_cast(tensor, dtype), device="meta")

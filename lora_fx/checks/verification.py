@@ -34,6 +34,7 @@ from lora_fx.graph.places import (
     is_plain,
     loader,
     refuse_any_away,
+    refuse_lazy,
     refuse_shards,
     storage_of,
     without_numbers,
@@ -171,6 +172,7 @@ def refuse_unmeasurable(model: nn.Module) -> None:
     Raises:
         CaptureError: they are on meta, put away by accelerate, or in parts.
     """
+    refuse_lazy(model)
     refuse_shards(model)
     refuse_any_away(model, "its uses cannot be measured", CaptureError)
     if without_numbers(model):

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.changes import FAST_PATHS, ONEDNN, Switch, foreign, in_turn, onednn_has, safe_point
 from lora_fx.errors import CaptureError
 from lora_fx.graph.own_state import uncompiled, undisturbed
-from lora_fx.graph.places import hooks_aside, is_torchs, refuse_preloaded, refuse_shards
+from lora_fx.graph.places import hooks_aside, is_torchs, refuse_lazy, refuse_preloaded, refuse_shards
 from lora_fx.graph.written import Detached, Looking, Writes, know
 
 MODULE = "lora_fx_module"  # node.meta key: the path of the module whose forward executed the node
@@ -370,11 +370,7 @@ def _plain(output: Any) -> Any:
 def refuse_unready(model: nn.Module) -> None:
     """Raise for what no later step could get right: parameters that do not exist yet or are in parts, scripted and
     exported modules."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-            remedy = "run the model once on real inputs before"
-            raise CaptureError(f"the {kind} is lazy: it has no shape yet", place=name, remedy=remedy)
+    refuse_lazy(model)
     refuse_shards(model)
     refuse_preloaded(model)
     for name, module in model.named_modules():

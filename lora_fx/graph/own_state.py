@@ -153,7 +153,8 @@ class _Kept:
         if isinstance(value, torch.Tensor):
             if not (isinstance(value, nn.Parameter) or value.is_meta or value.is_inference()):
                 # Whether it moved cannot be asked: batch norm moves its statistics without moving their version.
-                self.undo.append(partial(_restore_tensor, value, value.detach(), value.detach().clone()))
+                alias = value.detach()
+                self.undo.append(partial(_restore_tensor, value, alias, _told_apart(alias).clone()))
             return ()
         if isinstance(value, dict):
             was = dict(dict.items(value))  # a class of its own may make something up in `__getitem__`
@@ -166,7 +167,8 @@ class _Kept:
             self.undo.append(partial(_restore_set, value, set(value)))
             return ()
         if isinstance(value, tuple):
-            return value
+            inside = tuple.__iter__(value)  # a class of its own may refuse to be iterated, or to have a length
+            return inside if type(value) is tuple else (*inside, *self._attributes(value))
         return self._keep_object(value)
 
     def _keep_object(self, value: Any) -> Iterable[Any]:
@@ -243,7 +245,7 @@ class _Kept:
 
 
 def _restore_tensor(value: torch.Tensor, alias: torch.Tensor, was: torch.Tensor) -> None:
-    alias.copy_(was)
+    _told_apart(alias).copy_(was)
     if is_plain(value) and lies_at(value) != lies_at(alias):  # by `value.data = …`
         value.data = alias
 
@@ -275,6 +277,14 @@ def _restore_attribute(owner: Any, name: str, was: Any) -> None:
 def _restore_item(scope: dict, name: str, was: Any) -> None:
     if scope.get(name, _EMPTY) is not was:
         scope[name] = was
+
+
+def _told_apart(tensor: torch.Tensor) -> torch.Tensor:
+    """Each number once: what was expanded shows one under many indices, and torch writes to none of those."""
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
 
 
 def _keep_numpy(value: Any, undo: list[Undo]) -> None:

@@ -43,6 +43,19 @@ def storage_of(tensor: torch.Tensor) -> int:
         return id(tensor)
 
 
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise where a model has no shapes yet.
+
+    Raises:
+        CaptureError: a parameter or a buffer is lazy.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            remedy = "run the model once on real inputs before"
+            raise CaptureError(f"the {kind} is lazy: it has no shape yet", place=name, remedy=remedy)
+
+
 # ── in parts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

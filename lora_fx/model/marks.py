@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lora_fx.deltas.adapter import Adapter
@@ -188,6 +189,8 @@ class FoldRecord:
     """attribute → the way back to the original weight, which the fold has overwritten."""
     originals: Mapping[str, nn.Parameter] = field(default_factory=dict)
     """attribute → the original parameter: the fold has given this module a copy of its own."""
+    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """attribute → the checksum of that copy: it must still be what it was."""
 
     @property
     def attributes(self) -> tuple[str, ...]:

@@ -388,4 +388,10 @@ ROWS = (
         "A model that overflows in float64 is told from itself: no file of it is written.",
         tests=("tests/test_onnx_padding.py::test_where_float64_overflows_the_models_own_dtype_says_what_rounding_does",),
     ),
+    Mutant(
+        "lazy_shapes_are_measured", "verification", "lora_fx/checks/verification.py",
+        "    refuse_lazy(model)\n", "",
+        "Two models without shapes are compared, and torch's own error ends it.",
+        tests=("tests/test_refusals.py::test_a_lazy_module_in_verbs_that_record_nothing",),
+    ),
 )  # fmt: skip

@@ -166,7 +166,7 @@ ROWS = (
     ),
     Mutant(
         "capture_moves_buffers", "capture", "lora_fx/graph/own_state.py",
-        "self.undo.append(partial(value.detach().copy_, value.detach().clone()))", "pass",
+        "                self.undo.append(partial(_restore_tensor, value, alias, _told_apart(alias).clone()))\n", "",
         "Running a model to look at it moves its batch statistics.",
         tests=("tests/test_purity.py",),
     ),
@@ -185,6 +185,18 @@ ROWS = (
         "capture_moves_objects", "capture", "lora_fx/graph/own_state.py",
         "elif package not in _OTHERS:", "elif False:",
         "Looking at a model moves the counters of its meters.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_of_what_is_expanded", "capture", "lora_fx/graph/own_state.py",
+        "if stride == 0 and size > 1:", "if False:",
+        "A tensor that is kept, and shows one number under many indices, ends a look with torch's own error.",
+        tests=("tests/test_purity.py",),
+    ),
+    Mutant(
+        "capture_measures_tuples", "capture", "lora_fx/graph/own_state.py",
+        "inside = tuple.__iter__(value)", "inside = iter(value)",
+        "A tuple of a class that has no length ends a look with that class's error.",
         tests=("tests/test_purity.py",),
     ),
     Mutant(

@@ -252,6 +252,12 @@ ROWS = (
         tests=("tests/test_rules.py::test_a_split_use_folds_into_a_copy_of_its_own_and_unfolds_to_one_storage",),
     ),
     Mutant(
+        "unfold_drops_what_a_copy_was_given", "unfold", "passes/fold.py",
+        "starts[name] = same(checksum(weight), was)", "pass",
+        "What was written to the copy that a fold made of a tied weight is gone after unfolding, without a word.",
+        tests=("tests/test_fold.py",),
+    ),
+    Mutant(
         "unfold_writes_before_it_looks", "unfold", "passes/fold.py",
         "        if not right:\n", "        if False:\n",
         "Unfolding does not look whether a weight was written to since.",
