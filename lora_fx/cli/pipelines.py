@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from lora_fx.cli.shown import say
+
 #: each verb with arguments that stand for a user's
 _VERBS: dict[str, tuple[str, ...]] = {
     "apply": ("rules",), "plan": ("rules",), "fold": (), "unfold": (), "activate": ("adapter",), "deactivate": (),
@@ -22,4 +24,4 @@ def pipeline(verb: str) -> None:
     from lora_fx import pipeline as passes_of
 
     arguments = (Rule(where="*", rank=8) if word == "rules" else word for word in _VERBS[verb])
-    print(passes_of(verb, *arguments))
+    say(str(passes_of(verb, *arguments)))

@@ -19,14 +19,23 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 
 def show(outcome: Any, said: dict[str, Any], json_wanted: bool) -> None:
     """On stdout: the outcome as it prints, or what is said of it as JSON, which has no NaN: null."""
-    text = json.dumps(_finite(said), indent=1, allow_nan=False) if json_wanted else str(outcome)
+    say(json.dumps(_finite(said), indent=1, allow_nan=False) if json_wanted else str(outcome))
+
+
+def say(text: str) -> None:
+    """On stdout.
+
+    Raises:
+        LoraFxError: it cannot be written there.
+    """
     try:
         click.echo(text)
-    except BrokenPipeError:  # whoever read it has enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
     except OSError as error:
-        reason = f"what was done cannot be shown: {error.strerror}"
-        raise LoraFxError(reason, place="stdout", remedy="make room where it goes") from error
+        # What Python flushes once more at its end would make another exit code of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # whoever read it has enough: `| head`
+            reason = f"what was done cannot be shown: {error.strerror}"
+            raise LoraFxError(reason, place="stdout", remedy="make room where it goes") from error
 
 
 def _finite(value: Any) -> Any:

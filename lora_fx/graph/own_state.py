@@ -281,6 +281,8 @@ def _restore_item(scope: dict, name: str, was: Any) -> None:
 
 def _told_apart(tensor: torch.Tensor) -> torch.Tensor:
     """Each number once: what was expanded shows one under many indices, and torch writes to none of those."""
+    if tensor.layout != torch.strided or tensor.is_nested:  # it has no strides
+        return tensor
     for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if stride == 0 and size > 1:
             tensor = tensor.narrow(axis, 0, 1)

@@ -48,6 +48,12 @@ ROWS = (
         tests=(f"{COMMAND}::test_what_is_refused_ends_with_2",),
     ),
     Mutant(
+        "a_full_disk_ends_in_120", "command", "lora_fx/cli/shown.py",
+        "        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())\n", "",
+        "Where stdout is full, Python fails once more at its end, and another exit code says so.",
+        tests=(f"{COMMAND}::test_json_is_json_and_a_reader_may_go",),
+    ),
+    Mutant(
         "json_with_nan", "command", "lora_fx/cli/shown.py",
         "json.dumps(_finite(said), indent=1, allow_nan=False)", "json.dumps(said, indent=1)",
         "--json prints NaN, which is no JSON.",
