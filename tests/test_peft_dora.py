@@ -46,18 +46,7 @@ from tests.adapters import (
     retensor,
     whole,
 )
-from tests.dora import (
-    CONFIGS,
-    IDS,
-    NAMES,
-    PREFIX,
-    RULES,
-    TWO,
-    Layers,
-    by_peft,
-    move,
-    out,
-)
+from tests.dora import CONFIGS, IDS, NAMES, PREFIX, RULES, TWO, Layers, by_peft, move, out
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's
 

@@ -23,16 +23,7 @@ from lora_fx.deltas.dropping import BranchDropout
 from lora_fx.export.adapters.folder import TENSORS
 from lora_fx.model.inventory import inventory
 from tests.adapters import fresh, gpt2
-from tests.dora import (
-    CONFIGS,
-    IDS,
-    NAMES,
-    PREFIX,
-    RULES,
-    TWO,
-    Layers,
-    llama,
-)
+from tests.dora import CONFIGS, IDS, NAMES, PREFIX, RULES, TWO, Layers, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's
 
