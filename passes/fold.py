@@ -124,7 +124,7 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
         forget_classes(here.modules)
     ways: defaultdict[nn.Module, dict[str, Way | KeptWeight]] = defaultdict(dict)
     originals: defaultdict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
-    copies: defaultdict[nn.Module, dict[str, torch.Tensor]] = defaultdict(dict)
+    copies: defaultdict[nn.Module, list[tuple[str, torch.Tensor]]] = defaultdict(list)
     with torch.no_grad():
         for k, storage in enumerate(storages):
             if storage.split:
@@ -139,13 +139,13 @@ def _fold(model: nn.Module, final: bool, facts: Facts) -> None:
                 if storage.split or for_good:
                     whole.fold_for_good(ahead.scratch(k), ahead.founds[k])
                     for owner, attribute in () if final else storage.owners:
-                        copies[owner][attribute] = checksum(storage.parameter)
+                        copies[owner].append((attribute, checksum(storage.parameter)))
                 else:
                     owner, attribute = storage.owners[0]
                     ways[owner][attribute] = whole.fold(ahead.scratch(k), facts.undo, ahead.founds[k])
             for module in here.modules:
                 children = {c: PutAway(a, c in module._modules) for c, a in here.of(module).items()}
-                _put_away(module, FoldRecord(children, ways[module], originals[module], copies[module]), final)
+                _put_away(module, FoldRecord(children, ways[module], originals[module], tuple(copies[module])), final)
             keep_keys(inventory(model))
 
 
@@ -210,7 +210,7 @@ def _take_back(model: nn.Module, undo: list[Undo]) -> None:
     written = [_way(here, m, attribute) for m, record in here.records.items() for attribute in record.ways]
     starts = {name: way.starts_at(weight) for name, weight, way in written}
     for module, record in here.records.items():
-        for attribute, was in record.copies.items():
+        for attribute, was in record.copies:
             name, weight = _folded(here, module, attribute)
             starts[name] = same(checksum(weight), was)
     for name, (right,) in zip(starts, read([*starts.values()]), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -21,6 +22,7 @@ from lora_fx.deltas.exact_sum import ExactSum, Tile, folded_weight
 from lora_fx.deltas.low_rank import LowRank
 from lora_fx.deltas.rounding import INTEGERS, Scratch, round_once
 from lora_fx.graph.layout import Layout
+from lora_fx.model import marks
 from lora_fx.passes import fold as folding
 from lora_fx.passes.fold import kept_bytes
 from tests import reference
@@ -363,6 +365,16 @@ def test_a_folded_model_can_be_copied_and_still_unfolded():
     lora_fx.unfold(twin)
     assert reference.same_bits(reference.bits(twin), state)
     assert not reference.same_bits(reference.bits(model), state)  # the copy shares nothing
+
+
+def test_a_model_that_was_folded_and_pickled_before_copies_had_checksums_is_unfolded():
+    model = adapted(torch.bfloat16)
+    state = reference.bits(model)
+    for module in lora_fx.fold(model).modules():
+        if (record := marks.fold_record(module)) is not None:
+            del vars(record)["copies"]
+    lora_fx.unfold(twin := pickle.loads(pickle.dumps(model)))
+    assert reference.same_bits(reference.bits(twin), state)
 
 
 def test_a_sum_that_cancels_is_found_among_all_floats():

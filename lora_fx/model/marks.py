@@ -189,8 +189,8 @@ class FoldRecord:
     """attribute → the way back to the original weight, which the fold has overwritten."""
     originals: Mapping[str, nn.Parameter] = field(default_factory=dict)
     """attribute → the original parameter: the fold has given this module a copy of its own."""
-    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """attribute → the checksum of that copy: it must still be what it was."""
+    copies: tuple[tuple[str, torch.Tensor], ...] = ()
+    """Attribute and checksum of each such copy: it must still be what it was. Unknown of what older versions folded."""
 
     @property
     def attributes(self) -> tuple[str, ...]:
